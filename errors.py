@@ -1,0 +1,36 @@
+"""The one error type for whatever a user's file, flag or constant can get wrong."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+
+class InputError(Exception):
+    """A file, flag or constant that cannot be used, told in one line.
+
+    Args:
+        problem: what is wrong, as a sentence without a full stop.
+        remedy: what the user can do about it.
+        file: the file at fault, if there is one.
+        line: its 1-based line number, if known.
+    """
+
+    def __init__(
+        self, problem: str, remedy: str, *, file: str | Path | None = None, line: int | None = None
+    ) -> None:
+        place = "" if file is None else f"{file}: " if line is None else f"{file}:{line}: "
+        super().__init__(f"{place}{problem}; {remedy}")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run an entry script's main(); an InputError becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
