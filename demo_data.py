@@ -1,0 +1,281 @@
+"""Draws the demo set: paired street scenes, visible and LWIR, in KAIST's exact layout.
+
+Each video is a street of its own (demo_street.py); figures walk through it from frame to frame and
+are annotated as on KAIST: persons, crowds, cyclists, unsure figures, and how far each is covered.
+
+    python demo_data.py --root data/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+from tqdm import tqdm
+
+from demo_street import (
+    FOCAL,
+    ROAD,
+    SCENE_WIDTH,
+    Canvas,
+    Figure,
+    Street,
+    build_street,
+    draw_figure,
+    paint,
+)
+from errors import InputError, run_script
+from kaist import FRAME_HEIGHT, FRAME_WIDTH
+
+ROOT = Path("data/demo")
+TRAIN_FRAMES, TEST_FRAMES = 480, 180  # over set00-05 and over set06-11
+SEED = 4  # of every random choice
+FRAMES_PER_VIDEO = 8  # a second lies between two of them
+CROWD_SIZES = (1, 2, 3, 4, 5, 6, 8, 11)  # people in a frame that is not empty,
+CROWD_SHARES = (0.33, 0.27, 0.17, 0.09, 0.06, 0.04, 0.03, 0.01)  # and how often
+PARTS = ("skin", "hair", "top", "bottom", "shoe", "cloth", "metal", "tyre")  # of a figure, bicycle
+KINDS, KIND_SHARES = ("person", "people", "cyclist", "person?"), (0.85, 0.05, 0.05, 0.05)
+EMPTY_AND_HEIGHT = ((0.34, 55), (0.08, 62))  # test, train: share of empty frames; median in pixels
+
+
+def newcomers(rng: np.random.Generator, street: Street, pan: float, median: float) -> list[Figure]:
+    """A person, cyclist or unsure figure alone, or a crowd: a group shares one label and box."""
+    kind, hides = str(rng.choice(KINDS, p=KIND_SHARES)), rng.random() < 0.2
+    low, high = {"people": (32, 70), "person?": (22, 34)}.get(kind, (27, 235))  # pixels tall
+    x = z = 0.0
+    while not in_view(street, x, z, pan, hides):
+        z = FOCAL * 1.7 / np.clip(median * np.exp(rng.normal(0, 0.5)), low, high)
+        x = (rng.uniform(-310, 310) + pan) / FOCAL * z
+        if hides:  # half behind something, as seen from here
+            prop, outer = street.props[rng.integers(len(street.props))], rng.choice([-1, 1])
+            edge = (0.9 if prop.end > prop.z else 0.2) + rng.uniform(-0.1, 0.3)
+            z = prop.end + rng.uniform(0.4, 3.0)
+            x = (prop.x + outer * np.sign(prop.x) * edge) * z / (prop.z if outer > 0 else prop.end)
+    pace = rng.uniform(0.7, 1.5) * (2.5 if kind == "cyclist" else 0.1 if hides else 1)
+    ahead, aside = rng.choice([-1, 1]) * pace, 0.1 * pace * rng.normal()
+    across = rng.random() < (0.8 if abs(x) < ROAD else 0.6)
+    group = []
+    for _ in range(rng.integers(4, 8) if kind == "people" else 1):
+        move = (ahead, aside) if across else (aside, ahead)
+        body = rng.uniform(0, 2 * np.pi), rng.normal(1.7, 0.07), rng.uniform(1, 1.35)
+        paints = {part: paint(rng, part, street.night) for part in PARTS}
+        group.append(Figure(kind, x, z, *move, *body, *(rng.random(2) < (0.3, 0.3)), paints))
+        x, z = x + rng.uniform(0.3, 0.6), z + rng.uniform(-0.6, 0.8)
+    return group
+
+
+def in_view(street: Street, x: float, z: float, pan: float, hides: bool = True) -> bool:
+    """Whether that place is near, in the frame, in no car and, unless it hides, behind none."""
+    if not 4.9 < z < 55 or abs(x) > 7.6 or abs(FOCAL * x / z - pan) > 325:
+        return False
+    cars = [car for car in street.props if car.z < car.end and car.z - 0.4 < z]
+    if any(z < car.end + 0.4 and abs(x - car.x) < 1.4 for car in cars):
+        return False
+    edges = ((x / z * along - car.x) for car in cars for along in (car.z, car.end))
+    return hides or all(abs(edge) > 1.2 for edge in edges)
+
+
+def walk(
+    rng: np.random.Generator, street: Street, pans: np.ndarray, empty: float, median: float
+) -> Iterator[list[list[Figure]]]:
+    """Yields each frame's groups; for a share `empty` of the video, in one stretch, there are none.
+
+    pans: pixels the camera looks to the right in each frame; median: people's height in pixels.
+    """
+    quiet = min(int(empty * len(pans) + rng.random()), len(pans) - 1)
+    start, groups = rng.integers(1, len(pans) - quiet + 1), []
+    for frame, pan in enumerate(pans):
+        for figure in sum(groups, []):
+            figure.x, figure.z = figure.x + figure.vx, figure.z + figure.vz
+            figure.phase += 2
+        groups = [g for g in groups if all(in_view(street, f.x, f.z, pan) for f in g)]
+        wanted = 0 if start <= frame < start + quiet else rng.choice(CROWD_SIZES, p=CROWD_SHARES)
+        wanted = wanted if frame else max(wanted, 3)  # a video opens with something to see
+        groups = groups[:wanted]
+        while len(groups) < wanted:
+            group = newcomers(rng, street, pan, median)
+            ways = [abs(f.x / f.z - group[0].x / group[0].z) for f in sum(groups, [])]
+            if FOCAL * min(ways, default=1) > 30 or rng.random() < 0.1:  # mostly beside the others
+                groups.append(group)
+        yield groups
+
+
+# ------------------------------------------------------------------------------ frames and files
+
+
+def compose(street: Street, groups: list[list[Figure]], pan: int) -> tuple[np.ndarray, list[tuple]]:
+    """One frame before its cameras' noise.
+
+    Returns the scene (FRAME_HEIGHT, FRAME_WIDTH, 4) float32 and, for each group that can be seen,
+    (label, box xywh in LWIR pixels, occlusion 0, 1 or 2).
+    """
+    scene, left = street.background.copy(), (SCENE_WIDTH - FRAME_WIDTH) // 2 + pan
+    owner, view = np.full(scene.shape[:2], -1, np.int16), slice(left, left + FRAME_WIDTH)
+    masks = np.zeros((len(groups), *scene.shape[:2]), bool)
+    things = [(prop.z, -1, prop) for prop in street.props]
+    for index, figure in ((i, figure) for i, group in enumerate(groups) for figure in group):
+        beside = [c.z for c in street.props if c.z < figure.z < c.end and abs(figure.x) < abs(c.x)]
+        things.append((min([figure.z, *beside]), index, draw_figure(figure, street.camera)))
+        if figure.kind == "person?":  # too faint to be sure of
+            things[-1][2].pixels *= 0.6
+            things[-1][2].alpha *= 0.6
+    for depth, index, sprite in sorted(things, key=lambda thing: (-thing[0], -thing[1])):
+        shift = round(street.parallax * (0.5 + 8 / depth))
+        if index >= 0 and not street.night:
+            x, y = street.camera.see(sprite.x + 0.2, 0, sprite.z)
+            metre = FOCAL / sprite.z
+            shadow = Canvas((x - metre, y - 0.1 * metre, x + metre, y + 0.1 * metre + 2))
+            shadow.ellipse((x, y), 0.55 * metre, 0.07 * metre, (0, 0, 0, 0))
+            shadow = shadow.sprite()
+            shadow.alpha *= 0.5
+            shadow.paste(scene, slice(0, 3), shift)
+        sprite.paste(scene, slice(0, 3), shift, street.light)
+        there, here = sprite.paste(scene, slice(3, 4), 0)
+        solid = sprite.alpha[here][..., 0] > 0.4
+        owner[there][solid] = index
+        if index >= 0:
+            masks[index][there] |= solid
+    marks = []
+    for index, (group, mask) in enumerate(zip(groups, masks[:, :, view], strict=True)):
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        seen = np.mean(owner[:, view][mask] == index) if len(columns) > 3 else 0
+        if seen > 0.04:
+            box = columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1
+            occlusion = 0 if seen > 0.9 else 1 if seen > 0.5 else 2
+            marks.append((group[0].kind, tuple(map(int, box)), occlusion))
+    scene[..., :3] += street.glow
+    return scene[:, view], marks
+
+
+def draw_video(root: Path, set_id: int, video: int, frames: int, seed: int) -> dict[str, list]:
+    """Draws and writes one video; returns frame id -> marks, as compose() makes them."""
+    rng = np.random.default_rng([seed, set_id, video])
+    night = set_id % 6 >= 3
+    empty, median = EMPTY_AND_HEIGHT[set_id < 6]
+    street, folder, written = build_street(rng, night), f"set{set_id:02}/V{video:03}", {}
+    pans = np.round(60 * np.sin(rng.uniform(0, 6.3) + 0.25 * np.arange(frames))).astype(int)
+    gain, grit = rng.uniform(0.9, 1.12), rng.uniform(5, 9) if night else 2.5
+    noise = rng.standard_normal((FRAME_HEIGHT + 64, FRAME_WIDTH + 64, 4), np.float32)
+    noise *= np.float32([grit, grit, grit, 1.8])
+    texts = root / "annotations" / folder
+    pictures = {kind: root / "images" / folder / kind for kind in ("visible", "lwir")}
+    for place in (texts, *pictures.values()):
+        place.mkdir(parents=True)
+    for frame, groups in enumerate(walk(rng, street, pans, empty, median)):
+        name = f"I{max(0, 20 * frame - 1):05}"  # I00000, I00019, I00039, …
+        scene, marks = compose(street, groups, int(pans[frame]))
+        y, x = rng.integers(64, size=2)
+        scene += noise[y : y + FRAME_HEIGHT, x : x + FRAME_WIDTH]
+        scene[..., 3] *= gain
+        pixels = np.clip(scene, 0, 255).astype(np.uint8)
+        lwir = Image.fromarray(pixels[..., 3]).filter(ImageFilter.GaussianBlur(0.8)).convert("RGB")
+        Image.fromarray(pixels[..., :3]).save(pictures["visible"] / f"{name}.jpg", quality=90)
+        lwir.save(pictures["lwir"] / f"{name}.jpg", quality=90)
+        lines = ["% bbGt version=3"]
+        for label, box, occlusion in marks:
+            lines.append(f"{label} {' '.join(map(str, box))} {occlusion} 0 0 0 0 0 0")
+        (texts / f"{name}.txt").write_text("\n".join(lines) + "\n")
+        written[f"{folder}/{name}"] = marks
+    return written
+
+
+def write_index(root: Path, marks: dict[str, list]) -> None:
+    """Writes imageSets/ and, for the test frames, KAIST_annotation.json like the real one."""
+    lists = {"train-all": (0, 6), "test-day": (6, 9), "test-night": (9, 12), "test-all": (6, 12)}
+    (root / "imageSets").mkdir()
+    for name, (first, stop) in lists.items():
+        frames = [frame for frame in marks if first <= int(frame[3:5]) < stop]
+        (root / "imageSets" / f"{name}.txt").write_text("\n".join(frames) + "\n")
+    images = [
+        {"id": number, "im_name": frame, "height": FRAME_HEIGHT, "width": FRAME_WIDTH}
+        for number, frame in enumerate(frames)  # of test-all, the last list
+    ]
+    seen = [(image["id"], *mark) for image in images for mark in marks[image["im_name"]]]
+    annotations = [
+        {"id": number, "image_id": image_id, "category_id": 1, "bbox": box, "height": box[3],
+         "occlusion": occlusion, "ignore": int(label != "person")}
+        for number, (image_id, label, box, occlusion) in enumerate(seen)
+    ]  # fmt: skip
+    categories = [{"id": 0, "name": "__ignore__"}, {"id": 1, "name": "person"}]
+    info = {"dataset": "demo set in KAIST's layout, drawn by demo_data.py"}
+    content = dict(info=info, images=images, annotations=annotations, categories=categories)
+    (root / "KAIST_annotation.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def draw_demo(
+    root: Path, *, train_frames: int, test_frames: int, seed: int = SEED, progress: bool = True,
+    workers: int | None = None,
+) -> None:  # fmt: skip
+    """Draws a set at `root`, complete or not at all; the same seed gives the same bytes.
+
+    Args:
+        root: a folder that is absent or empty.
+        train_frames, test_frames: frames over set00-05 and over set06-11, at least one a set.
+        seed: of every random choice.
+        progress: whether to show a bar.
+        workers: processes, one a processor by default; the pictures do not depend on it.
+
+    Raises:
+        InputError: root holds something or cannot be written, or there are too few frames.
+    """
+    root = Path(root)
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise InputError("the demo set's place is taken", "remove it or name another", file=root)
+    if min(train_frames, test_frames) < 6:
+        raise InputError("each of the demo set's 12 sets needs a frame", "ask for 6 or more")
+    jobs = []
+    for set_id in range(12):
+        total = train_frames if set_id < 6 else test_frames
+        frames = total // 6 + (set_id % 6 < total % 6)
+        for video, start in enumerate(range(0, frames, FRAMES_PER_VIDEO)):
+            jobs.append((set_id, video, min(FRAMES_PER_VIDEO, frames - start), seed))
+    marks, deaf = {}, (signal.SIGINT, signal.SIG_IGN)  # only the parent answers Ctrl-C
+    total = train_frames + test_frames
+    try:
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as beside,
+            ProcessPoolExecutor(workers, initializer=signal.signal, initargs=deaf) as pool,
+            tqdm(total=total, desc="demo set", unit="frame", disable=not progress) as bar,
+        ):
+            drawing = Path(beside) / root.name
+            for written in pool.map(draw_video, [drawing] * len(jobs), *zip(*jobs, strict=True)):
+                marks.update(written)
+                bar.update(len(written))
+            write_index(drawing, marks)
+            os.replace(drawing, root)
+    except OSError as error:
+        problem = f"the demo set cannot be written ({error.strerror or error})"
+        raise InputError(problem, "make room or name another root", file=root) from error
+
+
+def ensure_demo(root: Path) -> None:
+    """Draws the demo set in its default size unless `root` holds one already.
+
+    Raises:
+        InputError: root holds something else.
+    """
+    if not (Path(root) / "KAIST_annotation.json").is_file():
+        draw_demo(root, train_frames=TRAIN_FRAMES, test_frames=TEST_FRAMES)
+
+
+def main() -> None:
+    """Draws the demo set where the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--root", type=Path, default=ROOT, help="a folder that is absent or empty")
+    parser.add_argument("--train-frames", type=int, default=TRAIN_FRAMES)
+    parser.add_argument("--test-frames", type=int, default=TEST_FRAMES)
+    parser.add_argument("--seed", type=int, default=SEED)
+    draw_demo(**vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    run_script(main)

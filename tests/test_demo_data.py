@@ -1,0 +1,247 @@
+"""The demo set: KAIST's layout and statistics, same bytes from the same seed, all or nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import demo_data
+import demo_street
+from errors import InputError
+
+SCRIPT = Path(demo_data.__file__)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small set: one video of two frames in each test set, one frame in each training set."""
+    place = tmp_path_factory.mktemp("demo") / "set"
+    demo_data.draw_demo(place, train_frames=6, test_frames=12, progress=False)
+    return place
+
+
+@pytest.fixture(scope="module")
+def streets() -> list[tuple[int, list[tuple], list[tuple]]]:
+    """Frames of a video of every set, not written: (set, marks, contrasts of clear people)."""
+    frames = []
+    for set_id in range(12):
+        rng = np.random.default_rng(set_id)
+        street = demo_street.build_street(rng, night=set_id % 6 >= 3)
+        empty, median = demo_data.EMPTY_AND_HEIGHT[set_id < 6]
+        for groups in demo_data.walk(rng, street, np.zeros(8), empty, median):
+            scene, marks = demo_data.compose(street, groups, pan=0)
+            contrasts = [_contrast(scene, mark) for mark in marks if _clear(mark)]
+            frames.append((set_id, marks, contrasts))
+    return frames
+
+
+def _clear(mark: tuple) -> bool:
+    label, (x, _, w, h), occlusion = mark
+    return label == "person" and occlusion == 0 and h >= 45 and 2 * w < x < 640 - 3 * w
+
+
+def _contrast(scene: np.ndarray, mark: tuple) -> tuple[float, float]:
+    """Grey levels between someone's upper body and what is left of it: (visible, lwir)."""
+    x, y, w, h = mark[1]
+    body = scene[y : y + h // 2, x + w // 3 : x + 2 * w // 3].mean((0, 1))
+    difference = body - scene[y : y + h // 2, x - w // 2 : x].mean((0, 1))
+    return abs(difference[:3]).mean(), difference[3]
+
+
+def _frames(root: Path, name: str) -> list[str]:
+    return (root / "imageSets" / f"{name}.txt").read_text().split()
+
+
+def _lines(root: Path, frame: str) -> list[list[str]]:
+    header, *lines = (root / "annotations" / f"{frame}.txt").read_text().splitlines()
+    assert header == "% bbGt version=3"
+    return [line.split() for line in lines]
+
+
+def _picture(root: Path, frame: str, kind: str) -> np.ndarray:
+    video, name = frame.rsplit("/", 1)
+    return np.array(Image.open(root / "images" / video / kind / f"{name}.jpg"))
+
+
+def test_layout_is_kaists(root: Path) -> None:
+    """Every listed frame has two 640x512 pictures and annotations, and there is nothing else."""
+    train, test = _frames(root, "train-all"), _frames(root, "test-all")
+    assert len(train) == 6 and len(test) == 12
+    assert train[0] == "set00/V000/I00000"
+    assert test[:2] == ["set06/V000/I00000", "set06/V000/I00019"]
+    assert _frames(root, "test-day") + _frames(root, "test-night") == test == sorted(test)
+    assert {frame[:5] for frame in _frames(root, "test-night")} == {"set09", "set10", "set11"}
+    for frame in train + test:
+        visible, lwir = _picture(root, frame, "visible"), _picture(root, frame, "lwir")
+        assert visible.shape == lwir.shape == (512, 640, 3)
+        assert visible.dtype == np.uint8 and np.ptp(lwir, axis=2).max() <= 2
+    assert len(list(root.rglob("*.jpg"))) == 36 and len(list(root.rglob("I*.txt"))) == 18
+
+
+def test_json_says_what_the_text_says(root: Path) -> None:
+    """The test JSON holds the text files' boxes in list order; only plain persons count."""
+    content = json.loads((root / "KAIST_annotation.json").read_text())
+    assert [image["im_name"] for image in content["images"]] == _frames(root, "test-all")
+    assert [image["id"] for image in content["images"]] == list(range(12))
+    entries = content["annotations"]
+    assert [entry["id"] for entry in entries] == list(range(len(entries)))
+    from_text = []
+    for image_id, frame in enumerate(_frames(root, "test-all")):
+        for label, *numbers in _lines(root, frame):
+            x, y, w, h, occlusion, *rest = map(int, numbers)
+            assert rest == [0] * 6
+            from_text.append((image_id, [x, y, w, h], h, occlusion, int(label != "person"), 1))
+    keys = ("image_id", "bbox", "height", "occlusion", "ignore", "category_id")
+    assert [tuple(entry[key] for key in keys) for entry in entries] == from_text
+
+
+def test_a_video_opens_with_people(root: Path) -> None:
+    """The first frame of a video, which a newcomer looks at first, is not empty."""
+    first = [frame for frame in _frames(root, "test-all") if frame.endswith("I00000")]
+    assert len(first) == 6 and all(_lines(root, frame) for frame in first)
+
+
+def test_statistics_are_near_kaists(streets: list[tuple]) -> None:
+    """Sizes, shapes, places, occlusion, crowding and labels, in broad bands."""
+    for train in (True, False):
+        frames = [marks for set_id, marks, _ in streets if (set_id < 6) == train]
+        labels = [mark[0] for marks in frames for mark in marks]
+        people = [mark for marks in frames for mark in marks if mark[0] == "person"]
+        counts = np.array([sum(mark[0] == "person" for mark in marks) for marks in frames])
+        assert (0.03 if train else 0.25) < np.mean(counts == 0) < (0.25 if train else 0.50)
+        assert 1 <= np.median(counts[counts > 0]) <= 3 and 5 <= counts.max() <= 11
+        x, y, w, h = np.array([box for _, box, _ in people]).T
+        occlusion = np.array([mark[2] for mark in people])
+        assert 0.05 < np.mean(occlusion == 1) < 0.25 and 0.02 < np.mean(occlusion == 2) < 0.2
+        plain = (occlusion == 0) & (x > 5) & (x + w < 635)
+        assert 45 < np.median(h[plain]) < 90 and 120 < np.percentile(h[plain], 95) < 220
+        assert 0.35 < np.median((w / h)[plain]) < 0.47
+        assert 230 < np.percentile((y + h)[plain], 5) < np.percentile((y + h)[plain], 95) < 440
+        assert set(labels) <= set(demo_data.KINDS)
+        assert 0.05 < 1 - len(people) / len(labels) < 0.3
+
+
+def test_boxes_lie_inside_the_frame(streets: list[tuple]) -> None:
+    """No box is empty or crosses the border; whole pixels."""
+    boxes = np.array([mark[1] for _, marks, _ in streets for mark in marks])
+    assert boxes.dtype.kind == "i" and boxes[:, :2].min() >= 0 and boxes[:, 2:].min() >= 1
+    assert (boxes[:, 0] + boxes[:, 2]).max() <= 640 and (boxes[:, 1] + boxes[:, 3]).max() <= 512
+
+
+@pytest.mark.parametrize("facing", [(1.0, 0.0), (0.0, -1.0)])
+@pytest.mark.parametrize("kind", ["person", "cyclist"])
+def test_box_is_tight_on_its_figure(kind: str, facing: tuple[float, float]) -> None:
+    """The pixels that differ from the street without the figure are the box's, in LWIR."""
+    rng = np.random.default_rng(3)
+    street = demo_street.build_street(rng, night=True)
+    street.props.clear()
+    paints = {part: demo_street.paint(rng, part, True) for part in demo_data.PARTS}
+    figure = demo_street.Figure(kind, 0.5, 14.0, *facing, 0.7, 1.7, 1.1, False, False, paints)
+    without, _ = demo_data.compose(street, [], pan=0)
+    scene, [(label, (x, y, w, h), occlusion)] = demo_data.compose(street, [[figure]], pan=0)
+    rows, columns = np.nonzero(abs(scene - without)[..., 3] > 8)
+    assert (label, occlusion) == (kind, 0)
+    assert np.allclose((x, y), (columns.min(), rows.min()), atol=1)
+    assert np.allclose((x + w, y + h), (columns.max() + 1, rows.max() + 1), atol=1)
+
+
+def test_occlusion_grows_as_another_steps_in_front() -> None:
+    """None alone, heavy right behind another, partial in between."""
+    rng = np.random.default_rng(4)
+    street = demo_street.build_street(rng, night=True)
+    street.props.clear()
+    paints = {part: demo_street.paint(rng, part, True) for part in demo_data.PARTS}
+
+    def stand(x: float, z: float) -> demo_street.Figure:
+        return demo_street.Figure("person", x, z, 0.0, -1.0, 0.0, 1.7, 1.1, False, False, paints)
+
+    found = []
+    for aside in (2.0, 0.3, 0.05):
+        marks = demo_data.compose(street, [[stand(0.0, 14.0)], [stand(aside, 13.0)]], pan=0)[1]
+        found.append([mark[2] for mark in marks])
+    assert found == [[0, 0], [1, 0], [2, 0]]
+
+
+def test_people_are_warm_at_night_and_hard_to_see(streets: list[tuple]) -> None:
+    """By night people stand out in LWIR, not in visible; by day in visible more than in LWIR."""
+    by_day = [contrast for set_id, _, found in streets for contrast in found if set_id % 6 < 3]
+    by_night = [contrast for set_id, _, found in streets for contrast in found if set_id % 6 >= 3]
+    visible, lwir = np.array(by_night).T
+    assert np.percentile(lwir, 10) > 20 and np.median(visible) < 20 < 40 < np.median(lwir)
+    visible, lwir = np.array(by_day).T
+    assert np.median(abs(lwir)) < 20 < 25 < np.median(visible)
+
+
+def test_same_seed_same_bytes(root: Path, tmp_path: Path) -> None:
+    """The number of workers changes no byte; the seed does."""
+
+    def digest(place: Path) -> dict[str, str]:
+        files = (path for path in sorted(place.rglob("*")) if path.is_file())
+        return {
+            str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in files
+        }
+
+    again, other = tmp_path / "again", tmp_path / "other"
+    demo_data.draw_demo(again, train_frames=6, test_frames=12, progress=False, workers=1)
+    assert digest(again) == digest(root)
+    demo_data.draw_video(other, 6, 0, frames=1, seed=1)
+    frame = "images/set06/V000/lwir/I00000.jpg"
+    assert digest(other)[frame] != digest(root)[frame]
+
+
+def test_never_overwrites(tmp_path: Path) -> None:
+    """A folder that holds something, or a file, is left alone, with a remedy."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("keep")
+    (tmp_path / "file").write_text("keep")
+    for taken in ("mine", "file"):
+        with pytest.raises(InputError, match="remove it or name another"):
+            demo_data.ensure_demo(tmp_path / taken)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine", "notes.txt"]
+
+
+def test_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A drawing that ends half-way leaves neither the set nor its beginnings."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo_data, "write_index", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        demo_data.draw_demo(tmp_path / "set", train_frames=6, test_frames=6, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ensure_draws_only_what_is_absent(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set that is there is not touched; one that is not is drawn in the default size."""
+    asked = []
+    monkeypatch.setattr(demo_data, "draw_demo", lambda place, **sizes: asked.append((place, sizes)))
+    demo_data.ensure_demo(root)
+    assert not asked
+    demo_data.ensure_demo(tmp_path / "new")
+    assert asked == [(tmp_path / "new", {"train_frames": 480, "test_frames": 180})]
+
+
+def test_script(tmp_path: Path) -> None:
+    """As a user runs it: draws, then refuses in one line to draw again."""
+    command = [sys.executable, SCRIPT, "--root", "set", "--train-frames", "6", "--test-frames", "6"]
+    first, second = (
+        subprocess.run(command, cwd=tmp_path, capture_output=True, text=True) for _ in range(2)
+    )
+    assert first.returncode == 0 and (tmp_path / "set" / "KAIST_annotation.json").is_file()
+    assert second.returncode == 2 and second.stderr.count("\n") == 1
+    few = subprocess.run(
+        [sys.executable, SCRIPT, "--root", "few", "--test-frames", "5"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert few.returncode == 2 and "ask for 6 or more" in few.stderr
