@@ -1,0 +1,140 @@
+"""Pretrained weights for SSD300: ImageNet's VGG16 or VGG16-BN, or COCO's SSD300 (torchvision)."""
+
+from __future__ import annotations
+
+from urllib.error import URLError
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import VGG16_BN_Weights, VGG16_Weights
+from torchvision.models.detection import SSD300_VGG16_Weights
+
+from errors import InputError
+from model import SSD300
+
+
+def load_pretrained(model: SSD300, source: str) -> None:
+    """Fill a network of width 1.0 with published weights, in place; downloads them once.
+
+    Args:
+        model: the network. conv1_1 is adapted to its channels, see `adapt_channels`.
+        source: "imagenet" (the backbone; VGG16-BN's where the model has BatchNorm), "coco"
+            (backbone, extra layers and heads, of whose 91 classes background and person are
+            kept) or "none".
+
+    Raises:
+        InputError: no network to download from, or weights that do not fit the model.
+    """
+    if source == "none":
+        return
+    if source == "coco":
+        convert_torchvision_ssd(model, download(SSD300_VGG16_Weights.COCO_V1))
+        return
+    has_bn = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+    weights = VGG16_BN_Weights.IMAGENET1K_V1 if has_bn else VGG16_Weights.IMAGENET1K_V1
+    convert_torchvision_vgg(model, download(weights))
+
+
+def download(weights: VGG16_Weights | VGG16_BN_Weights | SSD300_VGG16_Weights) -> dict[str, Tensor]:
+    """The state dict of torchvision weights, from its cache or the network, hash checked."""
+    try:
+        return weights.get_state_dict(progress=True, check_hash=True)
+    except (URLError, OSError) as error:
+        name = weights.url.rsplit("/", 1)[-1]
+        raise InputError(
+            f"cannot download pretrained weights ({error})",
+            f"put {name} from {weights.url} into {torch.hub.get_dir()}/checkpoints, "
+            "or train from scratch with --pretrained none",
+        ) from error
+
+
+def convert_torchvision_vgg(model: SSD300, state: dict[str, Tensor]) -> None:
+    """Copy a torchvision VGG16 or VGG16-BN classifier's state into a model's backbone.
+
+    The fully connected fc6 (4096 x 512 x 7 x 7) and fc7 (4096 x 4096) become conv6 (3x3) and
+    conv7 (1x1) by keeping every fourth output and every third row and column, as SSD does.
+    """
+    ours = [*model.to_conv4_3, *model.to_conv5_3]
+    ours = [layer for layer in ours if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
+    theirs: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        layer, _, name = key.rpartition(".")
+        if layer.startswith("features."):
+            theirs.setdefault(layer, {})[name] = value
+    if len(ours) != len(theirs):
+        raise InputError(
+            f"these weights have {len(theirs)} backbone layers, the model has {len(ours)}",
+            "use VGG16 weights for a model without BatchNorm and VGG16-BN weights for one with it",
+        )
+    for layer, values in zip(ours, theirs.values(), strict=True):
+        copy_layer(layer, values, model.input_mode)
+    conv6, conv7 = (layer for layer in model.conv6_7 if isinstance(layer, nn.Conv2d))
+    fc6 = state["classifier.0.weight"].view(4096, 512, 7, 7)[::4, :, ::3, ::3]
+    fc7 = state["classifier.3.weight"].view(4096, 4096, 1, 1)[::4, ::4]
+    copy_layer(conv6, {"weight": fc6, "bias": state["classifier.0.bias"][::4]}, model.input_mode)
+    copy_layer(conv7, {"weight": fc7, "bias": state["classifier.3.bias"][::4]}, model.input_mode)
+
+
+def convert_torchvision_ssd(model: SSD300, state: dict[str, Tensor]) -> None:
+    """Copy the state of torchvision's `ssd300_vgg16` into a model, keeping the person class.
+
+    Both networks list their convolutions in the order of computation, so layers pair up by
+    position. torchvision feeds its network 255 x (image - mean) with means of its own; the
+    standard deviations are folded into conv1_1, the means differ by less than 0.05 of 1.
+    """
+    if any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
+        raise InputError("COCO's SSD300 has no BatchNorm", "set BATCH_NORM = False")
+    backbone = [model.to_conv4_3, model.to_conv5_3, model.conv6_7, *model.extras]
+    ours = [m for part in backbone for m in part if isinstance(m, nn.Conv2d)]
+    names = [
+        key.removesuffix(".weight")
+        for key, value in state.items()
+        if key.startswith("backbone.") and value.ndim == 4
+    ]
+    for i, (layer, name) in enumerate(zip(ours, names, strict=True)):
+        weight = state[f"{name}.weight"]
+        if i == 0:
+            weight = weight * (255 * model.std.new_tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1))
+        copy_layer(layer, {"weight": weight, "bias": state[f"{name}.bias"]}, model.input_mode)
+    copy_tensor(model.conv4_3_norm.scale, state["backbone.scale_weight"])
+    for i, (loc, conf) in enumerate(zip(model.loc_heads, model.conf_heads, strict=True)):
+        for head, kind in ((loc, "regression"), (conf, "classification")):
+            values = {}
+            for name in ("weight", "bias"):
+                value = state[f"head.{kind}_head.module_list.{i}.{name}"]
+                if head is conf:  # rows are anchor-major: of each anchor's classes keep 0 and 1
+                    anchors = conf.out_channels // 2
+                    value = value.view(anchors, -1, *value.shape[1:])[:, :2].flatten(0, 1)
+                values[name] = value
+            copy_layer(head, values, model.input_mode)
+
+
+def copy_layer(layer: nn.Module, values: dict[str, Tensor], input_mode: str) -> None:
+    """Copy weight, bias and (of a BatchNorm) statistics; adapt a 3-channel convolution's input."""
+    for name, value in values.items():
+        if value.ndim == 4 and value.shape[1] == 3:
+            value = adapt_channels(value, input_mode)
+        copy_tensor(getattr(layer, name), value)
+
+
+def adapt_channels(weight: Tensor, input_mode: str) -> Tensor:
+    """RGB filters (C, 3, k, k) for another input: the mean of the three stands for LWIR.
+
+    "lwir": that mean alone, as in the logged experiments; "early": R, G, B and the mean;
+    "visible" and "mean": unchanged.
+    """
+    lwir = weight.mean(dim=1, keepdim=True)
+    if input_mode == "early":
+        return torch.cat([weight, lwir], dim=1)
+    return lwir if input_mode == "lwir" else weight
+
+
+@torch.no_grad()
+def copy_tensor(target: Tensor, value: Tensor) -> None:
+    """Copy a published tensor over a model's, refusing another shape."""
+    if target.shape != value.shape:
+        raise InputError(
+            f"pretrained weights of shape {tuple(value.shape)} do not fit {tuple(target.shape)}",
+            "pretrained weights need WIDTH = 1.0",
+        )
+    target.copy_(value)
