@@ -1,0 +1,194 @@
+"""Matching and losses: by hand, and against slow implementations written from the paper."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchvision.ops import box_convert, box_iou
+
+from losses import MultiBoxLoss, SegmentationLoss, match
+from model import Predictions, encode, feature_map_sizes, make_priors, prior_shapes
+
+PRIORS = make_priors(feature_map_sizes((300, 300)), prior_shapes("ssd300"))
+
+
+def random_batch(n, most, seed, share_ignored=0.3):
+    """Boxes (n, most, 4) xyxy and labels; frames hold 0 to `most` objects."""
+    g = torch.Generator().manual_seed(seed)
+    centre = torch.rand(n, most, 2, generator=g)
+    size = torch.rand(n, most, 2, generator=g) * 0.4 + 0.1
+    boxes = torch.cat([centre - size / 2, centre + size / 2], -1).clamp(0, 1)
+    labels = torch.where(torch.rand(n, most, generator=g) < share_ignored, -1, 1)
+    count = torch.randint(0, most + 1, (n, 1), generator=g)
+    labels[torch.arange(most) >= count] = 0
+    boxes[labels == 0] = 0
+    return boxes, labels
+
+
+def slow_match(boxes, labels, priors):
+    """One image at a time, one pair at a time, as the text says."""
+    corners = box_convert(priors, "cxcywh", "xyxy")
+    iou = box_iou(boxes, corners)
+    target, owner = [0] * len(priors), [0] * len(priors)
+    people = [i for i, label in enumerate(labels.tolist()) if label == 1]
+    for j in range(len(priors)):
+        for i in (i for i, label in enumerate(labels.tolist()) if label == -1):
+            low = torch.maximum(boxes[i, :2], corners[j, :2])
+            high = torch.minimum(boxes[i, 2:], corners[j, 2:])
+            if (high - low).clamp(min=0).prod() >= 0.5 * priors[j, 2] * priors[j, 3]:
+                target[j] = -1
+        if people:
+            best = max(people, key=lambda i: iou[i, j])
+            if iou[best, j] >= 0.5:
+                target[j], owner[j] = 1, best
+    free, waiting = set(range(len(priors))), set(people)
+    while waiting:
+        i, j = max(((i, j) for i in waiting for j in free), key=lambda ij: iou[ij])
+        target[j], owner[j] = 1, i
+        waiting.remove(i)
+        free.remove(j)
+    return target, owner
+
+
+def slow_loss(predictions, boxes, labels, priors, distance):
+    """(loc sum / N, conf / N), image by image with a sorted list of negatives."""
+    loc = conf = torch.zeros(())
+    total = 0
+    for image in range(len(boxes)):
+        target, owner = slow_match(boxes[image], labels[image], priors)
+        ce = F.cross_entropy(
+            predictions.conf[image], torch.tensor(target).clamp(min=0), reduction="none"
+        )
+        positives = [j for j, t in enumerate(target) if t == 1]
+        for j in positives:
+            wanted = box_convert(boxes[image, owner[j]], "xyxy", "cxcywh")
+            loc = loc + distance(
+                predictions.loc[image, j], encode(wanted, priors[j]), reduction="sum"
+            )
+            conf = conf + ce[j]
+        negatives = sorted((ce[j] for j, t in enumerate(target) if t == 0), reverse=True)
+        conf = conf + sum(negatives[: max(3, 3 * len(positives))])
+        total += len(positives)
+    return loc / max(total, 1), conf / max(total, 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_loss_and_gradient_equal_the_slow_implementation(seed):
+    torch.manual_seed(seed)
+    priors = PRIORS[torch.randperm(len(PRIORS))[:300]]
+    boxes, labels = random_batch(4, 6, seed)
+    loc = torch.randn(4, 300, 4, requires_grad=True)
+    conf = torch.randn(4, 300, 2, requires_grad=True)
+    predictions = Predictions(loc, conf, [])
+    for name, distance in (("smooth_l1", F.smooth_l1_loss), ("l1", F.l1_loss)):
+        ours = MultiBoxLoss(priors, loc_loss=name, loc_reduction="sum")(predictions, boxes, labels)
+        slow = slow_loss(predictions, boxes, labels, priors, distance)
+        assert torch.allclose(ours[0], slow[0], rtol=1e-5)
+        assert torch.allclose(ours[1], slow[1], rtol=1e-5)
+        ours = torch.autograd.grad(sum(ours), (loc, conf))
+        slow = torch.autograd.grad(sum(slow), (loc, conf))
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, slow, strict=True))
+
+
+def test_every_person_owns_a_prior_when_two_share_their_best():
+    priors = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.8, 0.8, 0.2, 0.2]])
+    twin = torch.tensor([0.4, 0.4, 0.6, 0.6])
+    boxes = torch.stack([twin, twin + 0.01, torch.zeros(4)]).unsqueeze(0)
+    target, owner = match(boxes, torch.tensor([[1, 1, 0]]), priors, 0.5)
+    assert target.tolist() == [[1, 1]] and owner.tolist() == [[0, 1]]
+
+
+def test_refused_person_takes_a_prior_back_from_a_weaker_one():
+    # IoUs fall 0 > 1 > 2 on prior 0; person 1, refused there, beats person 2 on prior 1.
+    priors = torch.tensor([[0.30, 0.5, 0.2, 0.2], [0.42, 0.5, 0.2, 0.2], [0.9, 0.9, 0.1, 0.1]])
+    x = torch.tensor([0.30, 0.34, 0.47])
+    cxcywh = torch.stack([x, torch.full((3,), 0.5), *torch.full((2, 3), 0.2)], -1)
+    boxes = box_convert(cxcywh, "cxcywh", "xyxy")
+    target, owner = match(boxes.unsqueeze(0), torch.ones(1, 3).long(), priors, 0.5)
+    assert (target.tolist(), owner.tolist()) == tuple(
+        [v] for v in slow_match(boxes, torch.ones(3), priors)
+    )
+    assert sorted(owner[0][target[0] == 1].tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_crowds_are_matched_greedily(seed):
+    """Many near-identical boxes over few priors: long chains of refusals."""
+    g = torch.Generator().manual_seed(seed)
+    boxes = torch.tensor([0.4, 0.3, 0.6, 0.8]) + torch.rand(2, 12, 4, generator=g) * 0.03
+    labels = torch.ones(2, 12, dtype=torch.int64)
+    priors = PRIORS[torch.randperm(len(PRIORS), generator=g)[:60]]
+    target, owner = match(boxes, labels, priors, 0.5)
+    for image in range(2):
+        slow_target, slow_owner = slow_match(boxes[image], labels[image], priors)
+        assert target[image].tolist() == slow_target
+        positive = target[image] == 1
+        assert torch.equal(owner[image][positive], torch.tensor(slow_owner)[positive])
+
+
+def test_ignored_objects_are_neither_positive_nor_mined():
+    boxes = torch.tensor([[[0.2, 0.2, 0.6, 0.9]]])
+    target, _ = match(boxes, torch.tensor([[-1]]), PRIORS, 0.5)
+    assert not (target == 1).any()
+    iou = box_iou(boxes[0], box_convert(PRIORS, "cxcywh", "xyxy"))[0]
+    assert (target[0, iou >= 0.5] == -1).all()
+    conf = torch.zeros(1, 8732, 2)
+    conf[0, target[0] == -1] = torch.tensor([0.0, 50.0])  # loud, but in the ignored region
+    criterion = MultiBoxLoss(PRIORS, loc_loss="l1", loc_reduction="sum")
+    _, loss = criterion(Predictions(torch.zeros(1, 8732, 4), conf, []), boxes, torch.tensor([[-1]]))
+    assert loss.item() == pytest.approx(3 * math.log(2), rel=1e-5)
+
+
+def test_empty_frames_teach_and_stay_finite():
+    loc = torch.zeros(2, 8732, 4, requires_grad=True)
+    conf = torch.zeros(2, 8732, 2, requires_grad=True)
+    criterion = MultiBoxLoss(PRIORS, loc_loss="smooth_l1", loc_reduction="mean")
+    for most in (0, 1):
+        losses = criterion(Predictions(loc, conf, []), torch.zeros(2, most, 4),
+                           torch.zeros(2, most, dtype=torch.int64))  # fmt: skip
+        assert losses[0] == 0 and losses[1].item() == pytest.approx(6 * math.log(2), rel=1e-5)
+        grads = torch.autograd.grad(sum(losses), (loc, conf))
+        assert all(g.isfinite().all() for g in grads) and grads[1].abs().sum() > 0
+
+
+def test_loc_mean_is_a_quarter_of_the_sum():
+    boxes, labels = random_batch(3, 4, seed=1)
+    predictions = Predictions(torch.randn(3, 8732, 4), torch.randn(3, 8732, 2), [])
+    whole, quarter = (
+        MultiBoxLoss(PRIORS, loc_loss="l1", loc_reduction=r)(predictions, boxes, labels)[0]
+        for r in ("sum", "mean")
+    )
+    assert whole.item() == pytest.approx(4 * quarter.item())
+
+
+def test_segmentation_loss_by_hand():
+    # Two maps; logits (background, person). Cross-entropies: log 2 and log(1 + e^-2).
+    first = torch.zeros(1, 2, 1, 2)
+    first[0, 1, 0, 1] = 2.0
+    seg = [first, torch.zeros(1, 2, 1, 1)]
+    masks = [torch.tensor([[[-1, 1]]]), torch.tensor([[[0]]])]
+    a, b = math.log(1 + math.exp(-2)), math.log(2)
+    expected = {("mean", "sum"): a + b, ("mean", "mean"): (a + b) / 2}
+    for (cells, maps), value in expected.items():
+        loss = SegmentationLoss(cells=cells, maps=maps)(seg, masks)
+        assert loss.item() == pytest.approx(value, rel=1e-5)
+    both = [torch.tensor([[[0, 1]]]), masks[1]]
+    loss = SegmentationLoss(cells="sum", maps="sum")(seg, both)
+    assert loss.item() == pytest.approx(a + 2 * b, rel=1e-5)
+    doubled = [torch.cat([s, s]) for s in seg], [torch.cat([m, m]) for m in both]
+    assert SegmentationLoss(cells="sum", maps="sum")(*doubled) == pytest.approx(loss)
+
+
+def test_segmentation_loss_keeps_channels_apart_from_cells():
+    """Perfect logits give no loss: the log's code scrambled the channel axis and could not."""
+    mask = torch.randint(0, 2, (3, 5, 7))
+    logits = F.one_hot(mask, 2).permute(0, 3, 1, 2) * 50.0
+    assert SegmentationLoss(cells="mean", maps="sum")([logits], [mask]) < 1e-6
+
+
+def test_segmentation_loss_of_ignored_cells_alone_is_zero_and_finite():
+    logits = torch.randn(2, 2, 3, 3, requires_grad=True)
+    loss = SegmentationLoss(cells="mean", maps="sum")([logits], [torch.full((2, 3, 3), -1)])
+    loss.backward()
+    assert loss == 0 and (logits.grad == 0).all()
