@@ -1,0 +1,51 @@
+"""Box-shaped masks: which cells a box covers."""
+
+import torch
+
+from pseudo_gt import box_masks
+
+
+def mask_of(box, size, label=1):
+    return box_masks(torch.tensor([[box]]), torch.tensor([[label]]), [size])[0][0]
+
+
+def test_a_cell_belongs_to_the_box_that_holds_its_centre():
+    # 4x4 cells have their centres at 0.125, 0.375, 0.625, 0.875.
+    mask = mask_of([0.25, 0.125, 0.625, 0.7], (4, 4))
+    assert mask.tolist() == [[0, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+
+
+def test_a_box_without_a_centre_marks_the_cell_under_its_own():
+    assert mask_of([0.26, 0.26, 0.3, 0.3], (4, 4)).nonzero().tolist() == [[1, 1]]
+    assert mask_of([0.9, 0.0, 1.0, 0.1], (1, 1)).tolist() == [[1]]
+    thin = mask_of([0.26, 0.0, 0.3, 0.5], (4, 4))  # tall, but between two columns of centres
+    assert thin.nonzero().tolist() == [[1, 1]]
+    assert mask_of([0.99, 0.99, 1.0, 1.0], (4, 4)).nonzero().tolist() == [[3, 3]]
+
+
+def test_person_wins_over_ignored_and_padding_marks_nothing():
+    boxes = torch.tensor([[[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]]])
+    [mask] = box_masks(boxes, torch.tensor([[-1, 1, 0]]), [(1, 4)])
+    assert mask.tolist() == [[[1, 1, -1, -1]]]
+
+
+def test_masks_agree_with_a_loop_over_cells():
+    torch.manual_seed(0)
+    low = torch.rand(3, 5, 2) * 0.9
+    boxes = torch.cat([low, low + torch.rand(3, 5, 2) * (1 - low)], -1)
+    labels = torch.randint(-1, 2, (3, 5))
+    for (h, w), mask in zip([(38, 38), (5, 7)], box_masks(boxes, labels, [(38, 38), (5, 7)]),
+                            strict=True):  # fmt: skip
+        expected = torch.zeros(3, h, w, dtype=torch.int64)
+        for value in (-1, 1):
+            for n in range(3):
+                for box in boxes[n, labels[n] == value]:
+                    x0, y0, x1, y1 = box.tolist()
+                    cells = [
+                        (i, j) for i in range(h) for j in range(w)
+                        if x0 <= (j + 0.5) / w < x1 and y0 <= (i + 0.5) / h < y1
+                    ]  # fmt: skip
+                    centre = (int((y0 + y1) / 2 * h), int((x0 + x1) / 2 * w))
+                    for i, j in cells or [centre]:
+                        expected[n, i, j] = value
+        assert torch.equal(mask, expected)
