@@ -1,0 +1,218 @@
+"""SSD's augmentation for registered pairs: one window, one resize, boxes that follow exactly.
+
+Zoom-out, crop, flip and resize are composed into one window of the source frame before a pixel is
+touched, so pixels are resampled once and a zoomed-out canvas is never built. Both modalities of
+a pair share the window; each has its own photometric distortion.
+
+Sources: SSD paper, sections 2.2 (crops, distortion) and 3.6 (zoom-out).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kaist import FRAME_HEIGHT, FRAME_WIDTH
+from model import MEAN
+
+CROP_OVERLAPS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # None: no crop
+CROP_TRIALS = 50
+MIN_BOX = 1.0  # pixels of the network's input; a smaller remnant of a cropped box is dropped
+# Luma weights (ITU-R BT.601) and the RGB -> YIQ matrix, in which a hue shift is a rotation.
+LUMA = np.array([0.299, 0.587, 0.114])
+RGB_TO_YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """SSD's training augmentation (section 2.2 and 3.6 of the paper), for a registered pair.
+
+    zoom_out: largest side of the zoomed-out canvas in frames; 1 switches zoom-out off.
+    hue_saturation: distort hue and saturation of the visible image too.
+    """
+
+    zoom_out: float = 4.0
+    hue_saturation: bool = True
+
+
+def random_window(
+    rng: np.random.Generator, people: np.ndarray, zoom_out: float
+) -> tuple[float, float, float, float]:
+    """Zoom-out and IoU crop as one xyxy window in pixels of the frame; it may reach outside.
+
+    Half of the time the frame is placed on a canvas 1 to `zoom_out` times its size. Then one of
+    SSD's minimum overlaps is drawn: none leaves the canvas as it is; otherwise up to 50 crops of
+    0.3 to 1 of each side and aspect ratio 1/2 to 2 are tried, and the first that reaches that
+    overlap with some person and holds some person's centre is taken; if none does, another
+    overlap is drawn. A frame without people takes any crop.
+
+    Args:
+        people: (n, 4) xyxy pixels of the persons in the frame.
+    """
+    x, y, w, h = 0.0, 0.0, float(FRAME_WIDTH), float(FRAME_HEIGHT)
+    if rng.random() < 0.5:
+        scale = rng.uniform(1, zoom_out)
+        x = -rng.uniform(0, (scale - 1) * w)
+        y = -rng.uniform(0, (scale - 1) * h)
+        w, h = w * scale, h * scale
+    while True:
+        overlap = CROP_OVERLAPS[rng.integers(len(CROP_OVERLAPS))]
+        if overlap is None:
+            return x, y, x + w, y + h
+        size = rng.uniform(0.3, 1, (CROP_TRIALS, 2)) * (w, h)
+        corner = (x, y) + rng.random((CROP_TRIALS, 2)) * ((w, h) - size)
+        ratio = size[:, 1] / size[:, 0]
+        fits = (ratio > 0.5) & (ratio < 2)
+        crops = np.concatenate([corner, corner + size], axis=1)
+        if len(people):
+            fits &= crop_overlaps(crops, people, overlap)
+        if fits.any():
+            return tuple(crops[fits.argmax()].tolist())
+
+
+def crop_overlaps(crops: np.ndarray, people: np.ndarray, overlap: float) -> np.ndarray:
+    """(t,) bool: which crops (t, 4) reach the IoU with some person and hold some one's centre."""
+    centre = (people[:, :2] + people[:, 2:]) / 2
+    crops = crops[:, None]
+    holds = ((centre > crops[..., :2]) & (centre < crops[..., 2:])).all(2).any(1)
+    low = np.maximum(crops[..., :2], people[:, :2])
+    high = np.minimum(crops[..., 2:], people[:, 2:])
+    shared = (high - low).clip(0).prod(2)
+    union = (crops[..., 2:] - crops[..., :2]).prod(2) + (people[:, 2:] - people[:, :2]).prod(1)
+    return holds & ((shared / (union - shared)).max(1) >= overlap)
+
+
+class View(NamedTuple):
+    """How one rectangle of the frame lands on the network's input.
+
+    source: integer x0, y0, x1, y1 pixels of the frame; target: integer x0, y0, x1, y1 pixels of
+    the input (what lies outside it is filled with the mean colour); flip: mirrored afterwards.
+    """
+
+    source: tuple[int, int, int, int]
+    target: tuple[int, int, int, int]
+    flip: bool
+
+
+def snap(window: tuple[float, float, float, float], size: tuple[int, int], flip: bool) -> View:
+    """The part of a window inside the frame and its place in an input of (height, width).
+
+    Both are rounded to whole pixels; boxes are moved by the rounded view, so that they keep to
+    the pixels exactly.
+    """
+    source, target = [0] * 4, [0] * 4
+    for axis, (frame, length) in enumerate(((FRAME_WIDTH, size[1]), (FRAME_HEIGHT, size[0]))):
+        low, high = window[axis], window[axis + 2]
+        scale = length / (high - low)
+        start = min(max(round(low), 0), frame - 1)
+        end = max(min(round(high), frame), start + 1)
+        to = [round((edge - low) * scale) for edge in (start, end)]
+        to[0] = min(max(to[0], 0), length - 1)
+        to[1] = max(min(to[1], length), to[0] + 1)
+        source[axis], source[axis + 2] = start, end
+        target[axis], target[axis + 2] = to
+    return View(tuple(source), tuple(target), flip)
+
+
+def view_boxes(
+    boxes_px: np.ndarray, labels: np.ndarray, view: View, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (n, 4) xyxy pixels of the frame -> (k, 4) float32 xyxy fractions of the input.
+
+    A person stays when its centre is in view, as in SSD; an ignored object stays as long as
+    anything of it does, so that no remnant of a crowd is mined. Boxes are clipped to the input,
+    and those left with less than a pixel are dropped. Returns the boxes and their labels.
+    """
+    source = np.array(view.source, dtype=np.float32)
+    target = np.array(view.target, dtype=np.float32)
+    scale = (target[2:] - target[:2]) / (source[2:] - source[:2])
+    boxes = (boxes_px.reshape(-1, 2, 2) - source[:2]) * scale + target[:2]
+    limit = np.array([size[1], size[0]], dtype=np.float32)
+    if view.flip:
+        boxes[..., 0] = limit[0] - boxes[:, ::-1, 0]
+    centre = boxes.mean(1)
+    in_view = ((centre > 0) & (centre < limit)).all(1)
+    boxes = boxes.clip(0, limit)
+    stays = (in_view | (labels == -1)) & ((boxes[:, 1] - boxes[:, 0]) >= MIN_BOX).all(1)
+    return (boxes[stays] / limit).reshape(-1, 4), labels[stays]
+
+
+def view_pixels(content: Tensor, view: View, size: tuple[int, int]) -> Tensor:
+    """Place resized content (C, h, w) into a (C, *size) input on mean colour, and mirror it."""
+    x0, y0, x1, y1 = view.target
+    if (y1 - y0, x1 - x0) != size:
+        canvas = content.new_empty((len(content), *size))
+        canvas[:] = mean_colour(len(content)).view(-1, 1, 1)
+        canvas[:, y0:y1, x0:x1] = content
+        content = canvas
+    return content.flip(2) if view.flip else content
+
+
+def mean_colour(channels: int) -> Tensor:
+    """(C,) uint8: the colour that normalisation turns into zero."""
+    colour = torch.tensor(MEAN if channels == 4 else MEAN[:3] if channels == 3 else MEAN[3:])
+    return (colour * 255).round().to(torch.uint8)
+
+
+def resize(frame: np.ndarray, view: View) -> Tensor:
+    """Cut the view's source out of (512, 640, C) uint8 and resize it, antialiased: (C, h, w)."""
+    x0, y0, x1, y1 = view.source
+    part = torch.from_numpy(frame[y0:y1, x0:x1]).permute(2, 0, 1).unsqueeze(0)
+    size = (view.target[3] - view.target[1], view.target[2] - view.target[0])
+    return F.interpolate(part, size, mode="bilinear", antialias=True, align_corners=False)[0]
+
+
+def colour_matrix(
+    rng: np.random.Generator, mean: np.ndarray, hue_saturation: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """SSD's photometric distortion of one modality as a matrix (c, c) and an offset (c,).
+
+    Brightness and contrast by 0.5 to 1.5 and, for RGB, saturation by 0.5 to 1.5 and hue by up to
+    18 degrees, each with probability 1/2, in random order.
+
+    Args:
+        mean: (c,) mean colour of the whole frame, the grey point of the contrast.
+    """
+    c = len(mean)
+    luma = LUMA if c == 3 else np.ones(1)
+    matrix, offset = np.eye(c), np.zeros(c)
+    kinds = ["brightness", "contrast"]
+    if c == 3 and hue_saturation:
+        kinds += ["saturation", "hue"]
+    for kind in rng.permutation(kinds):
+        apply, factor, angle = rng.random() < 0.5, rng.uniform(0.5, 1.5), rng.uniform(-18, 18)
+        if not apply:
+            continue
+        if kind == "brightness":
+            step, shift = factor * np.eye(c), 0.0
+        elif kind == "contrast":
+            grey = luma @ (matrix @ mean + offset)
+            step, shift = factor * np.eye(c), (1 - factor) * grey
+        elif kind == "saturation":
+            step, shift = factor * np.eye(c) + (1 - factor) * np.outer(np.ones(c), luma), 0.0
+        else:
+            cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
+            turn = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+            step, shift = np.linalg.solve(RGB_TO_YIQ, turn @ RGB_TO_YIQ), 0.0
+        matrix, offset = step @ matrix, step @ offset + shift
+    return matrix, offset
+
+
+def jitter(
+    content: Tensor, frame: np.ndarray, rng: np.random.Generator, hue_saturation: bool
+) -> Tensor:
+    """Distort brightness, contrast and colour of (C, h, w) uint8, each modality by its own draw."""
+    mean = frame[::8, ::8].mean((0, 1))  # every eighth pixel tells the mean to well under 1/255
+    channels = len(mean)
+    matrix, offset = np.zeros((channels, channels)), np.zeros(channels)
+    for part in {1: [slice(0, 1)], 3: [slice(0, 3)], 4: [slice(0, 3), slice(3, 4)]}[channels]:
+        matrix[part, part], offset[part] = colour_matrix(rng, mean[part], hue_saturation)
+    matrix, offset = torch.from_numpy(matrix).float(), torch.from_numpy(offset).float()
+    # + 0.5: the conversion to uint8 truncates
+    pixels = torch.addmm(offset.unsqueeze(1) + 0.5, matrix, content.flatten(1).float())
+    return pixels.clamp_(0, 255).to(torch.uint8).view_as(content)
