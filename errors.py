@@ -23,6 +23,10 @@ class InputError(Exception):
         place = "" if file is None else f"{file}: " if line is None else f"{file}:{line}: "
         super().__init__(f"{place}{problem}; {remedy}")
 
+    def __reduce__(self) -> tuple:
+        """Pickled as its message: a loader's worker process sends it to the main one."""
+        return InputError.__new__, (InputError, *self.args)
+
 
 def run_script(main: Callable[[], None]) -> None:
     """Run an entry script's main(); an InputError becomes one line on stderr and exit code 2."""

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError
+from files import read_text
 
 FRAME_WIDTH, FRAME_HEIGHT = 640, 512
 FRAME_ID = re.compile(r"set(0\d|1[01])/V\d{3}/I\d{5}")
@@ -44,14 +45,6 @@ def time_of_day(frame_id: str) -> str:
 def scene(frame_id: str) -> str:
     """"campus", "road" or "downtown", by the number of the frame's set."""
     return SCENES[int(frame_id[3:5]) % 3]
-
-
-def read_text(path: Path) -> str:
-    """A text file's content; what is not text is refused."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        raise InputError("not a text file", "name another file", file=path) from None
 
 
 def read_image_list(path: str | Path) -> list[str]:
@@ -91,6 +84,12 @@ def find_file(root: Path, name: str) -> Path:
     return root / name if (root / name).exists() or not Path(name).exists() else Path(name)
 
 
+def image_path(root: Path, frame_id: str, modality: str) -> Path:
+    """`<root>/images/set00/V000/<modality>/I00000.jpg`."""
+    video, name = frame_id.rsplit("/", 1)
+    return root / "images" / video / modality / f"{name}.jpg"
+
+
 @dataclass(frozen=True)
 class Objects:
     """The annotated objects of one frame.
@@ -116,17 +115,23 @@ def make_objects(rows: list[tuple[str, list[float], int, bool]]) -> Objects:
     )
 
 
-def check_row(box: list[float], occlusion: int, path: Path, line: int | None) -> None:
-    """Refuse a box of no area or not finite, and an occlusion other than 0, 1 or 2."""
+def check_row(
+    box: list[float], occlusion: float, path: Path, line: int | None, where: str = ""
+) -> None:
+    """Refuse a box of no area or not finite, and an occlusion other than 0, 1 or 2.
+
+    Args:
+        where: the object's place in words, for files whose lines are not known.
+    """
     x, y, w, h = box
     if not (w > 0 and h > 0 and abs(x) + abs(y) + w + h < 1e6):
         raise InputError(
-            f"box x={x:g} y={y:g} w={w:g} h={h:g} is not a box of pixels with positive size",
+            f"{where}box x={x:g} y={y:g} w={w:g} h={h:g} is not a box of pixels with positive size",
             "correct or delete it", file=path, line=line,
         )  # fmt: skip
     if occlusion not in (0, 1, 2):
         raise InputError(
-            f"occlusion {occlusion} is unknown", "use 0 none, 1 partial or 2 heavy",
+            f"{where}occlusion {occlusion:g} is unknown", "use 0 none, 1 partial or 2 heavy",
             file=path, line=line,
         )  # fmt: skip
 
@@ -218,9 +223,12 @@ def read_json(path: Path) -> dict[str, Objects]:
         names = {category["id"]: category["name"] for category in content["categories"]}
         images = sorted(content["images"], key=lambda image: image["id"])
         rows: dict[int, list] = {image["id"]: [] for image in images}
-        for item in content["annotations"]:
+        frames = {image["im_name"] for image in images}
+        if not len(rows) == len(frames) == len(images) or not all(map(FRAME_ID.fullmatch, frames)):
+            raise ValueError("an image's id or im_name is there twice, or is no frame id")
+        for number, item in enumerate(content["annotations"]):
             box = [float(value) for value in item["bbox"]]
-            check_row(box, item["occlusion"], path, None)
+            check_row(box, item["occlusion"], path, None, f"annotation {number} of the list: ")
             row = (names[item["category_id"]], box, item["occlusion"], bool(item["ignore"]))
             rows[item["image_id"]].append(row)
         return {image["im_name"]: make_objects(rows[image["id"]]) for image in images}
@@ -280,6 +288,10 @@ class Annotations:
             return READERS[self.form](path)
         except FileNotFoundError:
             raise InputError("annotation not found", REMEDY, file=path) from None
+        except OSError as error:
+            raise InputError(
+                f"unreadable annotation ({error.strerror})", "check the file", file=path
+            ) from None
 
 
 def open_annotations(source: str | Path, form: str = "auto", modality: str = "lwir") -> Annotations:

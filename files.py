@@ -1,0 +1,38 @@
+"""Reading and writing files so that nothing is lost and whatever fails is named."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from errors import InputError
+
+
+def read_text(path: Path) -> str:
+    """A text file's content; what is not text is refused."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError("not a text file", "name another file", file=path) from None
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside its place and rename it: what was there stays whole until then.
+
+    Args:
+        write: called with the temporary path; it creates the file.
+
+    Raises:
+        InputError: the file cannot be written there.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(beside)
+        os.replace(beside, path)
+    except OSError as error:
+        raise InputError(
+            f"cannot write it ({error.strerror or error})", "choose another place", file=path
+        ) from None
+    finally:
+        beside.unlink(missing_ok=True)

@@ -1,0 +1,27 @@
+"""What several test files share: a small demo set, and where the real KAIST files may lie."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from demo_data import draw_demo
+
+PROJECT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def demo_root(tmp_path_factory) -> Path:
+    """A demo set of 12 training and 6 test frames."""
+    root = tmp_path_factory.mktemp("kaist") / "demo"
+    draw_demo(root, train_frames=12, test_frames=6, progress=False)
+    return root
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The folder of real KAIST files; tests that need it are skipped where it is absent."""
+    path = Path(os.environ.get("KAIST_REFERENCE", PROJECT.parent / "shared" / "kaist"))
+    if not path.is_dir():
+        pytest.skip(f"no real KAIST files at {path}: set KAIST_REFERENCE to their folder")
+    return path

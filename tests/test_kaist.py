@@ -1,0 +1,245 @@
+"""KAIST's files: image lists, every form of annotation, and how bad ones are named."""
+
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from errors import InputError
+from kaist import image_path, open_annotations, read_image_list, scene, time_of_day
+from miss_rate import evaluate, load_ground_truth
+from result_files import read_detections
+
+FRAME = "set06/V001/I00019"
+BBGT = """% bbGt version=3
+person 10 20 30 60 0 0 0 0 0 0 0
+people 100 120 80 70 1 0 0 0 0 0 0
+person? 5 6 7 8 2 0 0 0 0 1 0
+"""
+XML = """<annotation>
+  <object><name>person</name><bndbox><x>10</x><y>20</y><w>30</w><h>60</h></bndbox>
+    <occlusion>0</occlusion></object>
+  <object><name>people</name><bndbox><x>100</x><y>120</y><w>80</w><h>70</h></bndbox>
+    <occlusion>1</occlusion></object>
+</annotation>
+"""
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def make_json(path, annotations, frames=(FRAME,)):
+    images = [{"id": i, "im_name": f, "height": 512, "width": 640} for i, f in enumerate(frames)]
+    items = [{"id": i, "image_id": image, "category_id": 1, "bbox": box, "height": box[3],
+              "occlusion": occlusion, "ignore": ignore}
+             for i, (image, box, occlusion, ignore) in enumerate(annotations)]  # fmt: skip
+    categories = [{"id": 0, "name": "__ignore__"}, {"id": 1, "name": "person"}]
+    content = {"images": images, "annotations": items, "categories": categories}
+    return write(path, json.dumps(content, indent=1))
+
+
+@pytest.fixture(scope="module")
+def reference():
+    default = Path(__file__).parents[2] / "shared" / "kaist"
+    root = Path(os.environ.get("KAIST_REFERENCE", default))
+    if not (root / "annotations" / "KAIST_annotation.json").is_file():
+        pytest.skip("KAIST_REFERENCE names no folder with annotations/KAIST_annotation.json")
+    return root
+
+
+def test_sets_tell_time_and_scene():
+    day = [n for n in range(12) if time_of_day(f"set{n:02d}/V000/I00000") == "day"]
+    assert day == [0, 1, 2, 6, 7, 8]
+    scenes = [scene(f"set{n:02d}/V000/I00000") for n in range(12)]
+    assert scenes == ["campus", "road", "downtown"] * 4
+
+
+def test_image_path():
+    path = image_path(Path("root"), FRAME, "lwir")
+    assert path == Path("root/images/set06/V001/lwir/I00019.jpg")
+
+
+def test_image_list(tmp_path):
+    path = write(tmp_path / "list.txt", f"\ufeff{FRAME}\r\n\r\nset00/V000/I00001\r\n")
+    assert read_image_list(path) == [FRAME, "set00/V000/I00001"]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "word"),
+    [(f"{FRAME}\nset6/V1/I19\n", 2, "frame id"), (f"{FRAME}\n{FRAME}.jpg\n", 2, "frame id"),
+     (f"{FRAME}\n\n{FRAME}\n", 3, "already"), ("set12/V000/I00000\n", 1, "frame id"),
+     ("\n", None, "empty")],
+)  # fmt: skip
+def test_bad_image_list_is_named(tmp_path, text, line, word):
+    path = write(tmp_path / "list.txt", text)
+    with pytest.raises(InputError, match=word) as error:
+        read_image_list(path)
+    assert f"{path}:{line}:" in str(error.value) if line else str(path) in str(error.value)
+
+
+def test_missing_image_list_names_the_others(tmp_path):
+    write(tmp_path / "test-all-20.txt", FRAME)
+    with pytest.raises(InputError, match="test-all-20.txt"):
+        read_image_list(tmp_path / "test-all.txt")
+
+
+def check_objects(objects, n):
+    boxes = [[10, 20, 30, 60], [100, 120, 80, 70], [5, 6, 7, 8]]
+    np.testing.assert_array_equal(objects.boxes, boxes[:n])
+    assert objects.boxes.dtype == np.float64 and objects.boxes.shape == (n, 4)
+    assert objects.labels == ("person", "people", "person?")[:n]
+    assert objects.occlusion.tolist() == [0, 1, 2][:n] and objects.occlusion.dtype == np.int64
+
+
+def test_every_form_is_found_in_a_root(tmp_path):
+    name = f"{FRAME}.txt"
+    write(tmp_path / "annotations_paired/set06/V001/lwir/I00019.txt", BBGT)
+    visible = BBGT.replace("10 20", "9 9")
+    write(tmp_path / "annotations_paired/set06/V001/visible/I00019.txt", visible)
+    make_json(tmp_path / "KAIST_annotation.json", [(0, [10, 20, 30, 60], 0, 0)])
+    assert open_annotations(tmp_path).form == "paired"
+    write(tmp_path / f"annotations-xml-new/{FRAME}.xml", XML)
+    assert open_annotations(tmp_path).form == "xml"
+    write(tmp_path / f"annotations-xml-new-sanitized/{FRAME}.xml", XML)
+    assert open_annotations(tmp_path).form == "xml-sanitized"
+    write(tmp_path / "annotations" / name, BBGT)
+    assert open_annotations(tmp_path).form == "bbgt"
+
+    check_objects(open_annotations(tmp_path).read(FRAME), 3)
+    assert open_annotations(tmp_path).read(FRAME).ignore.tolist() == [False, False, True]
+    check_objects(open_annotations(tmp_path, "xml").read(FRAME), 2)
+    check_objects(open_annotations(tmp_path, "xml-sanitized").read(FRAME), 2)
+    check_objects(open_annotations(tmp_path, "paired").read(FRAME), 3)
+    visible = open_annotations(tmp_path, "paired", "visible").read(FRAME)
+    assert visible.boxes[0].tolist() == [9, 9, 30, 60]
+    annotations = open_annotations(tmp_path, "json")
+    assert annotations.frames == (FRAME,)
+    assert annotations.path(FRAME).name == "KAIST_annotation.json"
+    check_objects(annotations.read(FRAME), 1)
+
+
+def test_flat_names_and_single_folders(tmp_path):
+    write(tmp_path / "dump" / f"{FRAME.replace('/', '_')}.txt", BBGT)
+    annotations = open_annotations(tmp_path / "dump")
+    assert annotations.form == "bbgt" and annotations.frames is None
+    check_objects(annotations.read(FRAME), 3)
+    write(tmp_path / "annotations-xml-new" / f"{FRAME}.xml", XML)
+    check_objects(open_annotations(tmp_path / "annotations-xml-new").read(FRAME), 2)
+
+
+def test_empty_frame(tmp_path):
+    write(tmp_path / f"annotations/{FRAME}.txt", "% bbGt version=3\n")
+    objects = open_annotations(tmp_path).read(FRAME)
+    assert objects.boxes.shape == (0, 4) and objects.labels == () and len(objects.ignore) == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "word"),
+    [("", 1, "header"), ("person 1 2 3 4 0 0 0 0 0 0 0\n", 1, "header"),
+     ("% bbGt version=3\nperson 1 2 3\n", 2, "columns"),
+     ("% bbGt version=3\n\nperson 1 x 3 4 0 0 0 0 0 0 0\n", 3, "'x'"),
+     ("% bbGt version=3\nperson 1 2 nan 4 0 0 0 0 0 0 0\n", 2, "positive"),
+     ("% bbGt version=3\nperson inf 2 3 4 0 0 0 0 0 0 0\n", 2, "box of pixels"),
+     ("% bbGt version=3\nperson 1 2 0 4 0 0 0 0 0 0 0\n", 2, "positive"),
+     ("% bbGt version=3\nperson 1 2 3 -4 0 0 0 0 0 0 0\n", 2, "positive"),
+     ("% bbGt version=3\nperson 1 2 3 4 3 0 0 0 0 0 0\n", 2, "occlusion")],
+)  # fmt: skip
+def test_bad_bbgt_is_named(tmp_path, text, line, word):
+    path = write(tmp_path / f"annotations/{FRAME}.txt", text)
+    with pytest.raises(InputError, match=word) as error:
+        open_annotations(tmp_path).read(FRAME)
+    assert f"{path}:{line}: " in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "word"),
+    [("</object>", "", "broken XML"), ("<name>person</name>", "", "name"),
+     ("<w>30</w>", "", "bndbox"), ("<w>30</w>", "<w></w>", "not a number"),
+     ("<w>30</w>", "<w>-3</w>", "positive"), ("<occlusion>0", "<occlusion>7", "occlusion")],
+)  # fmt: skip
+def test_bad_xml_is_named(tmp_path, old, new, word):
+    path = write(tmp_path / f"annotations-xml-new/{FRAME}.xml", XML.replace(old, new, 1))
+    with pytest.raises(InputError, match=word) as error:
+        open_annotations(tmp_path).read(FRAME)
+    assert str(path) in str(error.value)
+
+
+def test_bad_json_is_named(tmp_path):
+    path = tmp_path / "a.json"
+    for annotations, word in (
+        ([(0, [1, 2, 3, 4], 0, 0), (0, [1, 2, -3, 4], 0, 0)], "annotation 1 .*positive"),
+        ([(0, [1, 2, 3, 4], 5, 0)], "annotation 0 .*occlusion 5"),
+        ([(7, [1, 2, 3, 4], 0, 0)], "7"),
+    ):
+        with pytest.raises(InputError, match=word):
+            open_annotations(make_json(path, annotations))
+    for frames in ((FRAME, FRAME), ("nonsense",)):
+        with pytest.raises(InputError, match="im_name"):
+            open_annotations(make_json(path, [], frames))
+    for text, word in (('{"images": [}', "a.json:1: broken JSON"), ("[]", "not a KAIST")):
+        with pytest.raises(InputError, match=word):
+            open_annotations(write(path, text))
+
+
+def test_missing_annotations_are_named(tmp_path):
+    with pytest.raises(InputError, match="annotations-xml-new-sanitized.*KAIST_annotation.json"):
+        open_annotations(tmp_path)
+    with pytest.raises(InputError, match="no such folder"):
+        open_annotations(tmp_path / "nowhere")
+    write(tmp_path / f"annotations/{FRAME}.txt", BBGT)
+    with pytest.raises(InputError, match="annotations-xml-new"):
+        open_annotations(tmp_path, "xml")
+    with pytest.raises(InputError, match="not a form"):
+        open_annotations(tmp_path, "yaml")
+    with pytest.raises(InputError, match="I00020.txt"):
+        open_annotations(tmp_path).read("set06/V001/I00020")
+    path = make_json(tmp_path / "a.json", [])
+    with pytest.raises(InputError, match="set06/V001/I00020"):
+        open_annotations(path).read("set06/V001/I00020")
+
+
+def test_ground_truth_ignores_all_but_persons(tmp_path):
+    write(tmp_path / f"annotations/{FRAME}.txt", BBGT)
+    truth = load_ground_truth(tmp_path, [FRAME])
+    assert truth.ignore.tolist() == [False, True, True] and truth.frame.tolist() == [0, 0, 0]
+    with pytest.raises(InputError, match="--image-list"):
+        load_ground_truth(tmp_path)
+
+
+def test_forms_agree_on_real_files(reference):
+    root = reference / "mini"
+    frames = read_image_list(root / "imageSets" / "pairs.txt")
+    text, xml = open_annotations(root), open_annotations(root, "xml")
+    assert text.form == "bbgt"
+    for frame_id in frames:
+        ours, theirs = text.read(frame_id), xml.read(frame_id)
+        np.testing.assert_array_equal(ours.boxes, theirs.boxes)
+        np.testing.assert_array_equal(ours.occlusion, theirs.occlusion)
+        assert ours.labels == theirs.labels
+
+
+def test_text_of_the_test_set_gives_the_numbers_of_the_json(reference, tmp_path):
+    folder = reference / "annotations"
+    with tarfile.open(folder / "test-all-20_improved_bbGt_txt.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    frames = read_image_list(reference / "imageSets" / "test-all-20.txt")
+    expected = load_ground_truth(folder / "KAIST_annotation.json")
+    truth = load_ground_truth(tmp_path / "annotations_KAIST_test_set", frames)
+    assert truth.frames == expected.frames and expected.ignore.sum() == 864
+    for field in ("frame", "boxes", "occlusion", "ignore"):
+        np.testing.assert_array_equal(getattr(truth, field), getattr(expected, field))
+    detections = read_detections(reference / "results" / "MBNet_result.txt", frames)
+    ours, theirs = evaluate(truth, detections), evaluate(expected, detections)
+    assert [r.miss_rate for r in ours.values()] == [r.miss_rate for r in theirs.values()]
+
+
+def test_image_lists_of_the_benchmark(reference):
+    counts = {"train-all-02": 25086, "test-all-20": 2252, "test-day-20": 1455, "test-night-20": 797}
+    for name, count in counts.items():
+        assert len(read_image_list(reference / "imageSets" / f"{name}.txt")) == count
