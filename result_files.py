@@ -1,0 +1,218 @@
+"""Result files: a detector's boxes and scores for a list of frames. Needs numpy alone.
+
+Two forms are read and written:
+    text: `image_id,x,y,w,h,score` a line; ids count from 1 along the image list.
+    JSON: a list of `{image_id, category_id, bbox: [x, y, w, h], score}`; ids count from 0, and
+        rows of a category other than 1 are no pedestrians.
+
+Boxes are pixels of the 640x512 frame. A companion `<stem>.frames.txt` beside a result file, one
+frame id a line, says which frames its ids mean; without one it is the list the reader is given.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from errors import InputError
+from files import read_text, write_atomically
+from kaist import read_image_list
+
+PEDESTRIAN = 1  # the category_id that counts
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Boxes with scores in a list of frames.
+
+    frame: (n,) int64 index into the list, from 0; boxes: (n, 4) float64 xywh pixels; scores: (n,)
+    float64. Left out of them, and counted: other_categories, rows that are not pedestrians;
+    other_frames, rows of frames that the list does not hold.
+    """
+
+    frame: np.ndarray
+    boxes: np.ndarray
+    scores: np.ndarray
+    other_categories: int = 0
+    other_frames: int = 0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for boxes or scores that are not finite: no rate could be trusted."""
+        if not (np.isfinite(self.boxes).all() and np.isfinite(self.scores).all()):
+            raise ValueError("a detection's box or score is not finite")
+
+
+def frame_places(named: Sequence[str], frames: Sequence[str], where: str | Path) -> np.ndarray:
+    """(len(named),) int64: where each named frame stands in `frames`, -1 if it is not there."""
+    places = {frame_id: i for i, frame_id in enumerate(frames)}
+    missing = places.keys() - set(named)
+    if missing:
+        raise InputError(
+            f"{len(missing)} frames to evaluate, {min(missing)} among them, are not in {where}",
+            "evaluate a list that holds nothing else",
+        )
+    return np.array([places.get(frame_id, -1) for frame_id in named], dtype=np.int64)
+
+
+def move_frames(detections: Detections, place: np.ndarray) -> Detections:
+    """The detections with frame i renamed place[i]; those with place -1 are left out."""
+    frame = place[detections.frame]
+    keep = frame >= 0
+    return Detections(
+        frame[keep], detections.boxes[keep], detections.scores[keep],
+        detections.other_categories, detections.other_frames + np.count_nonzero(~keep),
+    )  # fmt: skip
+
+
+def frames_path(path: str | Path) -> Path:
+    """The companion of a result file that says which frames its ids mean, one frame id a line."""
+    return Path(path).with_suffix(".frames.txt")
+
+
+def read_detections(path: str | Path, frames: Sequence[str]) -> Detections:
+    """Read a result file, text or JSON; the frames of its ids are indexed along `frames`.
+
+    Text is `image_id,x,y,w,h,score` a line with ids from 1; JSON a list of `{image_id,
+    category_id, bbox, score}` with ids from 0. Ids count along the companion `<stem>.frames.txt`
+    if there is one, else along `frames`. A file without rows is a legal result: no detections.
+
+    Raises:
+        InputError: a malformed row, a box without area, a value that is not finite, or an id
+            outside the list, with file and line; or a companion that lacks some of `frames`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError("result file not found", "check --detections", file=path)
+    text = read_text(path)
+    is_json = path.suffix == ".json" or text.lstrip()[:1] in ("[", "{")
+    rows, numbers, others = parse_json(text, path) if is_json else parse_text(text, path)
+    companion = frames_path(path)
+    named = read_image_list(companion) if companion.is_file() else frames
+
+    def refuse(bad: np.ndarray, problem: str, remedy: str) -> None:
+        if bad.any():
+            row = int(np.argmax(bad))
+            number = numbers[row]
+            line = entry_line(text, number) if is_json else number + 1
+            values = ",".join(f"{value:g}" for value in rows[row])
+            raise InputError(f"{problem}: {values}", remedy, file=path, line=line)
+
+    refuse(~np.isfinite(rows).all(axis=1), "a value is not finite", "correct the row")
+    refuse((rows[:, 3:5] <= 0).any(axis=1), "width or height is not positive", "correct the row")
+    base = 0 if is_json else 1
+    ids = rows[:, 0] - base
+    refuse(
+        (ids != np.floor(ids)) | (ids < 0) | (ids >= len(named)),
+        f"image_id is not one of {base} to {base + len(named) - 1}",
+        f"ids of {'JSON' if is_json else 'text'} files count from {base} along the image list "
+        "the detector ran on; name it with --image-list",
+    )
+    detections = Detections(ids.astype(np.int64), rows[:, 1:5], rows[:, 5], others)
+    if named is frames:
+        return detections
+    return move_frames(detections, frame_places(named, frames, companion))
+
+
+def parse_text(text: str, path: Path) -> tuple[np.ndarray, range, int]:
+    """Rows (n, 6) float64 of a text result, their places in the file, 0 other categories."""
+    lines = text.rstrip().split("\n") if text.strip() else []
+    if not lines:
+        return np.empty((0, 6)), range(0), 0
+    try:
+        rows = np.loadtxt(lines, delimiter=",", comments=None, ndmin=2)
+        if rows.shape != (len(lines), 6):  # it skips blank lines
+            raise ValueError
+    except ValueError:
+        number, line = next(bad for bad in enumerate(lines, 1) if not is_row(bad[1]))
+        raise InputError(
+            f"{line.strip()[:60]!r} is not image_id,x,y,w,h,score", "correct or delete the line",
+            file=path, line=number,
+        ) from None  # fmt: skip
+    return rows, range(len(lines)), 0
+
+
+def is_row(line: str) -> bool:
+    """Whether a line holds six numbers."""
+    try:
+        return bool(line.strip()) and np.loadtxt([line], delimiter=",", comments=None).size == 6
+    except ValueError:
+        return False
+
+
+def parse_json(text: str, path: Path) -> tuple[np.ndarray, list[int], int]:
+    """Rows (n, 6) float64 of a JSON result's pedestrians, their places, how many others there are.
+
+    A row is (image_id, x, y, w, h, score).
+    """
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(
+            f"broken JSON ({error.msg})", "write the file again", file=path, line=error.lineno
+        ) from None
+    if not isinstance(content, list):
+        raise InputError("the JSON is not a list", "write a list of detections", file=path, line=1)
+    try:
+        places = [i for i, entry in enumerate(content) if entry["category_id"] == PEDESTRIAN]
+        rows = [entry_row(content[i]) for i in places]
+        values = np.array(rows, dtype=np.float64).reshape(-1, 6)
+    except (KeyError, TypeError, ValueError):
+        place = next(i for i, entry in enumerate(content) if not is_entry(entry))
+        raise InputError(
+            f"{str(content[place])[:80]} is no detection",
+            "write image_id, category_id, bbox [x, y, w, h] and score as numbers",
+            file=path, line=entry_line(text, place),
+        ) from None  # fmt: skip
+    return values, places, len(content) - len(places)
+
+
+def entry_row(entry: Mapping) -> tuple[float, ...]:
+    """(image_id, x, y, w, h, score) of a JSON entry."""
+    x, y, w, h = entry["bbox"]
+    return entry["image_id"], x, y, w, h, entry["score"]
+
+
+def is_entry(entry: object) -> bool:
+    """Whether a JSON entry has all its fields, or is of another category."""
+    try:
+        return entry["category_id"] != PEDESTRIAN or bool([float(v) for v in entry_row(entry)])
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def entry_line(text: str, place: int) -> int:
+    """The line on which an entry of a JSON list begins; places count from 0."""
+    decoder, end = json.JSONDecoder(), text.index("[") + 1
+    for _ in range(place + 1):
+        start = re.compile(r"[\s,]*").match(text, end).end()
+        _, end = decoder.raw_decode(text, start)
+    return text.count("\n", 0, start) + 1
+
+
+def write_detections(path: str | Path, detections: Detections, frames: Sequence[str]) -> None:
+    """Write a result file (JSON if the path ends so, else text) and its companion frames file.
+
+    Nine digits are written, so that float32 boxes and scores return exactly. Either file is
+    written beside its place and renamed, the companion first.
+    """
+    path = Path(path)
+    values = np.column_stack([detections.boxes, detections.scores]).tolist()
+    if path.suffix == ".json":
+        content = [
+            {"image_id": i, "category_id": PEDESTRIAN, "bbox": [float(f"{v:.9g}") for v in box],
+             "score": float(f"{score:.9g}")}
+            for i, (*box, score) in zip(detections.frame.tolist(), values, strict=True)
+        ]  # fmt: skip
+        text = json.dumps(content)
+    else:
+        ids = (detections.frame + 1).tolist()
+        rows = zip(ids, values, strict=True)
+        text = "".join(f"{i}," + ",".join(f"{v:.9g}" for v in row) + "\n" for i, row in rows)
+    listing = "\n".join(frames) + "\n"
+    write_atomically(frames_path(path), lambda beside: beside.write_text(listing))
+    write_atomically(path, lambda beside: beside.write_text(text))
