@@ -49,7 +49,7 @@ def random_window(
     SSD's minimum overlaps is drawn: none leaves the canvas as it is; otherwise up to 50 crops of
     0.3 to 1 of each side and aspect ratio 1/2 to 2 are tried, and the first that reaches that
     overlap with some person and holds some person's centre is taken; if none does, another
-    overlap is drawn. A frame without people takes any crop.
+    overlap is drawn. A frame without people takes any crop that shows the frame in half its area.
 
     Args:
         people: (n, 4) xyxy pixels of the persons in the frame.
@@ -71,6 +71,9 @@ def random_window(
         crops = np.concatenate([corner, corner + size], axis=1)
         if len(people):
             fits &= crop_overlaps(crops, people, overlap)
+        else:
+            shared = crops[:, 2:].clip(max=(FRAME_WIDTH, FRAME_HEIGHT)) - crops[:, :2].clip(0)
+            fits &= shared.clip(0).prod(1) >= 0.5 * size.prod(1)
         if fits.any():
             return tuple(crops[fits.argmax()].tolist())
 

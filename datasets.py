@@ -27,7 +27,7 @@ from augment import (
     view_pixels,
 )
 from errors import InputError
-from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, Objects
+from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, Objects, image_path
 from pseudo_gt import box_masks
 
 MODALITIES = {"lwir": ("lwir",), "visible": ("visible",),
@@ -73,12 +73,6 @@ def load_frames(
     return frames
 
 
-def image_path(root: Path, frame_id: str, modality: str) -> Path:
-    """`<root>/images/set00/V000/<modality>/I00000.jpg`."""
-    video, name = frame_id.rsplit("/", 1)
-    return root / "images" / video / modality / f"{name}.jpg"
-
-
 def check_images(root: Path, frame_ids: list[str], input_mode: str) -> None:
     """Look at every image's header: it exists, is an image, and has KAIST's size.
 
@@ -117,9 +111,9 @@ def read_image(path: Path, modality: str) -> np.ndarray:
     with open_image(path) as image:
         try:
             if modality == "visible":
-                return np.asarray(image.convert("RGB"))
+                return np.array(image.convert("RGB"))
             image.draft("L", None)  # a JPEG's luma alone: no colour conversion to undo
-            return np.asarray(image.convert("L"))[..., None]
+            return np.array(image.convert("L"))[..., None]
         except OSError as error:
             raise InputError(f"broken image ({error})", "copy it again", file=path) from None
 

@@ -267,6 +267,24 @@ def ensure_demo(root: Path) -> None:
         draw_demo(root, train_frames=TRAIN_FRAMES, test_frames=TEST_FRAMES)
 
 
+def open_root(name: str) -> Path:
+    """A KAIST root named by a constant; the demo set is drawn if it is the one that is missing.
+
+    Raises:
+        InputError: any other folder that is not there.
+    """
+    root = Path(name)
+    if root == ROOT:
+        ensure_demo(root)
+    elif not root.is_dir():
+        raise InputError(
+            "no such folder",
+            f"set DATA_ROOT (--data-root) to KAIST's folder, or to {ROOT} for a drawn one",
+            file=root,
+        )
+    return root
+
+
 def main() -> None:
     """Draws the demo set where the command line says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from errors import run_script
+from files import write_atomically
 
 if TYPE_CHECKING:
     from datasets import Batch
@@ -77,16 +78,14 @@ def main() -> None:
     # Here, because datasets.py itself needs the masks above.
     from config import parse_flags, read_constants
     from datasets import Augmentation, Collate, KaistPairs, check_images, load_frames
-    from demo_data import ensure_demo
+    from demo_data import open_root
     from kaist import find_file, open_annotations, read_image_list
     from model import feature_map_sizes
-    from utils import write_atomically
 
     constants = read_constants(__file__)
     config = {name: value for name, (value, _) in constants.items()}
     config |= parse_flags(__doc__.splitlines()[0], constants, None)
-    root = Path(config["data_root"])
-    ensure_demo(root)
+    root = open_root(config["data_root"])
     frame_ids = read_image_list(find_file(root, config["image_list"]))
     order = torch.randperm(len(frame_ids), generator=torch.manual_seed(config["seed"]))
     annotations = open_annotations(root, config["annotations"])
