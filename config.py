@@ -1,0 +1,134 @@
+"""A script's constants as its command line: every constant is a flag, its comment the help."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from errors import InputError
+from experiments import BASE, EXPERIMENTS
+
+# Constants that take one of a few words.
+CHOICES = {
+    "input_mode": ("lwir", "visible", "mean", "early"),
+    "priors": ("ssd300", "ssd300-coco", "pedestrian"),
+    "pretrained": ("none", "imagenet", "coco"),
+    "seg_cells": ("mean", "sum"),
+    "seg_maps": ("mean", "sum"),
+    "loc_loss": ("l1", "smooth_l1"),
+    "loc_reduction": ("mean", "sum"),
+    "optimizer": ("sgd", "adam"),
+    "schedule": ("constant", "step", "cosine"),
+    "precision": ("auto", "fp32", "bf16"),
+}
+
+
+def read_constants(script: str | Path) -> dict[str, tuple[Any, str]]:
+    """A script's upper-case constants: lower-case name -> (value, comment on its line)."""
+    source = Path(script).read_text(encoding="utf-8")
+    lines = source.splitlines()
+    constants = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name.isupper():
+                comment = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")[2]
+                constants[name.lower()] = (ast.literal_eval(node.value), comment.strip())
+    return constants
+
+
+def parse_flags(
+    description: str, constants: dict[str, tuple[Any, str]], argv: list[str] | None
+) -> dict[str, Any]:
+    """The flags given on the command line, as lower-case name -> value; nothing else.
+
+    Raises:
+        InputError: an unknown flag or a value of the wrong type.
+    """
+    parser = OneLineParser(
+        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
+    )
+    for name, (value, comment) in constants.items():
+        flag = "--" + name.replace("_", "-")
+        text = f"{comment} (default: {show(value)})".replace("%", "%%")
+        if isinstance(value, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif isinstance(value, tuple):
+            parser.add_argument(flag, type=tuple_of(value), help=text, metavar="N,N,…")
+        else:
+            choices = CHOICES.get(name)
+            parser.add_argument(flag, type=type(value), choices=choices, help=text, metavar=None
+                                if choices else type(value).__name__.upper())  # fmt: skip
+    return vars(parser.parse_args(argv))
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose refusal is one InputError instead of a usage screen."""
+
+    def error(self, message: str) -> None:
+        raise InputError(message, f"python {self.prog} --help lists the flags")
+
+
+def resolve_row(name: str) -> dict[str, Any]:
+    """Every constant of a row of the lab book: `BASE` and the changes down to it.
+
+    Raises:
+        InputError: there is no such row, or a row changes an unknown constant.
+    """
+    if name not in EXPERIMENTS:
+        raise InputError(
+            f"the lab book has no experiment {name!r}", f"choose one of {', '.join(EXPERIMENTS)}"
+        )
+    row = EXPERIMENTS[name]
+    values = resolve_row(row["based_on"]) if row["based_on"] else BASE
+    unknown = row["change"].keys() - BASE.keys()
+    if unknown:
+        raise InputError(
+            f"row {name} changes {', '.join(unknown)}, which no recipe has",
+            "correct the row in experiments.py",
+        )
+    return {**values, **row["change"]}
+
+
+def tuple_of(default: tuple) -> Any:
+    """A parser of "1,0,0" into a tuple of the default's length and element type."""
+    kind = type(default[0])
+
+    def parse(text: str) -> tuple:
+        values = tuple(kind(part) for part in re.split(r"[,\s]+", text.strip("()[] ")))
+        if len(values) != len(default):
+            raise argparse.ArgumentTypeError(f"wants {len(default)} values, like {show(default)}")
+        return values
+
+    return parse
+
+
+def show(value: Any) -> str:
+    """A value as one would type it on the command line."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def check_config(config: dict[str, Any], positive: Iterable[str]) -> None:
+    """Refuse values that no run can use, before anything is read.
+
+    Args:
+        positive: names whose value has to be greater than zero.
+
+    Raises:
+        InputError: the constant, its value and what is allowed.
+    """
+    for name, choices in CHOICES.items():
+        if name in config and config[name] not in choices:
+            refuse(name, config[name], f"choose one of {', '.join(choices)}")
+    for name in positive:
+        if not config[name] > 0:
+            refuse(name, config[name], "it has to be greater than 0")
+
+
+def refuse(name: str, value: Any, remedy: str) -> None:
+    """Raise the InputError for a constant."""
+    raise InputError(f"{name.upper()} = {value!r} cannot be used", remedy)

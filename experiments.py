@@ -1,0 +1,202 @@
+"""The lab book: the experiments of the project's log, each a flat diff from the row it builds on.
+
+Pure data. `BASE` holds what the log calls common to all; a row names its parent, what it changes
+(train.py's constants in lower case), the log's own words and the figures the log recorded (miss
+rate in %, measured by an evaluator that drops frames without detections; "all / day / night").
+"""
+
+from __future__ import annotations
+
+BASE = {
+    "seed": 42,
+    "input_mode": "lwir",
+    "input_size": (300, 300),
+    "batch_norm": False,
+    "width": 1.0,
+    "priors": "ssd300",
+    "pretrained": "imagenet",
+    "infusion": (0, 0, 0, 0, 0, 0),
+    "infusion_conv": False,
+    "seg_cells": "mean",
+    "seg_maps": "mean",
+    "seg_weight": 1.0,
+    "masks_follow": False,
+    "loc_loss": "l1",
+    "loc_reduction": "mean",
+    "optimizer": "sgd",
+    "lr": 1e-3,
+    "bias_lr_factor": 2.0,
+    "weight_decay": 5e-4,
+    "schedule": "constant",
+    "batch_size": 8,
+    "epochs": 122,
+    "validation": 0.1,
+    "augment": False,
+    "zoom_out": 4.0,
+    "hue_saturation": True,
+    "min_height": 12.0,
+    "margin": 5.0,
+    "eval_every": 5,
+    "min_score": 0.2,
+    "nms_iou": 0.5,
+    "max_boxes": 200,
+}
+
+EXPERIMENTS = {
+    "1": {
+        "based_on": None,
+        "change": {},
+        "words": "LWIR, SGD, lr 1e-3, batch 8, 120k iterations, decay that never fired, L1, "
+        "no augmentation beyond resize, 10% of train held out",
+        "logged": "train loss 0.2 at epoch 80, validation loss above 2: overfits",
+    },
+    "2": {
+        "based_on": "1",
+        "change": {"optimizer": "adam"},
+        "words": "Adam",
+        "logged": "NaN after about 30 epochs; 43.63 at epoch 25",
+    },
+    "3": {
+        "based_on": "2",
+        "change": {"lr": 5e-4, "batch_size": 32, "epochs": 150, "schedule": "step"},
+        "words": "lr 5e-4, batch 32, 150 epochs, decay at 2/3 and 5/6",
+        "logged": "",
+    },
+    "4": {
+        "based_on": "1",
+        "change": {
+            "lr": 5e-4, "batch_size": 32, "epochs": 150, "schedule": "step",
+            "augment": True, "validation": 0.0,
+        },
+        "words": "SGD, lr 5e-4, batch 32, 150 epochs, SSD augmentation, all frames",
+        "logged": "29.03, recall 0.8330 (epoch 130)",
+    },
+    "5": {
+        "based_on": "4",
+        "change": {"validation": 0.1},
+        "words": "10% validation split",
+        "logged": "",
+    },
+    "6": {"based_on": "5", "change": {"optimizer": "adam"}, "words": "Adam", "logged": ""},
+    "7": {
+        "based_on": "6",
+        "change": {"loc_loss": "smooth_l1"},
+        "words": "smooth L1",
+        "logged": "",
+    },
+    "8": {"based_on": "7", "change": {"epochs": 300}, "words": "300 epochs", "logged": ""},
+    "9": {
+        "based_on": "7",
+        "change": {"validation": 0.0},
+        "words": "no validation split, all frames",
+        "logged": "29.18, recall 0.8029",
+    },
+    "10": {
+        "based_on": "9",
+        "change": {"epochs": 120},
+        "words": "120 epochs",
+        "logged": "27.72, recall 0.8092",
+    },
+    "11": {
+        "based_on": "9",
+        "change": {"epochs": 100},
+        "words": "100 epochs (kept from here on)",
+        "logged": "28.55, recall 0.8131",
+    },
+    "12": {
+        "based_on": "11",
+        "change": {"batch_norm": True},
+        "words": "VGG16 with BatchNorm",
+        "logged": "28.25, recall 0.8173; 27.93 / 33.82 / 16.06",
+    },
+    "13": {
+        "based_on": "12",
+        "change": {"input_mode": "visible"},
+        "words": "visible input",
+        "logged": "35.52, recall 0.7742; 36.34 / 33.86 / 42.52",
+    },
+    "14": {
+        "based_on": "12",
+        "change": {"input_mode": "mean"},
+        "words": "visible + LWIR input, averaged into 3 channels",
+        "logged": "34.75 / 35.27 / 33.55",
+    },
+    "15": {"based_on": "13", "change": {"lr": 1e-3}, "words": "lr 1e-3", "logged": ""},
+    "16": {
+        "based_on": "12",
+        "change": {"eval_every": 10},
+        "words": "evaluate every 10 epochs",
+        "logged": "",
+    },
+    "17": {
+        "based_on": "13",
+        "change": {"eval_every": 10},
+        "words": "evaluate every 10 epochs",
+        "logged": "",
+    },
+    "18": {
+        "based_on": "12",
+        "change": {"infusion": (1, 1, 0, 0, 0, 0)},
+        "words": "segmentation infusion on maps [1,1,0,0,0,0], mean over maps",
+        "logged": "29.03, recall 0.8102; 29.02 / 33.77 / 19.17",
+    },
+    "19": {
+        "based_on": "18",
+        "change": {"seg_maps": "sum"},
+        "words": "sum over maps",
+        "logged": "26.09, recall 0.8296; 26.33 / 31.38 / 15.89",
+    },
+    "20": {
+        "based_on": "19",
+        "change": {"infusion": (1, 1, 1, 0, 0, 0)},
+        "words": "maps [1,1,1,0,0,0]",
+        "logged": "27.72 / 32.78 / 16.59",
+    },
+    "21": {
+        "based_on": "20",
+        "change": {"infusion_conv": True},
+        "words": "3x3 conv (same width) before the 1x1",
+        "logged": "27.12 / 33.33 / 14.15",
+    },
+    "22": {
+        "based_on": "19",
+        "change": {"infusion": (1, 1, 1, 1, 1, 1)},
+        "words": "maps [1,1,1,1,1,1]",
+        "logged": "",
+    },
+    "23": {
+        "based_on": "19",
+        "change": {"infusion": (1, 0, 0, 0, 0, 0)},
+        "words": "maps [1,0,0,0,0,0]",
+        "logged": "",
+    },
+    "24": {
+        "based_on": "23",
+        "change": {"seg_cells": "mean"},
+        "words": "per-map mean over cells, each loss term recorded",
+        "logged": "",
+    },
+    "25": {
+        "based_on": "24",
+        "change": {"seg_cells": "sum"},
+        "words": "per-map sum over cells",
+        "logged": "",
+    },
+    "26": {
+        "based_on": "23",
+        "change": {"masks_follow": True},
+        "words": "masks follow the augmentation",
+        "logged": "",
+    },
+    "demo": {
+        "based_on": "26",
+        "change": {
+            "input_mode": "early", "width": 0.125, "priors": "pedestrian", "pretrained": "none",
+            "infusion": (1, 1, 0, 0, 0, 0), "loc_reduction": "sum", "lr": 2e-3,
+            "weight_decay": 1e-5, "schedule": "cosine", "batch_size": 8, "epochs": 14,
+            "zoom_out": 1.5, "eval_every": 7, "min_score": 0.01, "nms_iou": 0.45,
+        },
+        "words": "not of the log: a narrow network on both modalities for the demo set",
+        "logged": "",
+    },
+}  # fmt: skip

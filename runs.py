@@ -1,0 +1,192 @@
+"""A training run's folder: its configuration, checkpoints, log and curves, and how it resumes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from errors import InputError
+from files import write_atomically
+from model import SSD300
+from utils import load_checkpoint, save_checkpoint
+
+# Constants that may differ between a run and its continuation: they change no number.
+MACHINE_CONSTANTS = ("experiment", "checkpoints", "device", "workers")
+LOG_COLUMNS = ("epoch", "loss", "loc", "conf", "seg", "lr", "images_per_s", "seconds",
+               "miss_rate", "miss_rate_day", "miss_rate_night", "recall")  # fmt: skip
+
+
+class Run:
+    """Where a training run stands, and the folder that remembers it.
+
+    A run with the same constants that was not finished is continued: the sampler and the
+    augmentation are keyed by (seed, epoch, frame), so that model, optimiser, epoch and step are
+    all there is to remember. A finished run, or one of the same name with other constants, is
+    left alone and the new one gets a number: `26`, `26-2`, …
+
+    Attributes:
+        folder: `<CHECKPOINTS>/<name>`.
+        epoch, step: completed epochs, and completed steps of the epoch under way.
+        sums: (4,) sums of loss, loc, conf and seg over those steps; seconds: their time.
+        history: a dict with `LOG_COLUMNS` for each completed epoch.
+    """
+
+    def __init__(self, config: dict[str, Any], name: str, model_args: dict[str, Any]) -> None:
+        self.config = config
+        self.name = name
+        self.model_args = model_args
+        self.epoch = self.step = 0
+        self.sums = [0.0] * 4
+        self.seconds = 0.0
+        self.history: list[dict[str, float]] = []
+        self.state: dict[str, Any] | None = None
+        self.folder = self.choose_folder(Path(config["checkpoints"]))
+
+    def choose_folder(self, root: Path) -> Path:
+        """The folder of an unfinished run of the same constants, or the next free name."""
+        number = 1
+        while True:
+            folder = root / (self.name if number == 1 else f"{self.name}-{number}")
+            if not folder.exists():
+                return folder
+            if (folder / "last.pt").exists() and self.continues(folder / "last.pt"):
+                return folder
+            number += 1
+
+    def continues(self, path: Path) -> bool:
+        """Take up the run of a checkpoint if it is this one and unfinished."""
+        state = load_checkpoint(path)
+        ours = {k: v for k, v in self.config.items() if k not in MACHINE_CONSTANTS}
+        theirs = {k: v for k, v in state["config"].items() if k not in MACHINE_CONSTANTS}
+        if ours != theirs or state["epoch"] >= self.config["epochs"]:
+            return False
+        self.state = state
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.sums, self.seconds = list(state["sums"]), state["seconds"]
+        self.history = list(state["history"])
+        return True
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an earlier start of this run is continued."""
+        return self.state is not None
+
+    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Make the folder, write the configuration, and give model and optimiser the state of
+        the run that is continued, if one is."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"name": self.name, **self.config}, indent=1)
+        write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
+        if self.state is not None:
+            model.load_state_dict(self.state["model"])
+            optimizer.load_state_dict(self.state["optimizer"])
+            torch.set_rng_state(self.state["rng"])
+            self.state = None
+
+    def add_step(self, losses: Tensor, seconds: float) -> None:
+        """Count a step; losses is (4,): loss, loc, conf, seg."""
+        self.step += 1
+        self.sums = [a + b for a, b in zip(self.sums, losses.tolist(), strict=True)]
+        self.seconds += seconds
+
+    def mean_losses(self) -> list[float]:
+        """Loss, loc, conf and seg, averaged over the steps of the epoch under way."""
+        return [value / max(1, self.step) for value in self.sums]
+
+    def end_epoch(
+        self,
+        model: SSD300,
+        optimizer: torch.optim.Optimizer,
+        scores: dict[str, float],
+    ) -> None:
+        """Log the epoch, save its checkpoint (and as best.pt if its miss rate is the lowest).
+
+        Args:
+            scores: "miss_rate", "miss_rate_day", "miss_rate_night" and "recall" as fractions;
+                empty when the epoch was not evaluated.
+        """
+        losses = dict(zip(("loss", "loc", "conf", "seg"), self.mean_losses(), strict=True))
+        speed = self.step * self.config["batch_size"] / max(self.seconds, 1e-9)
+        row = {"epoch": self.epoch + 1, **losses, "lr": optimizer.param_groups[0]["lr"],
+               "images_per_s": speed, "seconds": self.seconds}  # fmt: skip
+        best = min((past.get("miss_rate", 2.0) for past in self.history), default=2.0)
+        self.history.append({**row, **scores})
+        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, [0.0] * 4, 0.0
+        self.save(model, optimizer)
+        if scores and scores["miss_rate"] < best:
+            save_checkpoint(self.folder / "best.pt", self.content(model, None))
+        self.write_log()
+
+    def content(
+        self, model: SSD300, optimizer: torch.optim.Optimizer | None
+    ) -> dict[str, Any]:
+        """A checkpoint's content; without the optimiser it can be used but not continued."""
+        content = {
+            "model_args": self.model_args, "config": self.config, "experiment": self.name,
+            "model": model.state_dict(), "epoch": self.epoch, "step": self.step,
+            "sums": self.sums, "seconds": self.seconds, "history": self.history,
+            "rng": torch.get_rng_state(),
+        }  # fmt: skip
+        return content if optimizer is None else {**content, "optimizer": optimizer.state_dict()}
+
+    def save(self, model: SSD300, optimizer: torch.optim.Optimizer) -> None:
+        """Write last.pt."""
+        save_checkpoint(self.folder / "last.pt", self.content(model, optimizer))
+
+    def write_log(self) -> None:
+        """Write log.csv and curves.png from the history."""
+
+        def write(path: Path) -> None:
+            with path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, LOG_COLUMNS, restval="")
+                writer.writeheader()
+                writer.writerows(self.history)
+
+        write_atomically(self.folder / "log.csv", write)
+        write_atomically(self.folder / "curves.png", self.draw_curves)
+
+    def draw_curves(self, path: Path) -> None:
+        """Loss terms and miss rate over the epochs."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(9, 3.5), layout="constrained")
+        FigureCanvasAgg(figure)
+        left, right = figure.subplots(1, 2)
+        epochs = [row["epoch"] for row in self.history]
+        for term in ("loss", "loc", "conf", "seg"):
+            left.plot(epochs, [row[term] for row in self.history], label=term)
+        left.set(xlabel="epoch", ylabel="training loss")
+        left.legend()
+        scored = [row for row in self.history if "miss_rate" in row]
+        for key, label in (("miss_rate", "all"), ("miss_rate_day", "day"),
+                           ("miss_rate_night", "night")):  # fmt: skip
+            rates = [100 * row[key] for row in scored]
+            right.plot([row["epoch"] for row in scored], rates, marker="o", label=label)
+        right.set(xlabel="epoch", ylabel="miss rate, Reasonable (%)", ylim=(0, 100))
+        right.legend()
+        figure.savefig(path, format="png", dpi=120)
+
+    def save_evidence(self, frame_ids: list[str], losses: Tensor) -> Path:
+        """Write what a step that went wrong saw: frame ids and loss terms. Returns the path."""
+        path = self.folder / f"nonfinite-epoch{self.epoch + 1}-step{self.step + 1}.json"
+        terms = dict(zip(("loss", "loc", "conf", "seg"), map(str, losses.tolist()), strict=True))
+        evidence = {"frames": frame_ids, "losses": terms, "epoch": self.epoch + 1,
+                    "step": self.step + 1, "seed": self.config["seed"]}  # fmt: skip
+        text = json.dumps(evidence, indent=1)
+        write_atomically(path, lambda beside: beside.write_text(text))
+        return path
+
+
+def nonfinite_error(path: Path) -> InputError:
+    """The line that ends a run whose loss is not finite."""
+    return InputError(
+        "the loss is not a finite number; the batch's frames and loss terms are in this file",
+        "lower LR, or look at those frames; last.pt still holds the weights of the epoch before",
+        file=path,
+    )

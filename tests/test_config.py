@@ -1,0 +1,107 @@
+"""Constants, flags, rows of the lab book, and the name a run is saved under."""
+
+import pytest
+
+import train
+from config import CHOICES, parse_flags, read_constants, resolve_row
+from errors import InputError
+from experiments import BASE, EXPERIMENTS
+
+
+def defaults():
+    return {name: value for name, (value, _) in read_constants(train.__file__).items()}
+
+
+def test_constants_become_flags_with_their_comments(capsys):
+    constants = read_constants(train.__file__)
+    assert constants["batch_size"] == (8, "frames a step")
+    assert all(comment for _, comment in constants.values()), "each constant has a comment"
+    with pytest.raises(SystemExit):
+        parse_flags("", constants, ["--help"])
+    assert "--no-batch-norm" in capsys.readouterr().out
+
+
+def test_flags_win_over_rows_and_rows_over_constants():
+    config = train.configure(["--experiment", "19", "--lr", "0.25", "--infusion", "0,0,1,0,0,0"])
+    assert config["lr"] == 0.25 and config["infusion"] == (0, 0, 1, 0, 0, 0)
+    assert config["epochs"] == 100 and config["width"] == 1.0  # the row's
+    assert config["data_root"] == defaults()["data_root"]  # no row speaks of it
+    assert train.configure(["--no-augment"])["augment"] is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--experiment", "99"], "no experiment '99'.*1, 2,"),
+        (["--bath-size", "3"], "unrecognized arguments: --bath-size"),
+        (["--batch-size", "many"], "invalid int value: 'many'"),
+        (["--batch-size", "0"], "BATCH_SIZE = 0.*greater than 0"),
+        (["--width", "nan"], "WIDTH = nan"),
+        (["--input-mode", "radar"], "invalid choice: 'radar'"),
+        (["--infusion", "1,0"], "wants 6 values"),
+        (["--pretrained", "imagenet"], "WIDTH = 1.0"),
+        (["--pretrained", "coco", "--width", "1"], "BATCH_NORM = False"),
+        (["--validation", "1"], "VALIDATION = 1.0"),
+        (["--zoom-out", "0.5"], "ZOOM_OUT = 0.5"),
+        (["--input-size", "100,100"], r"INPUT_SIZE = \(100, 100\)"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(flags, message):
+    with pytest.raises(InputError, match=message):
+        train.configure(flags)
+
+
+def test_every_row_resolves_to_known_constants():
+    names = defaults()
+    assert BASE.keys() <= names.keys()
+    for name in EXPERIMENTS:
+        row = resolve_row(name)
+        assert row.keys() == BASE.keys()
+        for key, value in row.items():
+            assert type(value) is type(names[key]), (name, key)
+            assert key not in CHOICES or value in CHOICES[key]
+
+
+def test_the_constants_as_they_come_are_the_demo_row():
+    assert {key: defaults()[key] for key in BASE} == resolve_row("demo")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("12", {"input_mode": "lwir", "optimizer": "adam", "lr": 5e-4, "batch_size": 32,
+                "epochs": 100, "batch_norm": True, "loc_loss": "smooth_l1", "validation": 0.0,
+                "loc_reduction": "mean", "infusion": (0,) * 6, "pretrained": "imagenet",
+                "augment": True, "schedule": "step", "width": 1.0}),
+        ("19", {"infusion": (1, 1, 0, 0, 0, 0), "seg_maps": "sum", "masks_follow": False,
+                "infusion_conv": False, "seg_cells": "mean", "epochs": 100}),
+        ("26", {"infusion": (1, 0, 0, 0, 0, 0), "seg_maps": "sum", "masks_follow": True}),
+    ],
+)  # fmt: skip
+def test_rows_as_the_log_has_them(row, expected):
+    resolved = resolve_row(row)
+    assert {key: resolved[key] for key in expected} == expected
+
+
+def test_a_run_is_named_for_its_row_only_if_it_is_that_row():
+    name = lambda *flags: train.run_name(train.configure(list(flags)))  # noqa: E731
+    assert name() == "demo"
+    assert name("--experiment", "26") == "26"
+    assert name("--experiment", "26", "--workers", "7", "--data-root", "x") == "26"
+    assert name("--experiment", "26", "--seed", "3") == "26-seed3"
+    assert name("--experiment", "26", "--lr", "0.1") == "custom"
+    assert name("--epochs", "1") == "custom"
+
+
+def test_schedules_by_hand():
+    config = defaults() | {"epochs": 100}
+    factor = lambda schedule, epoch: train.lr_factor(  # noqa: E731
+        config | {"schedule": schedule}, epoch * 10, 1000
+    )
+    assert [factor("step", e) for e in (0, 63, 64, 79, 80, 99)] == pytest.approx(
+        [1, 1, 0.1, 0.1, 0.01, 0.01]
+    )  # int(100 / 6) * 4 = 64 and * 5 = 80
+    assert factor("constant", 99) == 1
+    assert train.lr_factor(config | {"schedule": "cosine"}, 0, 1000) == pytest.approx(1 / 50)
+    assert factor("cosine", 5) == pytest.approx(1)
+    assert train.lr_factor(config | {"schedule": "cosine"}, 525, 1000) == pytest.approx(0.5)
