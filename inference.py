@@ -1,0 +1,130 @@
+"""The network over whole image lists: frames in, detections in pixels of the frame out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert
+from tqdm import tqdm
+
+from datasets import BatchLoader, Frame, KaistPairs, check_images
+from demo_data import open_root
+from kaist import (
+    FOLDERS,
+    FRAME_HEIGHT,
+    FRAME_WIDTH,
+    JSON_NAME,
+    Annotations,
+    find_file,
+    open_annotations,
+    read_image_list,
+)
+from miss_rate import GroundTruth, load_ground_truth
+from model import SSD300, detect
+from result_files import Detections
+from utils import autocast, build_model, choose_device, choose_precision, load_checkpoint
+
+
+def find_annotations(root: Path, where: str, modality: str) -> Annotations:
+    """Annotations named by a constant: "auto", a form within the root, or a path."""
+    if where in ("auto", "json", *FOLDERS):
+        return open_annotations(root, where, modality)
+    return open_annotations(find_file(root, where), "auto", modality)
+
+
+def open_test_set(root: Path, test_list: str, where: str) -> GroundTruth:
+    """The people of a test list.
+
+    With "auto" a KAIST_annotation.json in the root is preferred if it has every frame of the
+    list, because it holds the improved annotations that papers evaluate on.
+
+    Args:
+        test_list: an image list below the root, or any path.
+        where: TEST_ANNOTATIONS: "auto", a form, or a path.
+    """
+    frame_ids = read_image_list(find_file(root, test_list))
+    if where == "auto" and any((root / f / JSON_NAME).is_file() for f in (".", "annotations")):
+        improved = open_annotations(root, "json")
+        if set(frame_ids) <= set(improved.frames):
+            return load_ground_truth(improved, frame_ids)
+    return load_ground_truth(find_annotations(root, where, "lwir"), frame_ids)
+
+
+def frame_loader(
+    root: Path, frame_ids: Sequence[str], config: dict[str, Any], device: torch.device
+) -> BatchLoader:
+    """Batches of whole frames in their order, without boxes, after a look at every image."""
+    check_images(root, frame_ids, config["input_mode"])
+    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+    dataset = KaistPairs(
+        root, [Frame(frame_id, *nothing) for frame_id in frame_ids],
+        input_mode=config["input_mode"], size=config["input_size"], augmentation=None,
+        masks_follow=True, seed=config["seed"],
+    )  # fmt: skip
+    return BatchLoader(
+        dataset, batch_size=config["batch_size"], workers=config["workers"], shuffle=False,
+        map_sizes=[], pin_memory=device.type == "cuda",
+    )  # fmt: skip
+
+
+def detect_frames(
+    model: SSD300,
+    loader: BatchLoader,
+    device: torch.device,
+    precision: torch.dtype,
+    config: dict[str, Any],
+) -> Detections:
+    """Detections of every frame of a loader, in xywh pixels of the 640x512 frame.
+
+    Args:
+        config: its `min_score`, `nms_iou` and `max_boxes` are `model.detect`'s.
+    """
+    was_training = model.training
+    model.eval()
+    limits = {name: config[name] for name in ("min_score", "nms_iou", "max_boxes")}
+    found: list[tuple[Tensor, Tensor]] = []
+    with torch.inference_mode():
+        for batch in tqdm(loader.epoch(0), total=len(loader), desc="detecting", leave=False):
+            with autocast(device, precision):
+                predictions = model(batch.images.to(device, non_blocking=True))
+            found += detect(predictions, model.priors, **limits)
+    model.train(was_training)
+    frame = np.repeat(np.arange(len(found)), [len(scores) for _, scores in found])
+    boxes = box_convert(torch.cat([boxes for boxes, _ in found]), "xyxy", "xywh").double().cpu()
+    scores = torch.cat([scores for _, scores in found]).double().cpu().numpy()
+    pixels = (FRAME_WIDTH, FRAME_HEIGHT, FRAME_WIDTH, FRAME_HEIGHT)
+    return drop_empty(Detections(frame, boxes.numpy() * pixels, scores))
+
+
+def drop_empty(detections: Detections) -> Detections:
+    """Without the boxes that clipping to the frame left with no area worth writing down."""
+    keep = (detections.boxes[:, 2:] >= 0.01).all(1)
+    return Detections(detections.frame[keep], detections.boxes[keep], detections.scores[keep])
+
+
+def run_checkpoint(
+    path: Path, settings: dict[str, Any]
+) -> tuple[dict[str, Any], GroundTruth, Detections]:
+    """A checkpoint's network over its test list.
+
+    Args:
+        settings: override the checkpoint's own configuration (`data_root`, `test_list`,
+            `test_annotations`, `device`, …).
+
+    Returns:
+        The configuration used, the people of the test list, and the detections.
+    """
+    checkpoint = load_checkpoint(path)
+    config = checkpoint["config"] | settings
+    root = open_root(config["data_root"])
+    device = choose_device(config["device"])
+    precision = choose_precision(config["precision"], device)
+    ground_truth = open_test_set(root, config["test_list"], config["test_annotations"])
+    loader = frame_loader(root, ground_truth.frames, config, device)
+    model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
+    return config, ground_truth, detect_frames(model, loader, device, precision, config)

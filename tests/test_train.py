@@ -1,0 +1,203 @@
+"""Training as a user meets it: the three commands, resuming, and runs that go wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import detect
+import train
+from errors import InputError
+from runs import Run
+from utils import build_model, load_checkpoint, newest_checkpoint, save_checkpoint
+
+PROJECT = Path(train.__file__).parent
+QUICK = ["--epochs", "2", "--batch-size", "4", "--workers", "0", "--width", "0.0625",
+         "--eval-every", "1", "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture
+def start(demo_root, tmp_path, monkeypatch):
+    """Run train.main() in a folder of its own with some flags."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data-root", str(demo_root),
+                                          *QUICK, *flags])  # fmt: skip
+        train.main()
+
+    return start
+
+
+def run_script(name, *arguments, cwd):
+    command = [sys.executable, str(PROJECT / name), *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+def test_train_eval_detect_as_a_user_runs_them(demo_root, tmp_path):
+    done = run_script("train.py", "--data-root", demo_root, *QUICK, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "images/s" in done.stderr and "loc" in done.stderr and "lr" in done.stderr
+    folder = tmp_path / "checkpoints" / "custom"
+    assert {p.name for p in folder.iterdir()} >= {
+        "config.json", "log.csv", "last.pt", "best.pt", "detections.txt", "curves.png",
+        "miss_rate.png",
+    }  # fmt: skip
+    header, *rows = (folder / "log.csv").read_text().splitlines()
+    assert header.startswith("epoch,loss,loc,conf,seg,lr,images_per_s") and len(rows) == 2
+
+    table = [line for line in done.stdout.splitlines() if line.startswith("custom")]
+    done = run_script("eval.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    numbers = [line.split()[1:] for line in done.stdout.splitlines() if line.count(".") >= 8]
+    assert numbers == [table[-1].split()[1:]]  # the same table as training printed
+
+    image = demo_root / "images/set06/V000/visible/I00000.jpg"
+    done = run_script("detect.py", image, "--min-score", "0.01", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "score" in done.stdout
+    assert (tmp_path / "detections/set06_V000_I00000.png").stat().st_size > 10_000
+
+
+def test_interrupted_run_continues_to_the_same_weights(start, monkeypatch, tmp_path):
+    start("--checkpoints", "whole")
+    add_step, steps = Run.add_step, []
+
+    def interrupt(self, *arguments):
+        add_step(self, *arguments)
+        steps.append(1)
+        if len(steps) == 4:  # in the second epoch of three steps
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "add_step", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        start("--checkpoints", "halves")
+    half = load_checkpoint(Path("halves/custom/last.pt"))
+    assert (half["epoch"], half["step"]) == (1, 1)
+    start("--checkpoints", "halves")
+    whole, halves = (load_checkpoint(Path(f"{n}/custom/last.pt")) for n in ("whole", "halves"))
+    assert all(torch.equal(whole["model"][key], halves["model"][key]) for key in whole["model"])
+    assert len(halves["history"]) == 2
+    for a, b in zip(whole["history"], halves["history"], strict=True):
+        assert a["loss"] == b["loss"] and a["miss_rate"] == b["miss_rate"]
+    assert not Path("halves/custom-2").exists()
+
+
+def test_a_finished_or_other_run_is_never_overwritten(start):
+    start("--epochs", "1")
+    before = Path("checkpoints/custom/last.pt").read_bytes()
+    start("--epochs", "1")
+    start("--epochs", "1", "--lr", "1e-5")
+    assert Path("checkpoints/custom/last.pt").read_bytes() == before
+    assert Path("checkpoints/custom-2/last.pt").exists()
+    assert Path("checkpoints/custom-3/last.pt").exists()
+
+
+def test_nonfinite_loss_stops_with_its_evidence(start, monkeypatch):
+    forward = train.Criterion.forward
+    monkeypatch.setattr(train.Criterion, "forward", lambda *a: forward(*a) * float("nan"))
+    with pytest.raises(InputError, match="not a finite number"):
+        start()
+    [evidence] = Path("checkpoints/custom").glob("nonfinite-*.json")
+    content = json.loads(evidence.read_text())
+    assert len(content["frames"]) == 4 and content["losses"]["conf"] == "nan"
+
+
+def test_held_out_frames_choose_the_best_epoch(start):
+    start("--epochs", "1", "--validation", "0.34")
+    frames = Path("checkpoints/custom/detections.frames.txt").read_text().split()
+    assert len(frames) == 4 and all(frame < "set06" for frame in frames)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data-root", "nowhere"], "nowhere: no such folder.*DATA_ROOT"),
+        (["--train-list", "imageSets/none.txt"], "none.txt: image list not found.*train-all.txt"),
+        (["--annotations", "xml"], "looked for annotations-xml-new"),
+        (["--device", "cuda:77"], "DEVICE = 'cuda:77'"),
+        (["--min-height", "500"], "holds a person to learn"),
+    ],
+)
+def test_bad_input_is_refused_before_training(start, flags, message):
+    with pytest.raises(InputError, match=message):
+        start(*flags)
+    assert not Path("checkpoints").exists()
+
+
+def test_scripts_end_bad_input_with_one_line_and_code_2(tmp_path):
+    for script, arguments in (("train.py", ["--experiment", "99"]), ("eval.py", []),
+                              ("detect.py", ["none.jpg"])):  # fmt: skip
+        done = run_script(script, *arguments, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.startswith("error: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_foreign_checkpoints_are_refused(tmp_path):
+    path = tmp_path / "x.pt"
+    for content in (b"", b"nonsense"):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="x.pt: not a readable checkpoint"):
+            load_checkpoint(path)
+    torch.save({"model": {}}, path)
+    with pytest.raises(InputError, match="not a checkpoint of this project"):
+        load_checkpoint(path)
+    torch.save(torch.nn.Linear(1, 1), path)  # a pickled object
+    with pytest.raises(InputError, match="not a readable checkpoint"):
+        load_checkpoint(path)
+    with pytest.raises(InputError, match="checkpoint not found"):
+        load_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(InputError, match="no run with a checkpoint"):
+        newest_checkpoint(tmp_path)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A checkpoint of an untrained early-fusion network."""
+    config = train.configure(["--width", "0.0625"])
+    model = train.SSD300(**train.model_arguments(config))
+    path = tmp_path / "untrained.pt"
+    save_checkpoint(path, {"model_args": train.model_arguments(config), "config": config,
+                           "model": model.state_dict()})  # fmt: skip
+    return path
+
+
+def test_rebuilding_a_checkpoint_downloads_nothing(checkpoint, monkeypatch):
+    monkeypatch.setattr(torch.hub, "download_url_to_file", pytest.fail)
+    content = load_checkpoint(checkpoint)
+    model = build_model(content)
+    assert torch.equal(model.state_dict()["to_conv4_3.0.weight"],
+                       content["model"]["to_conv4_3.0.weight"])  # fmt: skip
+
+
+def detect_main(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["detect.py", *map(str, arguments)])
+    detect.main()
+
+
+def test_detect_takes_a_folder_of_either_modality(checkpoint, demo_root, tmp_path, monkeypatch):
+    for modality in ("visible", "lwir"):
+        out = tmp_path / modality
+        detect_main(monkeypatch, demo_root / f"images/set06/V000/{modality}", "--checkpoint",
+                    checkpoint, "--out", out)  # fmt: skip
+        images = sorted((demo_root / "images/set06/V000" / modality).iterdir())
+        assert len(list(out.glob("*.png"))) == len(images)
+        assert (out / "detections.csv").read_text().startswith("image,x,y,w,h,score")
+
+
+def test_detect_names_a_missing_modality(checkpoint, demo_root, tmp_path, monkeypatch):
+    source = demo_root / "images/set06/V000/visible/I00000.jpg"
+    alone = tmp_path / "visible" / "I00000.jpg"
+    alone.parent.mkdir()
+    alone.write_bytes(source.read_bytes())
+    with pytest.raises(InputError, match="lwir/I00000.jpg: the lwir image is missing"):
+        detect_main(monkeypatch, alone, "--checkpoint", checkpoint)
+    loose = tmp_path / "photo.jpg"
+    loose.write_bytes(source.read_bytes())
+    with pytest.raises(InputError, match="needs visible and LWIR"):
+        detect_main(monkeypatch, loose, "--checkpoint", checkpoint)

@@ -1,0 +1,339 @@
+"""Train SSD300 with segmentation infusion on KAIST, evaluating as it goes.
+
+Edit the constants, or give them as flags (`python train.py --batch-size 16`); `--experiment 19`
+takes every constant of the recipe from row 19 of the lab book (experiments.py).
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from config import check_config, parse_flags, read_constants, refuse, resolve_row
+from datasets import Augmentation, Batch, BatchLoader, Frame, KaistPairs, check_images, load_frames
+from demo_data import open_root
+from errors import InputError, run_script
+from inference import detect_frames, find_annotations, frame_loader, open_test_set
+from kaist import Annotations, find_file, read_image_list
+from losses import MultiBoxLoss, SegmentationLoss
+from miss_rate import GroundTruth, evaluate, load_ground_truth
+from model import SSD300, Predictions, feature_map_sizes
+from pretrained import load_pretrained
+from report import headline, report
+from runs import Run, nonfinite_error
+from utils import autocast, choose_device, choose_precision
+
+# Where things are, and which machine runs them.
+DATA_ROOT = "data/demo"  # KAIST root with images/; the demo set is drawn here if it is absent
+TRAIN_LIST = "imageSets/train-all.txt"  # frames to train on: below DATA_ROOT, or any path
+TEST_LIST = "imageSets/test-all.txt"  # frames to evaluate on; test-all-20.txt on KAIST
+ANNOTATIONS = "auto"  # auto, bbgt, xml, xml-sanitized, paired, json, or a path: training boxes
+TEST_ANNOTATIONS = "auto"  # the same for the test list: KAIST_annotation.json where there is one
+CHECKPOINTS = "checkpoints"  # a folder for each run goes here
+EXPERIMENT = ""  # row of the lab book whose recipe replaces the constants below: 1 to 26, or demo
+DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
+PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
+WORKERS = 2  # loader processes
+# The recipe: what an experiment is made of.
+SEED = 42  # of initial weights, order and augmentation
+INPUT_MODE = "early"  # lwir (1 channel), visible (3), mean (averaged into 3), early (4 channels)
+INPUT_SIZE = (300, 300)  # height and width of the network's input, pixels
+BATCH_NORM = True  # VGG16 with BatchNorm
+WIDTH = 0.125  # width multiplier of every layer; 1.0 is VGG16
+PRIORS = "pedestrian"  # ssd300 (the paper's for VOC), ssd300-coco (smaller), pedestrian (upright)
+PRETRAINED = "none"  # none, imagenet (VGG16), coco (SSD300); the last two need WIDTH = 1.0
+INFUSION = (1, 1, 0, 0, 0, 0)  # feature maps 38, 19, 10, 5, 3, 1 with a segmentation head: 1
+INFUSION_CONV = False  # a 3x3 convolution before each head's 1x1
+SEG_CELLS = "mean"  # a map's mask loss over its cells: mean or sum
+SEG_MAPS = "sum"  # the mask losses over the maps: mean or sum
+SEG_WEIGHT = 1.0  # weight of the mask loss in the total
+MASKS_FOLLOW = True  # masks follow the augmentation (rows 18 to 25 of the log: they did not)
+LOC_LOSS = "smooth_l1"  # l1 or smooth_l1
+LOC_REDUCTION = "sum"  # sum (over the positives' number, as in the paper) or mean (a quarter)
+OPTIMIZER = "adam"  # sgd (momentum 0.9) or adam
+LR = 2e-3  # learning rate of the weights
+BIAS_LR_FACTOR = 2.0  # biases learn this many times faster
+WEIGHT_DECAY = 1e-5  # L2 penalty
+SCHEDULE = "cosine"  # constant, step (x0.1 at 2/3 and 5/6 of the epochs), cosine (with warm-up)
+BATCH_SIZE = 8  # frames a step
+EPOCHS = 14  # passes over the training list
+VALIDATION = 0.0  # share of the training list held out to choose the best epoch
+AUGMENT = True  # SSD augmentation; False only resizes
+ZOOM_OUT = 1.5  # largest zoomed-out canvas, in frames a side
+HUE_SATURATION = True  # distort hue and saturation of the visible image
+MIN_HEIGHT = 12.0  # lower persons are ignored in training, pixels
+MARGIN = 5.0  # persons closer to the frame's border are ignored in training, pixels
+EVAL_EVERY = 7  # epochs between evaluations; the last epoch is always evaluated
+MIN_SCORE = 0.01  # detections below this score are dropped
+NMS_IOU = 0.45  # of two detections that overlap more, the lower-scored is dropped
+MAX_BOXES = 200  # detections kept in a frame
+
+
+
+def main() -> None:
+    config = configure()
+    device = choose_device(config["device"])
+    precision = choose_precision(config["precision"], device)
+    run = Run(config, run_name(config), model_arguments(config))
+
+    open_root(config["data_root"])
+    frames, held_out = read_training_frames(config)
+    ground_truth, test_loader = open_evaluation(config, held_out, device)
+
+    torch.manual_seed(config["seed"])
+    model = SSD300(**run.model_args)
+    if not run.resumes:
+        load_pretrained(model, config["pretrained"])
+    model.to(device, memory_format=torch.channels_last)
+    loader = make_loader(config, frames, model, device)
+    criterion = Criterion(model, config).to(device)
+    optimizer = make_optimizer(model, config)
+    run.begin(model, optimizer)
+
+    print(f"{run.folder}: {len(frames)} frames, {len(loader)} steps an epoch, on {device} in "
+          f"{str(precision).removeprefix('torch.')}, from epoch {run.epoch + 1}")  # fmt: skip
+    try:
+        while run.epoch < config["epochs"]:
+            train_epoch(run, model, loader, criterion, optimizer, device, precision)
+            scores = {}
+            if (run.epoch + 1) % config["eval_every"] == 0 or run.epoch + 1 == config["epochs"]:
+                detections = detect_frames(model, test_loader, device, precision, config)
+                scores = headline(evaluate(ground_truth, detections))
+            run.end_epoch(model, optimizer, scores)
+    except KeyboardInterrupt:
+        run.save(model, optimizer)
+        print(f"\nsaved; the same command goes on from epoch {run.epoch + 1}, step {run.step + 1}")
+        raise
+    report(run.name, ground_truth, detections, run.folder)
+
+
+def train_epoch(
+    run: Run,
+    model: SSD300,
+    loader: BatchLoader,
+    criterion: Criterion,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    precision: torch.dtype,
+) -> None:
+    """The rest of the run's epoch, step by step.
+
+    Raises:
+        InputError: a loss is not finite. The weights are those before that step; the batch's
+            frames and loss terms are in the run's folder.
+    """
+    model.train()
+    config, total_steps = run.config, len(loader) * run.config["epochs"]
+    bar = tqdm(loader.epoch(run.epoch, skip=run.step), initial=run.step, total=len(loader),
+               desc=f"epoch {run.epoch + 1}/{config['epochs']}", unit="step")  # fmt: skip
+    started = time.perf_counter()
+    for batch in bar:
+        step = run.epoch * len(loader) + run.step
+        set_lr(optimizer, config, lr_factor(config, step, total_steps))
+        batch = batch.to(device)
+        with autocast(device, precision):
+            predictions = model(batch.images)
+        losses = criterion(predictions, batch)
+        if not losses.isfinite().all():
+            raise nonfinite_error(run.save_evidence(batch.frame_ids, losses))
+        optimizer.zero_grad()
+        losses[0].backward()
+        optimizer.step()
+
+        now = time.perf_counter()
+        run.add_step(losses.detach(), now - started)
+        started = now
+        show_progress(bar, run, optimizer, total_steps - step - 1)
+
+
+def show_progress(
+    bar: tqdm, run: Run, optimizer: torch.optim.Optimizer, steps_left: int
+) -> None:
+    """Mean losses so far, learning rate, speed and the whole run's ETA behind the bar."""
+    _, loc, conf, seg = run.mean_losses()
+    speed = run.step * run.config["batch_size"] / max(run.seconds, 1e-9)
+    left = tqdm.format_interval(steps_left * run.seconds / run.step)
+    bar.set_postfix_str(
+        f"loc {loc:.2f} conf {conf:.2f} seg {seg:.2f} lr {optimizer.param_groups[0]['lr']:.1e} "
+        f"{speed:.1f} images/s, run ends in {left}", refresh=False,
+    )  # fmt: skip
+
+
+class Criterion(nn.Module):
+    """The total that is minimised: loc + conf + SEG_WEIGHT x seg.
+
+    Called with predictions and batch; returns (4,) float32: total, loc, conf, seg.
+    """
+
+    def __init__(self, model: SSD300, config: dict[str, Any]) -> None:
+        super().__init__()
+        self.multibox = MultiBoxLoss(
+            model.priors, loc_loss=config["loc_loss"], loc_reduction=config["loc_reduction"]
+        )
+        self.segmentation = SegmentationLoss(cells=config["seg_cells"], maps=config["seg_maps"])
+        self.seg_weight = config["seg_weight"]
+
+    def forward(self, predictions: Predictions, batch: Batch) -> Tensor:
+        loc, conf = self.multibox(predictions, batch.boxes, batch.labels)
+        seg = self.segmentation(predictions.seg, batch.masks).to(loc.device)
+        return torch.stack([loc + conf + self.seg_weight * seg, loc, conf, seg])
+
+
+# ------------------------------------------------------------------------------ configuration
+
+
+def configure(argv: list[str] | None = None) -> dict[str, Any]:
+    """The run's configuration: this file's constants, a row of the lab book over them, flags
+    over both; lower-case name -> value.
+
+    Raises:
+        InputError: an unknown row or flag, or values that cannot be used.
+    """
+    constants = read_constants(__file__)
+    flags = parse_flags(__doc__.splitlines()[0], constants, argv)
+    config = {name: value for name, (value, _) in constants.items()} | flags
+    if config["experiment"]:
+        config |= resolve_row(config["experiment"]) | flags
+    check_config(config, ("width", "lr", "batch_size", "epochs", "eval_every", "max_boxes"))
+    if config["pretrained"] != "none" and config["width"] != 1.0:
+        refuse("pretrained", config["pretrained"], "published weights need WIDTH = 1.0")
+    if config["pretrained"] == "coco" and config["batch_norm"]:
+        refuse("pretrained", "coco", "COCO's SSD300 needs BATCH_NORM = False")
+    if not 0 <= config["validation"] < 1:
+        refuse("validation", config["validation"], "it is a share, from 0 to below 1")
+    if config["zoom_out"] < 1:
+        refuse("zoom_out", config["zoom_out"], "it is a canvas in frames a side, at least 1")
+    feature_map_sizes(config["input_size"])
+    return config
+
+
+def run_name(config: dict[str, Any]) -> str:
+    """The lab book's name for a configuration: its row, or "demo" for the constants as they come.
+
+    A seed of one's own is told in the name; a recipe that differs from its row in anything else
+    is "custom".
+    """
+    row = config["experiment"] or "demo"
+    book = resolve_row(row)
+    changed = {name for name, value in book.items() if config[name] != value}
+    if changed - {"seed"}:
+        return "custom"
+    return f"{row}-seed{config['seed']}" if changed else row
+
+
+def model_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """SSD300's arguments."""
+    names = ("input_mode", "batch_norm", "width", "infusion", "infusion_conv")
+    return {name: config[name] for name in names} | {
+        "prior_set": config["priors"],
+        "size": config["input_size"],
+    }
+
+
+# ------------------------------------------------------------------------------ data
+
+
+def read_training_frames(config: dict[str, Any]) -> tuple[list[Frame], list[str]]:
+    """The frames to train on, and the ids of those held out for validation (maybe none)."""
+    root = Path(config["data_root"])
+    frame_ids = read_image_list(find_file(root, config["train_list"]))
+    annotations = training_annotations(config)
+    check_images(root, frame_ids, config["input_mode"])
+    frames = load_frames(
+        frame_ids, annotations, min_height=config["min_height"], margin=config["margin"]
+    )
+    if not any((frame.labels == 1).any() for frame in frames):
+        raise InputError(
+            "no frame of the training list holds a person to learn",
+            "check TRAIN_LIST, ANNOTATIONS and MIN_HEIGHT", file=annotations.source,
+        )  # fmt: skip
+    order = np.random.default_rng(config["seed"]).permutation(len(frames))
+    held_out = {int(i) for i in order[: round(config["validation"] * len(frames))]}
+    kept = [frame for i, frame in enumerate(frames) if i not in held_out]
+    return kept, [frames[i].id for i in sorted(held_out)]
+
+
+def training_annotations(config: dict[str, Any]) -> Annotations:
+    """What ANNOTATIONS names; of paired annotations the visible boxes only for visible input."""
+    modality = "visible" if config["input_mode"] == "visible" else "lwir"
+    return find_annotations(Path(config["data_root"]), config["annotations"], modality)
+
+
+def open_evaluation(
+    config: dict[str, Any], held_out: list[str], device: torch.device
+) -> tuple[GroundTruth, BatchLoader]:
+    """Ground truth and images to evaluate on: the held-out frames if there are any, else the
+    test list."""
+    root = Path(config["data_root"])
+    if held_out:
+        ground_truth = load_ground_truth(training_annotations(config), held_out)
+    else:
+        ground_truth = open_test_set(root, config["test_list"], config["test_annotations"])
+    return ground_truth, frame_loader(root, ground_truth.frames, config, device)
+
+
+def make_loader(
+    config: dict[str, Any], frames: list[Frame], model: SSD300, device: torch.device
+) -> BatchLoader:
+    """Training batches with masks for the infused maps."""
+    augmentation = Augmentation(config["zoom_out"], config["hue_saturation"])
+    dataset = KaistPairs(
+        Path(config["data_root"]), frames, input_mode=config["input_mode"],
+        size=config["input_size"], augmentation=augmentation if config["augment"] else None,
+        masks_follow=config["masks_follow"], seed=config["seed"],
+    )  # fmt: skip
+    return BatchLoader(
+        dataset, batch_size=config["batch_size"], workers=config["workers"], shuffle=True,
+        map_sizes=[model.map_sizes[i] for i in model.infused_maps],
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ optimisation
+
+
+def make_optimizer(model: SSD300, config: dict[str, Any]) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9, or Adam, in two groups: weights, and biases with their own rate."""
+    weights = [p for name, p in model.named_parameters() if not name.endswith("bias")]
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    groups = [{"params": weights, "scale": 1.0},
+              {"params": biases, "scale": config["bias_lr_factor"]}]  # fmt: skip
+    settings = {"lr": config["lr"], "weight_decay": config["weight_decay"]}
+    if config["optimizer"] == "adam":
+        return torch.optim.Adam(groups, **settings)
+    return torch.optim.SGD(groups, momentum=0.9, **settings)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, config: dict[str, Any], factor: float) -> None:
+    """Give each group LR x its scale x the schedule's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = config["lr"] * group["scale"] * factor
+
+
+def lr_factor(config: dict[str, Any], step: int, total_steps: int) -> float:
+    """What the schedule multiplies the learning rate by in a step of `total_steps`.
+
+    "step": x0.1 from epoch int(E/6)*4 and again from int(E/6)*5 of E epochs, as logged; "cosine":
+    a linear warm-up over the first 5% of the steps, then half a cosine down to 0 (Loshchilov and
+    Hutter, 2017).
+    """
+    if config["schedule"] == "constant":
+        return 1.0
+    if config["schedule"] == "step":
+        epoch, sixth = step * config["epochs"] // total_steps, config["epochs"] // 6
+        return 0.1 ** ((epoch >= 4 * sixth) + (epoch >= 5 * sixth))
+    warm_up = max(1, total_steps // 20)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return (1 + math.cos(math.pi * (step - warm_up) / max(1, total_steps - warm_up))) / 2
+
+
+if __name__ == "__main__":
+    run_script(main)
