@@ -52,7 +52,7 @@ def main() -> None:
     draw_curves(scores, out)
     print(f"curves: {out}")
     if arguments.json:
-        write_json(scores, arguments.json)
+        write_json(scores, arguments.json, curves=True)
     if arguments.show_errors:
         for name, detections in zip(names, found, strict=True):
             path = arguments.errors_out
@@ -79,7 +79,7 @@ def parse_arguments() -> Namespace:
     add("--by-video", action="store_true", help="resample whole videos instead of frames")
     add("--out", type=picture, help=f"picture of the curves ({OUT}, in a checkpoint's folder)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write all numbers at full precision")
+    add("--json", type=Path, metavar="FILE", help="write all numbers and curves at full precision")
     add("--show-errors", type=int, default=0, metavar="N",
         help="picture the N worst false positives and the N largest missed people")  # fmt: skip
     add("--errors-out", type=picture, default=Path(ERRORS), help="where to (%(default)s)")

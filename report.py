@@ -115,8 +115,12 @@ def report(name: str, ground_truth: GroundTruth, detections: Detections, folder:
     return as_dict(scores)[name]
 
 
-def as_dict(scores: Sequence[Scores]) -> dict[str, dict]:
-    """name -> protocol -> setup -> numbers, fractions at full precision; None where undefined."""
+def as_dict(scores: Sequence[Scores], curves: bool = False) -> dict[str, dict]:
+    """name -> protocol -> setup -> numbers, fractions at full precision; None where undefined.
+
+    Args:
+        curves: add each setup's whole curve: score, FPPI and detection rate of every detection.
+    """
 
     def numbers(result: Result, samples: np.ndarray | None) -> dict:
         values = {
@@ -127,6 +131,11 @@ def as_dict(scores: Sequence[Scores]) -> dict[str, dict]:
             "n_true_positive": int(result.hits.sum()),
             "n_false_positive": int((~result.hits).sum()),
         }  # fmt: skip
+        if curves:
+            values["curve"] = {
+                "score": result.scores.tolist(), "fppi": result.fppi.tolist(),
+                "detection_rate": [number(rate) for rate in result.detection_rate.tolist()],
+            }  # fmt: skip
         if samples is not None:
             values["interval_95"] = [number(bound) for bound in interval(samples)]
             values["resamples"] = len(samples)
@@ -145,9 +154,9 @@ def as_dict(scores: Sequence[Scores]) -> dict[str, dict]:
     }
 
 
-def write_json(scores: Sequence[Scores], path: Path) -> None:
+def write_json(scores: Sequence[Scores], path: Path, curves: bool = False) -> None:
     """Write `as_dict` to a file."""
-    text = json.dumps(as_dict(scores), indent=1, allow_nan=False) + "\n"
+    text = json.dumps(as_dict(scores, curves), allow_nan=False) + "\n"
     write_atomically(path, lambda beside: beside.write_text(text))
 
 

@@ -81,8 +81,10 @@ def read_detections(path: str | Path, frames: Sequence[str]) -> Detections:
     category_id, bbox, score}` with ids from 0. Ids count along the companion `<stem>.frames.txt`
     if there is one, else along `frames`. A file without rows is a legal result: no detections.
 
+    A box of zero width or height is legal too: it overlaps nothing, as in bbGt.m.
+
     Raises:
-        InputError: a malformed row, a box without area, a value that is not finite, or an id
+        InputError: a malformed row, a negative size, a value that is not finite, or an id
             outside the list, with file and line; or a companion that lacks some of `frames`.
     """
     path = Path(path)
@@ -103,7 +105,7 @@ def read_detections(path: str | Path, frames: Sequence[str]) -> Detections:
             raise InputError(f"{problem}: {values}", remedy, file=path, line=line)
 
     refuse(~np.isfinite(rows).all(axis=1), "a value is not finite", "correct the row")
-    refuse((rows[:, 3:5] <= 0).any(axis=1), "width or height is not positive", "correct the row")
+    refuse((rows[:, 3:5] < 0).any(axis=1), "width or height is negative", "correct the row")
     base = 0 if is_json else 1
     ids = rows[:, 0] - base
     refuse(
@@ -159,16 +161,22 @@ def parse_json(text: str, path: Path) -> tuple[np.ndarray, list[int], int]:
         raise InputError("the JSON is not a list", "write a list of detections", file=path, line=1)
     try:
         places = [i for i, entry in enumerate(content) if entry["category_id"] == PEDESTRIAN]
-        rows = [entry_row(content[i]) for i in places]
-        values = np.array(rows, dtype=np.float64).reshape(-1, 6)
+        values = np.array([entry_row(content[i]) for i in places] or np.empty((0, 6)))
+        if values.dtype.kind not in "fi" or not all(map(is_entry, others_of(content))):
+            raise ValueError
     except (KeyError, TypeError, ValueError):
-        place = next(i for i, entry in enumerate(content) if not is_entry(entry))
+        place = next((i for i, entry in enumerate(content) if not is_entry(entry)), 0)
         raise InputError(
             f"{str(content[place])[:80]} is no detection",
             "write image_id, category_id, bbox [x, y, w, h] and score as numbers",
             file=path, line=entry_line(text, place),
         ) from None  # fmt: skip
-    return values, places, len(content) - len(places)
+    return values.astype(np.float64), places, len(content) - len(places)
+
+
+def others_of(content: list[Mapping]) -> list[Mapping]:
+    """The entries of a JSON result that are no pedestrians."""
+    return [entry for entry in content if entry["category_id"] != PEDESTRIAN]
 
 
 def entry_row(entry: Mapping) -> tuple[float, ...]:
@@ -178,11 +186,14 @@ def entry_row(entry: Mapping) -> tuple[float, ...]:
 
 
 def is_entry(entry: object) -> bool:
-    """Whether a JSON entry has all its fields, or is of another category."""
+    """Whether a JSON entry has all its fields as numbers, or is of another category."""
     try:
-        return entry["category_id"] != PEDESTRIAN or bool([float(v) for v in entry_row(entry)])
+        values = [entry["category_id"]]
+        if values[0] == PEDESTRIAN:
+            values += entry_row(entry)
     except (KeyError, TypeError, ValueError):
         return False
+    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
 def entry_line(text: str, place: int) -> int:

@@ -101,7 +101,7 @@ def test_no_rows_are_a_result(tmp_path):
 @pytest.mark.parametrize(
     ("line", "word"),
     [("0,1,2,3,4,0.5", "1 to 4"), ("5,1,2,3,4,0.5", "1 to 4"), ("1.5,1,2,3,4,0.5", "1 to 4"),
-     ("1,1,2,-3,4,0.5", "positive"), ("1,1,2,3,0,0.5", "positive"), ("1,1,2,3,4,nan", "finite"),
+     ("1,1,2,-3,4,0.5", "negative"), ("1,1,2,3,-1,0.5", "negative"), ("1,1,2,3,4,nan", "finite"),
      ("1,inf,2,3,4,1", "finite"), ("1,1,2,3,4", "is not image_id"), ("", "is not image_id"),
      ("1,1,2,3,4,0.5,6", "is not image_id"), ("1,1,2,3,4,x", "is not image_id"),
      ("1 1 2 3 4 0.5", "is not image_id"), ("1_0,1,2,3,4,0.5", "is not image_id")],
@@ -116,8 +116,10 @@ def test_bad_text_is_named(tmp_path, line, word):
 @pytest.mark.parametrize(
     ("bad", "word"),
     [(entry(4), "0 to 3"), (entry(-1), "0 to 3"), (entry(0.5), "0 to 3"),
-     (entry(box=[1, 2, 0, 4]), "positive"), (entry(value=float("nan")), "finite"),
-     (entry(value=None), "finite"), (entry(box=[1, 2, 3]), "no detection"),
+     (entry(box=[1, 2, -1, 4]), "negative"), (entry(value=float("nan")), "finite"),
+     (entry(value=None), "no detection"), (entry(box=[1, 2, 3]), "no detection"),
+     (entry(box="1234"), "no detection"), (entry(category="1"), "no detection"),
+     (entry(category=None), "no detection"), (entry(value="0.5"), "no detection"),
      (entry(box=[1, 2, 3, 4, 5]), "no detection"), (entry(value="high"), "no detection"),
      ({"image_id": 0}, "no detection"), (7, "no detection"), (entry(FRAMES[0]), "no detection")],
 )  # fmt: skip
@@ -126,6 +128,11 @@ def test_bad_json_entry_is_named(tmp_path, bad, word):
     with pytest.raises(InputError, match=word) as error:
         read(tmp_path / "a.json", f"[\n{content}\n]")
     assert f"{tmp_path / 'a.json'}:4: " in str(error.value)
+
+
+def test_boxes_without_area_are_false_positives_as_in_bbgt(tmp_path):
+    found = read(tmp_path / "a.txt", "1,10,20,0,40,0.9\n1,10,20,30,0,0.8\n")
+    assert found.boxes[:, 2:].tolist() == [[0, 40], [30, 0]]
 
 
 def test_bad_files_are_named(tmp_path):
@@ -234,6 +241,8 @@ def test_script_without_torch(annotations, tmp_path):
     assert names[:2] == ["good", "poor"]
     assert "poor minus good" in out and "95%" in out and "Scale=near" in out
     numbers = json.loads((tmp_path / "numbers.json").read_text())
+    curve = numbers["good"]["official"]["Reasonable-all"]["curve"]
+    assert len(curve["fppi"]) == len(curve["detection_rate"]) == len(curve["score"]) > 0
     assert numbers["poor"]["official"]["Reasonable-all"]["miss_rate"] == pytest.approx(0.5)
     assert numbers["poor"]["leaderboard"]["Reasonable-all"]["n_positive"] == 2
     assert len(numbers["good"]["official"]["Scale=far"]["interval_95"]) == 2
