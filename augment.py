@@ -26,6 +26,7 @@ MIN_BOX = 1.0  # pixels of the network's input; a smaller remnant of a cropped b
 # Luma weights (ITU-R BT.601) and the RGB -> YIQ matrix, in which a hue shift is a rotation.
 LUMA = np.array([0.299, 0.587, 0.114])
 RGB_TO_YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def colour_matrix(
         else:
             cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
             turn = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
-            step, shift = np.linalg.solve(RGB_TO_YIQ, turn @ RGB_TO_YIQ), 0.0
+            step, shift = YIQ_TO_RGB @ turn @ RGB_TO_YIQ, 0.0
         matrix, offset = step @ matrix, step @ offset + shift
     return matrix, offset
 
@@ -210,12 +211,17 @@ def jitter(
     content: Tensor, frame: np.ndarray, rng: np.random.Generator, hue_saturation: bool
 ) -> Tensor:
     """Distort brightness, contrast and colour of (C, h, w) uint8, each modality by its own draw."""
-    mean = frame[::8, ::8].mean((0, 1))  # every eighth pixel tells the mean to well under 1/255
+    # Every eighth pixel tells the mean to well under 1/255.
+    mean = torch.from_numpy(frame)[::8, ::8].float().mean((0, 1)).numpy()
     channels = len(mean)
     matrix, offset = np.zeros((channels, channels)), np.zeros(channels)
     for part in {1: [slice(0, 1)], 3: [slice(0, 3)], 4: [slice(0, 3), slice(3, 4)]}[channels]:
         matrix[part, part], offset[part] = colour_matrix(rng, mean[part], hue_saturation)
+    if not offset.any() and np.array_equal(matrix, np.eye(channels)):
+        return content
     matrix, offset = torch.from_numpy(matrix).float(), torch.from_numpy(offset).float()
     # + 0.5: the conversion to uint8 truncates
     pixels = torch.addmm(offset.unsqueeze(1) + 0.5, matrix, content.flatten(1).float())
-    return pixels.clamp_(0, 255).to(torch.uint8).view_as(content)
+    # By numpy: torch converts float to uint8 six times slower on a CPU.
+    pixels = pixels.clamp_(0, 255).numpy().astype(np.uint8)
+    return torch.from_numpy(pixels).view_as(content)

@@ -6,7 +6,8 @@ any number of workers gives the same samples.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,9 @@ from augment import (
     view_pixels,
 )
 from errors import InputError
+from frame_cache import FrameCache, open_cache
 from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, Objects, image_path
+from parallel import ALONE, Team
 from pseudo_gt import box_masks
 
 MODALITIES = {"lwir": ("lwir",), "visible": ("visible",),
@@ -106,22 +109,46 @@ def open_image(path: Path) -> Image.Image:
     return image
 
 
-def read_image(path: Path, modality: str) -> np.ndarray:
-    """Decode one image: visible as (512, 640, 3), LWIR as (512, 640, 1), uint8."""
+def decode(path: Path, modality: str) -> Image.Image:
+    """Decode one image of KAIST's size: visible as RGB, LWIR as a single channel."""
     with open_image(path) as image:
+        mode = "RGB" if modality == "visible" else "L"
         try:
-            if modality == "visible":
-                return np.array(image.convert("RGB"))
-            image.draft("L", None)  # a JPEG's luma alone: no colour conversion to undo
-            return np.array(image.convert("L"))[..., None]
+            image.draft(mode, None)  # a grey JPEG's luma alone: no colour conversion to undo
+            image.load()
+            return image if image.mode == mode else image.convert(mode)
         except OSError as error:
             raise InputError(f"broken image ({error})", "copy it again", file=path) from None
 
 
+def read_image(path: Path, modality: str) -> np.ndarray:
+    """Decode one image: visible as (512, 640, 3), LWIR as (512, 640, 1), uint8."""
+    pixels = np.array(decode(path, modality))
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
 def read_frame(root: Path, frame_id: str, input_mode: str) -> np.ndarray:
     """The modalities of one frame side by side: (512, 640, C) uint8, visible first."""
-    images = [read_image(image_path(root, frame_id, m), m) for m in MODALITIES[input_mode]]
-    return images[0] if len(images) == 1 else np.concatenate(images, axis=2)
+    modalities = MODALITIES[input_mode]
+    if len(modalities) == 1:
+        return read_image(image_path(root, frame_id, modalities[0]), modalities[0])
+    visible, lwir = (decode(image_path(root, frame_id, m), m) for m in modalities)
+    visible.putalpha(lwir)  # Pillow keeps four bytes a pixel anyhow: much faster than numpy
+    return np.array(visible)
+
+
+def cache_frames(
+    folder: str | Path, root: Path, frame_ids: Sequence[str], input_mode: str
+) -> FrameCache:
+    """The frames of a list decoded into a cache in `folder`, drawn only where it is not there yet.
+
+    Raises:
+        InputError: an image cannot be read, or the disk is too small.
+    """
+    def read(frame_id: str) -> np.ndarray:
+        return read_frame(root, frame_id, input_mode)
+
+    return open_cache(folder, Path(root), frame_ids, MODALITIES[input_mode], read)
 
 
 # ------------------------------------------------------------------------- samples and batches
@@ -171,6 +198,7 @@ class KaistPairs(Dataset):
         masks_follow: masks show the boxes after augmentation; False repeats the mistake of the
             logged experiments 18 to 25, whose masks showed the unaugmented frame.
         seed: key of all random choices, together with epoch and frame index.
+        cache: decoded frames of this input, read instead of the images.
 
     Indexed by (epoch, index). A frame that cannot be read is returned as its InputError, because
     an exception would cross from a worker process as a traceback.
@@ -186,6 +214,7 @@ class KaistPairs(Dataset):
         augmentation: Augmentation | None,
         masks_follow: bool,
         seed: int,
+        cache: FrameCache | None = None,
     ) -> None:
         self.root = Path(root)
         self.frames = frames
@@ -194,6 +223,7 @@ class KaistPairs(Dataset):
         self.augmentation = augmentation
         self.masks_follow = masks_follow
         self.seed = seed
+        self.cache = cache
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -202,7 +232,7 @@ class KaistPairs(Dataset):
         epoch, index = key
         frame = self.frames[index]
         try:
-            pixels = read_frame(self.root, frame.id, self.input_mode)
+            pixels = self.read(frame.id)
         except InputError as error:
             return error
         whole = snap((0, 0, FRAME_WIDTH, FRAME_HEIGHT), self.size, flip=False)
@@ -221,6 +251,12 @@ class KaistPairs(Dataset):
         if not self.masks_follow:
             mask_boxes, mask_labels = view_boxes(frame.boxes_px, frame.labels, whole, self.size)
         return Sample(image, boxes, labels, mask_boxes, mask_labels, frame.id)
+
+    def read(self, frame_id: str) -> np.ndarray:
+        """A frame's pixels, (512, 640, C) uint8, from the cache where there is one."""
+        if self.cache is not None:
+            return self.cache.read(frame_id)
+        return read_frame(self.root, frame_id, self.input_mode)
 
 
 def pad(boxes: list[np.ndarray], labels: list[np.ndarray]) -> tuple[Tensor, Tensor]:
@@ -253,32 +289,44 @@ class Collate:
         return Batch(images, boxes, labels, masks, [s.frame_id for s in samples])
 
 
-class EpochSampler(Sampler):
-    """Keys (epoch, index) of one epoch: shuffled by (seed, epoch), or in order without a seed.
+class EpochBatches(Sampler):
+    """Batches of keys (epoch, index) of one epoch.
 
-    epoch: which epoch comes next; skip: frames at its start that are left out.
+    epoch: which epoch comes next; skip: batches at its start that are left out.
+
+    Args:
+        seed: order frames by (seed, epoch) and leave out an incomplete last batch (unless it is
+            the only one); None keeps their order and all of them.
+        team: of each batch this process gets every `team.size`-th frame.
     """
 
-    def __init__(self, length: int, seed: int | None) -> None:
+    def __init__(self, length: int, batch_size: int, seed: int | None, team: Team) -> None:
         self.length = length
+        self.batch_size = batch_size
         self.seed = seed
+        self.team = team
         self.epoch = self.skip = 0
 
     def __len__(self) -> int:
-        return self.length
+        if self.seed is None:
+            return math.ceil(self.length / self.batch_size)
+        return max(1, self.length // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = np.arange(self.length)
         if self.seed is not None:
             np.random.default_rng((self.seed, self.epoch)).shuffle(order)
-        for index in order[self.skip :].tolist():
-            yield self.epoch, index
+        for start in range(self.skip * self.batch_size, len(self) * self.batch_size,
+                           self.batch_size):  # fmt: skip
+            batch = order[start : start + self.batch_size][self.team.rank :: self.team.size]
+            yield [(self.epoch, index) for index in batch.tolist()]
 
 
 class BatchLoader:
     """Batches of a data set, epoch by epoch, with worker processes kept between epochs.
 
     Args:
+        batch_size: frames a batch, of all processes of the team together.
         shuffle: training order: another permutation each epoch, an incomplete last batch is left
             out (unless it is the only one). False: the frames in their order, all of them.
         map_sizes: (h, w) of the feature maps that masks are wanted for.
@@ -293,13 +341,13 @@ class BatchLoader:
         shuffle: bool,
         map_sizes: list[tuple[int, int]],
         pin_memory: bool,
+        team: Team = ALONE,
     ) -> None:
-        self.sampler = EpochSampler(len(dataset), dataset.seed if shuffle else None)
+        seed = dataset.seed if shuffle else None
+        self.batches = EpochBatches(len(dataset), batch_size, seed, team)
         self.loader = DataLoader(
             dataset,
-            batch_size=batch_size,
-            sampler=self.sampler,
-            drop_last=shuffle and len(dataset) >= batch_size,
+            batch_sampler=self.batches,
             num_workers=workers,
             collate_fn=Collate(map_sizes),
             pin_memory=pin_memory,
@@ -308,7 +356,7 @@ class BatchLoader:
 
     def __len__(self) -> int:
         """Batches an epoch."""
-        return len(self.loader)
+        return len(self.batches)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, without the first `skip`.
@@ -316,7 +364,7 @@ class BatchLoader:
         Raises:
             InputError: a frame turned out to be unreadable.
         """
-        self.sampler.epoch, self.sampler.skip = epoch, skip * self.loader.batch_size
+        self.batches.epoch, self.batches.skip = epoch, skip
         for batch in self.loader:
             if isinstance(batch, InputError):
                 raise batch

@@ -26,6 +26,7 @@ from kaist import (
 )
 from miss_rate import GroundTruth, load_ground_truth
 from model import SSD300, detect
+from parallel import ALONE, Team
 from result_files import Detections
 from utils import autocast, build_model, choose_device, choose_precision, load_checkpoint
 
@@ -56,9 +57,17 @@ def open_test_set(root: Path, test_list: str, where: str) -> GroundTruth:
 
 
 def frame_loader(
-    root: Path, frame_ids: Sequence[str], config: dict[str, Any], device: torch.device
+    root: Path,
+    frame_ids: Sequence[str],
+    config: dict[str, Any],
+    device: torch.device,
+    team: Team = ALONE,
 ) -> BatchLoader:
-    """Batches of whole frames in their order, without boxes, after a look at every image."""
+    """Batches of whole frames in their order, without boxes, after a look at every image.
+
+    Of a team each process gets every `team.size`-th frame.
+    """
+    frame_ids = frame_ids[team.rank :: team.size]
     check_images(root, frame_ids, config["input_mode"])
     nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
     dataset = KaistPairs(
@@ -78,25 +87,31 @@ def detect_frames(
     device: torch.device,
     precision: torch.dtype,
     config: dict[str, Any],
+    team: Team = ALONE,
 ) -> Detections:
     """Detections of every frame of a loader, in xywh pixels of the 640x512 frame.
 
     Args:
         config: its `min_score`, `nms_iou` and `max_boxes` are `model.detect`'s.
+        team: the loader holds every `team.size`-th frame; the detections of all come back.
     """
     was_training = model.training
     model.eval()
     limits = {name: config[name] for name in ("min_score", "nms_iou", "max_boxes")}
     found: list[tuple[Tensor, Tensor]] = []
     with torch.inference_mode():
-        for batch in tqdm(loader.epoch(0), total=len(loader), desc="detecting", leave=False):
+        for batch in tqdm(loader.epoch(0), total=len(loader), desc="detecting", leave=False,
+                          disable=not team.writes):  # fmt: skip
             with autocast(device, precision):
                 predictions = model(batch.images.to(device, non_blocking=True))
-            found += detect(predictions, model.priors, **limits)
+            pairs = detect(predictions, model.priors, **limits)
+            found += [(boxes.cpu(), scores.cpu()) for boxes, scores in pairs]
     model.train(was_training)
+    shares = team.gather(found)
+    found = [shares[i % team.size][i // team.size] for i in range(sum(map(len, shares)))]
     frame = np.repeat(np.arange(len(found)), [len(scores) for _, scores in found])
-    boxes = box_convert(torch.cat([boxes for boxes, _ in found]), "xyxy", "xywh").double().cpu()
-    scores = torch.cat([scores for _, scores in found]).double().cpu().numpy()
+    boxes = box_convert(torch.cat([boxes for boxes, _ in found]), "xyxy", "xywh").double()
+    scores = torch.cat([scores for _, scores in found]).double().numpy()
     pixels = (FRAME_WIDTH, FRAME_HEIGHT, FRAME_WIDTH, FRAME_HEIGHT)
     return drop_empty(Detections(frame, boxes.numpy() * pixels, scores))
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_convert
 
 from model import Predictions, encode
+from parallel import ALONE, Team
 
 PERSON, BACKGROUND, IGNORE = 1, 0, -1
 
@@ -33,6 +34,8 @@ class MultiBoxLoss(nn.Module):
         negative_ratio: mined negatives for each positive.
         min_negatives: mined negatives of a frame with fewer positives, so that frames of pure
             background teach too.
+        team: the processes that share a batch: the positives of all of them are counted, and
+            the average of their losses is the whole batch's.
     """
 
     def __init__(
@@ -44,6 +47,7 @@ class MultiBoxLoss(nn.Module):
         match_iou: float = 0.5,
         negative_ratio: int = 3,
         min_negatives: int = 3,
+        team: Team = ALONE,
     ) -> None:
         super().__init__()
         self.register_buffer("priors", priors, persistent=False)
@@ -52,6 +56,7 @@ class MultiBoxLoss(nn.Module):
         self.match_iou = match_iou
         self.negative_ratio = negative_ratio
         self.min_negatives = min_negatives
+        self.team = team
 
     def forward(
         self, predictions: Predictions, boxes: Tensor, labels: Tensor
@@ -65,7 +70,7 @@ class MultiBoxLoss(nn.Module):
         """
         target, owner = match(boxes, labels, self.priors, self.match_iou)
         positive = target == PERSON
-        count = positive.sum().clamp(min=1)
+        count = self.team.sum(positive.sum()).clamp(min=1) / self.team.size
 
         image, prior = positive.nonzero(as_tuple=True)
         wanted = box_convert(boxes[image, owner[image, prior]], "xyxy", "cxcywh")
@@ -173,12 +178,14 @@ class SegmentationLoss(nn.Module):
     Args:
         cells: "mean" over a batch's cells, or "sum" over a frame's cells (mean over frames).
         maps: "mean" or "sum" over the feature maps.
+        team: the processes that share a batch, as in `MultiBoxLoss`.
     """
 
-    def __init__(self, *, cells: str, maps: str) -> None:
+    def __init__(self, *, cells: str, maps: str, team: Team = ALONE) -> None:
         super().__init__()
         self.cells = cells
         self.maps = maps
+        self.team = team
 
     def forward(self, seg: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
         """A float32 scalar; 0 without infused maps.
@@ -192,7 +199,10 @@ class SegmentationLoss(nn.Module):
         losses = []
         for logits, mask in zip(seg, masks, strict=True):
             loss = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="sum")
-            cells = (mask != IGNORE).sum().clamp(min=1) if self.cells == "mean" else len(mask)
+            if self.cells == "mean":
+                cells = self.team.sum((mask != IGNORE).sum()).clamp(min=1) / self.team.size
+            else:
+                cells = len(mask)
             losses.append(loss / cells)
         total = torch.stack(losses)
         return total.sum() if self.maps == "sum" else total.mean()

@@ -76,17 +76,18 @@ class Run:
         """Whether an earlier start of this run is continued."""
         return self.state is not None
 
-    def begin(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Make the folder, write the configuration, and give model and optimiser the state of
-        the run that is continued, if one is."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"name": self.name, **self.config}, indent=1)
-        write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Give model and optimiser the state of the run that is continued, if one is."""
         if self.state is not None:
             model.load_state_dict(self.state["model"])
             optimizer.load_state_dict(self.state["optimizer"])
-            torch.set_rng_state(self.state["rng"])
             self.state = None
+
+    def begin(self) -> None:
+        """Make the folder and write the configuration."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"name": self.name, **self.config}, indent=1)
+        write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
 
     def add_step(self, losses: Tensor, seconds: float) -> None:
         """Count a step; losses is (4,): loss, loc, conf, seg."""
@@ -103,12 +104,14 @@ class Run:
         model: SSD300,
         optimizer: torch.optim.Optimizer,
         scores: dict[str, float],
+        writes: bool,
     ) -> None:
         """Log the epoch, save its checkpoint (and as best.pt if its miss rate is the lowest).
 
         Args:
             scores: "miss_rate", "miss_rate_day", "miss_rate_night" and "recall" as fractions;
                 empty when the epoch was not evaluated.
+            writes: whether this process is the one that writes.
         """
         losses = dict(zip(("loss", "loc", "conf", "seg"), self.mean_losses(), strict=True))
         speed = self.step * self.config["batch_size"] / max(self.seconds, 1e-9)
@@ -117,6 +120,8 @@ class Run:
         best = min((past.get("miss_rate", 2.0) for past in self.history), default=2.0)
         self.history.append({**row, **scores})
         self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, [0.0] * 4, 0.0
+        if not writes:
+            return
         self.save(model, optimizer)
         if scores and scores["miss_rate"] < best:
             save_checkpoint(self.folder / "best.pt", self.content(model, None))
@@ -130,7 +135,6 @@ class Run:
             "model_args": self.model_args, "config": self.config, "experiment": self.name,
             "model": model.state_dict(), "epoch": self.epoch, "step": self.step,
             "sums": self.sums, "seconds": self.seconds, "history": self.history,
-            "rng": torch.get_rng_state(),
         }  # fmt: skip
         return content if optimizer is None else {**content, "optimizer": optimizer.state_dict()}
 
@@ -172,9 +176,10 @@ class Run:
         right.legend()
         figure.savefig(path, format="png", dpi=120)
 
-    def save_evidence(self, frame_ids: list[str], losses: Tensor) -> Path:
+    def save_evidence(self, frame_ids: list[str], losses: Tensor, rank: int) -> Path:
         """Write what a step that went wrong saw: frame ids and loss terms. Returns the path."""
-        path = self.folder / f"nonfinite-epoch{self.epoch + 1}-step{self.step + 1}.json"
+        where = f"epoch{self.epoch + 1}-step{self.step + 1}-rank{rank}"
+        path = self.folder / f"nonfinite-{where}.json"
         terms = dict(zip(("loss", "loc", "conf", "seg"), map(str, losses.tolist()), strict=True))
         evidence = {"frames": frame_ids, "losses": terms, "epoch": self.epoch + 1,
                     "step": self.step + 1, "seed": self.config["seed"]}  # fmt: skip

@@ -25,6 +25,7 @@ from kaist import Annotations, find_file, read_image_list
 from losses import MultiBoxLoss, SegmentationLoss
 from miss_rate import GroundTruth, evaluate, load_ground_truth
 from model import SSD300, Predictions, feature_map_sizes
+from parallel import Team, join_team
 from pretrained import load_pretrained
 from report import headline, report
 from runs import Run, nonfinite_error
@@ -81,47 +82,59 @@ def main() -> None:
     config = configure()
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
-    run = Run(config, run_name(config), model_arguments(config))
+    team, device = join_team(device, config["batch_size"])
+    run = Run(config, run_name(config), model_arguments(config)) if team.writes else None
+    run = team.share(run)
 
-    open_root(config["data_root"])
+    if team.writes:
+        open_root(config["data_root"])
+    team.wait()
     frames, held_out = read_training_frames(config)
-    ground_truth, test_loader = open_evaluation(config, held_out, device)
+    ground_truth, test_loader = open_evaluation(config, held_out, device, team)
 
     torch.manual_seed(config["seed"])
     model = SSD300(**run.model_args)
-    if not run.resumes:
-        load_pretrained(model, config["pretrained"])
+    if team.writes and not run.resumes:
+        load_pretrained(model, config["pretrained"])  # the others get them from this process
     model.to(device, memory_format=torch.channels_last)
-    loader = make_loader(config, frames, model, device)
-    criterion = Criterion(model, config).to(device)
+    loader = make_loader(config, frames, model, device, team)
+    criterion = Criterion(model, config, team).to(device)
     optimizer = make_optimizer(model, config)
-    run.begin(model, optimizer)
+    run.restore(model, optimizer)
+    network = team.spread(model)
 
-    print(f"{run.folder}: {len(frames)} frames, {len(loader)} steps an epoch, on {device} in "
-          f"{str(precision).removeprefix('torch.')}, from epoch {run.epoch + 1}")  # fmt: skip
+    if team.writes:
+        run.begin()
+        print(f"{run.folder}: {len(frames)} frames, {len(loader)} steps an epoch, on {device} in "
+              f"{str(precision).removeprefix('torch.')}, from epoch {run.epoch + 1}")  # fmt: skip
     try:
         while run.epoch < config["epochs"]:
-            train_epoch(run, model, loader, criterion, optimizer, device, precision)
+            train_epoch(run, network, loader, criterion, optimizer, device, precision, team)
             scores = {}
             if (run.epoch + 1) % config["eval_every"] == 0 or run.epoch + 1 == config["epochs"]:
-                detections = detect_frames(model, test_loader, device, precision, config)
+                detections = detect_frames(model, test_loader, device, precision, config, team)
                 scores = headline(evaluate(ground_truth, detections))
-            run.end_epoch(model, optimizer, scores)
+            run.end_epoch(model, optimizer, scores, team.writes)
     except KeyboardInterrupt:
-        run.save(model, optimizer)
-        print(f"\nsaved; the same command goes on from epoch {run.epoch + 1}, step {run.step + 1}")
+        if team.writes:
+            run.save(model, optimizer)
+            print(f"\nsaved; the same command goes on from epoch {run.epoch + 1}, "
+                  f"step {run.step + 1}")  # fmt: skip
         raise
-    report(run.name, ground_truth, detections, run.folder)
+    if team.writes:
+        report(run.name, ground_truth, detections, run.folder)
+    team.close()
 
 
 def train_epoch(
     run: Run,
-    model: SSD300,
+    network: nn.Module,
     loader: BatchLoader,
     criterion: Criterion,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
     precision: torch.dtype,
+    team: Team,
 ) -> None:
     """The rest of the run's epoch, step by step.
 
@@ -129,26 +142,28 @@ def train_epoch(
         InputError: a loss is not finite. The weights are those before that step; the batch's
             frames and loss terms are in the run's folder.
     """
-    model.train()
+    network.train()
     config, total_steps = run.config, len(loader) * run.config["epochs"]
     bar = tqdm(loader.epoch(run.epoch, skip=run.step), initial=run.step, total=len(loader),
-               desc=f"epoch {run.epoch + 1}/{config['epochs']}", unit="step")  # fmt: skip
+               desc=f"epoch {run.epoch + 1}/{config['epochs']}", unit="step",
+               disable=not team.writes)  # fmt: skip
     started = time.perf_counter()
     for batch in bar:
         step = run.epoch * len(loader) + run.step
         set_lr(optimizer, config, lr_factor(config, step, total_steps))
         batch = batch.to(device)
         with autocast(device, precision):
-            predictions = model(batch.images)
+            predictions = network(batch.images)
         losses = criterion(predictions, batch)
-        if not losses.isfinite().all():
-            raise nonfinite_error(run.save_evidence(batch.frame_ids, losses))
+        batch_losses = team.sum(losses.detach()) / team.size
+        if not batch_losses.isfinite().all():
+            raise nonfinite_error(run.save_evidence(batch.frame_ids, losses.detach(), team.rank))
         optimizer.zero_grad()
         losses[0].backward()
         optimizer.step()
 
         now = time.perf_counter()
-        run.add_step(losses.detach(), now - started)
+        run.add_step(batch_losses, now - started)
         started = now
         show_progress(bar, run, optimizer, total_steps - step - 1)
 
@@ -172,12 +187,15 @@ class Criterion(nn.Module):
     Called with predictions and batch; returns (4,) float32: total, loc, conf, seg.
     """
 
-    def __init__(self, model: SSD300, config: dict[str, Any]) -> None:
+    def __init__(self, model: SSD300, config: dict[str, Any], team: Team) -> None:
         super().__init__()
         self.multibox = MultiBoxLoss(
-            model.priors, loc_loss=config["loc_loss"], loc_reduction=config["loc_reduction"]
+            model.priors, loc_loss=config["loc_loss"], loc_reduction=config["loc_reduction"],
+            team=team,
+        )  # fmt: skip
+        self.segmentation = SegmentationLoss(
+            cells=config["seg_cells"], maps=config["seg_maps"], team=team
         )
-        self.segmentation = SegmentationLoss(cells=config["seg_cells"], maps=config["seg_maps"])
         self.seg_weight = config["seg_weight"]
 
     def forward(self, predictions: Predictions, batch: Batch) -> Tensor:
@@ -267,7 +285,7 @@ def training_annotations(config: dict[str, Any]) -> Annotations:
 
 
 def open_evaluation(
-    config: dict[str, Any], held_out: list[str], device: torch.device
+    config: dict[str, Any], held_out: list[str], device: torch.device, team: Team
 ) -> tuple[GroundTruth, BatchLoader]:
     """Ground truth and images to evaluate on: the held-out frames if there are any, else the
     test list."""
@@ -276,11 +294,15 @@ def open_evaluation(
         ground_truth = load_ground_truth(training_annotations(config), held_out)
     else:
         ground_truth = open_test_set(root, config["test_list"], config["test_annotations"])
-    return ground_truth, frame_loader(root, ground_truth.frames, config, device)
+    return ground_truth, frame_loader(root, ground_truth.frames, config, device, team)
 
 
 def make_loader(
-    config: dict[str, Any], frames: list[Frame], model: SSD300, device: torch.device
+    config: dict[str, Any],
+    frames: list[Frame],
+    model: SSD300,
+    device: torch.device,
+    team: Team,
 ) -> BatchLoader:
     """Training batches with masks for the infused maps."""
     augmentation = Augmentation(config["zoom_out"], config["hue_saturation"])
@@ -292,7 +314,7 @@ def make_loader(
     return BatchLoader(
         dataset, batch_size=config["batch_size"], workers=config["workers"], shuffle=True,
         map_sizes=[model.map_sizes[i] for i in model.infused_maps],
-        pin_memory=device.type == "cuda",
+        pin_memory=device.type == "cuda", team=team,
     )  # fmt: skip
 
 

@@ -84,8 +84,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # whatever torch meets in a foreign or truncated file
         reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise InputError(
-            f"not a readable checkpoint ({reason})", "choose another with --checkpoint", file=path
-        ) from None
+            f"not a readable checkpoint ({reason})", "it is damaged or another program's: choose "
+            "another, or move this one away", file=path,
+        ) from None  # fmt: skip
     if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
         raise InputError(
             "not a checkpoint of this project", "choose one that train.py wrote", file=path

@@ -1,0 +1,128 @@
+"""Frames decoded once into a memory map, for disks and page caches faster than a JPEG decoder.
+
+A cache is one file of raw uint8 pixels for one list of frames, shared read-only by every process
+that maps it. Its name tells what it was drawn from: the frames' paths, and their sizes and times
+of change; so a cache of other or changed images is never found, and redrawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from errors import InputError
+from files import write_atomically
+from kaist import FRAME_HEIGHT, FRAME_WIDTH, image_path
+
+BLOCK = 64  # frames decoded before they are written
+ABANDONED = 3600.0  # seconds without a write after which an unfinished file is nobody's
+
+
+class FrameCache:
+    """Decoded frames by id, mapped into memory on first use, in each process by itself.
+
+    Args:
+        path: a file as from `open_cache`; rows: frame id -> its place in the file; channels: of
+            each frame.
+    """
+
+    def __init__(self, path: Path, rows: dict[str, int], channels: int) -> None:
+        self.path = path
+        self.rows = rows
+        self.shape = (len(rows), FRAME_HEIGHT, FRAME_WIDTH, channels)
+        self.pixels: np.ndarray | None = None
+
+    def read(self, frame_id: str) -> np.ndarray:
+        """One frame, (512, 640, C) uint8, as `datasets.read_frame` gives it."""
+        if self.pixels is None:
+            # "c": writable in memory, as torch wants it, but never written to the file.
+            self.pixels = np.memmap(self.path, np.uint8, "c", shape=self.shape)
+        return self.pixels[self.rows[frame_id]]
+
+    def __getstate__(self) -> dict:
+        """Without the map: pickled for a worker process it would be a copy of all pixels."""
+        return {**self.__dict__, "pixels": None}
+
+
+def open_cache(
+    folder: str | Path,
+    root: Path,
+    frame_ids: Sequence[str],
+    modalities: Sequence[str],
+    read: Callable[[str], np.ndarray],
+) -> FrameCache:
+    """The cache of a list of frames in a folder; drawn if it is not there or not of these files.
+
+    A stale cache of the same list is deleted first. What is drawn appears under its name when it
+    is whole; processes that map an older file keep it until they end.
+
+    Args:
+        folder: where caches are kept; made if need be. root: the images' KAIST root.
+        modalities: whose images `read` decodes, 4 channels for both, 3 visible, 1 LWIR.
+        read: frame id -> (512, 640, C) uint8.
+
+    Raises:
+        InputError: an image is missing or unreadable, or the disk is too small.
+    """
+    folder = Path(folder)
+    channels = sum({"visible": 3, "lwir": 1}[modality] for modality in modalities)
+    frames, files = hashlib.sha256(), hashlib.sha256()
+    for frame_id in frame_ids:
+        for modality in modalities:
+            path = image_path(root, frame_id, modality)
+            frames.update(f"{path.absolute()}\n".encode())
+            try:
+                status = path.stat()
+            except OSError as error:
+                raise InputError(
+                    f"image not found ({error.strerror})", "check DATA_ROOT and the image list",
+                    file=path,
+                ) from None  # fmt: skip
+            files.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+    name = f"frames-{frames.hexdigest()[:12]}"
+    path = folder / f"{name}-{files.hexdigest()[:12]}.u8"
+    cache = FrameCache(path, {frame_id: i for i, frame_id in enumerate(frame_ids)}, channels)
+    size = int(np.prod(cache.shape))
+    if not (path.is_file() and path.stat().st_size == size):
+        make_room(folder, name, size)
+        write_atomically(path, lambda beside: draw(beside, frame_ids, read))
+    return cache
+
+
+def make_room(folder: Path, name: str, size: int) -> None:
+    """Make the folder, delete what is stale or unfinished of a list's caches, check the disk."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(f"{name}-*.u8"):
+            stale.unlink()
+        for unfinished in folder.glob(f".{name}-*.tmp"):
+            if time.time() - unfinished.stat().st_mtime > ABANDONED:
+                unfinished.unlink()
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise InputError(
+            f"cannot be used as a folder ({error.strerror})", "choose another with CACHE",
+            file=folder,
+        ) from None  # fmt: skip
+    if free < size:
+        raise InputError(
+            f"a cache of {size / 1e9:.1f} GB does not fit, {free / 1e9:.1f} GB are free",
+            "choose another folder with CACHE, or none", file=folder,
+        )  # fmt: skip
+
+
+def draw(path: Path, frame_ids: Sequence[str], read: Callable[[str], np.ndarray]) -> None:
+    """Decode all frames into a file, a block at a time; decoders run beside each other."""
+    bar = tqdm(total=len(frame_ids), desc="decoding into the cache", unit="frame", leave=False)
+    with path.open("wb") as file, ThreadPoolExecutor() as pool, bar:
+        for start in range(0, len(frame_ids), BLOCK):
+            for frame in pool.map(read, frame_ids[start : start + BLOCK]):
+                file.write(frame.data)
+                bar.update()

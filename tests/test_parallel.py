@@ -1,0 +1,61 @@
+"""Two processes under torchrun against one: same losses, weights and miss rate."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from datasets import EpochBatches
+from errors import InputError
+from parallel import ALONE, Team, join_team
+from utils import load_checkpoint
+
+
+def run_training(folder, root, processes):
+    flags = ["--data-root", root, "--epochs", 2, "--batch-size", 4, "--workers", 0,
+             "--width", 0.0625,
+             "--eval-every", 2, "--no-batch-norm", "--device", "cpu", "--precision", "fp32",
+             "--seg-weight", 0.5, "--lr", 1e-4, "--optimizer", "sgd",
+             "--checkpoints", folder]  # fmt: skip
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [train.__file__, *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    log = list(csv.DictReader((folder / "custom" / "log.csv").open()))
+    return load_checkpoint(folder / "custom" / "last.pt")["model"], log, done.stdout
+
+
+def test_two_processes_train_as_one(demo_root, tmp_path):
+    one, log_one, said_one = run_training(tmp_path / "one", demo_root, 1)
+    two, log_two, said_two = run_training(tmp_path / "two", demo_root, 2)
+    for key, value in one.items():
+        assert torch.allclose(value, two[key], atol=1e-5), key
+    for a, b in zip(log_one, log_two, strict=True):
+        for term in ("loss", "loc", "conf", "seg"):
+            assert float(a[term]) == pytest.approx(float(b[term]), rel=1e-5)
+    assert log_one[-1]["miss_rate"] == log_two[-1]["miss_rate"] != ""
+    assert said_one.count("miss rate") == said_two.count("miss rate") == 1  # one writer
+    assert sorted(p.name for p in Path(tmp_path / "two").iterdir()) == ["custom"]
+
+
+def test_a_batch_is_split_by_rank():
+    whole = list(EpochBatches(11, 4, seed=3, team=ALONE))
+    parts = [list(EpochBatches(11, 4, seed=3, team=Team(rank, 2))) for rank in (0, 1)]
+    assert len(whole) == 2  # an incomplete batch is left out
+    for batch, *shares in zip(whole, *parts, strict=True):
+        assert sorted(batch) == sorted(sum(shares, []))
+        assert [len(share) for share in shares] == [2, 2]
+
+
+def test_a_batch_that_cannot_be_split_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="BATCH_SIZE = 8 cannot be split among 3"):
+        join_team(torch.device("cpu"), 8)
