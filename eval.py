@@ -31,19 +31,22 @@ ERRORS = "errors.png"  # the sheet of --show-errors
 
 
 def main() -> None:
+    """Evaluate result files, or a checkpoint's network."""
     arguments = parse_arguments()
     if arguments.detections:
-        ground_truth = open_ground_truth(arguments)
         files, names = arguments.detections, unique_names(arguments.detections)
+        ground_truth = open_ground_truth(arguments)
         out, data_root = arguments.out or Path(OUT), arguments.data_root
     else:
         name, path, ground_truth, data_root = evaluate_checkpoint(arguments)
-        files, names, out = [path], [name], arguments.out or path.parent / OUT
+        files, names = [path], [name]
+        out = arguments.out or path.with_name(path.stem.replace("detections", "miss_rate") + ".png")
     found = [read_detections(path, ground_truth.frames) for path in files]
     if arguments.subset:
         frames = choose_frames(ground_truth.frames, arguments.subset)
         selected = [select_frames(ground_truth, detections, frames) for detections in found]
         ground_truth, found = selected[0][0], [detections for _, detections in selected]
+    print(f"{len(ground_truth.frames)} frames, people of {ground_truth.source}")
     scores = [
         score(name, ground_truth, detections, arguments.bootstrap, arguments.by_video)
         for name, detections in zip(names, found, strict=True)
@@ -72,7 +75,8 @@ def parse_arguments() -> Namespace:
     add("--checkpoint", type=Path, help="a checkpoint instead; default: the newest run's")
     add("--annotations", type=Path, default=ANNOTATIONS or None,
         help="KAIST_annotation.json, an annotation folder or a KAIST root")  # fmt: skip
-    add("--image-list", type=Path, help="frames that the ids of the result files mean")
+    add("--image-list", type=Path,
+        help="frames to evaluate; ids of files without a companion count along it")  # fmt: skip
     add("--subset", help="evaluate only day, night, campus, road, downtown, or an image list")
     add("--all-setups", action="store_true", help="also print the nine setups and the scenes")
     add("--bootstrap", type=int, default=0, metavar="N", help="95%% intervals from N resamples")
@@ -112,9 +116,11 @@ def picture(text: str) -> Path:
 def evaluate_checkpoint(arguments: Namespace) -> tuple[str, Path, GroundTruth, Path]:
     """Run a checkpoint's network over its test frames and write the detections into its folder.
 
+    The run's own `detections.txt` is written again by its own `last.pt` on its own data alone; any
+    other evaluation has its checkpoint and its flags in its name (`detections-best.txt`).
+
     Returns:
-        The run's name, the result file (`detections.txt` for `last.pt`, `detections-best.txt` for
-        `best.pt`), the people of its frames, and the root of its images.
+        The run's name, the result file, the people of its frames, and the root of its images.
     """
     # Here, because result files are evaluated without torch.
     from inference import run_checkpoint
@@ -126,21 +132,36 @@ def evaluate_checkpoint(arguments: Namespace) -> tuple[str, Path, GroundTruth, P
                 "device": arguments.device}  # fmt: skip
     given = {key: str(value) for key, value in settings.items() if value}
     config, ground_truth, detections = run_checkpoint(path, given)
-    suffix = "" if path.stem == "last" else f"-{path.stem}"
+    parts = [path.stem] if path.stem != "last" else []
+    parts += [Path(given[key]).stem for key in settings if key in given and key != "device"]
+    parts += [Path(arguments.subset).stem] if arguments.subset else []
+    suffix = "".join(f"-{part}" for part in parts)
     result = path.parent / f"detections{suffix}.txt"
     write_detections(result, detections, ground_truth.frames)
     return path.resolve().parent.name + suffix, result, ground_truth, Path(config["data_root"])
 
 
 def open_ground_truth(arguments: Namespace) -> GroundTruth:
-    """People of --image-list, else of the first result file's companion, else of the JSON."""
-    companion = frames_path(arguments.detections[0])
-    frames = None
+    """People of the frames that the result files speak of.
+
+    Ids of a file count along its own companion, else along --image-list, else along the annotation
+    JSON. Without --image-list all files have to mean the same frames.
+    """
     if arguments.image_list:
-        frames = read_image_list(arguments.image_list)
-    elif companion.is_file():
-        frames = read_image_list(companion)
-    return load_ground_truth(arguments.annotations, frames)
+        return load_ground_truth(arguments.annotations, read_image_list(arguments.image_list))
+    companions = [path for path in map(frames_path, arguments.detections) if path.is_file()]
+    if not companions:
+        return load_ground_truth(arguments.annotations)
+    lists = [read_image_list(path) for path in companions]
+    if len(companions) < len(arguments.detections):
+        lists.append(list(load_ground_truth(arguments.annotations).frames))
+    if any(other != lists[0] for other in lists):
+        raise InputError(
+            "the result files' ids mean different lists of frames",
+            "evaluate them one by one, or name the frames to evaluate with --image-list",
+            file=companions[0],
+        )
+    return load_ground_truth(arguments.annotations, lists[0])
 
 
 def choose_frames(frames: Sequence[str], subset: str) -> list[str]:
@@ -154,8 +175,13 @@ def choose_frames(frames: Sequence[str], subset: str) -> list[str]:
 
 
 def unique_names(files: Sequence[Path]) -> list[str]:
-    """A short name for each result file."""
-    for name_of in (lambda path: path.stem, lambda path: path.name, str):
+    """A short name for each result file, fit for a file's name: its own, or its run's folder."""
+    for name_of in (
+        lambda path: path.stem,
+        lambda path: path.name,
+        lambda path: path.resolve().parent.name,
+        lambda path: str(path.with_suffix("")).strip("./").replace("/", "_"),
+    ):
         names = [name_of(path) for path in files]
         if len(set(names)) == len(names):
             return names

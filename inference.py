@@ -18,10 +18,10 @@ from kaist import (
     FOLDERS,
     FRAME_HEIGHT,
     FRAME_WIDTH,
-    JSON_NAME,
     Annotations,
     find_file,
     open_annotations,
+    open_test_annotations,
     read_image_list,
 )
 from miss_rate import GroundTruth, load_ground_truth
@@ -41,19 +41,16 @@ def find_annotations(root: Path, where: str, modality: str) -> Annotations:
 def open_test_set(root: Path, test_list: str, where: str) -> GroundTruth:
     """The people of a test list.
 
-    With "auto" a KAIST_annotation.json in the root is preferred if it has every frame of the
-    list, because it holds the improved annotations that papers evaluate on.
-
     Args:
         test_list: an image list below the root, or any path.
-        where: TEST_ANNOTATIONS: "auto", a form, or a path.
+        where: TEST_ANNOTATIONS: "auto" (see `kaist.open_test_annotations`), a form, or a path.
     """
     frame_ids = read_image_list(find_file(root, test_list))
-    if where == "auto" and any((root / f / JSON_NAME).is_file() for f in (".", "annotations")):
-        improved = open_annotations(root, "json")
-        if set(frame_ids) <= set(improved.frames):
-            return load_ground_truth(improved, frame_ids)
-    return load_ground_truth(find_annotations(root, where, "lwir"), frame_ids)
+    if where == "auto":
+        annotations = open_test_annotations(root, frame_ids)
+    else:
+        annotations = find_annotations(root, where, "lwir")
+    return load_ground_truth(annotations, frame_ids)
 
 
 def frame_loader(
@@ -109,17 +106,20 @@ def detect_frames(
     model.train(was_training)
     shares = team.gather(found)
     found = [shares[i % team.size][i // team.size] for i in range(sum(map(len, shares)))]
+    found = [to_pixels(boxes, scores) for boxes, scores in found]
     frame = np.repeat(np.arange(len(found)), [len(scores) for _, scores in found])
-    boxes = box_convert(torch.cat([boxes for boxes, _ in found]), "xyxy", "xywh").double()
-    scores = torch.cat([scores for _, scores in found]).double().numpy()
+    return Detections(frame, *map(np.concatenate, zip(*found, strict=True)))
+
+
+def to_pixels(boxes: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """xyxy fractions (k, 4) and scores (k,) as float64 xywh pixels of the 640x512 frame.
+
+    Boxes that clipping to the frame left with no area worth writing down are left out.
+    """
     pixels = (FRAME_WIDTH, FRAME_HEIGHT, FRAME_WIDTH, FRAME_HEIGHT)
-    return drop_empty(Detections(frame, boxes.numpy() * pixels, scores))
-
-
-def drop_empty(detections: Detections) -> Detections:
-    """Without the boxes that clipping to the frame left with no area worth writing down."""
-    keep = (detections.boxes[:, 2:] >= 0.01).all(1)
-    return Detections(detections.frame[keep], detections.boxes[keep], detections.scores[keep])
+    boxes = box_convert(boxes, "xyxy", "xywh").double().cpu().numpy() * pixels
+    keep = (boxes[:, 2:] >= 0.01).all(1)
+    return boxes[keep], scores.double().cpu().numpy()[keep]
 
 
 def run_checkpoint(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -192,19 +192,40 @@ def read_xml(path: Path) -> Objects:
         raise InputError(
             f"broken XML ({error})", "copy the file again", file=path, line=error.position[0]
         ) from None
+    if root.tag != "annotation":
+        raise InputError(
+            f"<{root.tag}> is no KAIST annotation", "copy the file again", file=path, line=1
+        )
     rows = []
-    for item in root.iter("object"):
-        label = item.findtext("name")
-        box = [item.findtext(f"bndbox/{side}") for side in "xywh"]
-        if label is None or None in box:
-            raise InputError(
-                "an object lacks its name or one of bndbox's x, y, w, h", "add it", file=path
-            )
-        box = [parse_number(text, path, None) for text in box]
-        occlusion = parse_number(item.findtext("occlusion", "0"), path, None)
-        check_row(box, occlusion, path, None)
-        rows.append((label.strip(), box, occlusion, False))
+    for i, item in enumerate(root.iter("object")):
+        try:
+            rows.append(xml_row(item, path, None))
+        except InputError:  # the parser keeps no lines: look it up, and say it again with it
+            xml_row(item, path, object_line(path, i))
     return make_objects(rows)
+
+
+def xml_row(
+    item: ElementTree.Element, path: Path, line: int | None
+) -> tuple[str, list[float], float, bool]:
+    """A row for `make_objects` from one XML object."""
+    label = item.findtext("name")
+    box = [item.findtext(f"bndbox/{side}") for side in "xywh"]
+    if label is None or None in box:
+        raise InputError(
+            "an object lacks its name or one of bndbox's x, y, w, h", "add it",
+            file=path, line=line,
+        )  # fmt: skip
+    box = [parse_number(text, path, line) for text in box]
+    occlusion = parse_number(item.findtext("occlusion", "0"), path, line)
+    check_row(box, occlusion, path, line)
+    return label.strip(), box, occlusion, False
+
+
+def object_line(path: Path, index: int) -> int:
+    """The line on which an XML file's object begins; objects count from 0."""
+    starts = list(re.finditer(rb"<object\b", path.read_bytes()))
+    return path.read_bytes().count(b"\n", 0, starts[index].start()) + 1 if starts else 1
 
 
 def read_json(path: Path) -> dict[str, Objects]:
@@ -334,6 +355,23 @@ def open_annotations(source: str | Path, form: str = "auto", modality: str = "lw
         return Annotations(source, kind, modality)
     looked = ", ".join(looked_for)
     raise InputError(f"no annotations here; looked for {looked}", REMEDY, file=source)
+
+
+def open_test_annotations(source: str | Path, frame_ids: Sequence[str] | None) -> Annotations:
+    """Annotations to evaluate on, of a KAIST root, an annotation folder or a JSON file.
+
+    A root's KAIST_annotation.json is preferred if it has every frame of the list, because it holds
+    the improved annotations that papers evaluate on; else the root's other forms, as in `auto`.
+
+    Args:
+        frame_ids: the frames to evaluate; None takes the JSON's own.
+    """
+    source = Path(source)
+    if any((source / place / JSON_NAME).is_file() for place in (".", "annotations")):
+        improved = open_annotations(source, "json")
+        if frame_ids is None or set(frame_ids) <= set(improved.frames):
+            return improved
+    return open_annotations(source)
 
 
 def has_annotations(folder: Path, kind: str) -> bool:

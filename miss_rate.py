@@ -31,7 +31,7 @@ from kaist import (
     FRAME_HEIGHT,
     FRAME_WIDTH,
     Annotations,
-    open_annotations,
+    open_test_annotations,
     scene,
     time_of_day,
 )
@@ -78,7 +78,8 @@ class GroundTruth:
     """The annotated objects of a list of frames, in the list's order.
 
     frames: frame ids; frame: (m,) int64 index into them, ascending; boxes: (m, 4) float64 xywh
-    pixels; occlusion: (m,) int64; ignore: (m,) bool, objects that are not plainly a person.
+    pixels; occlusion: (m,) int64; ignore: (m,) bool, objects that are not plainly a person;
+    source: where they were read.
     """
 
     frames: tuple[str, ...]
@@ -86,6 +87,7 @@ class GroundTruth:
     boxes: np.ndarray
     occlusion: np.ndarray
     ignore: np.ndarray
+    source: Path | None = None
 
     def in_subset(self, subset: str) -> np.ndarray:
         """(n_frames,) bool: the frames of a setup's subset."""
@@ -102,14 +104,15 @@ def load_ground_truth(
     """Read the people of all frames; whatever is labelled other than "person" is ignored.
 
     Args:
-        annotations: opened, or the path of a KAIST root, an annotation folder or a JSON file.
+        annotations: opened, or the path of a KAIST root, an annotation folder or a JSON file
+            (see `kaist.open_test_annotations`).
         frames: frame ids; None takes those of the annotation JSON, in its order.
 
     Raises:
         InputError: a frame is not annotated, a file is malformed, or nothing says which frames.
     """
     if not isinstance(annotations, Annotations):
-        annotations = open_annotations(annotations)
+        annotations = open_test_annotations(annotations, frames)
     frames = annotations.frames if frames is None else tuple(frames)
     if not frames:
         raise InputError(
@@ -124,6 +127,7 @@ def load_ground_truth(
         np.concatenate([o.boxes for o in objects]),
         np.concatenate([o.occlusion for o in objects]),
         np.concatenate([o.ignore for o in objects]) | ~people,
+        annotations.source,
     )
 
 
@@ -140,7 +144,7 @@ def select_frames(
     order = np.argsort(new, kind="stable")[np.count_nonzero(new < 0) :]
     people = GroundTruth(
         tuple(frames), new[order], ground_truth.boxes[order], ground_truth.occlusion[order],
-        ground_truth.ignore[order],
+        ground_truth.ignore[order], ground_truth.source,
     )  # fmt: skip
     return people, move_frames(detections, place)
 

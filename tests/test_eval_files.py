@@ -130,6 +130,22 @@ def test_bad_json_entry_is_named(tmp_path, bad, word):
     assert f"{tmp_path / 'a.json'}:4: " in str(error.value)
 
 
+def test_json_booleans_are_no_numbers(tmp_path):
+    with pytest.raises(InputError, match="a.json:1: .* is no detection"):
+        read(tmp_path / "a.json", json.dumps([entry(value=True)]))
+
+
+def test_files_of_different_lists_are_not_mixed(tmp_path, annotations, monkeypatch):
+    """A file without a companion counts along the JSON, never along another file's companion."""
+    for name, frames in (("a.txt", FRAMES[2:]), ("b.txt", FRAMES)):
+        (tmp_path / name).write_text("1,100,100,40,100,0.9\n")
+        if frames != FRAMES:
+            frames_path(tmp_path / name).write_text("\n".join(frames) + "\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="mean different lists of frames"):
+        run_main(monkeypatch, "--detections", "a.txt", "b.txt", "--annotations", annotations)
+
+
 def test_boxes_without_area_are_false_positives_as_in_bbgt(tmp_path):
     found = read(tmp_path / "a.txt", "1,10,20,0,40,0.9\n1,10,20,30,0,0.8\n")
     assert found.boxes[:, 2:].tolist() == [[0, 40], [30, 0]]

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from errors import InputError
-from kaist import image_path, open_annotations, read_image_list, scene, time_of_day
+from kaist import (
+    image_path,
+    open_annotations,
+    open_test_annotations,
+    read_image_list,
+    scene,
+    time_of_day,
+)
 from miss_rate import evaluate, load_ground_truth
 from result_files import read_detections
 
@@ -167,7 +174,24 @@ def test_bad_xml_is_named(tmp_path, old, new, word):
     path = write(tmp_path / f"annotations-xml-new/{FRAME}.xml", XML.replace(old, new, 1))
     with pytest.raises(InputError, match=word) as error:
         open_annotations(tmp_path).read(FRAME)
-    assert str(path) in str(error.value)
+    place, _, _ = str(error.value).removeprefix(f"{path}:").partition(":")
+    starts = [i for i, line in enumerate(XML.splitlines(), 1) if "<object>" in line]
+    assert int(place) == starts[0] or word == "broken XML"
+
+
+def test_another_xml_is_refused(tmp_path):
+    write(tmp_path / f"annotations-xml-new/{FRAME}.xml", "<html><body>404</body></html>")
+    with pytest.raises(InputError, match=r"\.xml:1: <html> is no KAIST annotation"):
+        open_annotations(tmp_path).read(FRAME)
+
+
+def test_a_roots_json_is_preferred_for_evaluation(tmp_path):
+    write(tmp_path / f"annotations/{FRAME}.txt", "% bbGt version=3\n")
+    make_json(tmp_path / "KAIST_annotation.json", [(0, [1, 2, 30, 40], 0, 0)])
+    frames = open_annotations(tmp_path, "json").frames
+    assert open_test_annotations(tmp_path, frames).form == "json"
+    assert open_test_annotations(tmp_path, None).form == "json"
+    assert open_test_annotations(tmp_path, ["set00/V000/I00001"]).form == "bbgt"
 
 
 def test_bad_json_is_named(tmp_path):
