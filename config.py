@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import math
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +112,20 @@ def show(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def check_config(config: dict[str, Any], positive: Iterable[str]) -> None:
-    """Refuse values that no run can use, before anything is read.
+# What numbers have to be: (names, test, in words).
+RANGES = (
+    (("width", "lr", "batch_size", "epochs", "eval_every", "max_boxes", "samples"),
+     lambda v: v > 0, "it has to be greater than 0"),
+    (("seed", "workers", "bias_lr_factor", "weight_decay", "seg_weight", "min_height", "margin"),
+     lambda v: v >= 0, "it cannot be below 0"),
+    (("min_score", "nms_iou"), lambda v: 0 <= v <= 1, "it is a share, from 0 to 1"),
+    (("validation",), lambda v: 0 <= v < 1, "it is a share, from 0 to below 1"),
+    (("zoom_out",), lambda v: 1 <= v <= 16, "it is a canvas in frames a side, from 1 to 16"),
+)  # fmt: skip
 
-    Args:
-        positive: names whose value has to be greater than zero.
+
+def check_config(config: dict[str, Any]) -> None:
+    """Refuse values that no run can use, before anything is read.
 
     Raises:
         InputError: the constant, its value and what is allowed.
@@ -124,9 +133,10 @@ def check_config(config: dict[str, Any], positive: Iterable[str]) -> None:
     for name, choices in CHOICES.items():
         if name in config and config[name] not in choices:
             refuse(name, config[name], f"choose one of {', '.join(choices)}")
-    for name in positive:
-        if not config[name] > 0:
-            refuse(name, config[name], "it has to be greater than 0")
+    for names, fits, words in RANGES:
+        for name in names:
+            if name in config and not (fits(config[name]) and math.isfinite(config[name])):
+                refuse(name, config[name], words)
 
 
 def refuse(name: str, value: Any, remedy: str) -> None:

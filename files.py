@@ -17,6 +17,21 @@ def read_text(path: Path) -> str:
         raise InputError("not a text file", "name another file", file=path) from None
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, if they are not there.
+
+    Raises:
+        InputError: it cannot be made there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot be made a folder ({error.strerror or error})", "choose another place",
+            file=path,
+        ) from None  # fmt: skip
+
+
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place and rename it: what was there stays whole until then.
 

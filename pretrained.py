@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pickle import UnpicklingError
 from urllib.error import URLError
 
 import torch
@@ -39,6 +40,12 @@ def download(weights: VGG16_Weights | VGG16_BN_Weights | SSD300_VGG16_Weights) -
     """The state dict of torchvision weights, from its cache or the network, hash checked."""
     try:
         return weights.get_state_dict(progress=True, check_hash=True)
+    except (RuntimeError, UnpicklingError, EOFError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"damaged pretrained weights ({reason})", "delete this file and fetch it again",
+            file=f"{torch.hub.get_dir()}/checkpoints/{weights.url.rsplit('/', 1)[-1]}",
+        ) from error  # fmt: skip
     except (URLError, OSError) as error:
         name = weights.url.rsplit("/", 1)[-1]
         raise InputError(

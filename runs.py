@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import InputError
-from files import write_atomically
+from files import make_folder, write_atomically
 from model import SSD300
 from utils import load_checkpoint, save_checkpoint
 
@@ -52,18 +52,32 @@ class Run:
         number = 1
         while True:
             folder = root / (self.name if number == 1 else f"{self.name}-{number}")
-            if not folder.exists():
-                return folder
-            if (folder / "last.pt").exists() and self.continues(folder / "last.pt"):
+            if not folder.exists() or self.continues(folder):
                 return folder
             number += 1
 
-    def continues(self, path: Path) -> bool:
-        """Take up the run of a checkpoint if it is this one and unfinished."""
-        state = load_checkpoint(path)
-        ours = {k: v for k, v in self.config.items() if k not in MACHINE_CONSTANTS}
-        theirs = {k: v for k, v in state["config"].items() if k not in MACHINE_CONSTANTS}
-        if ours != theirs or state["epoch"] >= self.config["epochs"]:
+    def continues(self, folder: Path) -> bool:
+        """Take up a folder's run if it is this one and unfinished.
+
+        A run that was killed before its first checkpoint is this one too; a checkpoint that cannot
+        be read is left alone, with a warning.
+        """
+        try:
+            theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        ours = json.loads(json.dumps(self.config))  # tuples become lists, as in the file
+        if any(ours[k] != theirs.get(k) for k in ours.keys() - set(MACHINE_CONSTANTS)):
+            return False
+        if not (folder / "last.pt").exists():
+            return True
+        try:
+            state = load_checkpoint(folder / "last.pt")
+        except InputError as error:
+            print(f"warning: {error}; starting anew beside it")
+            return False
+        reported = (folder / "miss_rate.json").exists()
+        if "optimizer" not in state or (state["epoch"] >= self.config["epochs"] and reported):
             return False
         self.state = state
         self.epoch, self.step = state["epoch"], state["step"]
@@ -85,7 +99,7 @@ class Run:
 
     def begin(self) -> None:
         """Make the folder and write the configuration."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         text = json.dumps({"name": self.name, **self.config}, indent=1)
         write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
 
@@ -122,9 +136,9 @@ class Run:
         self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, [0.0] * 4, 0.0
         if not writes:
             return
-        self.save(model, optimizer)
-        if scores and scores["miss_rate"] < best:
+        if scores and scores["miss_rate"] < best:  # first: what last.pt tells has happened
             save_checkpoint(self.folder / "best.pt", self.content(model, None))
+        self.save(model, optimizer)
         self.write_log()
 
     def content(
@@ -192,6 +206,6 @@ def nonfinite_error(path: Path) -> InputError:
     """The line that ends a run whose loss is not finite."""
     return InputError(
         "the loss is not a finite number; the batch's frames and loss terms are in this file",
-        "lower LR, or look at those frames; last.pt still holds the weights of the epoch before",
+        "lower LR, or look at those frames; last.pt holds the weights from before this epoch",
         file=path,
     )

@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import demo_data
 from config import check_config, parse_flags, read_constants, refuse, resolve_row
 from datasets import Augmentation, Batch, BatchLoader, Frame, KaistPairs, check_images, load_frames
-from demo_data import open_root
 from errors import InputError, run_script
 from inference import detect_frames, find_annotations, frame_loader, open_test_set
 from kaist import Annotations, find_file, read_image_list
@@ -79,6 +79,7 @@ MAX_BOXES = 200  # detections kept in a frame
 
 
 def main() -> None:
+    """Data, model, loss, optimiser, resume, epochs, report."""
     config = configure()
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
@@ -87,10 +88,15 @@ def main() -> None:
     run = team.share(run)
 
     if team.writes:
-        open_root(config["data_root"])
+        demo_data.open_root(config["data_root"])
     team.wait()
     frames, held_out = read_training_frames(config)
-    ground_truth, test_loader = open_evaluation(config, held_out, device, team)
+    people = open_test_set(Path(config["data_root"]), config["test_list"],
+                           config["test_annotations"])  # fmt: skip
+    test = watched = open_evaluation(people, config, device, team)
+    if held_out:  # they choose the best epoch instead of the test list
+        people = load_ground_truth(training_annotations(config), held_out)
+        watched = open_evaluation(people, config, device, team)
 
     torch.manual_seed(config["seed"])
     model = SSD300(**run.model_args)
@@ -105,15 +111,18 @@ def main() -> None:
 
     if team.writes:
         run.begin()
+        run.save(model, optimizer)
+        print(f"{len(test.people.frames)} test frames, people of {test.people.source}")
         print(f"{run.folder}: {len(frames)} frames, {len(loader)} steps an epoch, on {device} in "
               f"{str(precision).removeprefix('torch.')}, from epoch {run.epoch + 1}")  # fmt: skip
+    detections = None
     try:
         while run.epoch < config["epochs"]:
             train_epoch(run, network, loader, criterion, optimizer, device, precision, team)
             scores = {}
             if (run.epoch + 1) % config["eval_every"] == 0 or run.epoch + 1 == config["epochs"]:
-                detections = detect_frames(model, test_loader, device, precision, config, team)
-                scores = headline(evaluate(ground_truth, detections))
+                detections = detect_frames(model, watched.loader, device, precision, config, team)
+                scores = headline(evaluate(watched.people, detections))
             run.end_epoch(model, optimizer, scores, team.writes)
     except KeyboardInterrupt:
         if team.writes:
@@ -121,9 +130,18 @@ def main() -> None:
             print(f"\nsaved; the same command goes on from epoch {run.epoch + 1}, "
                   f"step {run.step + 1}")  # fmt: skip
         raise
+    if detections is None or watched is not test:
+        detections = detect_frames(model, test.loader, device, precision, config, team)
     if team.writes:
-        report(run.name, ground_truth, detections, run.folder)
+        report(run.name, test.people, detections, run.folder)
     team.close()
+
+
+class Evaluation(NamedTuple):
+    """What the network is evaluated on: people, and batches of their frames."""
+
+    people: GroundTruth
+    loader: BatchLoader
 
 
 def train_epoch(
@@ -139,8 +157,8 @@ def train_epoch(
     """The rest of the run's epoch, step by step.
 
     Raises:
-        InputError: a loss is not finite. The weights are those before that step; the batch's
-            frames and loss terms are in the run's folder.
+        InputError: a loss is not finite. The batch's frames and loss terms are in the run's
+            folder, and `last.pt` is from before this epoch.
     """
     network.train()
     config, total_steps = run.config, len(loader) * run.config["epochs"]
@@ -219,15 +237,13 @@ def configure(argv: list[str] | None = None) -> dict[str, Any]:
     config = {name: value for name, (value, _) in constants.items()} | flags
     if config["experiment"]:
         config |= resolve_row(config["experiment"]) | flags
-    check_config(config, ("width", "lr", "batch_size", "epochs", "eval_every", "max_boxes"))
+    check_config(config)
     if config["pretrained"] != "none" and config["width"] != 1.0:
         refuse("pretrained", config["pretrained"], "published weights need WIDTH = 1.0")
-    if config["pretrained"] == "coco" and config["batch_norm"]:
-        refuse("pretrained", "coco", "COCO's SSD300 needs BATCH_NORM = False")
-    if not 0 <= config["validation"] < 1:
-        refuse("validation", config["validation"], "it is a share, from 0 to below 1")
-    if config["zoom_out"] < 1:
-        refuse("zoom_out", config["zoom_out"], "it is a canvas in frames a side, at least 1")
+    if config["pretrained"] == "coco" and (
+        config["batch_norm"] or config["priors"] != "ssd300-coco"
+    ):
+        refuse("pretrained", "coco", 'it needs BATCH_NORM = False and PRIORS = "ssd300-coco"')
     feature_map_sizes(config["input_size"])
     return config
 
@@ -235,13 +251,14 @@ def configure(argv: list[str] | None = None) -> dict[str, Any]:
 def run_name(config: dict[str, Any]) -> str:
     """The lab book's name for a configuration: its row, or "demo" for the constants as they come.
 
-    A seed of one's own is told in the name; a recipe that differs from its row in anything else
-    is "custom".
+    A seed of one's own is told in the name; a recipe that differs from its row in anything else,
+    and the demo row on other data than the demo set, is "custom".
     """
     row = config["experiment"] or "demo"
     book = resolve_row(row)
     changed = {name for name, value in book.items() if config[name] != value}
-    if changed - {"seed"}:
+    elsewhere = row == "demo" and Path(config["data_root"]) != demo_data.ROOT
+    if changed - {"seed"} or elsewhere:
         return "custom"
     return f"{row}-seed{config['seed']}" if changed else row
 
@@ -267,14 +284,16 @@ def read_training_frames(config: dict[str, Any]) -> tuple[list[Frame], list[str]
     frames = load_frames(
         frame_ids, annotations, min_height=config["min_height"], margin=config["margin"]
     )
-    if not any((frame.labels == 1).any() for frame in frames):
-        raise InputError(
-            "no frame of the training list holds a person to learn",
-            "check TRAIN_LIST, ANNOTATIONS and MIN_HEIGHT", file=annotations.source,
-        )  # fmt: skip
     order = np.random.default_rng(config["seed"]).permutation(len(frames))
     held_out = {int(i) for i in order[: round(config["validation"] * len(frames))]}
+    if bool(held_out) != bool(config["validation"]):
+        refuse("validation", config["validation"], f"of {len(frames)} frames it holds out none")
     kept = [frame for i, frame in enumerate(frames) if i not in held_out]
+    if not any((frame.labels == 1).any() for frame in kept):
+        raise InputError(
+            "no frame of the training list holds a person to learn",
+            "check TRAIN_LIST, VALIDATION, ANNOTATIONS and MIN_HEIGHT", file=annotations.source,
+        )  # fmt: skip
     return kept, [frames[i].id for i in sorted(held_out)]
 
 
@@ -285,16 +304,11 @@ def training_annotations(config: dict[str, Any]) -> Annotations:
 
 
 def open_evaluation(
-    config: dict[str, Any], held_out: list[str], device: torch.device, team: Team
-) -> tuple[GroundTruth, BatchLoader]:
-    """Ground truth and images to evaluate on: the held-out frames if there are any, else the
-    test list."""
+    ground_truth: GroundTruth, config: dict[str, Any], device: torch.device, team: Team
+) -> Evaluation:
+    """Prepare to evaluate on some people's frames, after a look at their images."""
     root = Path(config["data_root"])
-    if held_out:
-        ground_truth = load_ground_truth(training_annotations(config), held_out)
-    else:
-        ground_truth = open_test_set(root, config["test_list"], config["test_annotations"])
-    return ground_truth, frame_loader(root, ground_truth.frames, config, device, team)
+    return Evaluation(ground_truth, frame_loader(root, ground_truth.frames, config, device, team))
 
 
 def make_loader(
@@ -342,15 +356,15 @@ def set_lr(optimizer: torch.optim.Optimizer, config: dict[str, Any], factor: flo
 def lr_factor(config: dict[str, Any], step: int, total_steps: int) -> float:
     """What the schedule multiplies the learning rate by in a step of `total_steps`.
 
-    "step": x0.1 from epoch int(E/6)*4 and again from int(E/6)*5 of E epochs, as logged; "cosine":
-    a linear warm-up over the first 5% of the steps, then half a cosine down to 0 (Loshchilov and
-    Hutter, 2017).
+    "step": x0.1 from epoch int(E/6)*4 and again from int(E/6)*5 of E epochs, as logged (never for
+    fewer than 6 epochs); "cosine": a linear warm-up over the first 5% of the steps, then half a
+    cosine down to 0 (Loshchilov and Hutter, 2017).
     """
     if config["schedule"] == "constant":
         return 1.0
     if config["schedule"] == "step":
         epoch, sixth = step * config["epochs"] // total_steps, config["epochs"] // 6
-        return 0.1 ** ((epoch >= 4 * sixth) + (epoch >= 5 * sixth))
+        return 0.1 ** ((epoch >= 4 * sixth) + (epoch >= 5 * sixth)) if sixth else 1.0
     warm_up = max(1, total_steps // 20)
     if step < warm_up:
         return (step + 1) / warm_up

@@ -28,6 +28,8 @@ def choose_device(name: str) -> torch.device:
             name = "mps"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("it is none of cpu, cuda and mps")
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
@@ -65,7 +67,14 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     and for training also the optimiser, the history and where the run stands.
     """
     content = {"format": CHECKPOINT_FORMAT, **content}
-    write_atomically(path, lambda beside: torch.save(content, beside))
+
+    def write(beside: Path) -> None:
+        try:
+            torch.save(content, beside)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(str(error).splitlines()[0]) from None
+
+    write_atomically(path, write)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

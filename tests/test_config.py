@@ -43,6 +43,11 @@ def test_flags_win_over_rows_and_rows_over_constants():
         (["--pretrained", "coco", "--width", "1"], "BATCH_NORM = False"),
         (["--validation", "1"], "VALIDATION = 1.0"),
         (["--zoom-out", "0.5"], "ZOOM_OUT = 0.5"),
+        (["--zoom-out", "inf"], "ZOOM_OUT = inf"),
+        (["--workers", "-1"], "WORKERS = -1"),
+        (["--seed", "-1"], "SEED = -1"),
+        (["--weight-decay", "-1"], "WEIGHT_DECAY = -1"),
+        (["--min-score", "7"], "MIN_SCORE = 7"),
         (["--input-size", "100,100"], r"INPUT_SIZE = \(100, 100\)"),
     ],
 )
@@ -85,6 +90,7 @@ def test_rows_as_the_log_has_them(row, expected):
 
 def test_a_run_is_named_for_its_row_only_if_it_is_that_row():
     name = lambda *flags: train.run_name(train.configure(list(flags)))  # noqa: E731
+    assert name("--data-root", "/data/kaist") == "custom"  # the demo row is of the demo set
     assert name() == "demo"
     assert name("--experiment", "26") == "26"
     assert name("--experiment", "26", "--workers", "7", "--data-root", "x") == "26"
@@ -102,6 +108,8 @@ def test_schedules_by_hand():
         [1, 1, 0.1, 0.1, 0.01, 0.01]
     )  # int(100 / 6) * 4 = 64 and * 5 = 80
     assert factor("constant", 99) == 1
+    short = config | {"schedule": "step", "epochs": 3}
+    assert [train.lr_factor(short, step, 30) for step in (0, 29)] == [1, 1]
     assert train.lr_factor(config | {"schedule": "cosine"}, 0, 1000) == pytest.approx(1 / 50)
     assert factor("cosine", 5) == pytest.approx(1)
     assert train.lr_factor(config | {"schedule": "cosine"}, 525, 1000) == pytest.approx(0.5)

@@ -1,5 +1,6 @@
 """Training as a user meets it: the three commands, resuming, and runs that go wrong."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import detect
+import eval as eval_script
 import train
 from errors import InputError
 from runs import Run
@@ -108,10 +110,64 @@ def test_nonfinite_loss_stops_with_its_evidence(start, monkeypatch):
     assert len(content["frames"]) == 4 and content["losses"]["conf"] == "nan"
 
 
-def test_held_out_frames_choose_the_best_epoch(start):
+def test_held_out_frames_choose_the_best_epoch_and_the_test_list_is_reported(
+    start, monkeypatch, demo_root
+):
+    watched = []
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda p, d: watched.append(p) or evaluate(p, d))
     start("--epochs", "1", "--validation", "0.34")
+    [people] = watched
+    assert len(people.frames) == 4 and all(frame < "set06" for frame in people.frames)
     frames = Path("checkpoints/custom/detections.frames.txt").read_text().split()
-    assert len(frames) == 4 and all(frame < "set06" for frame in frames)
+    assert frames == (demo_root / "imageSets/test-all.txt").read_text().split()
+    with pytest.raises(InputError, match="VALIDATION"):
+        start("--validation", "0.999")
+
+
+def test_a_damaged_checkpoint_is_left_alone(start, capsys):
+    start("--epochs", "1")
+    path = Path("checkpoints/custom/last.pt")
+    path.write_bytes(path.read_bytes()[:5000])
+    Path("checkpoints/custom/miss_rate.json").unlink()  # as if the run had not ended
+    start("--epochs", "1")
+    assert "warning: checkpoints/custom/last.pt: not a readable" in capsys.readouterr().out
+    assert path.stat().st_size == 5000 and Path("checkpoints/custom-2/miss_rate.json").exists()
+
+
+def test_a_run_killed_before_its_report_reports_when_started_again(start, capsys):
+    start("--epochs", "1")
+    weights = Path("checkpoints/custom/last.pt").read_bytes()
+    Path("checkpoints/custom/miss_rate.json").unlink()
+    start("--epochs", "1")
+    assert Path("checkpoints/custom/miss_rate.json").exists()
+    before, after = torch.load(io.BytesIO(weights)), load_checkpoint("checkpoints/custom/last.pt")
+    assert all(torch.equal(before["model"][key], after["model"][key]) for key in after["model"])
+
+
+def test_evaluating_on_other_data_leaves_the_runs_own_evaluation(start, monkeypatch, demo_root):
+    start("--epochs", "1")
+    folder = Path("checkpoints/custom")
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".txt", ".png")}
+    day = demo_root / "imageSets/test-day.txt"
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--image-list", str(day)])
+    eval_script.main()
+    assert all((folder / name).read_bytes() == content for name, content in before.items())
+    assert (folder / "detections-test-day.txt").exists()
+    assert (folder / "miss_rate-test-day.png").exists()
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    path.write_bytes(b"old")
+
+    def full(*_):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(InputError, match="last.pt: cannot write it"):
+        save_checkpoint(path, {})
+    assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
