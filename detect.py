@@ -3,8 +3,8 @@
     python detect.py data/demo/images/set06/V000/visible/I00000.jpg
 
 Name either modality's file (or folder); its partner is found beside it. Each image becomes a
-picture with boxes and scores, visible and LWIR side by side; the boxes are printed and kept in a
-result file.
+picture with boxes and scores, visible and LWIR side by side; the boxes are printed and kept in
+`detections.csv`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.ops import box_convert
 
 from augment import resize, snap, view_pixels
 from config import OneLineParser
 from datasets import MODALITIES, read_image
 from errors import InputError, run_script
-from files import write_atomically
+from files import make_folder, write_atomically
+from inference import to_pixels
 from kaist import FRAME_HEIGHT, FRAME_WIDTH
 from model import SSD300, detect
 from utils import (
@@ -43,8 +43,12 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
 
 
 def main() -> None:
+    """Detect in every image named, one picture each."""
     arguments = parse_arguments()
+    if not 0 <= arguments.min_score <= 1:
+        raise InputError(f"--min-score {arguments.min_score}", "it is a share, from 0 to 1")
     device = choose_device(arguments.device)
+    make_folder(arguments.out)
     path = arguments.checkpoint or newest_checkpoint(Path(CHECKPOINTS))
     checkpoint = load_checkpoint(path)
     pairs = [find_pair(image, checkpoint["config"]["input_mode"]) for image in
@@ -58,7 +62,6 @@ def main() -> None:
         boxes, scores = detect_pair(model, pair, checkpoint["config"], device, arguments.min_score)
         picture = draw_pair(pair, boxes, scores)
         out = arguments.out / f"{name}.png"
-        arguments.out.mkdir(parents=True, exist_ok=True)
         write_atomically(out, lambda beside, p=picture: p.save(beside, format="PNG"))
         print(f"{out}: {len(boxes)} people")
         for (x, y, w, h), score in zip(boxes.tolist(), scores.tolist(), strict=True):
@@ -152,8 +155,7 @@ def detect_pair(
         predictions, model.priors, min_score=min_score, nms_iou=config["nms_iou"],
         max_boxes=config["max_boxes"],
     )  # fmt: skip
-    boxes = box_convert(boxes, "xyxy", "xywh").cpu().double().numpy()
-    return boxes * (FRAME_WIDTH, FRAME_HEIGHT, FRAME_WIDTH, FRAME_HEIGHT), scores.cpu().numpy()
+    return to_pixels(boxes, scores)
 
 
 def draw_pair(pair: dict[str, Path], boxes: np.ndarray, scores: np.ndarray) -> Image.Image:
