@@ -94,6 +94,16 @@ def resolve_row(name: str) -> dict[str, Any]:
     return {**values, **row["change"]}
 
 
+def lab_book() -> str:
+    """The lab book as a table: each row, what it builds on, what it changes, what was logged."""
+    lines = [f"{'row':>5} {'on':>4}  change, and what the 2021 log recorded (miss rate in %)"]
+    for name, row in EXPERIMENTS.items():
+        change = ", ".join(f"{key} {show(value)}" for key, value in row["change"].items())
+        lines.append(f"{name:>5} {row['based_on'] or '':>4}  {row['words']}")
+        lines += [f"{'':12}{part}" for part in (change, row["logged"]) if part]
+    return "\n".join(lines)
+
+
 def tuple_of(default: tuple) -> Any:
     """A parser of "1,0,0" into a tuple of the default's length and element type."""
     kind = type(default[0])

@@ -117,9 +117,9 @@ def to_pixels(boxes: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
     Boxes that clipping to the frame left with no area worth writing down are left out.
     """
     pixels = (FRAME_WIDTH, FRAME_HEIGHT, FRAME_WIDTH, FRAME_HEIGHT)
-    boxes = box_convert(boxes, "xyxy", "xywh").double().cpu().numpy() * pixels
+    boxes = box_convert(boxes, "xyxy", "xywh").cpu().double().numpy() * pixels
     keep = (boxes[:, 2:] >= 0.01).all(1)
-    return boxes[keep], scores.double().cpu().numpy()[keep]
+    return boxes[keep], scores.cpu().double().numpy()[keep]
 
 
 def run_checkpoint(

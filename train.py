@@ -1,12 +1,14 @@
 """Train SSD300 with segmentation infusion on KAIST, evaluating as it goes.
 
 Edit the constants, or give them as flags (`python train.py --batch-size 16`); `--experiment 19`
-takes every constant of the recipe from row 19 of the lab book (experiments.py).
+takes every constant of the recipe from row 19 of the lab book (experiments.py), which
+`python train.py --list` prints.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import demo_data
-from config import check_config, parse_flags, read_constants, refuse, resolve_row
+from config import check_config, lab_book, parse_flags, read_constants, refuse, resolve_row
 from datasets import Augmentation, Batch, BatchLoader, Frame, KaistPairs, check_images, load_frames
 from errors import InputError, run_script
 from inference import detect_frames, find_annotations, frame_loader, open_test_set
@@ -80,6 +82,9 @@ MAX_BOXES = 200  # detections kept in a frame
 
 def main() -> None:
     """Data, model, loss, optimiser, resume, epochs, report."""
+    if sys.argv[1:] == ["--list"]:
+        print(lab_book())
+        return
     config = configure()
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
@@ -233,7 +238,7 @@ def configure(argv: list[str] | None = None) -> dict[str, Any]:
         InputError: an unknown row or flag, or values that cannot be used.
     """
     constants = read_constants(__file__)
-    flags = parse_flags(__doc__.splitlines()[0], constants, argv)
+    flags = parse_flags(__doc__, constants, argv)
     config = {name: value for name, (value, _) in constants.items()} | flags
     if config["experiment"]:
         config |= resolve_row(config["experiment"]) | flags

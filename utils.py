@@ -47,7 +47,8 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda":
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         elif device.type == "cpu":
-            abilities = torch.cpu.get_capabilities()
+            # A torch too old to tell counts as without.
+            abilities = getattr(torch.cpu, "get_capabilities", dict)()
             has_bf16 = bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
         else:
             has_bf16 = False

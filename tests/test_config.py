@@ -67,6 +67,14 @@ def test_every_row_resolves_to_known_constants():
             assert key not in CHOICES or value in CHOICES[key]
 
 
+def test_the_book_can_be_printed(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["train.py", "--list"])
+    train.main()
+    said = capsys.readouterr().out
+    assert all(f"\n{name:>5} " in said for name in EXPERIMENTS)
+    assert "26.33 / 31.38 / 15.89" in said and "infusion 1,1,0,0,0,0" in said
+
+
 def test_the_constants_as_they_come_are_the_demo_row():
     assert {key: defaults()[key] for key in BASE} == resolve_row("demo")
 
