@@ -17,6 +17,7 @@ from model import Predictions, encode
 from parallel import ALONE, Team
 
 PERSON, BACKGROUND, IGNORE = 1, 0, -1
+CPU_BLOCK = 4  # images matched at a time on a CPU
 
 
 class MultiBoxLoss(nn.Module):
@@ -119,10 +120,19 @@ def match(
         target (N, P) int64, 1 person, 0 background, -1 ignored; and owner (N, P) int64, the
         index of the best overlapping (or owning) object, meaningful where target is 1.
     """
-    n, m = labels.shape
-    if m == 0:
-        nothing = torch.zeros((n, len(priors)), dtype=torch.int64, device=priors.device)
-        return nothing, nothing
+    if labels.shape[1] == 0:
+        boxes, labels = boxes.new_zeros((len(boxes), 1, 4)), labels.new_zeros((len(boxes), 1))
+    size = len(boxes) if boxes.is_cuda else CPU_BLOCK
+    blocks = zip(boxes.split(size), labels.split(size), strict=True)
+    matched = [match_block(b, ls, priors, match_iou) for b, ls in blocks]
+    target, owner = (torch.cat(parts) for parts in zip(*matched, strict=True))
+    return target, owner
+
+
+def match_block(
+    boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float
+) -> tuple[Tensor, Tensor]:
+    """`match` for so many images that their overlaps with all priors fit the processor's cache."""
     overlap = intersection(boxes, box_convert(priors, "cxcywh", "xyxy"))
     prior_area = priors[:, 2] * priors[:, 3]
     box_area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])

@@ -325,22 +325,16 @@ def detect(
         candidates = (image_scores >= min_score).nonzero().squeeze(1)
         order = image_scores[candidates].argsort(descending=True, stable=True)
         candidates = candidates[order]
-        boxes = box_convert(decode(image_loc[candidates], priors[candidates]), "cxcywh", "xyxy")
-        boxes = clip_boxes_to_image(boxes, (1, 1))
-        kept = nms_prefix(boxes, image_scores[candidates], nms_iou, max_boxes)
-        results.append((boxes[kept], image_scores[candidates[kept]]))
+        # Greedy NMS decides on a box from the higher-scored ones alone, so NMS of a prefix keeps
+        # just what NMS of everything keeps of it: decode and suppress until that is enough.
+        prefix = 2 * max_boxes
+        while True:
+            top = candidates[:prefix]
+            boxes = box_convert(decode(image_loc[top], priors[top]), "cxcywh", "xyxy")
+            boxes = clip_boxes_to_image(boxes, (1, 1))
+            kept = nms(boxes, image_scores[top], nms_iou)[:max_boxes]
+            if len(kept) == max_boxes or prefix >= len(candidates):
+                break
+            prefix *= 2
+        results.append((boxes[kept], image_scores[top[kept]]))
     return results
-
-
-def nms_prefix(boxes: Tensor, scores: Tensor, nms_iou: float, max_boxes: int) -> Tensor:
-    """Indices of the first `max_boxes` boxes that NMS keeps, for boxes in descending score.
-
-    Greedy NMS decides on a box from the higher-scored ones alone, so NMS of a prefix keeps just
-    what NMS of everything keeps of it: the prefix grows until it yields enough.
-    """
-    prefix = 4 * max_boxes
-    while True:
-        kept = nms(boxes[:prefix], scores[:prefix], nms_iou)
-        if len(kept) >= max_boxes or prefix >= len(boxes):
-            return kept[:max_boxes]
-        prefix *= 4

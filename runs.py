@@ -16,7 +16,7 @@ from model import SSD300
 from utils import load_checkpoint, save_checkpoint
 
 # Constants that may differ between a run and its continuation: they change no number.
-MACHINE_CONSTANTS = ("experiment", "checkpoints", "device", "workers")
+MACHINE_CONSTANTS = ("experiment", "checkpoints", "device", "workers", "cache")
 LOG_COLUMNS = ("epoch", "loss", "loc", "conf", "seg", "lr", "images_per_s", "seconds",
                "miss_rate", "miss_rate_day", "miss_rate_night", "recall")  # fmt: skip
 

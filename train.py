@@ -20,7 +20,16 @@ from tqdm import tqdm
 
 import demo_data
 from config import check_config, lab_book, parse_flags, read_constants, refuse, resolve_row
-from datasets import Augmentation, Batch, BatchLoader, Frame, KaistPairs, check_images, load_frames
+from datasets import (
+    Augmentation,
+    Batch,
+    BatchLoader,
+    Frame,
+    KaistPairs,
+    cache_frames,
+    check_images,
+    load_frames,
+)
 from errors import InputError, run_script
 from inference import detect_frames, find_annotations, frame_loader, open_test_set
 from kaist import Annotations, find_file, read_image_list
@@ -44,6 +53,7 @@ EXPERIMENT = ""  # row of the lab book whose recipe replaces the constants below
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
 WORKERS = 2  # loader processes
+CACHE = ""  # folder for decoded training frames (1.31 MB a pair), read instead of the JPEGs
 # The recipe: what an experiment is made of.
 SEED = 42  # of initial weights, order and augmentation
 INPUT_MODE = "early"  # lwir (1 channel), visible (3), mean (averaged into 3), early (4 channels)
@@ -325,10 +335,17 @@ def make_loader(
 ) -> BatchLoader:
     """Training batches with masks for the infused maps."""
     augmentation = Augmentation(config["zoom_out"], config["hue_saturation"])
+    cache = None
+    if config["cache"]:
+        ids, source = [frame.id for frame in frames], Path(config["data_root"])
+        if team.writes:
+            cache_frames(config["cache"], source, ids, config["input_mode"])
+        team.wait()
+        cache = cache_frames(config["cache"], source, ids, config["input_mode"])
     dataset = KaistPairs(
         Path(config["data_root"]), frames, input_mode=config["input_mode"],
         size=config["input_size"], augmentation=augmentation if config["augment"] else None,
-        masks_follow=config["masks_follow"], seed=config["seed"],
+        masks_follow=config["masks_follow"], seed=config["seed"], cache=cache,
     )  # fmt: skip
     return BatchLoader(
         dataset, batch_size=config["batch_size"], workers=config["workers"], shuffle=True,

@@ -1,5 +1,7 @@
 """Frames to batches: ignore rules, decoding, augmentation that boxes follow, determinism."""
 
+import os
+import pickle
 import shutil
 
 import numpy as np
@@ -19,7 +21,14 @@ from augment import (
     view_boxes,
     view_pixels,
 )
-from datasets import BatchLoader, KaistPairs, check_images, label_objects, load_frames
+from datasets import (
+    BatchLoader,
+    KaistPairs,
+    cache_frames,
+    check_images,
+    label_objects,
+    load_frames,
+)
 from datasets import read_frame as read
 from errors import InputError
 from kaist import image_path, make_objects, open_annotations, read_image_list
@@ -264,6 +273,34 @@ def test_jitter_keeps_modalities_apart():
     assert alone.shape == (1, 30, 30)
 
 
+def test_undistorted_pixels_are_left_alone():
+    class Never:
+        """A generator that applies no distortion."""
+
+        permutation = staticmethod(lambda kinds: kinds)
+        random = staticmethod(lambda: 0.9)
+        uniform = staticmethod(lambda low, high: low)
+
+    frame = np.random.default_rng(0).integers(0, 256, (512, 640, 4), dtype=np.uint8)
+    content = torch.from_numpy(frame[:30, :30].transpose(2, 0, 1).copy())
+    assert torch.equal(jitter(content, frame, Never(), True), content)
+
+
+def test_jitter_is_the_matrix_rounded_and_clipped():
+    frame = np.random.default_rng(0).integers(0, 256, (512, 640, 4), dtype=np.uint8)
+    content = torch.from_numpy(frame[:30, :30].transpose(2, 0, 1).copy())
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        mean = frame[::8, ::8].mean((0, 1))
+        expected = []
+        for part in (slice(0, 3), slice(3, 4)):
+            matrix, offset = colour_matrix(rng, mean[part], True)
+            expected.append(np.einsum("ij,jhw->ihw", matrix, content[part]) + offset[:, None, None])
+        expected = np.concatenate(expected).clip(0, 255)
+        ours = jitter(content, frame, np.random.default_rng(seed), True).numpy()
+        assert np.abs(ours - expected).max() < 0.51  # to the nearest
+
+
 # ------------------------------------------------------------------- batches and determinism
 
 
@@ -310,6 +347,85 @@ def test_masks_of_the_logged_mistake_ignore_the_augmentation(demo_root):
         for frame_id, mask in zip(a.frame_ids, a.masks[0], strict=True):
             assert torch.equal(mask, still[frame_id])
     assert not same(wrong, right)
+
+
+# ------------------------------------------------------------------------------- frame cache
+
+
+@pytest.mark.parametrize("input_mode", ["early", "visible", "lwir"])
+def test_cached_samples_equal_decoded_ones(demo_root, tmp_path, input_mode):
+    decoded = pairs(demo_root, input_mode=input_mode)
+    ids = [frame.id for frame in decoded.frames]
+    cache = cache_frames(tmp_path / "cache", demo_root, ids, input_mode)
+    cached = pairs(demo_root, input_mode=input_mode, cache=cache)
+    assert same(batches(decoded, epoch=1), batches(cached, epoch=1))
+    assert np.array_equal(cache.read(ids[5]), read(demo_root, ids[5], input_mode))
+    assert len(pickle.dumps(cache)) < 10_000  # workers map the file, pixels are not sent to them
+    if input_mode == "early":
+        assert same(batches(decoded, epoch=2), batches(cached, workers=2, epoch=2))
+
+
+def test_cache_is_reused_until_a_file_changes(demo_root, tmp_path):
+    root, folder = shutil.copytree(demo_root, tmp_path / "set"), tmp_path / "cache"
+    ids = read_image_list(root / "imageSets/train-all.txt")[:3]
+    first = cache_frames(folder, root, ids, "early")
+    before = first.path.stat()
+    first.read(ids[0])[:] = 0  # whatever a reader does to its frame stays its own
+    again = cache_frames(folder, root, ids, "early")
+    assert again.path == first.path and again.path.stat().st_ino == before.st_ino
+    assert np.array_equal(again.read(ids[0]), read(root, ids[0], "early"))
+
+    path = image_path(root, ids[1], "lwir")
+    shutil.copy(image_path(root, ids[2], "lwir"), path)
+    redrawn = cache_frames(folder, root, ids, "early")
+    assert np.array_equal(redrawn.read(ids[1]), read(root, ids[1], "early"))
+    assert not np.array_equal(redrawn.read(ids[1]), first.read(ids[1]))  # a mapped file lives on
+    assert [p for p in folder.iterdir()] == [redrawn.path]
+
+    os.utime(path, ns=(0, 0))  # the same size, another time
+    assert cache_frames(folder, root, ids, "early").path != redrawn.path
+
+
+def test_caches_of_other_roots_inputs_and_lists_are_kept_apart(demo_root, tmp_path):
+    root, folder = shutil.copytree(demo_root, tmp_path / "set"), tmp_path / "cache"
+    ids = read_image_list(root / "imageSets/train-all.txt")[:3]
+    kinds = [(demo_root, ids, "early"), (root, ids, "early"), (root, ids, "lwir"),
+             (root, ids[::-1], "early")]  # fmt: skip
+    paths = {cache_frames(folder, *kind).path for kind in kinds}
+    assert len(paths) == 4 and set(folder.iterdir()) == paths
+
+
+def test_interrupted_cache_is_drawn_again(demo_root, tmp_path):
+    root, folder = shutil.copytree(demo_root, tmp_path / "set"), tmp_path / "cache"
+    ids = read_image_list(root / "imageSets/train-all.txt")[:3]
+    path = image_path(root, ids[2], "visible")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:9000])
+    with pytest.raises(InputError, match="broken image"):
+        cache_frames(folder, root, ids, "early")
+    assert list(folder.iterdir()) == []
+    path.write_bytes(whole)
+    cache = cache_frames(folder, root, ids, "early")
+    name = cache.path.name.rsplit("-", 1)[0]
+    unfinished = folder / f".{name}-0.u8.1.tmp"  # of a process that was killed
+    unfinished.write_bytes(b"")
+    os.utime(unfinished, (0, 0))
+    cache.path.write_bytes(b"cut off")
+    cache = cache_frames(folder, root, ids, "early")
+    assert np.array_equal(cache.read(ids[2]), read(root, ids[2], "early"))
+    assert list(folder.iterdir()) == [cache.path]
+
+
+def test_cache_says_when_it_cannot_be(demo_root, tmp_path, monkeypatch):
+    ids = read_image_list(demo_root / "imageSets/train-all.txt")[:3]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be used as a folder"):
+        cache_frames(tmp_path / "file", demo_root, ids, "early")
+    with pytest.raises(InputError, match=r"I99999.jpg: image not found"):
+        cache_frames(tmp_path / "cache", demo_root, ["set00/V000/I99999"], "early")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
+    with pytest.raises(InputError, match=r"a cache of 0\.0 GB does not fit, 0\.0 GB are free"):
+        cache_frames(tmp_path / "cache", demo_root, ids, "early")
 
 
 def test_real_pairs_load(reference):

@@ -90,6 +90,14 @@ def test_interrupted_run_continues_to_the_same_weights(start, monkeypatch, tmp_p
     assert not Path("halves/custom-2").exists()
 
 
+def test_a_cache_changes_no_number(start, tmp_path):
+    start("--checkpoints", "plain")
+    start("--checkpoints", "cached", "--cache", "frames", "--workers", "2")
+    plain, cached = (load_checkpoint(Path(f"{n}/custom/last.pt")) for n in ("plain", "cached"))
+    assert all(torch.equal(plain["model"][key], cached["model"][key]) for key in plain["model"])
+    assert len(list(Path("frames").iterdir())) == 1
+
+
 def test_a_finished_or_other_run_is_never_overwritten(start):
     start("--epochs", "1")
     before = Path("checkpoints/custom/last.pt").read_bytes()

@@ -1,0 +1,395 @@
+"""How fast this project is on this machine, against the plain way of doing the same.
+
+    python benchmark.py --quick                 # under three minutes on two cores
+    python benchmark.py --only loss detect      # some rows
+    python benchmark.py --device cuda           # the rows of a GPU
+    python benchmark.py --growth                # how cost grows with people, batch, input, frames
+
+A row is two functions that do the same work, run in turns in one process; the table shows the
+medians. Where both have to agree, that is checked before they are timed. The references are
+torchvision's, or the plain way of plain.py.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.models.detection import ssd300_vgg16
+from torchvision.ops import box_convert
+
+from augment import Augmentation, resize, snap, view_pixels
+from config import OneLineParser
+from datasets import Collate, KaistPairs, cache_frames, load_frames, read_image
+from demo_data import draw_demo
+from errors import run_script
+from kaist import FRAME_HEIGHT, FRAME_WIDTH, image_path, open_annotations, read_image_list
+from losses import MultiBoxLoss
+from miss_rate import SETUPS, evaluate, load_ground_truth
+from model import SSD300, Predictions, detect
+from plain import plain_detect, plain_miss_rates, plain_multibox_loss, recipe_sample
+from result_files import read_detections
+from utils import autocast, choose_device, choose_precision
+from workloads import (
+    MODEL,
+    added_memory,
+    describe_machine,
+    draw_annotations,
+    our_step,
+    random_objects,
+    random_predictions,
+    synthetic_result,
+    torchvision_step,
+    trunk_step,
+)
+
+LIMITS = {"min_score": 0.01, "nms_iou": 0.45, "max_boxes": 200}  # of detection, as in training
+KAIST_FRAMES = 25_086  # of the training set, cleaned of none
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every row needs: the device and its precision, a folder, and how long to measure.
+
+    seconds, rounds: of measuring a row, at least; demo: a small demo set.
+    """
+
+    device: torch.device
+    precision: torch.dtype
+    folder: Path
+    quick: bool
+    seconds: float
+    rounds: int = 3
+
+    @property
+    def demo(self) -> Path:
+        root = self.folder / "demo"
+        if not root.exists():
+            draw_demo(root, train_frames=16, test_frames=8, progress=False)
+        return root
+
+
+class Row(NamedTuple):
+    """A line of the table; `met` is None where there is nothing to reach."""
+
+    work: str
+    ours: str
+    reference: str
+    ratio: str
+    target: str
+    met: bool | None
+
+    def __str__(self) -> str:
+        verdict = {None: "", True: "met", False: "missed"}[self.met]
+        return f"| {' | '.join(self[:5])} | {verdict} |"
+
+
+def faster(work: str, ours: float, reference: float, name: str, target: float) -> Row:
+    """A row of two times in milliseconds; the target is how many times faster ours has to be."""
+    ratio = reference / ours
+    return Row(work, f"{ours:.4g} ms", f"{name}: {reference:.4g} ms", f"{ratio:.3g}x faster",
+               f">= {target:g}x", ratio >= target)  # fmt: skip
+
+
+def share(work: str, ours: str, reference: str, ratio: float, target: float) -> Row:
+    """A row in which ours has to stay below a share of the reference."""
+    return Row(work, ours, reference, f"{ratio:.3g} of it", f"<= {target:g}", ratio <= target)
+
+
+def interleave(bench: Bench, *functions: Callable[[], object]) -> list[float]:
+    """Median milliseconds of each function: a warm-up, then rounds in turns."""
+    for function in functions:
+        lap(function, bench.device)
+    end = time.perf_counter() + bench.seconds
+    rounds: list[list[float]] = []
+    while len(rounds) < bench.rounds or time.perf_counter() < end:
+        rounds.append([1e3 * lap(function, bench.device) for function in functions])
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def lap(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, until the device is done with it."""
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+# ------------------------------------------------------------------------------ training step
+
+
+def bench_step(bench: Bench) -> Iterator[Row]:
+    """The whole training step, and how much of it is not convolution."""
+    on_gpu = bench.device.type == "cuda"
+    n = 32 if on_gpu else 2 if bench.quick else 8
+    reference = torchvision_step(bench.device, n)
+    for precision in dict.fromkeys([bench.precision, torch.float32]):
+        name = "bf16" if precision == torch.bfloat16 else "fp32"
+        ours = our_step(bench.device, precision, n)
+        trunk = trunk_step(bench.device, precision, n)
+        ours, bare, theirs = interleave(bench, ours, trunk, reference)
+        work = f"training step with masks, batch {n}, {name}"
+        if on_gpu:
+            work += f" ({1e3 * n / ours:.0f} images/s)"
+        yield faster(work, ours, theirs, "torchvision fp32", 2.5 if name == "bf16" else 1.1)
+        yield share(f"all of the step that is not convolution, {name}", f"{ours:.4g} ms",
+                    f"bare trunk: {bare:.4g} ms", ours / bare, 1.05)  # fmt: skip
+
+
+def bench_memory(bench: Bench) -> Iterator[Row]:
+    """Peak memory that a step of batch 8 adds, each in a process of its own."""
+    if bench.quick:
+        return
+    added = {}
+    for name in ("ours", "torchvision"):
+        command = [sys.executable, __file__, "--memory-of", name, "--device", str(bench.device)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        added[name] = float(done.stdout.split()[-1]) / 2**20
+    yield share("memory added by a batch-8 step", f"{added['ours']:.0f} MB",
+                f"torchvision: {added['torchvision']:.0f} MB",
+                added["ours"] / added["torchvision"], 0.8)  # fmt: skip
+
+
+# --------------------------------------------------------------------- loss, detection
+
+
+def bench_loss(bench: Bench) -> Iterator[Row]:
+    """The multibox loss, forward and backward, for a batch of 32."""
+    priors = SSD300(**(MODEL | {"width": 0.01})).priors.to(bench.device)
+    loss = MultiBoxLoss(priors, loc_loss="smooth_l1", loc_reduction="sum").to(bench.device)
+
+    def backward(loss: Callable, predictions: Predictions, *rest: Tensor) -> tuple[Tensor, ...]:
+        value = loss(predictions, *rest)
+        value = value if isinstance(value, Tensor) else sum(value)
+        return value, *torch.autograd.grad(value, predictions[:2])
+
+    for people, target in ((3, 6.0), (20, 4.0)):
+        objects = random_objects(32, people, bench.device)
+        predictions = random_predictions(32, 0.0, bench.device)
+        predictions = Predictions(*(x.requires_grad_() for x in predictions[:2]), [])
+        ours = partial(backward, loss, predictions, *objects)
+        plain = partial(backward, plain_multibox_loss, predictions, *objects, priors)
+        for mine, theirs in zip(ours(), plain(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+        yield faster(f"multibox loss and gradient, batch 32, {people} people",
+                     *interleave(bench, ours, plain), "plain",
+                     20 if bench.device.type == "cuda" else target)  # fmt: skip
+
+
+def bench_detect(bench: Bench) -> Iterator[Row]:
+    """Decoding and NMS of a batch of 8 down to 200 boxes."""
+    priors = SSD300(**(MODEL | {"width": 0.01})).priors.to(bench.device)
+    ssd = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2, score_thresh=0.01)
+    anchors = [300 * box_convert(priors, "cxcywh", "xyxy")] * 8
+    for mean, loop_target, target in ((-3.6, 400.0, 1.1), (-8.94, 10.0, 2.0)):
+        predictions = random_predictions(8, mean, bench.device)
+        candidates = torch.sigmoid(predictions.conf[..., 1] - predictions.conf[..., 0]) >= 0.01
+        outputs = {"bbox_regression": predictions.loc, "cls_logits": predictions.conf}
+
+        ours = partial(detect, predictions, priors, **LIMITS)
+        loop = partial(plain_detect, predictions, priors, **LIMITS)
+        torchvisions = partial(ssd.postprocess_detections, outputs, anchors, [(300, 300)] * 8)
+        for mine, theirs in zip(ours(), loop(), strict=True):
+            assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
+        mine, theirs = interleave(bench, ours, torchvisions)
+        work = f"decode + NMS, batch 8, {candidates.sum() // 8} candidates each"
+        yield faster(work, mine, theirs, "torchvision", target)
+        slow = statistics.median(lap(loop, bench.device) for _ in range(1 if bench.quick else 3))
+        yield faster(work, mine, 1e3 * slow, "loop", loop_target)
+
+
+def bench_image(bench: Bench) -> Iterator[Row]:
+    """One visible image's file to boxes."""
+    ids = read_image_list(bench.demo / "imageSets/test-all.txt")
+    path = image_path(bench.demo, ids[0], "visible")
+    model = SSD300(**(MODEL | {"input_mode": "visible"}))
+    model = model.to(bench.device, memory_format=torch.channels_last).eval()
+    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2)
+    theirs = theirs.to(bench.device).eval()
+    whole = snap((0, 0, FRAME_WIDTH, FRAME_HEIGHT), model.size, flip=False)
+
+    @torch.inference_mode()
+    def ours() -> list:
+        image = view_pixels(resize(read_image(path, "visible"), whole), whole, model.size)
+        with autocast(bench.device, bench.precision):
+            predictions = model(image.unsqueeze(0).to(bench.device))
+        assert not predictions.seg  # masks cost nothing here
+        return detect(predictions, model.priors, **LIMITS)
+
+    @torch.inference_mode()
+    def torchvisions() -> list:
+        image = decode_image(path, ImageReadMode.RGB).to(bench.device)
+        return theirs([image / 255])
+
+    target = 2.2 if bench.precision == torch.bfloat16 else 1.2
+    times = interleave(bench, ours, torchvisions)
+    yield faster("one image, file to boxes", *times, "torchvision", target)
+
+
+# ------------------------------------------------------------------------------ data
+
+
+def bench_sample(bench: Bench) -> Iterator[Row]:
+    """One augmented training sample, from files and from the frame cache, on one thread."""
+    ids = read_image_list(bench.demo / "imageSets/train-all.txt")
+    frames = load_frames(ids, open_annotations(bench.demo), min_height=12, margin=5)
+    frames = [frame for frame in frames if (frame.labels == 1).any()]
+    cache = cache_frames(bench.folder / "cache", bench.demo, ids, "early")
+    collate = Collate([(38, 38), (19, 19)])
+    recipe = recipe_sample(bench.demo)
+    epochs = iter(range(10**9))
+
+    def ours(cache=None) -> Callable:
+        dataset = KaistPairs(
+            bench.demo, frames, input_mode="early", size=(300, 300), augmentation=Augmentation(),
+            masks_follow=True, seed=0, cache=cache,
+        )  # fmt: skip
+
+        def samples() -> None:
+            epoch = next(epochs)
+            collate([dataset[epoch, i] for i in range(len(frames))])
+
+        return samples
+
+    def recipes() -> None:
+        for frame in frames:
+            recipe(frame)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = interleave(bench, ours(), ours(cache), recipes)
+    torch.set_num_threads(threads)
+    files, cached, theirs = (value / len(frames) for value in times)
+    yield faster("training sample from JPEG pair, one thread", files, theirs, "v2 recipe", 7)
+    yield faster("training sample from frame cache", cached, theirs, "v2 recipe", 14)
+
+
+def bench_evaluation(bench: Bench) -> Iterator[Row]:
+    """Reading a result file and all nine setups; KAIST's real ones where KAIST_REFERENCE is."""
+    work = "evaluation, 9 setups, 2,252 frames"
+    if "KAIST_REFERENCE" in os.environ:
+        reference = Path(os.environ["KAIST_REFERENCE"])
+        people = load_ground_truth(reference / "annotations/KAIST_annotation.json")
+        path = reference / "results/MSDS-RCNN_result.txt"
+        work += f", {path.stem}"
+    else:
+        people, path = synthetic_result(bench.folder, 2252)
+
+    def ours() -> dict[str, float]:
+        results = evaluate(people, read_detections(path, people.frames))
+        return {name: result.miss_rate for name, result in results.items()}
+
+    plain = partial(plain_miss_rates, path, people, SETUPS)
+    mine, theirs = ours(), plain()
+    assert np.allclose([mine[name] for name in SETUPS], [theirs[name] for name in SETUPS])
+    yield faster(work, *interleave(bench, ours, plain), "plain", 30)
+
+
+def seconds_to_read(folder: Path, n: int) -> float:
+    """Seconds to read n freshly written annotation files."""
+    ids = draw_annotations(folder, n)
+    annotations = open_annotations(folder, "bbgt")
+    return lap(lambda: load_frames(ids, annotations, min_height=12, margin=5), torch.device("cpu"))
+
+
+def bench_annotations(bench: Bench) -> Iterator[Row]:
+    """Reading the whole training set's annotations."""
+    if not bench.quick:
+        seconds = seconds_to_read(bench.folder / "tree", KAIST_FRAMES)
+        yield Row(f"reading {KAIST_FRAMES:,} annotation files", f"{seconds:.3g} s", "", "",
+                  "<= 5 s", seconds <= 5)  # fmt: skip
+
+
+BENCHMARKS = {
+    "loss": bench_loss, "detect": bench_detect, "sample": bench_sample,
+    "evaluation": bench_evaluation, "annotations": bench_annotations, "image": bench_image,
+    "step": bench_step, "memory": bench_memory,
+}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ growth
+
+
+def growth(bench: Bench) -> Iterator[str]:
+    """Lines of a table: how cost grows along four axes; the demo's width on a CPU."""
+    width = 1.0 if bench.device.type == "cuda" else 0.125
+    model = SSD300(**(MODEL | {"width": 0.01}))
+    loss = MultiBoxLoss(model.priors, loc_loss="smooth_l1", loc_reduction="sum").to(bench.device)
+    predictions = random_predictions(8, 0.0, bench.device)
+    for people in (0, 1, 3, 10, 30, 100, 200):
+        objects = random_objects(8, people, bench.device)
+        [value] = interleave(bench, lambda o=objects: loss(predictions, *o))
+        yield f"| people a frame | {people} | {value:.4g} ms | multibox loss, batch 8 |"
+    for n in (1, 4, 16, 64):
+        [value] = interleave(bench, our_step(bench.device, bench.precision, n, width=width))
+        yield f"| batch | {n} | {value:.4g} ms | step, {value / n:.3g} ms an image |"
+    for side in (300, 512, 1024):
+        changes = {"width": width, "size": (side, side)}
+        [value] = interleave(bench, our_step(bench.device, bench.precision, 1, **changes))
+        per_pixel = 1e6 * value / side**2
+        yield f"| input side | {side} | {value:.4g} ms | step, {per_pixel:.3g} ns a pixel |"
+    for n in (100, 1000, 10_000, 100_000):
+        seconds = seconds_to_read(bench.folder / f"tree-{n}", n)
+        people, path = synthetic_result(bench.folder, n)
+        start = time.perf_counter()
+        evaluate(people, read_detections(path, people.frames))
+        scoring = time.perf_counter() - start
+        yield f"| frames | {n} | {seconds:.3g} s, {scoring:.3g} s | annotations, evaluation |"
+
+
+# ------------------------------------------------------------------------------ the script
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    device = choose_device(arguments.device)
+    precision = choose_precision("auto", device)
+    torch.manual_seed(0)
+    if arguments.memory_of:
+        print(added_memory(arguments.memory_of, device, precision))
+        return
+    print(describe_machine(device, precision), end="\n\n")
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = 0.5 if arguments.growth else 2.0 if arguments.quick else 8.0
+        rounds = 1 if arguments.growth else 3
+        bench = Bench(device, precision, Path(folder), arguments.quick, seconds, rounds)
+        if arguments.growth:
+            print("| axis | value | cost | of |\n|---|---|---|---|")
+            for line in growth(bench):
+                print(line, flush=True)
+            return
+        print("| work | ours | reference | ratio | target | |\n|---|---|---|---|---|---|")
+        for name in arguments.only or BENCHMARKS:
+            for row in BENCHMARKS[name](bench):
+                print(row, flush=True)
+
+
+def parse_arguments() -> Namespace:
+    """The command line."""
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--quick", action="store_true", help="under three minutes on two cores")
+    add("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    add("--device", default="cpu", help="cpu, cuda (default: %(default)s)")
+    add("--growth", action="store_true", help="how cost grows, instead of the table")
+    add("--memory-of", choices=("ours", "torchvision"), help="bytes that one step adds")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_script(main)

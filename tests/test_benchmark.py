@@ -1,0 +1,86 @@
+"""The benchmark: its references agree with what they are held against, and its script runs."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import benchmark
+from datasets import load_frames
+from kaist import open_annotations, read_image_list
+from miss_rate import SETUPS, evaluate
+from model import SSD300, detect
+from plain import plain_detect, plain_miss_rates, recipe_sample
+from result_files import read_detections
+from workloads import MODEL, draw_annotations, random_predictions, synthetic_result
+
+
+def run(*arguments):
+    script = Path(benchmark.__file__)
+    command = [sys.executable, str(script), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_script_prints_a_table():
+    done = run("--quick", "--only", "evaluation")
+    assert done.returncode == 0, done.stderr
+    machine, _, header, _, row = done.stdout.splitlines()
+    assert "float32" in machine or "bfloat16" in machine
+    assert header.count("|") == row.count("|") == 7 and "x faster" in row
+
+
+def test_script_refuses_what_it_does_not_know():
+    done = run("--only", "nonsense")
+    assert done.returncode == 2 and "nonsense" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_rounds_go_in_turns():
+    calls = []
+    bench = benchmark.Bench(torch.device("cpu"), torch.float32, Path(), quick=True, seconds=0.0)
+    times = benchmark.interleave(bench, lambda: calls.append("a"), lambda: calls.append("b"))
+    assert calls == ["a", "b"] * 4 and len(times) == 2
+
+
+def test_rows_say_whether_the_target_is_met():
+    assert benchmark.faster("work", 2.0, 5.0, "plain", 2.5).met
+    assert not benchmark.faster("work", 2.0, 4.9, "plain", 2.5).met
+    assert benchmark.share("work", "1", "2", 0.8, 0.8).met
+    assert str(benchmark.faster("w", 2.0, 5.0, "p", 2.5)).endswith("| >= 2.5x | met |")
+
+
+@pytest.mark.parametrize("mean", [-3.6, -8.94, -30.0])
+def test_plain_detection_agrees(mean):
+    priors = SSD300(**(MODEL | {"width": 0.01})).priors
+    limits = {"min_score": 0.05, "nms_iou": 0.45, "max_boxes": 50}
+    predictions = random_predictions(1, mean, torch.device("cpu"))
+    [(boxes, scores)] = detect(predictions, priors, **limits)
+    [(plain_boxes, plain_scores)] = plain_detect(predictions, priors, **limits)
+    assert torch.equal(boxes, plain_boxes) and torch.equal(scores, plain_scores)
+
+
+def test_plain_miss_rates_agree(tmp_path):
+    people, path = synthetic_result(tmp_path, 200)
+    plain = plain_miss_rates(path, people, SETUPS)
+    ours = evaluate(people, read_detections(path, people.frames))
+    assert len({round(rate, 6) for rate in plain.values()}) > 3
+    for name in SETUPS:
+        assert np.isclose(ours[name].miss_rate, plain[name], rtol=0, atol=1e-12)
+
+
+def test_recipe_gives_what_our_samples_hold(demo_root):
+    ids = read_image_list(demo_root / "imageSets/train-all.txt")
+    frames = load_frames(ids, open_annotations(demo_root), min_height=12, margin=5)
+    torch.manual_seed(0)
+    image, boxes, masks = recipe_sample(demo_root)(frames[0])
+    assert image.shape == (4, 300, 300) and image.dtype == torch.uint8
+    assert boxes.shape[::2] == (1, 4) and (boxes >= 0).all() and (boxes <= 1).all()
+    assert [tuple(mask.shape) for mask in masks] == [(1, 38, 38), (1, 19, 19)]
+
+
+def test_drawn_annotations_are_read(tmp_path):
+    ids = draw_annotations(tmp_path, 13)
+    frames = load_frames(ids, open_annotations(tmp_path), min_height=12, margin=5)
+    assert [len(frame.boxes_px) for frame in frames] == [i % 5 for i in range(13)]

@@ -1,0 +1,180 @@
+"""Synthetic work for benchmark.py: batches, training steps, result files, annotations; its memory
+and the machine it runs on.
+"""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.models.detection import ssd300_vgg16
+
+from kaist import FRAME_HEIGHT, FRAME_WIDTH
+from losses import MultiBoxLoss, SegmentationLoss
+from miss_rate import GroundTruth
+from model import SSD300, Predictions
+from pseudo_gt import box_masks
+from result_files import Detections, write_detections
+from utils import autocast
+
+MODEL = {"input_mode": "early", "batch_norm": False, "width": 1.0, "infusion": (1, 1, 0, 0, 0, 0),
+         "infusion_conv": False, "prior_set": "ssd300", "size": (300, 300)}  # fmt: skip
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in ru_maxrss
+
+
+def random_objects(n: int, people: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Boxes (n, people + 1, 4) of pedestrians' shape and labels: the last object is ignored."""
+    g = torch.Generator().manual_seed(people)
+    height = torch.rand(n, people + 1, generator=g) * 0.4 + 0.1
+    size = torch.stack([0.35 * height, height], -1)
+    corner = torch.rand(n, people + 1, 2, generator=g) * (1 - size)
+    labels = torch.ones(n, people + 1, dtype=torch.int64)
+    labels[:, -1] = -1
+    return torch.cat([corner, corner + size], -1).to(device), labels.to(device)
+
+
+def random_predictions(n: int, mean: float, device: torch.device) -> Predictions:
+    """Predictions of 8,732 priors; the margin of person over background is `mean` +- 2."""
+    g = torch.Generator().manual_seed(n)
+    conf = torch.randn(n, 8732, 2, generator=g) * 2**0.5
+    conf[..., 1] += mean
+    return Predictions((torch.randn(n, 8732, 4, generator=g) / 2).to(device), conf.to(device), [])
+
+
+def our_step(device: torch.device, precision: torch.dtype, n: int, **changes: object) -> Callable:
+    """A training step with masks on n frames of 3 people, as train.py makes it."""
+    model = SSD300(**(MODEL | changes)).to(device, memory_format=torch.channels_last).train()
+    images = torch.randint(256, (n, 4, *model.size), dtype=torch.uint8, device=device)
+    boxes, labels = random_objects(n, 3, device)
+    masks = box_masks(boxes, labels, [model.map_sizes[i] for i in model.infused_maps])
+    multibox = MultiBoxLoss(model.priors, loc_loss="smooth_l1", loc_reduction="sum")
+    segmentation = SegmentationLoss(cells="mean", maps="sum")
+    on_gpu = device.type == "cuda"
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, fused=on_gpu)
+    if on_gpu:
+        model.compile()
+
+    def step() -> None:
+        with autocast(device, precision):
+            predictions = model(images)
+        loss = sum(multibox(predictions, boxes, labels)) + segmentation(predictions.seg, masks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def trunk_step(device: torch.device, precision: torch.dtype, n: int) -> Callable:
+    """The same network's convolutions, ReLUs and pools, forward and backward, and nothing else."""
+    model = SSD300(**MODEL).to(device, memory_format=torch.channels_last)
+    images = torch.randn(n, 4, *model.size, device=device).to(memory_format=torch.channels_last)
+    gradients = None
+
+    def outputs() -> list[Tensor]:
+        conv4_3 = model.to_conv4_3(images)
+        maps = [conv4_3, model.conv6_7(model.to_conv5_3(conv4_3))]
+        for extra in model.extras:
+            maps.append(extra(maps[-1]))
+        heads = [*model.loc_heads, *model.conf_heads, *model.seg_heads]
+        inputs = [*maps, *maps, *(maps[i] for i in model.infused_maps)]
+        return [head(x) for head, x in zip(heads, inputs, strict=True)]
+
+    if device.type == "cuda":
+        outputs = torch.compile(outputs)
+
+    def step() -> None:
+        nonlocal gradients
+        model.zero_grad()
+        with autocast(device, precision):
+            out = outputs()
+        gradients = gradients or [torch.randn_like(x) for x in out]
+        torch.autograd.backward(out, gradients)
+
+    return step
+
+
+def torchvision_step(device: torch.device, n: int) -> Callable:
+    """A training step of torchvision's SSD300 in fp32, without masks."""
+    model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2).to(device).train()
+    images = list(torch.rand(n, 3, 300, 300, device=device))
+    boxes, _ = random_objects(n, 3, device)
+    targets = [{"boxes": b[:3] * 300, "labels": torch.ones(3, dtype=torch.int64, device=device)}
+               for b in boxes]  # fmt: skip
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9)
+
+    def step() -> None:
+        loss = sum(model(images, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def added_memory(name: str, device: torch.device, precision: torch.dtype) -> int:
+    """Bytes by which the peak of this process's first step of batch 8 rises above what it held."""
+    step = our_step(device, precision, 8) if name == "ours" else torchvision_step(device, 8)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    held = Path("/proc/self/statm")  # Linux; elsewhere the peak so far has to do
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+    before = int(held.read_text().split()[1]) * resource.getpagesize() if held.exists() else peak
+    step()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT - before
+
+
+def synthetic_result(folder: Path, n_frames: int) -> tuple[GroundTruth, Path]:
+    """Two people a frame, and a result file with six boxes a frame, some on the people."""
+    rng = np.random.default_rng(0)
+    ids = frame_ids(n_frames)
+    height = rng.uniform(30, 200, 2 * n_frames)
+    size = np.stack([0.41 * height, height], 1)
+    boxes = np.concatenate([rng.random(size.shape) * ((FRAME_WIDTH, FRAME_HEIGHT) - size), size], 1)
+    frame = np.repeat(np.arange(n_frames), 2)
+    occlusion = rng.choice(3, len(boxes), p=(0.7, 0.2, 0.1))
+    people = GroundTruth(tuple(ids), frame, boxes, occlusion, rng.random(len(boxes)) < 0.2)
+    shuffled = np.tile(boxes, (2, 1))[rng.permutation(2 * len(boxes))]
+    found = np.concatenate([boxes, shuffled]) + rng.normal(0, 3, (3 * len(boxes), 4))
+    detections = Detections(np.tile(frame, 3), found.clip(1), rng.random(len(found)).round(6))
+    path = folder / f"result-{n_frames}.txt"
+    write_detections(path, detections, ids)
+    return people, path
+
+
+def frame_ids(n: int) -> list[str]:
+    """n frame ids in six sets."""
+    return [f"set{6 + i % 6:02d}/V{i // 6 // 5000:03d}/I{i // 6 % 5000:05d}" for i in range(n)]
+
+
+def draw_annotations(folder: Path, n: int) -> list[str]:
+    """Write n bbGt files of 0 to 4 people each into a KAIST root; returns the frames' ids."""
+    ids = frame_ids(n)
+    for i, frame_id in enumerate(ids):
+        path = folder / "annotations" / f"{frame_id}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        people = "".join(f"person {50 + 90 * k} 200 40 98 0 0 0 0 0 0 0\n" for k in range(i % 5))
+        path.write_text("% bbGt version=3\n" + people)
+    return ids
+
+
+def describe_machine(device: torch.device, precision: torch.dtype) -> str:
+    """One line on the processor, the device, its precision and torch's version."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    parts = [names[0] if names else platform.processor(), f"{torch.get_num_threads()} threads",
+             torch.backends.cpu.get_cpu_capability()]  # fmt: skip
+    if device.type == "cuda":
+        parts.append(torch.cuda.get_device_name(device))
+    parts.append(f"convolutions in {str(precision).removeprefix('torch.')}")
+    parts.append(f"torch {torch.__version__}")
+    return ", ".join(parts)
