@@ -50,6 +50,7 @@ def main() -> None:
     device = choose_device(arguments.device)
     make_folder(arguments.out)
     path = arguments.checkpoint or newest_checkpoint(Path(CHECKPOINTS))
+    path = path / "last.pt" if path.is_dir() else path
     checkpoint = load_checkpoint(path)
     pairs = [find_pair(image, checkpoint["config"]["input_mode"]) for image in
              list_images(arguments.images)]  # fmt: skip
@@ -94,6 +95,8 @@ def list_images(paths: list[Path]) -> Iterator[Path]:
                     "no images in this folder", "name a visible/ or lwir/ folder", file=path
                 )
             yield from found
+        elif path.suffix.lower() not in IMAGE_ENDINGS:
+            raise InputError("not an image", f"name one of {', '.join(IMAGE_ENDINGS)}", file=path)
         else:
             yield path
 

@@ -131,6 +131,9 @@ def evaluate_checkpoint(arguments: Namespace) -> tuple[str, Path, GroundTruth, P
                 "test_annotations": arguments.annotations,
                 "device": arguments.device}  # fmt: skip
     given = {key: str(value) for key, value in settings.items() if value}
+    if path.is_dir():
+        path = path / "last.pt"
+    print(f"weights of {path}")
     config, ground_truth, detections = run_checkpoint(path, given)
     parts = [path.stem] if path.stem != "last" else []
     parts += [Path(given[key]).stem for key in settings if key in given and key != "device"]
@@ -171,6 +174,11 @@ def choose_frames(frames: Sequence[str], subset: str) -> list[str]:
         if not chosen:
             raise InputError(f"no frame is of subset {subset!r}", "choose another with --subset")
         return chosen
+    if not Path(subset).is_file():
+        raise InputError(
+            f"--subset {subset!r} is neither a subset nor an image list",
+            "choose day, night, campus, road, downtown or a file",
+        )
     return read_image_list(subset)
 
 

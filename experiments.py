@@ -193,8 +193,8 @@ EXPERIMENTS = {
         "change": {
             "input_mode": "early", "width": 0.125, "priors": "pedestrian", "pretrained": "none",
             "infusion": (1, 1, 0, 0, 0, 0), "loc_reduction": "sum", "lr": 2e-3,
-            "weight_decay": 1e-5, "schedule": "cosine", "batch_size": 8, "epochs": 14,
-            "zoom_out": 1.5, "eval_every": 7, "min_score": 0.01, "nms_iou": 0.45,
+            "weight_decay": 1e-5, "schedule": "cosine", "batch_size": 8, "epochs": 16,
+            "zoom_out": 1.5, "eval_every": 8, "min_score": 0.01, "nms_iou": 0.45,
         },
         "words": "not of the log: a narrow network on both modalities for the demo set",
         "logged": "",

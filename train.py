@@ -76,14 +76,14 @@ BIAS_LR_FACTOR = 2.0  # biases learn this many times faster
 WEIGHT_DECAY = 1e-5  # L2 penalty
 SCHEDULE = "cosine"  # constant, step (x0.1 at 2/3 and 5/6 of the epochs), cosine (with warm-up)
 BATCH_SIZE = 8  # frames a step
-EPOCHS = 14  # passes over the training list
+EPOCHS = 16  # passes over the training list
 VALIDATION = 0.0  # share of the training list held out to choose the best epoch
 AUGMENT = True  # SSD augmentation; False only resizes
 ZOOM_OUT = 1.5  # largest zoomed-out canvas, in frames a side
 HUE_SATURATION = True  # distort hue and saturation of the visible image
 MIN_HEIGHT = 12.0  # lower persons are ignored in training, pixels
 MARGIN = 5.0  # persons closer to the frame's border are ignored in training, pixels
-EVAL_EVERY = 7  # epochs between evaluations; the last epoch is always evaluated
+EVAL_EVERY = 8  # epochs between evaluations; the last epoch is always evaluated
 MIN_SCORE = 0.01  # detections below this score are dropped
 NMS_IOU = 0.45  # of two detections that overlap more, the lower-scored is dropped
 MAX_BOXES = 200  # detections kept in a frame
@@ -129,7 +129,8 @@ def main() -> None:
         run.save(model, optimizer)
         print(f"{len(test.people.frames)} test frames, people of {test.people.source}")
         print(f"{run.folder}: {len(frames)} frames, {len(loader)} steps an epoch, on {device} in "
-              f"{str(precision).removeprefix('torch.')}, from epoch {run.epoch + 1}")  # fmt: skip
+              f"{str(precision).removeprefix('torch.')}, from epoch {run.epoch + 1}, "
+              f"step {run.step + 1}")  # fmt: skip
     detections = None
     try:
         while run.epoch < config["epochs"]:
@@ -148,7 +149,7 @@ def main() -> None:
     if detections is None or watched is not test:
         detections = detect_frames(model, test.loader, device, precision, config, team)
     if team.writes:
-        report(run.name, test.people, detections, run.folder)
+        report(run.folder.name, test.people, detections, run.folder)
     team.close()
 
 
