@@ -117,7 +117,7 @@ def decode(path: Path, modality: str) -> Image.Image:
             image.draft(mode, None)  # a grey JPEG's luma alone: no colour conversion to undo
             image.load()
             return image if image.mode == mode else image.convert(mode)
-        except OSError as error:
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for broken data
             raise InputError(f"broken image ({error})", "copy it again", file=path) from None
 
 
