@@ -170,11 +170,9 @@ class Run:
 
     def draw_curves(self, path: Path) -> None:
         """Loss terms and miss rate over the epochs."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(9, 3.5), layout="constrained")
-        FigureCanvasAgg(figure)
         left, right = figure.subplots(1, 2)
         epochs = [row["epoch"] for row in self.history]
         for term in ("loss", "loc", "conf", "seg"):

@@ -89,7 +89,6 @@ NMS_IOU = 0.45  # of two detections that overlap more, the lower-scored is dropp
 MAX_BOXES = 200  # detections kept in a frame
 
 
-
 def main() -> None:
     """Data, model, loss, optimiser, resume, epochs, report."""
     if sys.argv[1:] == ["--list"]:
