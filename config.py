@@ -19,6 +19,7 @@ CHOICES = {
     "pretrained": ("none", "imagenet", "coco"),
     "seg_cells": ("mean", "sum"),
     "seg_maps": ("mean", "sum"),
+    "out_of_range": ("keep", "background", "ignore"),
     "loc_loss": ("l1", "smooth_l1"),
     "loc_reduction": ("mean", "sum"),
     "optimizer": ("sgd", "adam"),

@@ -31,7 +31,7 @@ from errors import InputError
 from frame_cache import FrameCache, open_cache
 from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, Objects, image_path
 from parallel import ALONE, Team
-from pseudo_gt import box_masks
+from pseudo_gt import MapRange, box_masks
 
 MODALITIES = {"lwir": ("lwir",), "visible": ("visible",),
               "mean": ("visible", "lwir"), "early": ("visible", "lwir")}  # fmt: skip
@@ -272,9 +272,13 @@ def pad(boxes: list[np.ndarray], labels: list[np.ndarray]) -> tuple[Tensor, Tens
 
 @dataclass(frozen=True)
 class Collate:
-    """Samples to a Batch with masks for feature maps of the given (h, w) sizes."""
+    """Samples to a Batch with masks for feature maps of the given (h, w) sizes.
+
+    map_range: leaves the persons that a map cannot detect out of its mask.
+    """
 
     map_sizes: list[tuple[int, int]]
+    map_range: MapRange | None = None
 
     def __call__(self, samples: list[Sample | InputError]) -> Batch | InputError:
         for sample in samples:
@@ -284,7 +288,7 @@ class Collate:
         mask_boxes, mask_labels = pad(
             [s.mask_boxes for s in samples], [s.mask_labels for s in samples]
         )
-        masks = box_masks(mask_boxes, mask_labels, self.map_sizes)
+        masks = box_masks(mask_boxes, mask_labels, self.map_sizes, self.map_range)
         images = torch.stack([s.image for s in samples])
         return Batch(images, boxes, labels, masks, [s.frame_id for s in samples])
 
@@ -329,7 +333,7 @@ class BatchLoader:
         batch_size: frames a batch, of all processes of the team together.
         shuffle: training order: another permutation each epoch, an incomplete last batch is left
             out (unless it is the only one). False: the frames in their order, all of them.
-        map_sizes: (h, w) of the feature maps that masks are wanted for.
+        map_sizes, map_range: of the feature maps that masks are wanted for, as in `Collate`.
     """
 
     def __init__(
@@ -341,6 +345,7 @@ class BatchLoader:
         shuffle: bool,
         map_sizes: list[tuple[int, int]],
         pin_memory: bool,
+        map_range: MapRange | None = None,
         team: Team = ALONE,
     ) -> None:
         seed = dataset.seed if shuffle else None
@@ -349,7 +354,7 @@ class BatchLoader:
             dataset,
             batch_sampler=self.batches,
             num_workers=workers,
-            collate_fn=Collate(map_sizes),
+            collate_fn=Collate(map_sizes, map_range),
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
         )

@@ -1,4 +1,5 @@
-"""The lab book: the experiments of the project's log, each a flat diff from the row it builds on.
+"""The lab book: the experiments of the project's log, each a flat diff from the row it builds on,
+and from 27 on what the log left to be tried.
 
 Pure data. `BASE` holds what the log calls common to all; a row names its parent, what it changes
 (train.py's constants in lower case), the log's own words and the figures the log recorded (miss
@@ -21,6 +22,7 @@ BASE = {
     "seg_maps": "mean",
     "seg_weight": 1.0,
     "masks_follow": False,
+    "out_of_range": "keep",
     "loc_loss": "l1",
     "loc_reduction": "mean",
     "optimizer": "sgd",
@@ -186,6 +188,19 @@ EXPERIMENTS = {
         "based_on": "23",
         "change": {"masks_follow": True},
         "words": "masks follow the augmentation",
+        "logged": "",
+    },
+    "27": {
+        "based_on": "26",
+        "change": {"out_of_range": "background"},
+        "words": "an idea the log left open: persons that no prior of a map matches are background "
+        "in its mask",
+        "logged": "",
+    },
+    "28": {
+        "based_on": "26",
+        "change": {"out_of_range": "ignore"},
+        "words": "the same, but ignored",
         "logged": "",
     },
     "demo": {

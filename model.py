@@ -121,6 +121,11 @@ class SSD300(nn.Module):
         self.map_sizes = feature_map_sizes(self.size)
         self.register_buffer("priors", make_priors(self.map_sizes, shapes), persistent=False)
 
+    def map_priors(self) -> list[Tensor]:
+        """The priors of each feature map, (P_i, 4) cxcywh fractions."""
+        cells = zip(self.map_sizes, self.conf_heads, strict=True)
+        return list(self.priors.split([h * w * head.out_channels // 2 for (h, w), head in cells]))
+
     def forward(self, images: Tensor, with_masks: bool = False) -> Predictions:
         """Predict from (N, C, H, W) uint8 images; mask logits in training or on request only."""
         return self.predict(self.normalise(images), with_masks or self.training)

@@ -6,11 +6,13 @@ feature map's mask into one picture, so that masks which do not follow the boxes
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_convert, box_iou
 
 from errors import InputError, run_script
 from files import write_atomically
@@ -30,7 +32,10 @@ OUT = "pseudo_gt.png"  # where the picture goes
 
 
 def box_masks(
-    boxes: Tensor, labels: Tensor, map_sizes: list[tuple[int, int]]
+    boxes: Tensor,
+    labels: Tensor,
+    map_sizes: list[tuple[int, int]],
+    map_range: MapRange | None = None,
 ) -> list[Tensor]:
     """Masks (N, h, w) int64 of each feature map: 1 person, 0 background, -1 ignored.
 
@@ -43,8 +48,37 @@ def box_masks(
         boxes: (N, M, 4) xyxy fractions of the network's input, padded.
         labels: (N, M) int64: 1 person, -1 ignore, 0 padding.
         map_sizes: (h, w) of each map.
+        map_range: leaves the persons that a map cannot detect out of its mask.
     """
-    return [one_map(boxes, labels, h, w) for h, w in map_sizes]
+    of_maps = map_range.labels(boxes, labels) if map_range else [labels] * len(map_sizes)
+    return [one_map(boxes, own, h, w) for own, (h, w) in zip(of_maps, map_sizes, strict=True)]
+
+
+@dataclass(frozen=True)
+class MapRange:
+    """Whose mask a person belongs into: that of the maps whose priors can detect it.
+
+    A map of an SSD detects only boxes of its own sizes. A person is in a map's range when one of
+    the map's priors overlaps it by IoU >= 0.5, or when the best prior of all is the map's.
+
+    Args:
+        priors: (P_i, 4) cxcywh fractions of each of the network's maps.
+        maps: indices of the maps that masks are wanted for.
+        outside: what persons out of range become: 0 background, -1 ignored.
+    """
+
+    priors: list[Tensor]
+    maps: list[int]
+    outside: int
+
+    def labels(self, boxes: Tensor, labels: Tensor) -> list[Tensor]:
+        """(N, M) labels for each wanted map, of boxes and labels as `box_masks` takes them."""
+        corners = box_convert(torch.cat(self.priors), "cxcywh", "xyxy")
+        overlap = box_iou(boxes.flatten(0, 1), corners).view(*labels.shape, -1)
+        best = [x.amax(-1) for x in overlap.split([len(p) for p in self.priors], dim=-1)]
+        best_of_all = torch.stack(best).amax(0)
+        out = [(best[i] < 0.5) & (best[i] < best_of_all) & (labels == 1) for i in self.maps]
+        return [labels.masked_fill(outside, self.outside) for outside in out]
 
 
 def one_map(boxes: Tensor, labels: Tensor, h: int, w: int) -> Tensor:

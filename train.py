@@ -33,11 +33,12 @@ from datasets import (
 from errors import InputError, run_script
 from inference import detect_frames, find_annotations, frame_loader, open_test_set
 from kaist import Annotations, find_file, read_image_list
-from losses import MultiBoxLoss, SegmentationLoss
+from losses import BACKGROUND, IGNORE, MultiBoxLoss, SegmentationLoss
 from miss_rate import GroundTruth, evaluate, load_ground_truth
 from model import SSD300, Predictions, feature_map_sizes
 from parallel import Team, join_team
 from pretrained import load_pretrained
+from pseudo_gt import MapRange
 from report import headline, report
 from runs import Run, nonfinite_error
 from utils import autocast, choose_device, choose_precision
@@ -49,7 +50,7 @@ TEST_LIST = "imageSets/test-all.txt"  # frames to evaluate on; test-all-20.txt o
 ANNOTATIONS = "auto"  # auto, bbgt, xml, xml-sanitized, paired, json, or a path: training boxes
 TEST_ANNOTATIONS = "auto"  # the same for the test list: KAIST_annotation.json where there is one
 CHECKPOINTS = "checkpoints"  # a folder for each run goes here
-EXPERIMENT = ""  # row of the lab book whose recipe replaces the constants below: 1 to 26, or demo
+EXPERIMENT = ""  # row of the lab book (--list) whose recipe replaces the constants below
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
 WORKERS = 2  # loader processes
@@ -68,6 +69,7 @@ SEG_CELLS = "mean"  # a map's mask loss over its cells: mean or sum
 SEG_MAPS = "sum"  # the mask losses over the maps: mean or sum
 SEG_WEIGHT = 1.0  # weight of the mask loss in the total
 MASKS_FOLLOW = True  # masks follow the augmentation (rows 18 to 25 of the log: they did not)
+OUT_OF_RANGE = "keep"  # persons no prior of a map matches, in its mask: keep, background, ignore
 LOC_LOSS = "smooth_l1"  # l1 or smooth_l1
 LOC_REDUCTION = "sum"  # sum (over the positives' number, as in the paper) or mean (a quarter)
 OPTIMIZER = "adam"  # sgd (momentum 0.9) or adam
@@ -350,8 +352,16 @@ def make_loader(
     return BatchLoader(
         dataset, batch_size=config["batch_size"], workers=config["workers"], shuffle=True,
         map_sizes=[model.map_sizes[i] for i in model.infused_maps],
-        pin_memory=device.type == "cuda", team=team,
+        map_range=choose_range(config, model), pin_memory=device.type == "cuda", team=team,
     )  # fmt: skip
+
+
+def choose_range(config: dict[str, Any], model: SSD300) -> MapRange | None:
+    """Which persons belong into a map's mask: None for all of them."""
+    if config["out_of_range"] == "keep":
+        return None
+    outside = {"background": BACKGROUND, "ignore": IGNORE}[config["out_of_range"]]
+    return MapRange([p.cpu() for p in model.map_priors()], model.infused_maps, outside)
 
 
 # ------------------------------------------------------------------------------ optimisation

@@ -2,7 +2,8 @@
 
 import torch
 
-from pseudo_gt import box_masks
+from model import feature_map_sizes, make_priors, prior_shapes
+from pseudo_gt import MapRange, box_masks
 
 
 def mask_of(box, size, label=1):
@@ -49,3 +50,39 @@ def test_masks_agree_with_a_loop_over_cells():
                     for i, j in cells or [centre]:
                         expected[n, i, j] = value
         assert torch.equal(mask, expected)
+
+
+def ssd300_priors():
+    maps = zip(feature_map_sizes((300, 300)), prior_shapes("ssd300"), strict=True)
+    return [make_priors([size], [shapes]) for size, shapes in maps]
+
+
+def test_a_map_keeps_the_persons_its_priors_match():
+    # The priors of map 38 are squares of 0.1 and 0.14 and two of 1:2; map 1's are 0.9 and more.
+    small, large, tiny = [0.45, 0.45, 0.55, 0.55], [0.05, 0.05, 0.95, 0.95], [0.5, 0.5, 0.51, 0.51]
+    boxes, labels = torch.tensor([[small, large, tiny]]), torch.ones(1, 3, dtype=torch.int64)
+    maps = [0, 2, 5]
+    for outside in (0, -1):
+        finest, middle, coarsest = MapRange(ssd300_priors(), maps, outside).labels(boxes, labels)
+        assert finest.tolist() == [[1, outside, 1]]  # the best prior of a tiny one
+        assert middle.tolist() == [[outside, outside, outside]]
+        assert coarsest.tolist() == [[outside, 1, outside]]
+    sizes = [feature_map_sizes((300, 300))[i] for i in maps]
+    masks = box_masks(boxes, labels, sizes, MapRange(ssd300_priors(), maps, -1))
+    assert (masks[0] == 1).sum() < (masks[0] == -1).sum() and not (masks[1] == 1).any()
+    assert masks[2].tolist() == [[[1]]]
+
+
+def test_ignored_objects_and_padding_are_in_every_range():
+    boxes = torch.tensor([[[0.4, 0.4, 0.5, 0.5], [0.0, 0.0, 1.0, 1.0]]])
+    for labels in MapRange(ssd300_priors(), [0, 3], 0).labels(boxes, torch.tensor([[-1, 0]])):
+        assert labels.tolist() == [[-1, 0]]
+
+
+def test_every_person_is_in_range_of_some_map():
+    torch.manual_seed(1)
+    low = torch.rand(4, 9, 2) * 0.98
+    boxes = torch.cat([low, low + torch.rand(4, 9, 2) * (1 - low)], -1)
+    labels = torch.ones(4, 9, dtype=torch.int64)
+    labels_of_maps = MapRange(ssd300_priors(), list(range(6)), 0).labels(boxes, labels)
+    assert torch.stack(labels_of_maps).any(0).all()
