@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from errors import InputError
 from files import make_folder, write_atomically
-from model import SSD300
 from utils import load_checkpoint, save_checkpoint
 
 # Constants that may differ between a run and its continuation: they change no number.
@@ -21,12 +19,20 @@ LOG_COLUMNS = ("epoch", "loss", "loc", "conf", "seg", "lr", "images_per_s", "sec
                "miss_rate", "miss_rate_day", "miss_rate_night", "recall")  # fmt: skip
 
 
+class Part(Protocol):
+    """What training changes and a checkpoint keeps: a model, an optimiser, a loss, …"""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+
+
 class Run:
     """Where a training run stands, and the folder that remembers it.
 
     A run with the same constants that was not finished is continued: the sampler and the
-    augmentation are keyed by (seed, epoch, frame), so that model, optimiser, epoch and step are
-    all there is to remember. A finished run, or one of the same name with other constants, is
+    augmentation are keyed by (seed, epoch, frame), so that the parts, epoch and step are all
+    there is to remember. A finished run, or one of the same name with other constants, is
     left alone and the new one gets a number: `26`, `26-2`, …
 
     Attributes:
@@ -34,6 +40,8 @@ class Run:
         epoch, step: completed epochs, and completed steps of the epoch under way.
         sums: (4,) sums of loss, loc, conf and seg over those steps; seconds: their time.
         history: a dict with `LOG_COLUMNS` for each completed epoch.
+        parts: what training changes, by the name it has in a checkpoint; "model" and "optimizer"
+            are two of them. Set by `restore`.
     """
 
     def __init__(self, config: dict[str, Any], name: str, model_args: dict[str, Any]) -> None:
@@ -44,6 +52,7 @@ class Run:
         self.sums = [0.0] * 4
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
+        self.parts: dict[str, Part] = {}
         self.state: dict[str, Any] | None = None
         self.folder = self.choose_folder(Path(config["checkpoints"]))
 
@@ -90,12 +99,24 @@ class Run:
         """Whether an earlier start of this run is continued."""
         return self.state is not None
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Give model and optimiser the state of the run that is continued, if one is."""
-        if self.state is not None:
-            model.load_state_dict(self.state["model"])
-            optimizer.load_state_dict(self.state["optimizer"])
-            self.state = None
+    def restore(self, parts: dict[str, Part]) -> None:
+        """Take charge of the parts, in the state of the run that is continued, if one is.
+
+        Raises:
+            InputError: the checkpoint, of an older version of this code, lacks a part's state.
+        """
+        self.parts = parts
+        if self.state is None:
+            return
+        for name, part in parts.items():
+            if name in self.state:
+                part.load_state_dict(self.state[name])
+            elif part.state_dict():
+                raise InputError(
+                    f"it does not hold the state of {name!r}, so that this run cannot go on",
+                    "move its folder away to start anew", file=self.folder / "last.pt",
+                )  # fmt: skip
+        self.state = None
 
     def begin(self) -> None:
         """Make the folder and write the configuration."""
@@ -113,13 +134,7 @@ class Run:
         """Loss, loc, conf and seg, averaged over the steps of the epoch under way."""
         return [value / max(1, self.step) for value in self.sums]
 
-    def end_epoch(
-        self,
-        model: SSD300,
-        optimizer: torch.optim.Optimizer,
-        scores: dict[str, float],
-        writes: bool,
-    ) -> None:
+    def end_epoch(self, scores: dict[str, float], writes: bool) -> None:
         """Log the epoch, save its checkpoint (and as best.pt if its miss rate is the lowest).
 
         Args:
@@ -129,7 +144,8 @@ class Run:
         """
         losses = dict(zip(("loss", "loc", "conf", "seg"), self.mean_losses(), strict=True))
         speed = self.step * self.config["batch_size"] / max(self.seconds, 1e-9)
-        row = {"epoch": self.epoch + 1, **losses, "lr": optimizer.param_groups[0]["lr"],
+        lr = self.parts["optimizer"].param_groups[0]["lr"]
+        row = {"epoch": self.epoch + 1, **losses, "lr": lr,
                "images_per_s": speed, "seconds": self.seconds}  # fmt: skip
         best = min((past.get("miss_rate", 2.0) for past in self.history), default=2.0)
         self.history.append({**row, **scores})
@@ -137,24 +153,23 @@ class Run:
         if not writes:
             return
         if scores and scores["miss_rate"] < best:  # first: what last.pt tells has happened
-            save_checkpoint(self.folder / "best.pt", self.content(model, None))
-        self.save(model, optimizer)
+            save_checkpoint(self.folder / "best.pt", self.content(to_continue=False))
+        self.save()
         self.write_log()
 
-    def content(
-        self, model: SSD300, optimizer: torch.optim.Optimizer | None
-    ) -> dict[str, Any]:
+    def content(self, to_continue: bool) -> dict[str, Any]:
         """A checkpoint's content; without the optimiser it can be used but not continued."""
-        content = {
+        parts = {name: part.state_dict() for name, part in self.parts.items()
+                 if to_continue or name != "optimizer"}  # fmt: skip
+        return {
             "model_args": self.model_args, "config": self.config, "experiment": self.name,
-            "model": model.state_dict(), "epoch": self.epoch, "step": self.step,
-            "sums": self.sums, "seconds": self.seconds, "history": self.history,
+            "epoch": self.epoch, "step": self.step, "sums": self.sums, "seconds": self.seconds,
+            "history": self.history, **parts,
         }  # fmt: skip
-        return content if optimizer is None else {**content, "optimizer": optimizer.state_dict()}
 
-    def save(self, model: SSD300, optimizer: torch.optim.Optimizer) -> None:
+    def save(self) -> None:
         """Write last.pt."""
-        save_checkpoint(self.folder / "last.pt", self.content(model, optimizer))
+        save_checkpoint(self.folder / "last.pt", self.content(to_continue=True))
 
     def write_log(self) -> None:
         """Write log.csv and curves.png from the history."""

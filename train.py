@@ -122,12 +122,12 @@ def main() -> None:
     loader = make_loader(config, frames, model, device, team)
     criterion = Criterion(model, config, team).to(device)
     optimizer = make_optimizer(model, config)
-    run.restore(model, optimizer)
+    run.restore({"model": model, "optimizer": optimizer, "criterion": criterion})
     network = team.spread(model)
 
     if team.writes:
         run.begin()
-        run.save(model, optimizer)
+        run.save()
         print(f"{len(test.people.frames)} test frames, people of {test.people.source}")
         print(f"{run.folder}: {len(frames)} frames, {len(loader)} steps an epoch, on {device} in "
               f"{str(precision).removeprefix('torch.')}, from epoch {run.epoch + 1}, "
@@ -140,10 +140,10 @@ def main() -> None:
             if (run.epoch + 1) % config["eval_every"] == 0 or run.epoch + 1 == config["epochs"]:
                 detections = detect_frames(model, watched.loader, device, precision, config, team)
                 scores = headline(evaluate(watched.people, detections))
-            run.end_epoch(model, optimizer, scores, team.writes)
+            run.end_epoch(scores, team.writes)
     except KeyboardInterrupt:
         if team.writes:
-            run.save(model, optimizer)
+            run.save()
             print(f"\nsaved; the same command goes on from epoch {run.epoch + 1}, "
                   f"step {run.step + 1}")  # fmt: skip
         raise

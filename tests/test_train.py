@@ -90,6 +90,30 @@ def test_interrupted_run_continues_to_the_same_weights(start, monkeypatch, tmp_p
     assert not Path("halves/custom-2").exists()
 
 
+def test_every_part_with_a_state_is_kept_and_needed_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = {"checkpoints": "runs", "epochs": 2, "batch_size": 1, "seed": 0}
+
+    def new_run(**more):
+        layer = torch.nn.Linear(1, 1)
+        optimizer = torch.optim.Adam(layer.parameters())
+        run = Run(config, "x", {})
+        parts = {"model": layer, "optimizer": optimizer, "criterion": torch.nn.L1Loss()}
+        run.restore({**parts, **more})
+        return run
+
+    run = new_run(ema=torch.nn.Linear(1, 1))
+    run.begin()
+    run.end_epoch(dict.fromkeys(("miss_rate", "miss_rate_day", "miss_rate_night"), 0.5), True)
+    again = new_run(ema=torch.nn.Linear(1, 1))
+    assert again.folder == run.folder and again.epoch == 1
+    assert torch.equal(again.parts["ema"].weight, run.parts["ema"].weight)
+    best = load_checkpoint(Path("runs/x/best.pt"))
+    assert {"model", "criterion", "ema"} <= best.keys() and "optimizer" not in best
+    with pytest.raises(InputError, match="last.pt: it does not hold the state of 'teacher'"):
+        new_run(teacher=torch.nn.Linear(1, 1))
+
+
 def test_a_cache_changes_no_number(start, tmp_path):
     start("--checkpoints", "plain")
     start("--checkpoints", "cached", "--cache", "frames", "--workers", "2")
