@@ -6,6 +6,7 @@ import train
 from config import CHOICES, parse_flags, read_constants, resolve_row
 from errors import InputError
 from experiments import BASE, EXPERIMENTS
+from optimisation import lr_factor
 
 
 def defaults():
@@ -109,7 +110,7 @@ def test_a_run_is_named_for_its_row_only_if_it_is_that_row():
 
 def test_schedules_by_hand():
     config = defaults() | {"epochs": 100}
-    factor = lambda schedule, epoch: train.lr_factor(  # noqa: E731
+    factor = lambda schedule, epoch: lr_factor(  # noqa: E731
         config | {"schedule": schedule}, epoch * 10, 1000
     )
     assert [factor("step", e) for e in (0, 63, 64, 79, 80, 99)] == pytest.approx(
@@ -117,7 +118,7 @@ def test_schedules_by_hand():
     )  # int(100 / 6) * 4 = 64 and * 5 = 80
     assert factor("constant", 99) == 1
     short = config | {"schedule": "step", "epochs": 3}
-    assert [train.lr_factor(short, step, 30) for step in (0, 29)] == [1, 1]
-    assert train.lr_factor(config | {"schedule": "cosine"}, 0, 1000) == pytest.approx(1 / 50)
+    assert [lr_factor(short, step, 30) for step in (0, 29)] == [1, 1]
+    assert lr_factor(config | {"schedule": "cosine"}, 0, 1000) == pytest.approx(1 / 50)
     assert factor("cosine", 5) == pytest.approx(1)
-    assert train.lr_factor(config | {"schedule": "cosine"}, 525, 1000) == pytest.approx(0.5)
+    assert lr_factor(config | {"schedule": "cosine"}, 525, 1000) == pytest.approx(0.5)

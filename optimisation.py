@@ -1,0 +1,46 @@
+"""How the weights move: the optimiser, its groups, and the learning rate's schedule."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from model import SSD300
+
+
+def make_optimizer(model: SSD300, config: dict[str, Any]) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9, or Adam, in two groups: weights, and biases with their own rate."""
+    weights = [p for name, p in model.named_parameters() if not name.endswith("bias")]
+    biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    groups = [{"params": weights, "scale": 1.0},
+              {"params": biases, "scale": config["bias_lr_factor"]}]  # fmt: skip
+    settings = {"lr": config["lr"], "weight_decay": config["weight_decay"]}
+    if config["optimizer"] == "adam":
+        return torch.optim.Adam(groups, **settings)
+    return torch.optim.SGD(groups, momentum=0.9, **settings)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, config: dict[str, Any], factor: float) -> None:
+    """Give each group LR x its scale x the schedule's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = config["lr"] * group["scale"] * factor
+
+
+def lr_factor(config: dict[str, Any], step: int, total_steps: int) -> float:
+    """What the schedule multiplies the learning rate by in a step of `total_steps`.
+
+    "step": x0.1 from epoch int(E/6)*4 and again from int(E/6)*5 of E epochs, as logged (never for
+    fewer than 6 epochs); "cosine": a linear warm-up over the first 5% of the steps, then half a
+    cosine down to 0 (Loshchilov and Hutter, 2017).
+    """
+    if config["schedule"] == "constant":
+        return 1.0
+    if config["schedule"] == "step":
+        epoch, sixth = step * config["epochs"] // total_steps, config["epochs"] // 6
+        return 0.1 ** ((epoch >= 4 * sixth) + (epoch >= 5 * sixth)) if sixth else 1.0
+    warm_up = max(1, total_steps // 20)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return (1 + math.cos(math.pi * (step - warm_up) / max(1, total_steps - warm_up))) / 2
