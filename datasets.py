@@ -7,16 +7,18 @@ any number of workers gives the same samples.
 from __future__ import annotations
 
 import math
+import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from augment import (
     Augmentation,
@@ -29,6 +31,7 @@ from augment import (
 )
 from errors import InputError
 from frame_cache import FrameCache, open_cache
+from images import decode, open_image
 from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, image_path
 from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks
@@ -90,39 +93,6 @@ def check_images(root: Path, frame_ids: list[str], input_mode: str) -> None:
         for modality in MODALITIES[input_mode]:
             with open_image(image_path(root, frame_id, modality)):
                 pass
-
-
-def open_image(path: Path) -> Image.Image:
-    """Open an image of KAIST's size without decoding it."""
-    try:
-        image = Image.open(path)
-    except FileNotFoundError:
-        raise InputError(
-            "image not found", "check DATA_ROOT, the image list and INPUT_MODE", file=path
-        ) from None
-    except (UnidentifiedImageError, OSError) as error:
-        raise InputError(f"unreadable image ({error})", "copy it again", file=path) from None
-    if image.size != (FRAME_WIDTH, FRAME_HEIGHT):
-        size = "{}x{}".format(*image.size)
-        image.close()
-        raise InputError(
-            f"the image is {size}, KAIST frames are {FRAME_WIDTH}x{FRAME_HEIGHT}",
-            "use the benchmark's own images",
-            file=path,
-        )
-    return image
-
-
-def decode(path: Path, modality: str) -> Image.Image:
-    """Decode one image of KAIST's size: visible as RGB, LWIR as a single channel."""
-    with open_image(path) as image:
-        mode = "RGB" if modality == "visible" else "L"
-        try:
-            image.draft(mode, None)  # a grey JPEG's luma alone: no colour conversion to undo
-            image.load()
-            return image if image.mode == mode else image.convert(mode)
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for broken data
-            raise InputError(f"broken image ({error})", "copy it again", file=path) from None
 
 
 def read_image(path: Path, modality: str) -> np.ndarray:
@@ -294,6 +264,15 @@ class Collate:
         )
         masks = box_masks(mask_boxes, mask_labels, self.map_sizes, self.map_range)
         images = torch.stack([s.image for s in samples])
+        if get_worker_info() is not None:
+            try:  # here: where multiprocessing does it, a failure would be waited for forever
+                for tensor in (images, boxes, labels, *masks):
+                    tensor.share_memory_()
+            except RuntimeError as error:
+                return InputError(
+                    f"too little shared memory for a batch ({str(error).splitlines()[0]})",
+                    "enlarge /dev/shm (docker run --shm-size=8g), or lower WORKERS or BATCH_SIZE",
+                )  # fmt: skip
         return Batch(images, boxes, labels, masks, [s.frame_id for s in samples])
 
 
@@ -333,8 +312,12 @@ class EpochBatches(Sampler):
 class BatchLoader:
     """Batches of a data set, epoch by epoch, with worker processes kept between epochs.
 
+    A worker process is deaf to Ctrl-C, which the main process answers, and ends with it. One that
+    dies ends the epoch with an InputError.
+
     Args:
         batch_size: frames a batch, of all processes of the team together.
+        start_method: of the workers: "fork", "spawn", "forkserver", or "auto" for Python's choice.
         shuffle: training order: another permutation each epoch, an incomplete last batch is left
             out (unless it is the only one). False: the frames in their order, all of them.
         map_sizes, map_range: of the feature maps that masks are wanted for, as in `Collate`.
@@ -346,12 +329,15 @@ class BatchLoader:
         *,
         batch_size: int,
         workers: int,
+        start_method: str = "auto",
         shuffle: bool,
         map_sizes: list[tuple[int, int]],
         pin_memory: bool,
         map_range: MapRange | None = None,
         team: Team = ALONE,
     ) -> None:
+        if start_method not in ("auto", *multiprocessing.get_all_start_methods()):
+            raise InputError(f"START_METHOD = {start_method!r} is not for this system", "use auto")
         seed = dataset.seed if shuffle else None
         self.batches = EpochBatches(len(dataset), batch_size, seed, team)
         self.loader = DataLoader(
@@ -361,6 +347,8 @@ class BatchLoader:
             collate_fn=Collate(map_sizes, map_range),
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
+            multiprocessing_context=start_method if workers and start_method != "auto" else None,
+            worker_init_fn=begin_worker,
         )
 
     def __len__(self) -> int:
@@ -374,7 +362,42 @@ class BatchLoader:
             InputError: a frame turned out to be unreadable.
         """
         self.batches.epoch, self.batches.skip = epoch, skip
-        for batch in self.loader:
-            if isinstance(batch, InputError):
-                raise batch
-            yield batch
+        with calm_start():
+            batches = iter(self.loader)
+        try:
+            for batch in batches:
+                if isinstance(batch, InputError):
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            raise InputError(
+                f"a loader process died ({error})",
+                "often memory ran out: lower WORKERS or BATCH_SIZE, or enlarge /dev/shm",
+            ) from None
+
+
+@contextmanager
+def calm_start() -> Iterator[None]:
+    """Start worker processes without a signal in the midst of it.
+
+    Ctrl-C waits until all have started, and they inherit that they do not hear it. torch's
+    handler for ended processes, which raises wherever the main process happens to be, is taken
+    back: the loader looks after its workers too whenever it waits for a batch.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def begin_worker(_: int) -> None:
+    """End at once when told to: a forked worker has inherited what the main process would do."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

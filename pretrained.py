@@ -12,6 +12,7 @@ from torchvision.models.detection import SSD300_VGG16_Weights
 
 from errors import InputError
 from model import SSD300
+from utils import unpickling_problem
 
 
 def load_pretrained(model: SSD300, source: str) -> None:
@@ -39,11 +40,11 @@ def load_pretrained(model: SSD300, source: str) -> None:
 def download(weights: VGG16_Weights | VGG16_BN_Weights | SSD300_VGG16_Weights) -> dict[str, Tensor]:
     """The state dict of torchvision weights, from its cache or the network, hash checked."""
     try:
-        return weights.get_state_dict(progress=True, check_hash=True)
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError) as error:
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"damaged pretrained weights ({reason})", "delete this file and fetch it again",
+            f"damaged pretrained weights ({unpickling_problem(error)})",
+            "delete this file and fetch it again",
             file=f"{torch.hub.get_dir()}/checkpoints/{weights.url.rsplit('/', 1)[-1]}",
         ) from error  # fmt: skip
     except (URLError, OSError) as error:

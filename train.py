@@ -41,7 +41,7 @@ from pretrained import load_pretrained
 from pseudo_gt import MapRange
 from report import headline, report
 from runs import Run, nonfinite_error
-from utils import autocast, choose_device, choose_precision
+from utils import autocast, choose_device, choose_precision, make_deterministic
 
 # Where things are, and which machine runs them.
 DATA_ROOT = "data/demo"  # KAIST root with images/; the demo set is drawn here if it is absent
@@ -54,7 +54,10 @@ EXPERIMENT = ""  # row of the lab book (--list) whose recipe replaces the consta
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
 WORKERS = 2  # loader processes
+START_METHOD = "auto"  # how they start: fork, spawn, forkserver, or auto: as Python does here
 CACHE = ""  # folder for decoded training frames (1.31 MB a pair), read instead of the JPEGs
+SAVE_MINUTES = 10.0  # minutes between checkpoints within an epoch; 0: only at its end
+DETERMINISTIC = False  # torch's deterministic algorithms; see the README on what repeats exactly
 # The recipe: what an experiment is made of.
 SEED = 42  # of initial weights, order and augmentation
 INPUT_MODE = "early"  # lwir (1 channel), visible (3), mean (averaged into 3), early (4 channels)
@@ -97,6 +100,8 @@ def main() -> None:
         print(lab_book())
         return
     config = configure()
+    if config["deterministic"]:
+        make_deterministic()
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
     team, device = join_team(device, config["batch_size"])
@@ -128,7 +133,6 @@ def main() -> None:
 
     if team.writes:
         run.begin()
-        run.save()
         print(f"{len(test.people.frames)} test frames, people of {test.people.source}")
         print(f"{run.folder}: {len(frames)} frames, {len(loader)} steps an epoch, on {device} in "
               f"{str(precision).removeprefix('torch.')}, from epoch {run.epoch + 1}, "
@@ -143,9 +147,10 @@ def main() -> None:
                     model, watched.loader, device, precision, config, team
                 )
                 scores = headline(evaluate(watched.people, detections)) | mask_ious
-            run.end_epoch(scores, team.writes)
-    except KeyboardInterrupt:
-        if team.writes:
+            with run.undivided():
+                run.end_epoch(scores, team.writes)
+    except BaseException:
+        if team.writes and run.whole:
             run.save()
             print(f"\nsaved; the same command goes on from epoch {run.epoch + 1}, "
                   f"step {run.step + 1}")  # fmt: skip
@@ -178,7 +183,7 @@ def train_epoch(
 
     Raises:
         InputError: a loss is not finite. The batch's frames and loss terms are in the run's
-            folder, and `last.pt` is from before this epoch.
+            folder.
     """
     network.train()
     config, total_steps = run.config, len(loader) * run.config["epochs"]
@@ -190,19 +195,23 @@ def train_epoch(
         step = run.epoch * len(loader) + run.step
         set_lr(optimizer, config, lr_factor(config, step, total_steps))
         batch = batch.to(device)
-        with autocast(device, precision):
-            predictions = network(batch.images)
-        losses = criterion(predictions, batch)
-        batch_losses = team.sum(losses.detach()) / team.size
-        if not batch_losses.isfinite().all():
-            raise nonfinite_error(run.save_evidence(batch.frame_ids, losses.detach(), team.rank))
-        optimizer.zero_grad()
-        losses[0].backward()
-        optimizer.step()
-
-        now = time.perf_counter()
-        run.add_step(batch_losses, now - started)
+        with run.undivided():  # from here, because BatchNorm's statistics move in the forward pass
+            with autocast(device, precision):
+                predictions = network(batch.images)
+            losses = criterion(predictions, batch)
+            batch_losses = team.sum(losses.detach()) / team.size
+            if not batch_losses.isfinite().all():
+                raise nonfinite_error(
+                    run.save_evidence(batch.frame_ids, losses.detach(), team.rank)
+                )
+            optimizer.zero_grad()
+            losses[0].backward()
+            optimizer.step()
+            now = time.perf_counter()
+            run.add_step(batch_losses, now - started)
         started = now
+        if team.writes:
+            run.save_when_due()
         show_progress(bar, run, optimizer, total_steps - step - 1)
 
 
@@ -360,7 +369,8 @@ def make_loader(
         masks_follow=config["masks_follow"], seed=config["seed"], cache=cache,
     )  # fmt: skip
     return BatchLoader(
-        dataset, batch_size=config["batch_size"], workers=config["workers"], shuffle=True,
+        dataset, batch_size=config["batch_size"], workers=config["workers"],
+        start_method=config["start_method"], shuffle=True,
         map_sizes=[model.map_sizes[i] for i in model.infused_maps],
         map_range=choose_range(config, model), pin_memory=device.type == "cuda", team=team,
     )  # fmt: skip
