@@ -359,12 +359,12 @@ class BatchLoader:
         """The batches of one epoch, without the first `skip`.
 
         Raises:
-            InputError: a frame turned out to be unreadable.
+            InputError: a frame turned out to be unreadable, or a worker process died.
         """
         self.batches.epoch, self.batches.skip = epoch, skip
-        with calm_start():
-            batches = iter(self.loader)
         try:
+            with calm_start():
+                batches = iter(self.loader)
             for batch in batches:
                 if isinstance(batch, InputError):
                     raise batch

@@ -42,6 +42,8 @@ def run_script(main: Callable[[], None]) -> None:
         number = getattr(signal, name, None)
         if number and signal.getsignal(number) == signal.SIG_DFL:  # else someone ignores it
             signal.signal(number, stop)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as scripts have it while they import
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except InputError as error:

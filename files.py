@@ -15,14 +15,19 @@ MAX_TEXT = 2**28  # bytes of a text file; published results of the whole test se
 ABANDONED = 3600.0  # seconds without a write after which what was left unfinished is nobody's
 
 
-def read_text(path: Path) -> str:
-    """A text file's content; what is not text, or too much of it to hold in memory, is refused."""
+def check_length(path: Path) -> None:
+    """Refuse a text file that memory could not hold, unread."""
     size = path.stat().st_size
     if size > MAX_TEXT:
         raise InputError(
             f"{size / 1e6:.0f} MB, and a text file may have {MAX_TEXT / 1e6:.0f}",
             "split it, or leave out detections of low scores", file=path,
         )  # fmt: skip
+
+
+def read_text(path: Path) -> str:
+    """A text file's content; what is not text, or too much of it, is refused."""
+    check_length(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError
-from files import read_text
+from files import check_length, read_text
 
 FRAME_WIDTH, FRAME_HEIGHT = 640, 512
 FRAME_ID = re.compile(r"set(0\d|1[01])/V\d{3}/I\d{5}")
@@ -191,6 +191,7 @@ def read_lines(path: Path, columns: int) -> Objects:
 
 def read_xml(path: Path) -> Objects:
     """One XML file; its bndbox holds x, y, w, h."""
+    check_length(path)
     try:
         root = ElementTree.fromstring(path.read_bytes())
     except ElementTree.ParseError as error:

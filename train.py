@@ -7,10 +7,14 @@ takes every constant of the recipe from row 19 of the lab book (experiments.py),
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import numpy as np
 import torch

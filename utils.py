@@ -93,7 +93,10 @@ def save_checkpoint(path: Path, content: dict[str, Any], previous: Path | None =
 
     def write(beside: Path) -> None:
         with beside.open("w+b") as file:
-            torch.save(content, file)
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # torch, closing the file, hides why it cannot
+                raise error.__context__ or error from None
             seal(file)
         if previous and path.exists():
             previous.unlink(missing_ok=True)
