@@ -35,10 +35,12 @@ class Augmentation:
 
     zoom_out: largest side of the zoomed-out canvas in frames; 1 switches zoom-out off.
     hue_saturation: distort hue and saturation of the visible image too.
+    modality_dropout: how probable it is that one modality of a sample is blanked.
     """
 
     zoom_out: float = 4.0
     hue_saturation: bool = True
+    modality_dropout: float = 0.0
 
 
 def random_window(
@@ -161,6 +163,18 @@ def mean_colour(channels: int) -> Tensor:
     """(C,) uint8: the colour that normalisation turns into zero."""
     colour = torch.tensor(MEAN if channels == 4 else MEAN[:3] if channels == 3 else MEAN[3:])
     return (colour * 255).round().to(torch.uint8)
+
+
+def drop_modality(content: Tensor, rng: np.random.Generator, probability: float) -> Tensor:
+    """(4, h, w) uint8 with, so probably, visible or LWIR (a fair coin) as its mean colour alone.
+
+    To be drawn last of a sample, so that all other draws are the same without it.
+    """
+    if rng.random() < probability:
+        gone = slice(0, 3) if rng.random() < 0.5 else slice(3, 4)
+        content = content.clone()
+        content[gone] = mean_colour(4)[gone].view(-1, 1, 1)
+    return content
 
 
 def resize(frame: np.ndarray, view: View) -> Tensor:

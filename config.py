@@ -14,7 +14,7 @@ from experiments import BASE, EXPERIMENTS
 
 # Constants that take one of a few words.
 CHOICES = {
-    "input_mode": ("lwir", "visible", "mean", "early"),
+    "input_mode": ("lwir", "visible", "mean", "early", "halfway"),
     "priors": ("ssd300", "ssd300-coco", "pedestrian"),
     "pretrained": ("none", "imagenet", "coco"),
     "seg_cells": ("mean", "sum"),
@@ -129,8 +129,9 @@ RANGES = (
      lambda v: v > 0, "it has to be greater than 0"),
     (("seed", "workers", "bias_lr_factor", "weight_decay", "seg_weight", "min_height", "margin"),
      lambda v: v >= 0, "it cannot be below 0"),
-    (("min_score", "nms_iou"), lambda v: 0 <= v <= 1, "it is a share, from 0 to 1"),
-    (("validation",), lambda v: 0 <= v < 1, "it is a share, from 0 to below 1"),
+    (("min_score", "nms_iou", "modality_dropout"), lambda v: 0 <= v <= 1,
+     "it is a share, from 0 to 1"),
+    (("validation", "ema_decay"), lambda v: 0 <= v < 1, "it is a share, from 0 to below 1"),
     (("zoom_out",), lambda v: 1 <= v <= 16, "it is a canvas in frames a side, from 1 to 16"),
 )  # fmt: skip
 
@@ -148,6 +149,15 @@ def check_config(config: dict[str, Any]) -> None:
         for name in names:
             if name in config and not (fits(config[name]) and math.isfinite(config[name])):
                 refuse(name, config[name], words)
+
+
+def model_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """SSD300's arguments."""
+    names = ("input_mode", "batch_norm", "width", "infusion", "infusion_conv")
+    return {name: config[name] for name in names} | {
+        "prior_set": config["priors"],
+        "size": config["input_size"],
+    }
 
 
 def refuse(name: str, value: Any, remedy: str) -> None:

@@ -20,7 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from augment import (
     Augmentation,
+    drop_modality,
     jitter,
+    mean_colour,
     random_window,
     resize,
     snap,
@@ -34,7 +36,8 @@ from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks
 
 MODALITIES = {"lwir": ("lwir",), "visible": ("visible",),
-              "mean": ("visible", "lwir"), "early": ("visible", "lwir")}  # fmt: skip
+              "mean": ("visible", "lwir"), "early": ("visible", "lwir"),
+              "halfway": ("visible", "lwir")}  # fmt: skip
 
 
 # ------------------------------------------------------------------------- frames and pixels
@@ -76,14 +79,20 @@ def load_frames(
     return frames
 
 
-def check_images(root: Path, frame_ids: list[str], input_mode: str) -> None:
+def check_images(
+    root: Path, frame_ids: Sequence[str], input_mode: str, without: str = ""
+) -> None:
     """Look at every image's header: it exists, is an image, and has KAIST's size.
+
+    Args:
+        without: a modality that is not needed.
 
     Raises:
         InputError: for the first image that is missing, unreadable or of another size.
     """
+    modalities = [m for m in MODALITIES[input_mode] if m != without]
     for frame_id in frame_ids:
-        for modality in MODALITIES[input_mode]:
+        for modality in modalities:
             with open_image(image_path(root, frame_id, modality)):
                 pass
 
@@ -127,9 +136,24 @@ def read_image(path: Path, modality: str) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def read_frame(root: Path, frame_id: str, input_mode: str) -> np.ndarray:
-    """The modalities of one frame side by side: (512, 640, C) uint8, visible first."""
+def join_modalities(images: dict[str, np.ndarray], input_mode: str) -> np.ndarray:
+    """(512, 640, C) uint8, visible first; a modality that `images` lacks is its mean colour."""
+    blank = np.broadcast_to(mean_colour(4).numpy(), (FRAME_HEIGHT, FRAME_WIDTH, 4))
+    blanks = {"visible": blank[..., :3], "lwir": blank[..., 3:]}
+    return np.concatenate([images.get(m, blanks[m]) for m in MODALITIES[input_mode]], axis=2)
+
+
+def read_frame(root: Path, frame_id: str, input_mode: str, without: str = "") -> np.ndarray:
+    """The modalities of one frame side by side: (512, 640, C) uint8, visible first.
+
+    Args:
+        without: a modality that is blanked instead of read.
+    """
     modalities = MODALITIES[input_mode]
+    if without:
+        images = {m: read_image(image_path(root, frame_id, m), m)
+                  for m in modalities if m != without}  # fmt: skip
+        return join_modalities(images, input_mode)
     if len(modalities) == 1:
         return read_image(image_path(root, frame_id, modalities[0]), modalities[0])
     visible, lwir = (decode(image_path(root, frame_id, m), m) for m in modalities)
@@ -192,13 +216,14 @@ class KaistPairs(Dataset):
     Args:
         root: folder with `images/`.
         frames: as from `load_frames`.
-        input_mode: "lwir", "visible", "mean" or "early".
+        input_mode: "lwir", "visible", "mean", "early" or "halfway".
         size: (height, width) of the network's input.
         augmentation: None resizes the whole frame.
         masks_follow: masks show the boxes after augmentation; False repeats the mistake of the
             logged experiments 18 to 25, whose masks showed the unaugmented frame.
         seed: key of all random choices, together with epoch and frame index.
         cache: decoded frames of this input, read instead of the images.
+        without: a modality that is blanked instead of read.
 
     Indexed by (epoch, index). A frame that cannot be read is returned as its InputError, because
     an exception would cross from a worker process as a traceback.
@@ -215,6 +240,7 @@ class KaistPairs(Dataset):
         masks_follow: bool,
         seed: int,
         cache: FrameCache | None = None,
+        without: str = "",
     ) -> None:
         self.root = Path(root)
         self.frames = frames
@@ -224,6 +250,7 @@ class KaistPairs(Dataset):
         self.masks_follow = masks_follow
         self.seed = seed
         self.cache = cache
+        self.without = without
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -245,6 +272,8 @@ class KaistPairs(Dataset):
             view = snap(window, self.size, flip=bool(rng.random() < 0.5))
             content = resize(pixels, view)
             content = jitter(content, pixels, rng, self.augmentation.hue_saturation)
+            if self.augmentation.modality_dropout:
+                content = drop_modality(content, rng, self.augmentation.modality_dropout)
         image = view_pixels(content, view, self.size)
         boxes, labels = view_boxes(frame.boxes_px, frame.labels, view, self.size)
         mask_boxes, mask_labels = boxes, labels
@@ -256,7 +285,7 @@ class KaistPairs(Dataset):
         """A frame's pixels, (512, 640, C) uint8, from the cache where there is one."""
         if self.cache is not None:
             return self.cache.read(frame_id)
-        return read_frame(self.root, frame_id, self.input_mode)
+        return read_frame(self.root, frame_id, self.input_mode, self.without)
 
 
 def pad(boxes: list[np.ndarray], labels: list[np.ndarray]) -> tuple[Tensor, Tensor]:

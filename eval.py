@@ -82,6 +82,8 @@ def parse_arguments() -> Namespace:
     add("--bootstrap", type=int, default=0, metavar="N", help="95%% intervals from N resamples")
     add("--by-video", action="store_true", help="resample whole videos instead of frames")
     add("--out", type=picture, help=f"picture of the curves ({OUT}, in a checkpoint's folder)")
+    add("--without", choices=("visible", "lwir"), default="",
+        help="a modality to blank, as if it were missing")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write all numbers and curves at full precision")
     add("--show-errors", type=int, default=0, metavar="N",
@@ -91,8 +93,9 @@ def parse_arguments() -> Namespace:
     arguments = parser.parse_args()
     if arguments.detections and not arguments.annotations:
         parser.error("--detections needs --annotations")
-    if arguments.detections and arguments.checkpoint:
-        parser.error("--detections and --checkpoint exclude each other")
+    for name in ("checkpoint", "without"):
+        if arguments.detections and getattr(arguments, name):
+            parser.error(f"--detections and --{name} exclude each other")
     for path in arguments.detections or []:
         if not path.is_file():
             raise InputError("result file not found", "check --detections", file=path)
@@ -134,10 +137,11 @@ def evaluate_checkpoint(arguments: Namespace) -> tuple[str, Path, GroundTruth, P
     if path.is_dir():
         path = path / "last.pt"
     print(f"weights of {path}")
-    config, ground_truth, detections = run_checkpoint(path, given)
+    config, ground_truth, detections = run_checkpoint(path, given, arguments.without)
     parts = [path.stem] if path.stem != "last" else []
     parts += [Path(given[key]).stem for key in settings if key in given and key != "device"]
     parts += [Path(arguments.subset).stem] if arguments.subset else []
+    parts += [f"without-{arguments.without}"] if arguments.without else []
     suffix = "".join(f"-{part}" for part in parts)
     result = path.parent / f"detections{suffix}.txt"
     write_detections(result, detections, ground_truth.frames)

@@ -12,8 +12,10 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from datasets import BatchLoader, Frame, KaistPairs, check_images
+from augment import resize, snap, view_pixels
+from datasets import MODALITIES, BatchLoader, Frame, KaistPairs, check_images
 from demo_data import open_root
+from errors import InputError
 from kaist import (
     FOLDERS,
     FRAME_HEIGHT,
@@ -25,7 +27,7 @@ from kaist import (
     read_image_list,
 )
 from miss_rate import GroundTruth, load_ground_truth
-from model import SSD300, detect
+from model import SSD300, Predictions, detect
 from parallel import ALONE, Team
 from result_files import Detections
 from utils import autocast, build_model, choose_device, choose_precision, load_checkpoint
@@ -59,18 +61,19 @@ def frame_loader(
     config: dict[str, Any],
     device: torch.device,
     team: Team = ALONE,
+    without: str = "",
 ) -> BatchLoader:
     """Batches of whole frames in their order, without boxes, after a look at every image.
 
-    Of a team each process gets every `team.size`-th frame.
+    Of a team each process gets every `team.size`-th frame. A modality that is `without` is blanked.
     """
     frame_ids = frame_ids[team.rank :: team.size]
-    check_images(root, frame_ids, config["input_mode"])
+    check_images(root, frame_ids, config["input_mode"], without)
     nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
     dataset = KaistPairs(
         root, [Frame(frame_id, *nothing) for frame_id in frame_ids],
         input_mode=config["input_mode"], size=config["input_size"], augmentation=None,
-        masks_follow=True, seed=config["seed"],
+        masks_follow=True, seed=config["seed"], without=without,
     )  # fmt: skip
     return BatchLoader(
         dataset, batch_size=config["batch_size"], workers=config["workers"], shuffle=False,
@@ -89,19 +92,18 @@ def detect_frames(
     """Detections of every frame of a loader, in xywh pixels of the 640x512 frame.
 
     Args:
-        config: its `min_score`, `nms_iou` and `max_boxes` are `model.detect`'s.
+        config: its `min_score`, `nms_iou` and `max_boxes` are `model.detect`'s; `test_flip`
+            averages over mirror images too.
         team: the loader holds every `team.size`-th frame; the detections of all come back.
     """
     was_training = model.training
     model.eval()
-    limits = {name: config[name] for name in ("min_score", "nms_iou", "max_boxes")}
     found: list[tuple[Tensor, Tensor]] = []
     with torch.inference_mode():
         for batch in tqdm(loader.epoch(0), total=len(loader), desc="detecting", leave=False,
                           disable=not team.writes):  # fmt: skip
-            with autocast(device, precision):
-                predictions = model(batch.images.to(device, non_blocking=True))
-            pairs = detect(predictions, model.priors, **limits)
+            images = batch.images.to(device, non_blocking=True)
+            pairs = detect_batch(model, images, precision, config)
             found += [(boxes.cpu(), scores.cpu()) for boxes, scores in pairs]
     model.train(was_training)
     shares = team.gather(found)
@@ -109,6 +111,47 @@ def detect_frames(
     found = [to_pixels(boxes, scores) for boxes, scores in found]
     frame = np.repeat(np.arange(len(found)), [len(scores) for _, scores in found])
     return Detections(frame, *map(np.concatenate, zip(*found, strict=True)))
+
+
+def detect_batch(
+    model: SSD300, images: Tensor, precision: torch.dtype, config: dict[str, Any]
+) -> list[tuple[Tensor, Tensor]]:
+    """`model.detect` on (N, C, H, W) uint8 images, with a configuration's limits and test flip."""
+    with autocast(images.device, precision):
+        predictions = model(images)
+        if config.get("test_flip"):  # checkpoints of older versions do not speak of it
+            mirrored = mirror(model, model(images.flip(3)))
+            loc, conf = ((a + b) / 2 for a, b in zip(predictions[:2], mirrored[:2], strict=True))
+            predictions = Predictions(loc, conf, [])
+    limits = {name: config[name] for name in ("min_score", "nms_iou", "max_boxes")}
+    return detect(predictions, model.priors, **limits)
+
+
+def mirror(model: SSD300, predictions: Predictions) -> Predictions:
+    """What predictions of mirror images say of the images themselves, prior by prior; no masks.
+
+    Each prior's mirror image is the prior of the same shape in the column counted from the other
+    side, and its offset to the right becomes one to the left.
+    """
+    order, first = [], 0
+    for priors, (h, w) in zip(model.map_priors(), model.map_sizes, strict=True):
+        places = torch.arange(first, first + len(priors), device=priors.device)
+        order.append(places.view(h, w, -1).flip(1).flatten())
+        first += len(priors)
+    order = torch.cat(order)
+    loc = predictions.loc[:, order] * predictions.loc.new_tensor((-1, 1, 1, 1))
+    return Predictions(loc, predictions.conf[:, order], [])
+
+
+def detect_image(
+    model: SSD300, frame: np.ndarray, precision: torch.dtype, config: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (k, 4) xywh pixels and scores (k,), best first, of a frame as from `read_frame`."""
+    whole = snap((0, 0, FRAME_WIDTH, FRAME_HEIGHT), model.size, flip=False)
+    image = view_pixels(resize(frame, whole), whole, model.size).unsqueeze(0)
+    with torch.inference_mode():
+        [(boxes, scores)] = detect_batch(model, image.to(model.priors.device), precision, config)
+    return to_pixels(boxes, scores)
 
 
 def to_pixels(boxes: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -123,23 +166,38 @@ def to_pixels(boxes: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run_checkpoint(
-    path: Path, settings: dict[str, Any]
+    path: Path, settings: dict[str, Any], without: str = ""
 ) -> tuple[dict[str, Any], GroundTruth, Detections]:
     """A checkpoint's network over its test list.
 
     Args:
         settings: override the checkpoint's own configuration (`data_root`, `test_list`,
             `test_annotations`, `device`, …).
+        without: a modality that is blanked, of a network that takes both.
 
     Returns:
         The configuration used, the people of the test list, and the detections.
     """
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"] | settings
+    if without:
+        check_missing(config, without)
     root = open_root(config["data_root"])
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
     ground_truth = open_test_set(root, config["test_list"], config["test_annotations"])
-    loader = frame_loader(root, ground_truth.frames, config, device)
+    loader = frame_loader(root, ground_truth.frames, config, device, without=without)
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
     return config, ground_truth, detect_frames(model, loader, device, precision, config)
+
+
+def check_missing(config: dict[str, Any], without: str) -> None:
+    """Refuse to leave a modality out of a network that takes no other, and warn where it was
+    never trained to do without."""
+    if len(MODALITIES[config["input_mode"]]) == 1:
+        raise InputError(
+            f"a network with input {config['input_mode']!r} cannot do without a modality",
+            "leave --without away",
+        )
+    if not config.get("modality_dropout"):
+        print(f"warning: it was not trained to do without {without} (MODALITY_DROPOUT)")

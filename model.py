@@ -19,7 +19,8 @@ from torchvision.ops import box_convert, clip_boxes_to_image, nms
 
 from errors import InputError
 
-INPUT_CHANNELS = {"lwir": 1, "visible": 3, "mean": 4, "early": 4}  # what a batch carries
+# What a batch carries.
+INPUT_CHANNELS = {"lwir": 1, "visible": 3, "mean": 4, "early": 4, "halfway": 4}
 MEAN = (0.485, 0.456, 0.406, 0.449)  # ImageNet R, G, B, then their mean for LWIR
 STD = (0.229, 0.224, 0.225, 0.226)
 VARIANCES = (0.1, 0.2)  # SSD's scaling of centre and size offsets
@@ -49,8 +50,9 @@ class SSD300(nn.Module):
     """SSD with a VGG16 backbone, six feature maps and optional segmentation infusion heads.
 
     Args:
-        input_mode: "lwir" (1 channel), "visible" (3), "mean" (visible and LWIR averaged into 3)
-            or "early" (4 channels side by side). Batches carry visible first, LWIR last.
+        input_mode: "lwir" (1 channel), "visible" (3), "mean" (visible and LWIR averaged into 3),
+            "early" (4 channels side by side) or "halfway" (see `HalfwayFusion`). Batches carry
+            visible first, LWIR last.
         batch_norm: BatchNorm after each of VGG16's 13 convolutions, as in VGG16-BN.
         width: multiplier of every layer's width; 1.0 is VGG16.
         infusion: for each of the six maps 1 where it has a segmentation head, else 0.
@@ -74,13 +76,18 @@ class SSD300(nn.Module):
     ) -> None:
         super().__init__()
         self.input_mode = input_mode
+        self.prior_set = prior_set
         self.size = tuple(size)
 
         def scaled(channels: int) -> int:
             return max(8, round(channels * width / 8) * 8)
 
-        in_channels = 4 if input_mode == "early" else 1 if input_mode == "lwir" else 3
-        self.to_conv4_3 = vgg_stage(VGG16_STAGES[0], in_channels, scaled, batch_norm)
+        if input_mode == "halfway":
+            streams = [vgg_stage(VGG16_STAGES[0], n, scaled, batch_norm) for n in (3, 1)]
+            self.to_conv4_3 = HalfwayFusion(*streams, scaled(512))
+        else:
+            in_channels = {"early": 4, "lwir": 1}.get(input_mode, 3)
+            self.to_conv4_3 = vgg_stage(VGG16_STAGES[0], in_channels, scaled, batch_norm)
         self.to_conv5_3 = vgg_stage(VGG16_STAGES[1], scaled(512), scaled, batch_norm)
         self.conv4_3_norm = L2Norm(scaled(512))
         self.conv6_7 = nn.Sequential(
@@ -113,6 +120,8 @@ class SSD300(nn.Module):
         # conv4_3's features arrive 20 times longer than others: start from small predictions.
         for head in (*self.loc_heads, *self.conf_heads, *(seg[-1] for seg in self.seg_heads)):
             nn.init.normal_(head.weight, std=0.01)
+        if input_mode == "halfway":
+            self.to_conv4_3.start_from_mean()
 
         channels = slice(3, 4) if input_mode == "lwir" else slice(0, INPUT_CHANNELS[input_mode])
         for name, values in (("mean", MEAN[channels]), ("std", STD[channels])):
@@ -170,6 +179,34 @@ def vgg_stage(
         layers.append(nn.ReLU(inplace=True))
         in_channels = scaled(width)
     return nn.Sequential(*layers)
+
+
+class HalfwayFusion(nn.Module):
+    """Visible and LWIR each in a VGG16 stream up to conv4_3, joined there by a 1x1 convolution.
+
+    Liu et al., "Multispectral Deep Neural Networks for Pedestrian Detection" (BMVC 2016), and the
+    place of the join in MLPD (Kim et al., 2021).
+
+    Args:
+        visible, lwir: from 3 channels and from 1 to `channels` at an eighth of the resolution.
+    """
+
+    def __init__(self, visible: nn.Sequential, lwir: nn.Sequential, channels: int) -> None:
+        super().__init__()
+        self.visible = visible
+        self.lwir = lwir
+        self.join = nn.Sequential(nn.Conv2d(2 * channels, channels, 1), nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 4, H, W), visible first -> (N, channels, h, w)."""
+        return self.join(torch.cat([self.visible(x[:, :3]), self.lwir(x[:, 3:])], dim=1))
+
+    def start_from_mean(self) -> None:
+        """Let the join be the streams' mean, so that pretrained layers after it see what they
+        know."""
+        half = torch.eye(self.join[0].out_channels) / 2
+        with torch.no_grad():
+            self.join[0].weight.copy_(torch.cat([half, half], dim=1)[..., None, None])
 
 
 class L2Norm(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -20,6 +21,34 @@ def make_optimizer(model: SSD300, config: dict[str, Any]) -> torch.optim.Optimiz
     if config["optimizer"] == "adam":
         return torch.optim.Adam(groups, **settings)
     return torch.optim.SGD(groups, momentum=0.9, **settings)
+
+
+class MovingAverage:
+    """An exponential moving average of a network's weights (Polyak and Juditsky, 1992).
+
+    model: the average, to be evaluated and kept; BatchNorm's statistics are copies of the
+    network's. With a decay of 0 it is the network itself.
+    """
+
+    def __init__(self, network: SSD300, decay: float) -> None:
+        self.network = network
+        self.decay = decay
+        self.model = copy.deepcopy(network).requires_grad_(False) if decay else network
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after optimiser step `step`, counted from 0 over the whole run.
+
+        The decay grows with the steps, as far as the one asked for: the first weights are copied,
+        and a short run does not remember how it began.
+        """
+        if self.model is self.network:
+            return
+        share = 1 - min(self.decay, step / (step + 10))
+        for mean, new in zip(self.model.parameters(), self.network.parameters(), strict=True):
+            mean.lerp_(new, share)
+        for mean, new in zip(self.model.buffers(), self.network.buffers(), strict=True):
+            mean.copy_(new)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, config: dict[str, Any], factor: float) -> None:

@@ -11,7 +11,7 @@ from torchvision.models import VGG16_BN_Weights, VGG16_Weights
 from torchvision.models.detection import SSD300_VGG16_Weights
 
 from errors import InputError
-from model import SSD300
+from model import SSD300, HalfwayFusion
 
 
 def load_pretrained(model: SSD300, source: str) -> None:
@@ -20,8 +20,8 @@ def load_pretrained(model: SSD300, source: str) -> None:
     Args:
         model: the network. conv1_1 is adapted to its channels, see `adapt_channels`.
         source: "imagenet" (the backbone; VGG16-BN's where the model has BatchNorm), "coco"
-            (backbone, extra layers and heads, of whose 91 classes background and person are
-            kept) or "none".
+            (backbone, extra layers and, where the priors are COCO's, the heads, of whose 91
+            classes background and person are kept) or "none".
 
     Raises:
         InputError: no network to download from, or weights that do not fit the model.
@@ -61,29 +61,39 @@ def convert_torchvision_vgg(model: SSD300, state: dict[str, Tensor]) -> None:
     The fully connected fc6 (4096 x 512 x 7 x 7) and fc7 (4096 x 4096) become conv6 (3x3) and
     conv7 (1x1) by keeping every fourth output and every third row and column, as SSD does.
     """
-    ours = [*model.to_conv4_3, *model.to_conv5_3]
-    ours = [layer for layer in ours if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
     theirs: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         layer, _, name = key.rpartition(".")
         if layer.startswith("features."):
             theirs.setdefault(layer, {})[name] = value
-    if len(ours) != len(theirs):
-        raise InputError(
-            f"these weights have {len(theirs)} backbone layers, the model has {len(ours)}",
-            "use VGG16 weights for a model without BatchNorm and VGG16-BN weights for one with it",
-        )
-    for layer, values in zip(ours, theirs.values(), strict=True):
-        copy_layer(layer, values, model.input_mode)
+    for stream in backbones(model):
+        ours = [layer for layer in stream if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
+        if len(ours) != len(theirs):
+            raise InputError(
+                f"these weights have {len(theirs)} backbone layers, the model has {len(ours)}",
+                "use VGG16 weights for a model without BatchNorm and VGG16-BN weights for one "
+                "with it",
+            )
+        for layer, values in zip(ours, theirs.values(), strict=True):
+            copy_layer(layer, values)
     conv6, conv7 = (layer for layer in model.conv6_7 if isinstance(layer, nn.Conv2d))
     fc6 = state["classifier.0.weight"].view(4096, 512, 7, 7)[::4, :, ::3, ::3]
     fc7 = state["classifier.3.weight"].view(4096, 4096, 1, 1)[::4, ::4]
-    copy_layer(conv6, {"weight": fc6, "bias": state["classifier.0.bias"][::4]}, model.input_mode)
-    copy_layer(conv7, {"weight": fc7, "bias": state["classifier.3.bias"][::4]}, model.input_mode)
+    copy_layer(conv6, {"weight": fc6, "bias": state["classifier.0.bias"][::4]})
+    copy_layer(conv7, {"weight": fc7, "bias": state["classifier.3.bias"][::4]})
+
+
+def backbones(model: SSD300) -> list[list[nn.Module]]:
+    """The layers up to conv5_3, once for each stream that has layers of its own up to conv4_3."""
+    first = model.to_conv4_3
+    streams = [first.visible, first.lwir] if isinstance(first, HalfwayFusion) else [first]
+    return [[*stream, *model.to_conv5_3] for stream in streams]
 
 
 def convert_torchvision_ssd(model: SSD300, state: dict[str, Tensor]) -> None:
     """Copy the state of torchvision's `ssd300_vgg16` into a model, keeping the person class.
+
+    The heads belong to COCO's priors: a model with others keeps its own, untrained.
 
     Both networks list their convolutions in the order of computation, so layers pair up by
     position. torchvision feeds its network 255 x (image - mean) with means of its own; the
@@ -91,19 +101,22 @@ def convert_torchvision_ssd(model: SSD300, state: dict[str, Tensor]) -> None:
     """
     if any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
         raise InputError("COCO's SSD300 has no BatchNorm", "set BATCH_NORM = False")
-    backbone = [model.to_conv4_3, model.to_conv5_3, model.conv6_7, *model.extras]
-    ours = [m for part in backbone for m in part if isinstance(m, nn.Conv2d)]
+    rest = [layer for part in (model.conv6_7, *model.extras) for layer in part]
     names = [
         key.removesuffix(".weight")
         for key, value in state.items()
         if key.startswith("backbone.") and value.ndim == 4
     ]
-    for i, (layer, name) in enumerate(zip(ours, names, strict=True)):
-        weight = state[f"{name}.weight"]
-        if i == 0:
-            weight = weight * (255 * model.std.new_tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1))
-        copy_layer(layer, {"weight": weight, "bias": state[f"{name}.bias"]}, model.input_mode)
+    for stream in backbones(model):
+        ours = [layer for layer in (*stream, *rest) if isinstance(layer, nn.Conv2d)]
+        for i, (layer, name) in enumerate(zip(ours, names, strict=True)):
+            weight = state[f"{name}.weight"]
+            if i == 0:
+                weight = weight * (255 * weight.new_tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1))
+            copy_layer(layer, {"weight": weight, "bias": state[f"{name}.bias"]})
     copy_tensor(model.conv4_3_norm.scale, state["backbone.scale_weight"])
+    if model.prior_set != "ssd300-coco":
+        return
     for i, (loc, conf) in enumerate(zip(model.loc_heads, model.conf_heads, strict=True)):
         for head, kind in ((loc, "regression"), (conf, "classification")):
             values = {}
@@ -113,27 +126,26 @@ def convert_torchvision_ssd(model: SSD300, state: dict[str, Tensor]) -> None:
                     anchors = conf.out_channels // 2
                     value = value.view(anchors, -1, *value.shape[1:])[:, :2].flatten(0, 1)
                 values[name] = value
-            copy_layer(head, values, model.input_mode)
+            copy_layer(head, values)
 
 
-def copy_layer(layer: nn.Module, values: dict[str, Tensor], input_mode: str) -> None:
+def copy_layer(layer: nn.Module, values: dict[str, Tensor]) -> None:
     """Copy weight, bias and (of a BatchNorm) statistics; adapt a 3-channel convolution's input."""
     for name, value in values.items():
         if value.ndim == 4 and value.shape[1] == 3:
-            value = adapt_channels(value, input_mode)
+            value = adapt_channels(value, layer.in_channels)
         copy_tensor(getattr(layer, name), value)
 
 
-def adapt_channels(weight: Tensor, input_mode: str) -> Tensor:
+def adapt_channels(weight: Tensor, channels: int) -> Tensor:
     """RGB filters (C, 3, k, k) for another input: the mean of the three stands for LWIR.
 
-    "lwir": that mean alone, as in the logged experiments; "early": R, G, B and the mean;
-    "visible" and "mean": unchanged.
+    1 channel: that mean alone, as in the logged experiments; 4: R, G, B and the mean; 3: unchanged.
     """
     lwir = weight.mean(dim=1, keepdim=True)
-    if input_mode == "early":
+    if channels == 4:
         return torch.cat([weight, lwir], dim=1)
-    return lwir if input_mode == "lwir" else weight
+    return lwir if channels == 1 else weight
 
 
 @torch.no_grad()

@@ -18,8 +18,17 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import demo_data
-from config import check_config, lab_book, parse_flags, read_constants, refuse, resolve_row
+from config import (
+    check_config,
+    lab_book,
+    model_arguments,
+    parse_flags,
+    read_constants,
+    refuse,
+    resolve_row,
+)
 from datasets import (
+    MODALITIES,
     Augmentation,
     Batch,
     BatchLoader,
@@ -35,7 +44,7 @@ from kaist import Annotations, find_file, read_image_list
 from losses import BACKGROUND, IGNORE, MultiBoxLoss, SegmentationLoss
 from miss_rate import GroundTruth, evaluate, load_ground_truth
 from model import SSD300, Predictions, feature_map_sizes
-from optimisation import lr_factor, make_optimizer, set_lr
+from optimisation import MovingAverage, lr_factor, make_optimizer, set_lr
 from parallel import Team, join_team
 from pretrained import load_pretrained
 from pseudo_gt import MapRange
@@ -57,7 +66,7 @@ WORKERS = 2  # loader processes
 CACHE = ""  # folder for decoded training frames (1.31 MB a pair), read instead of the JPEGs
 # The recipe: what an experiment is made of.
 SEED = 42  # of initial weights, order and augmentation
-INPUT_MODE = "early"  # lwir (1 channel), visible (3), mean (averaged into 3), early (4 channels)
+INPUT_MODE = "early"  # lwir, visible, mean (of both), early (4 channels), halfway (two streams)
 INPUT_SIZE = (300, 300)  # height and width of the network's input, pixels
 BATCH_NORM = True  # VGG16 with BatchNorm
 WIDTH = 0.125  # width multiplier of every layer; 1.0 is VGG16
@@ -76,6 +85,7 @@ OPTIMIZER = "adam"  # sgd (momentum 0.9) or adam
 LR = 2e-3  # learning rate of the weights
 BIAS_LR_FACTOR = 2.0  # biases learn this many times faster
 WEIGHT_DECAY = 1e-5  # L2 penalty
+EMA_DECAY = 0.0  # evaluate and keep weights averaged over about 1 / (1 - this) steps; 0: off
 SCHEDULE = "cosine"  # constant, step (x0.1 at 2/3 and 5/6 of the epochs), cosine (with warm-up)
 BATCH_SIZE = 8  # frames a step
 EPOCHS = 16  # passes over the training list
@@ -83,12 +93,14 @@ VALIDATION = 0.0  # share of the training list held out to choose the best epoch
 AUGMENT = True  # SSD augmentation; False only resizes
 ZOOM_OUT = 1.5  # largest zoomed-out canvas, in frames a side
 HUE_SATURATION = True  # distort hue and saturation of the visible image
+MODALITY_DROPOUT = 0.0  # share of the samples that see one modality alone, the other blanked
 MIN_HEIGHT = 12.0  # lower persons are ignored in training, pixels
 MARGIN = 5.0  # persons closer to the frame's border are ignored in training, pixels
 EVAL_EVERY = 8  # epochs between evaluations; the last epoch is always evaluated
 MIN_SCORE = 0.01  # detections below this score are dropped
 NMS_IOU = 0.45  # of two detections that overlap more, the lower-scored is dropped
 MAX_BOXES = 200  # detections kept in a frame
+TEST_FLIP = False  # detect in each frame and its mirror image, averaged: twice the time
 
 
 def main() -> None:
@@ -122,7 +134,9 @@ def main() -> None:
     loader = make_loader(config, frames, model, device, team)
     criterion = Criterion(model, config, team).to(device)
     optimizer = make_optimizer(model, config)
-    run.restore({"model": model, "optimizer": optimizer, "criterion": criterion})
+    average = MovingAverage(model, config["ema_decay"])
+    run.restore({"model": average.model, "optimizer": optimizer, "criterion": criterion}
+                | ({"raw_model": model} if average.model is not model else {}))  # fmt: skip
     network = team.spread(model)
 
     if team.writes:
@@ -135,10 +149,12 @@ def main() -> None:
     detections = None
     try:
         while run.epoch < config["epochs"]:
-            train_epoch(run, network, loader, criterion, optimizer, device, precision, team)
+            train_epoch(run, network, average, loader, criterion, optimizer, device, precision,
+                        team)  # fmt: skip
             scores = {}
             if (run.epoch + 1) % config["eval_every"] == 0 or run.epoch + 1 == config["epochs"]:
-                detections = detect_frames(model, watched.loader, device, precision, config, team)
+                detections = detect_frames(average.model, watched.loader, device, precision,
+                                           config, team)  # fmt: skip
                 scores = headline(evaluate(watched.people, detections))
             run.end_epoch(scores, team.writes)
     except KeyboardInterrupt:
@@ -148,7 +164,7 @@ def main() -> None:
                   f"step {run.step + 1}")  # fmt: skip
         raise
     if detections is None or watched is not test:
-        detections = detect_frames(model, test.loader, device, precision, config, team)
+        detections = detect_frames(average.model, test.loader, device, precision, config, team)
     if team.writes:
         report(run.folder.name, test.people, detections, run.folder)
     team.close()
@@ -164,6 +180,7 @@ class Evaluation(NamedTuple):
 def train_epoch(
     run: Run,
     network: nn.Module,
+    average: MovingAverage,
     loader: BatchLoader,
     criterion: Criterion,
     optimizer: torch.optim.Optimizer,
@@ -196,6 +213,7 @@ def train_epoch(
         optimizer.zero_grad()
         losses[0].backward()
         optimizer.step()
+        average.update(step)
 
         now = time.perf_counter()
         run.add_step(batch_losses, now - started)
@@ -257,10 +275,13 @@ def configure(argv: list[str] | None = None) -> dict[str, Any]:
     check_config(config)
     if config["pretrained"] != "none" and config["width"] != 1.0:
         refuse("pretrained", config["pretrained"], "published weights need WIDTH = 1.0")
-    if config["pretrained"] == "coco" and (
-        config["batch_norm"] or config["priors"] != "ssd300-coco"
+    if config["pretrained"] == "coco" and config["batch_norm"]:
+        refuse("pretrained", "coco", "COCO's SSD300 has no BatchNorm: it needs BATCH_NORM = False")
+    if config["modality_dropout"] and not (
+        config["augment"] and len(MODALITIES[config["input_mode"]]) == 2
     ):
-        refuse("pretrained", "coco", 'it needs BATCH_NORM = False and PRIORS = "ssd300-coco"')
+        refuse("modality_dropout", config["modality_dropout"],
+               "it needs AUGMENT and an INPUT_MODE of both modalities")  # fmt: skip
     feature_map_sizes(config["input_size"])
     return config
 
@@ -278,15 +299,6 @@ def run_name(config: dict[str, Any]) -> str:
     if changed - {"seed"} or elsewhere:
         return "custom"
     return f"{row}-seed{config['seed']}" if changed else row
-
-
-def model_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """SSD300's arguments."""
-    names = ("input_mode", "batch_norm", "width", "infusion", "infusion_conv")
-    return {name: config[name] for name in names} | {
-        "prior_set": config["priors"],
-        "size": config["input_size"],
-    }
 
 
 # ------------------------------------------------------------------------------ data
@@ -336,7 +348,8 @@ def make_loader(
     team: Team,
 ) -> BatchLoader:
     """Training batches with masks for the infused maps."""
-    augmentation = Augmentation(config["zoom_out"], config["hue_saturation"])
+    augmentation = Augmentation(config["zoom_out"], config["hue_saturation"],
+                                config["modality_dropout"])  # fmt: skip
     cache = None
     if config["cache"]:
         ids, source = [frame.id for frame in frames], Path(config["data_root"])
