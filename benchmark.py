@@ -4,6 +4,7 @@
     python benchmark.py --only loss detect      # some rows
     python benchmark.py --device cuda           # the rows of a GPU
     python benchmark.py --growth                # how cost grows with people, batch, input, frames
+    python benchmark.py --rows                  # detection by every row of the lab book
 
 A row is two functions that do the same work, run in turns in one process; the table shows the
 medians. Where both have to agree, that is checked before they are timed. The references are
@@ -23,7 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,10 +34,12 @@ from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert
 
 from augment import Augmentation, resize, snap, view_pixels
-from config import OneLineParser
-from datasets import Collate, KaistPairs, cache_frames, load_frames, read_image
+from config import OneLineParser, model_arguments, resolve_row
+from datasets import Collate, KaistPairs, cache_frames, load_frames, read_frame, read_image
 from demo_data import draw_demo
 from errors import run_script
+from experiments import EXPERIMENTS
+from inference import detect_image
 from kaist import FRAME_HEIGHT, FRAME_WIDTH, image_path, open_annotations, read_image_list
 from losses import MultiBoxLoss
 from miss_rate import SETUPS, evaluate, load_ground_truth
@@ -352,6 +355,39 @@ def growth(bench: Bench) -> Iterator[str]:
         yield f"| frames | {n} | {seconds:.3g} s, {scoring:.3g} s | annotations, evaluation |"
 
 
+# ------------------------------------------------------------------------------ lab book
+
+
+def row_detector(bench: Bench, config: dict[str, Any], frame_id: str) -> Callable[[], object]:
+    """Detection by a row's network with random weights, of which few priors say person."""
+    model = SSD300(**model_arguments(config)).to(bench.device, memory_format=torch.channels_last)
+    for head in model.eval().conf_heads:
+        torch.nn.init.constant_(head.bias[::2], 4.0)
+
+    def run() -> object:
+        frame = read_frame(bench.demo, frame_id, config["input_mode"])
+        return detect_image(model, frame, bench.precision, config)
+
+    return run
+
+
+def detect_rows(bench: Bench) -> Iterator[str]:
+    """Lines of a table: one image or pair, files to boxes, by every network of the lab book at full
+    width, against row 26's. Rows that differ in training alone share a line."""
+    networks: dict[str, list[str]] = {}
+    configs = {name: resolve_row(name) | {"width": 1.0} for name in EXPERIMENTS}
+    for name, config in configs.items():
+        words = [config["input_mode"], "{}x{}".format(*config["input_size"]), config["priors"]]
+        words += ["BatchNorm"] * config["batch_norm"] + ["test flip"] * config["test_flip"]
+        networks.setdefault(", ".join(words), []).append(name)
+    ids = read_image_list(bench.demo / "imageSets/test-all.txt")
+    functions = [row_detector(bench, configs[names[0]], ids[0]) for names in networks.values()]
+    times = interleave(bench, *functions)
+    [reference] = [t for t, names in zip(times, networks.values(), strict=True) if "26" in names]
+    for (network, names), value in zip(networks.items(), times, strict=True):
+        yield f"| {', '.join(names)} | {network} | {value:.4g} ms | {value / reference:.2f} |"
+
+
 # ------------------------------------------------------------------------------ the script
 
 
@@ -373,6 +409,11 @@ def main() -> None:
             for line in growth(bench):
                 print(line, flush=True)
             return
+        if arguments.rows:
+            print("| rows | network | detect | of row 26 |\n|---|---|---|---|")
+            for line in detect_rows(bench):
+                print(line, flush=True)
+            return
         print("| work | ours | reference | ratio | target | |\n|---|---|---|---|---|---|")
         for name in arguments.only or BENCHMARKS:
             for row in BENCHMARKS[name](bench):
@@ -387,6 +428,7 @@ def parse_arguments() -> Namespace:
     add("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
     add("--device", default="cpu", help="cpu, cuda (default: %(default)s)")
     add("--growth", action="store_true", help="how cost grows, instead of the table")
+    add("--rows", action="store_true", help="detection by every row of the lab book, instead")
     add("--memory-of", choices=("ours", "torchvision"), help="bytes that one step adds")
     return parser.parse_args()
 
