@@ -1,4 +1,4 @@
-"""How the weights move: the optimiser, its groups, and the learning rate's schedule."""
+"""How the weights move: the optimiser, its groups, the learning rate's schedule, averaging."""
 
 from __future__ import annotations
 
