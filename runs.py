@@ -10,11 +10,12 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from errors import InputError
+from experiments import BASE
 from files import make_folder, write_atomically
 from utils import load_checkpoint, save_checkpoint
 
 # Constants that may differ between a run and its continuation: they change no number.
-MACHINE_CONSTANTS = ("experiment", "checkpoints", "device", "workers", "cache")
+MACHINE_CONSTANTS = ("experiment", "checkpoints", "name", "device", "workers", "cache")
 
 
 class Part(Protocol):
@@ -71,12 +72,7 @@ class Run:
         A run that was killed before its first checkpoint is this one too; a checkpoint that cannot
         be read is left alone, with a warning.
         """
-        try:
-            theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        ours = json.loads(json.dumps(self.config))  # tuples become lists, as in the file
-        if any(ours[k] != theirs.get(k) for k in ours.keys() - set(MACHINE_CONSTANTS)):
+        if not same_recipe(folder, self.config):
             return False
         if not (folder / "last.pt").exists():
             return True
@@ -215,6 +211,17 @@ class Run:
         text = json.dumps(evidence, indent=1)
         write_atomically(path, lambda beside: beside.write_text(text))
         return path
+
+
+def same_recipe(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a run's folder was made with these constants, `MACHINE_CONSTANTS` aside."""
+    try:
+        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    ours = json.loads(json.dumps(config))  # tuples become lists, as in the file
+    # A run from before a constant was added had what BASE says of it.
+    return all(ours[k] == theirs.get(k, BASE.get(k)) for k in ours.keys() - set(MACHINE_CONSTANTS))
 
 
 def nonfinite_error(path: Path) -> InputError:

@@ -30,6 +30,7 @@ from datasets import (
     load_frames,
 )
 from errors import InputError, run_script
+from experiments import EXPERIMENTS
 from inference import detect_frames, find_annotations, frame_loader, open_test_set
 from kaist import Annotations, find_file, read_image_list
 from losses import BACKGROUND, IGNORE, MultiBoxLoss, SegmentationLoss
@@ -50,6 +51,7 @@ TEST_LIST = "imageSets/test-all.txt"  # frames to evaluate on; test-all-20.txt o
 ANNOTATIONS = "auto"  # auto, bbgt, xml, xml-sanitized, paired, json, or a path: training boxes
 TEST_ANNOTATIONS = "auto"  # the same for the test list: KAIST_annotation.json where there is one
 CHECKPOINTS = "checkpoints"  # a folder for each run goes here
+NAME = ""  # of the run's folder; empty takes the name of its row, or "custom"
 EXPERIMENT = ""  # row of the lab book (--list) whose recipe replaces the constants below
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
@@ -271,6 +273,9 @@ def configure(argv: list[str] | None = None) -> dict[str, Any]:
         config["batch_norm"] or config["priors"] != "ssd300-coco"
     ):
         refuse("pretrained", "coco", 'it needs BATCH_NORM = False and PRIORS = "ssd300-coco"')
+    name = config["name"]
+    if name.split("-")[0] in EXPERIMENTS or Path(name).name != name:
+        refuse("name", name, "choose a folder's name that does not begin with a row's")
     feature_map_sizes(config["input_size"])
     return config
 
@@ -279,8 +284,10 @@ def run_name(config: dict[str, Any]) -> str:
     """The lab book's name for a configuration: its row, or "demo" for the constants as they come.
 
     A seed of one's own is told in the name; a recipe that differs from its row in anything else,
-    and the demo row on other data than the demo set, is "custom".
+    and the demo row on other data than the demo set, is "custom", or what NAME says.
     """
+    if config["name"]:
+        return config["name"]
     row = config["experiment"] or "demo"
     book = resolve_row(row)
     changed = {name for name, value in book.items() if config[name] != value}
