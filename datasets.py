@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,9 +28,10 @@ from augment import (
     view_boxes,
     view_pixels,
 )
+from copy_paste import paste_people
 from errors import InputError
 from frame_cache import FrameCache, open_cache
-from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, image_path
+from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, image_path, time_of_day
 from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks
 
@@ -234,27 +236,56 @@ class KaistPairs(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | InputError:
         epoch, index = key
-        frame = self.frames[index]
         try:
-            pixels = self.read(frame.id)
+            return self.sample(epoch, index)
         except InputError as error:
             return error
+
+    def sample(self, epoch: int, index: int) -> Sample:
+        """A frame's sample of an epoch."""
+        frame = self.frames[index]
+        pixels = self.read(frame.id)
         whole = snap((0, 0, FRAME_WIDTH, FRAME_HEIGHT), self.size, flip=False)
         if self.augmentation is None:
             view, content = whole, resize(pixels, whole)
         else:
             rng = np.random.default_rng((self.seed, epoch, index))
+            if self.augmentation.copy_paste:
+                frame, pixels = self.paste(rng, frame, pixels)
             people = frame.boxes_px[frame.labels == 1]
             window = random_window(rng, people, self.augmentation.zoom_out)
             view = snap(window, self.size, flip=bool(rng.random() < 0.5))
             content = resize(pixels, view)
-            content = jitter(content, pixels, rng, self.augmentation.hue_saturation)
+            content = jitter(content, pixels, rng, self.augmentation)
         image = view_pixels(content, view, self.size)
         boxes, labels = view_boxes(frame.boxes_px, frame.labels, view, self.size)
         mask_boxes, mask_labels = boxes, labels
         if not self.masks_follow:
             mask_boxes, mask_labels = view_boxes(frame.boxes_px, frame.labels, whole, self.size)
         return Sample(image, boxes, labels, mask_boxes, mask_labels, frame.id)
+
+    def paste(
+        self, rng: np.random.Generator, frame: Frame, pixels: np.ndarray
+    ) -> tuple[Frame, np.ndarray]:
+        """The frame, by chance with people of another one of the same time of day."""
+        donors = self.donors[time_of_day(frame.id)]
+        if not len(donors) or rng.random() >= self.augmentation.copy_paste:
+            return frame, pixels
+        donor = self.frames[rng.choice(donors)]
+        pixels, *objects = paste_people(
+            rng, pixels, frame.boxes_px, frame.labels,
+            self.read(donor.id), donor.boxes_px[donor.labels == 1],
+        )  # fmt: skip
+        return Frame(frame.id, *objects), pixels
+
+    @cached_property
+    def donors(self) -> dict[str, np.ndarray]:
+        """Indices of the frames with persons, by time of day."""
+        found: dict[str, list[int]] = {"day": [], "night": []}
+        for i, frame in enumerate(self.frames):
+            if (frame.labels == 1).any():
+                found[time_of_day(frame.id)].append(i)
+        return {time: np.array(indices) for time, indices in found.items()}
 
     def read(self, frame_id: str) -> np.ndarray:
         """A frame's pixels, (512, 640, C) uint8, from the cache where there is one."""
