@@ -16,7 +16,6 @@ from experiments import BASE, EXPERIMENTS
 CHOICES = {
     "input_mode": ("lwir", "visible", "mean", "early"),
     "priors": ("ssd300", "ssd300-coco", "pedestrian"),
-    "pretrained": ("none", "imagenet", "coco"),
     "seg_cells": ("mean", "sum"),
     "seg_maps": ("mean", "sum", "uncertainty"),
     "out_of_range": ("keep", "background", "ignore"),

@@ -38,7 +38,7 @@ from miss_rate import GroundTruth, evaluate, load_ground_truth
 from model import SSD300, Predictions, feature_map_sizes
 from optimisation import gradient_norm, lr_factor, make_optimizer, set_lr
 from parallel import Team, join_team
-from pretrained import load_pretrained
+from pretrained import check_pretrained, load_pretrained
 from pseudo_gt import MapRange
 from report import headline, report
 from runs import Run, nonfinite_error
@@ -65,7 +65,7 @@ INPUT_SIZE = (300, 300)  # height and width of the network's input, pixels
 BATCH_NORM = True  # VGG16 with BatchNorm
 WIDTH = 0.125  # width multiplier of every layer; 1.0 is VGG16
 PRIORS = "pedestrian"  # ssd300 (the paper's for VOC), ssd300-coco (smaller), pedestrian (upright)
-PRETRAINED = "none"  # none, imagenet (VGG16), coco (SSD300); the last two need WIDTH = 1.0
+PRETRAINED = "none"  # none, imagenet (VGG16), coco (SSD300), or a torchvision state file's path
 INFUSION = (1, 1, 0, 0, 0, 0)  # feature maps 38, 19, 10, 5, 3, 1 with a segmentation head: 1
 INFUSION_CONV = False  # a 3x3 convolution before each head's 1x1
 SEG_CELLS = "mean"  # a map's mask loss over its cells: mean or sum
@@ -291,12 +291,8 @@ def configure(argv: list[str] | None = None) -> dict[str, Any]:
     if config["experiment"]:
         config |= resolve_row(config["experiment"]) | flags
     check_config(config)
-    if config["pretrained"] != "none" and config["width"] != 1.0:
-        refuse("pretrained", config["pretrained"], "published weights need WIDTH = 1.0")
-    if config["pretrained"] == "coco" and (
-        config["batch_norm"] or config["priors"] != "ssd300-coco"
-    ):
-        refuse("pretrained", "coco", 'it needs BATCH_NORM = False and PRIORS = "ssd300-coco"')
+    check_pretrained(config["pretrained"], width=config["width"], priors=config["priors"],
+                     batch_norm=config["batch_norm"])  # fmt: skip
     name = config["name"]
     if name.split("-")[0] in EXPERIMENTS or Path(name).name != name:
         refuse("name", name, "choose a folder's name that does not begin with a row's")
