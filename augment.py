@@ -35,11 +35,15 @@ class Augmentation:
 
     zoom_out: largest side of the zoomed-out canvas in frames; 1 switches zoom-out off.
     hue_saturation: distort hue and saturation of the visible image too.
+    lwir_jitter: distort brightness and contrast of the LWIR image.
+    copy_paste: share of the frames into which people of other frames are pasted.
     modality_dropout: how probable it is that one modality of a sample is blanked.
     """
 
     zoom_out: float = 4.0
     hue_saturation: bool = True
+    lwir_jitter: bool = True
+    copy_paste: float = 0.0
     modality_dropout: float = 0.0
 
 
@@ -222,15 +226,18 @@ def colour_matrix(
 
 
 def jitter(
-    content: Tensor, frame: np.ndarray, rng: np.random.Generator, hue_saturation: bool
+    content: Tensor, frame: np.ndarray, rng: np.random.Generator, augmentation: Augmentation
 ) -> Tensor:
     """Distort brightness, contrast and colour of (C, h, w) uint8, each modality by its own draw."""
     # Every eighth pixel tells the mean to well under 1/255.
     mean = torch.from_numpy(frame)[::8, ::8].float().mean((0, 1)).numpy()
     channels = len(mean)
-    matrix, offset = np.zeros((channels, channels)), np.zeros(channels)
+    matrix, offset = np.eye(channels), np.zeros(channels)
     for part in {1: [slice(0, 1)], 3: [slice(0, 3)], 4: [slice(0, 3), slice(3, 4)]}[channels]:
-        matrix[part, part], offset[part] = colour_matrix(rng, mean[part], hue_saturation)
+        if part.stop - part.start == 3 or augmentation.lwir_jitter:
+            matrix[part, part], offset[part] = colour_matrix(
+                rng, mean[part], augmentation.hue_saturation
+            )
     if not offset.any() and np.array_equal(matrix, np.eye(channels)):
         return content
     matrix, offset = torch.from_numpy(matrix).float(), torch.from_numpy(offset).float()

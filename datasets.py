@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +30,10 @@ from augment import (
     view_boxes,
     view_pixels,
 )
+from copy_paste import paste_people
 from errors import InputError
 from frame_cache import FrameCache, open_cache
-from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, Objects, image_path
+from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, image_path, time_of_day
 from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks
 
@@ -52,18 +54,21 @@ class Frame:
     labels: np.ndarray
 
 
-def label_objects(objects: Objects, min_height: float, margin: float) -> np.ndarray:
+def label_objects(
+    boxes: np.ndarray, is_person: np.ndarray, min_height: float, margin: float
+) -> np.ndarray:
     """(n,) int64 labels: 1 for a person to learn, -1 for an object to ignore.
 
-    Ignored are other labels than person, objects flagged in the file, persons lower than
-    `min_height` pixels, and persons that leave the frame less `margin` pixels on each side.
+    Ignored are objects that are not plainly a person, persons lower than `min_height` pixels, and
+    persons that leave the frame less `margin` pixels on each side.
+
+    Args:
+        boxes: (n, 4) xywh pixels; is_person: (n,) bool.
     """
-    x, y, w, h = objects.boxes.T
+    x, y, w, h = boxes.T
     inside = (x >= margin) & (y >= margin)
     inside &= (x + w <= FRAME_WIDTH - margin) & (y + h <= FRAME_HEIGHT - margin)
-    person = np.array([label == "person" for label in objects.labels], dtype=bool)
-    learn = person & ~objects.ignore & (h >= min_height) & inside
-    return np.where(learn, 1, -1).astype(np.int64)
+    return np.where(is_person & (h >= min_height) & inside, 1, -1).astype(np.int64)
 
 
 def load_frames(
@@ -73,9 +78,10 @@ def load_frames(
     frames = []
     for frame_id in frame_ids:
         objects = annotations.read(frame_id)
+        labels = label_objects(objects.boxes, objects.is_person, min_height, margin)
         boxes = objects.boxes.astype(np.float32)
         boxes[:, 2:] += boxes[:, :2]
-        frames.append(Frame(frame_id, boxes, label_objects(objects, min_height, margin)))
+        frames.append(Frame(frame_id, boxes, labels))
     return frames
 
 
@@ -257,21 +263,27 @@ class KaistPairs(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | InputError:
         epoch, index = key
-        frame = self.frames[index]
         try:
-            pixels = self.read(frame.id)
+            return self.sample(epoch, index)
         except InputError as error:
             return error
+
+    def sample(self, epoch: int, index: int) -> Sample:
+        """A frame's sample of an epoch."""
+        frame = self.frames[index]
+        pixels = self.read(frame.id)
         whole = snap((0, 0, FRAME_WIDTH, FRAME_HEIGHT), self.size, flip=False)
         if self.augmentation is None:
             view, content = whole, resize(pixels, whole)
         else:
             rng = np.random.default_rng((self.seed, epoch, index))
+            if self.augmentation.copy_paste:
+                frame, pixels = self.paste(rng, frame, pixels)
             people = frame.boxes_px[frame.labels == 1]
             window = random_window(rng, people, self.augmentation.zoom_out)
             view = snap(window, self.size, flip=bool(rng.random() < 0.5))
             content = resize(pixels, view)
-            content = jitter(content, pixels, rng, self.augmentation.hue_saturation)
+            content = jitter(content, pixels, rng, self.augmentation)
             if self.augmentation.modality_dropout:
                 content = drop_modality(content, rng, self.augmentation.modality_dropout)
         image = view_pixels(content, view, self.size)
@@ -280,6 +292,29 @@ class KaistPairs(Dataset):
         if not self.masks_follow:
             mask_boxes, mask_labels = view_boxes(frame.boxes_px, frame.labels, whole, self.size)
         return Sample(image, boxes, labels, mask_boxes, mask_labels, frame.id)
+
+    def paste(
+        self, rng: np.random.Generator, frame: Frame, pixels: np.ndarray
+    ) -> tuple[Frame, np.ndarray]:
+        """The frame, by chance with people of another one of the same time of day."""
+        donors = self.donors[time_of_day(frame.id)]
+        if not len(donors) or rng.random() >= self.augmentation.copy_paste:
+            return frame, pixels
+        donor = self.frames[rng.choice(donors)]
+        pixels, *objects = paste_people(
+            rng, pixels, frame.boxes_px, frame.labels,
+            self.read(donor.id), donor.boxes_px[donor.labels == 1],
+        )  # fmt: skip
+        return Frame(frame.id, *objects), pixels
+
+    @cached_property
+    def donors(self) -> dict[str, np.ndarray]:
+        """Indices of the frames with persons, by time of day."""
+        found: dict[str, list[int]] = {"day": [], "night": []}
+        for i, frame in enumerate(self.frames):
+            if (frame.labels == 1).any():
+                found[time_of_day(frame.id)].append(i)
+        return {time: np.array(indices) for time, indices in found.items()}
 
     def read(self, frame_id: str) -> np.ndarray:
         """A frame's pixels, (512, 640, C) uint8, from the cache where there is one."""

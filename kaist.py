@@ -104,6 +104,11 @@ class Objects:
     occlusion: np.ndarray
     ignore: np.ndarray
 
+    @property
+    def is_person(self) -> np.ndarray:
+        """(n,) bool: labelled "person" and not flagged to be ignored."""
+        return np.array([label == "person" for label in self.labels], dtype=bool) & ~self.ignore
+
 
 def make_objects(rows: list[tuple[str, list[float], int, bool]]) -> Objects:
     """Objects from rows of (label, [x, y, w, h], occlusion, ignore)."""

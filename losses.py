@@ -17,6 +17,7 @@ from model import Predictions, encode
 from parallel import ALONE, Team
 
 PERSON, BACKGROUND, IGNORE = 1, 0, -1
+LOG_VARIANCE_LIMIT = 5.0  # learned weights stay between exp(-5) and exp(5)
 CPU_BLOCK = 4  # images matched at a time on a CPU
 
 
@@ -186,26 +187,39 @@ class SegmentationLoss(nn.Module):
     """Cross-entropy between mask logits and box-shaped masks, summed up over the infused maps.
 
     Args:
+        n_maps: number of infused maps.
         cells: "mean" over a batch's cells, or "sum" over a frame's cells (mean over frames).
-        maps: "mean" or "sum" over the feature maps.
+        maps: "mean" or "sum" over the feature maps, or "uncertainty": a sum in which each map's
+            loss L counts exp(-s) L + s / 2 with a learned s, the logarithm of its variance (Kendall
+            et al., "Multi-Task Learning Using Uncertainty to Weigh Losses", CVPR 2018).
         team: the processes that share a batch, as in `MultiBoxLoss`.
     """
 
-    def __init__(self, *, cells: str, maps: str, team: Team = ALONE) -> None:
+    def __init__(self, n_maps: int, *, cells: str, maps: str, team: Team = ALONE) -> None:
         super().__init__()
         self.cells = cells
         self.maps = maps
         self.team = team
+        if maps == "uncertainty":
+            self.log_variance = nn.Parameter(torch.zeros(n_maps))
 
-    def forward(self, seg: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-        """A float32 scalar; 0 without infused maps.
+    def weights(self) -> list[float]:
+        """What each map's loss is multiplied by, as learned so far; [] where that is fixed."""
+        return self.bounded().exp().tolist() if self.maps == "uncertainty" else []
+
+    def bounded(self) -> Tensor:
+        """-s of each map, bounded: a loss of zero would raise its weight without end."""
+        return -self.log_variance.clamp(-LOG_VARIANCE_LIMIT, LOG_VARIANCE_LIMIT)
+
+    def forward(self, seg: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss, a float32 scalar (0 without infused maps), and each map's own, (maps,).
 
         Args:
             seg: per infused map (N, 2, h, w) logits of background and person.
             masks: per infused map (N, h, w) int64: 1 person, 0 background, -1 left out.
         """
         if not seg:
-            return torch.zeros(())
+            return torch.zeros(()), torch.zeros(0)
         losses = []
         for logits, mask in zip(seg, masks, strict=True):
             loss = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="sum")
@@ -214,5 +228,8 @@ class SegmentationLoss(nn.Module):
             else:
                 cells = len(mask)
             losses.append(loss / cells)
-        total = torch.stack(losses)
-        return total.sum() if self.maps == "sum" else total.mean()
+        losses = torch.stack(losses)
+        if self.maps == "uncertainty":
+            precision = self.bounded()
+            return (precision.exp() * losses - precision / 2).sum(), losses
+        return (losses.sum() if self.maps == "sum" else losses.mean()), losses

@@ -120,13 +120,12 @@ def load_ground_truth(
             file=annotations.source,
         )  # fmt: skip
     objects = [annotations.read(frame_id) for frame_id in frames]
-    people = np.array([word == "person" for o in objects for word in o.labels], dtype=bool)
     return GroundTruth(
         frames,
         np.repeat(np.arange(len(frames)), [len(o.boxes) for o in objects]),
         np.concatenate([o.boxes for o in objects]),
         np.concatenate([o.occlusion for o in objects]),
-        np.concatenate([o.ignore for o in objects]) | ~people,
+        np.concatenate([~o.is_person for o in objects]),
         annotations.source,
     )
 

@@ -23,6 +23,8 @@ from errors import InputError
 INPUT_CHANNELS = {"lwir": 1, "visible": 3, "mean": 4, "early": 4, "halfway": 4}
 MEAN = (0.485, 0.456, 0.406, 0.449)  # ImageNet R, G, B, then their mean for LWIR
 STD = (0.229, 0.224, 0.225, 0.226)
+NORM_FLOOR = 1e-3  # length below which conv4_3's features are not scaled to unit length
+MIN_SIZE = 1e-5  # of a box that is encoded, as a fraction: no logarithm of zero
 VARIANCES = (0.1, 0.2)  # SSD's scaling of centre and size offsets
 MAX_LOG_SCALE = math.log(1000 / 16)  # a decoded box is at most this many e-folds its prior
 
@@ -112,14 +114,18 @@ class SSD300(nn.Module):
         self.conf_heads = nn.ModuleList(
             nn.Conv2d(w, 2 * len(s), 3, padding=1) for w, s in zip(map_widths, shapes, strict=True)
         )
+        self.apply(init_convolution)
+        # conv4_3's features arrive 20 times longer than others: start from small predictions.
+        for head in (*self.loc_heads, *self.conf_heads):
+            nn.init.normal_(head.weight, std=0.01)
+        # Last, so that networks of one seed start alike whatever is infused.
         self.infused_maps = [i for i, infused in enumerate(infusion) if infused]
         self.seg_heads = nn.ModuleList(
             infusion_head(map_widths[i], infusion_conv) for i in self.infused_maps
         )
-        self.apply(init_convolution)
-        # conv4_3's features arrive 20 times longer than others: start from small predictions.
-        for head in (*self.loc_heads, *self.conf_heads, *(seg[-1] for seg in self.seg_heads)):
-            nn.init.normal_(head.weight, std=0.01)
+        self.seg_heads.apply(init_convolution)
+        for head in self.seg_heads:
+            nn.init.normal_(head[-1].weight, std=0.01)
         if input_mode == "halfway":
             self.to_conv4_3.start_from_mean()
 
@@ -213,7 +219,9 @@ class L2Norm(nn.Module):
     """Each cell's feature vector scaled to unit length, times a learned factor a channel.
 
     ParseNet (Liu et al., 2015), with SSD's initial factor 20. Computed in float32, and
-    `F.normalize` keeps value and gradient finite where a cell's features are all zero.
+    `F.normalize` keeps value and gradient finite where a cell's features are all zero. A cell of
+    hardly any features is not scaled up all the way: the gradient is at most 20 / NORM_FLOOR times
+    its own, where it could else be as good as infinite (flat images, a network's first steps).
     """
 
     def __init__(self, channels: int) -> None:
@@ -222,7 +230,7 @@ class L2Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> the same shape, float32."""
-        return F.normalize(x.float()) * self.scale.view(1, -1, 1, 1)
+        return F.normalize(x.float(), eps=NORM_FLOOR) * self.scale.view(1, -1, 1, 1)
 
 
 def infusion_head(width: int, with_conv: bool) -> nn.Sequential:
@@ -332,9 +340,12 @@ def make_priors(
 
 
 def encode(boxes: Tensor, priors: Tensor) -> Tensor:
-    """Offsets (…, 4) that turn priors (…, 4) cxcywh into boxes (…, 4) cxcywh (SSD, eq. 2)."""
+    """Offsets (…, 4) that turn priors (…, 4) cxcywh into boxes (…, 4) cxcywh (SSD, eq. 2).
+
+    A box without width or height counts as `MIN_SIZE` wide or high, so that its offsets are finite.
+    """
     centre = (boxes[..., :2] - priors[..., :2]) / (priors[..., 2:] * VARIANCES[0])
-    size = torch.log(boxes[..., 2:] / priors[..., 2:]) / VARIANCES[1]
+    size = torch.log(boxes[..., 2:].clamp(min=MIN_SIZE) / priors[..., 2:]) / VARIANCES[1]
     return torch.cat([centre, size], dim=-1)
 
 

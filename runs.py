@@ -10,13 +10,13 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from errors import InputError
+from experiments import BASE
 from files import make_folder, write_atomically
 from utils import load_checkpoint, save_checkpoint
 
 # Constants that may differ between a run and its continuation: they change no number.
-MACHINE_CONSTANTS = ("experiment", "checkpoints", "device", "workers", "cache")
-LOG_COLUMNS = ("epoch", "loss", "loc", "conf", "seg", "lr", "images_per_s", "seconds",
-               "miss_rate", "miss_rate_day", "miss_rate_night", "recall")  # fmt: skip
+MACHINE_CONSTANTS = ("experiment", "checkpoints", "name", "device", "workers", "cache",
+                     "on_nonfinite")  # fmt: skip
 
 
 class Part(Protocol):
@@ -38,8 +38,10 @@ class Run:
     Attributes:
         folder: `<CHECKPOINTS>/<name>`.
         epoch, step: completed epochs, and completed steps of the epoch under way.
-        sums: (4,) sums of loss, loc, conf and seg over those steps; seconds: their time.
-        history: a dict with `LOG_COLUMNS` for each completed epoch.
+        terms: names of the loss terms; sums: of each over those steps; seconds: their time;
+            skipped: how many of them were left out because they were not finite.
+        history: for each completed epoch its number, mean loss terms, learning rate, speed and,
+            where it was evaluated, its scores: the columns of log.csv.
         parts: what training changes, by the name it has in a checkpoint; "model" and "optimizer"
             are two of them. Set by `restore`.
     """
@@ -49,7 +51,9 @@ class Run:
         self.name = name
         self.model_args = model_args
         self.epoch = self.step = 0
-        self.sums = [0.0] * 4
+        self.terms: tuple[str, ...] = ()
+        self.sums: list[float] = []
+        self.skipped = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.parts: dict[str, Part] = {}
@@ -71,12 +75,7 @@ class Run:
         A run that was killed before its first checkpoint is this one too; a checkpoint that cannot
         be read is left alone, with a warning.
         """
-        try:
-            theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        ours = json.loads(json.dumps(self.config))  # tuples become lists, as in the file
-        if any(ours[k] != theirs.get(k) for k in ours.keys() - set(MACHINE_CONSTANTS)):
+        if not same_recipe(folder, self.config):
             return False
         if not (folder / "last.pt").exists():
             return True
@@ -91,6 +90,7 @@ class Run:
         self.state = state
         self.epoch, self.step = state["epoch"], state["step"]
         self.sums, self.seconds = list(state["sums"]), state["seconds"]
+        self.skipped = state.get("skipped", 0)
         self.history = list(state["history"])
         return True
 
@@ -124,35 +124,42 @@ class Run:
         text = json.dumps({"name": self.name, **self.config}, indent=1)
         write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
 
-    def add_step(self, losses: Tensor, seconds: float) -> None:
-        """Count a step; losses is (4,): loss, loc, conf, seg."""
+    def add_step(self, losses: Tensor | None, seconds: float) -> None:
+        """Count a step; losses holds the value of each of `terms`, None for a step left out."""
         self.step += 1
-        self.sums = [a + b for a, b in zip(self.sums, losses.tolist(), strict=True)]
         self.seconds += seconds
+        self.sums = self.sums or [0.0] * len(self.terms)
+        if losses is None:
+            self.skipped += 1
+        else:
+            self.sums = [a + b for a, b in zip(self.sums, losses.tolist(), strict=True)]
 
-    def mean_losses(self) -> list[float]:
-        """Loss, loc, conf and seg, averaged over the steps of the epoch under way."""
-        return [value / max(1, self.step) for value in self.sums]
+    def mean_losses(self) -> dict[str, float]:
+        """Each loss term, averaged over the steps of the epoch under way."""
+        means = (value / max(1, self.step - self.skipped) for value in self.sums)
+        return dict(zip(self.terms, means, strict=True))
 
     def end_epoch(self, scores: dict[str, float], writes: bool) -> None:
         """Log the epoch, save its checkpoint (and as best.pt if its miss rate is the lowest).
 
         Args:
-            scores: "miss_rate", "miss_rate_day", "miss_rate_night" and "recall" as fractions;
-                empty when the epoch was not evaluated.
+            scores: "weight_map1", … of the masks' losses where they are learned; and when the
+                epoch was evaluated "miss_rate", "miss_rate_day", "miss_rate_night", "recall" and
+                the masks' "iou_map1", … as fractions.
             writes: whether this process is the one that writes.
         """
-        losses = dict(zip(("loss", "loc", "conf", "seg"), self.mean_losses(), strict=True))
         speed = self.step * self.config["batch_size"] / max(self.seconds, 1e-9)
         lr = self.parts["optimizer"].param_groups[0]["lr"]
-        row = {"epoch": self.epoch + 1, **losses, "lr": lr,
-               "images_per_s": speed, "seconds": self.seconds}  # fmt: skip
+        row = {"epoch": self.epoch + 1, **self.mean_losses(), "lr": lr,
+               "images_per_s": speed, "seconds": self.seconds,
+               "skipped": self.skipped}  # fmt: skip
         best = min((past.get("miss_rate", 2.0) for past in self.history), default=2.0)
         self.history.append({**row, **scores})
-        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, [0.0] * 4, 0.0
+        self.epoch, self.step, self.skipped = self.epoch + 1, 0, 0
+        self.sums, self.seconds = [], 0.0
         if not writes:
             return
-        if scores and scores["miss_rate"] < best:  # first: what last.pt tells has happened
+        if scores.get("miss_rate", 2.0) < best:  # first: what last.pt tells has happened
             save_checkpoint(self.folder / "best.pt", self.content(to_continue=False))
         self.save()
         self.write_log()
@@ -164,6 +171,7 @@ class Run:
         return {
             "model_args": self.model_args, "config": self.config, "experiment": self.name,
             "epoch": self.epoch, "step": self.step, "sums": self.sums, "seconds": self.seconds,
+            "skipped": self.skipped,
             "history": self.history, **parts,
         }  # fmt: skip
 
@@ -176,7 +184,8 @@ class Run:
 
         def write(path: Path) -> None:
             with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, LOG_COLUMNS, restval="")
+                columns = dict.fromkeys(key for row in self.history for key in row)
+                writer = csv.DictWriter(file, columns, restval="")
                 writer.writeheader()
                 writer.writerows(self.history)
 
@@ -207,7 +216,7 @@ class Run:
         """Write what a step that went wrong saw: frame ids and loss terms. Returns the path."""
         where = f"epoch{self.epoch + 1}-step{self.step + 1}-rank{rank}"
         path = self.folder / f"nonfinite-{where}.json"
-        terms = dict(zip(("loss", "loc", "conf", "seg"), map(str, losses.tolist()), strict=True))
+        terms = dict(zip(self.terms, map(str, losses.tolist()), strict=True))
         evidence = {"frames": frame_ids, "losses": terms, "epoch": self.epoch + 1,
                     "step": self.step + 1, "seed": self.config["seed"]}  # fmt: skip
         text = json.dumps(evidence, indent=1)
@@ -215,10 +224,22 @@ class Run:
         return path
 
 
+def same_recipe(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a run's folder was made with these constants, `MACHINE_CONSTANTS` aside."""
+    try:
+        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    ours = json.loads(json.dumps(config))  # tuples become lists, as in the file
+    # A run from before a constant was added had what BASE says of it.
+    return all(ours[k] == theirs.get(k, BASE.get(k)) for k in ours.keys() - set(MACHINE_CONSTANTS))
+
+
 def nonfinite_error(path: Path) -> InputError:
     """The line that ends a run whose loss is not finite."""
     return InputError(
-        "the loss is not a finite number; the batch's frames and loss terms are in this file",
-        "lower LR, or look at those frames; last.pt holds the weights from before this epoch",
+        "the loss or its gradient is not a finite number; the batch's frames and loss terms are in "
+        "this file", "lower LR, look at those frames, or go on without them by --on-nonfinite skip "
+        "from last.pt, which holds the weights from before",
         file=path,
     )

@@ -69,7 +69,8 @@ def test_what_is_learned_and_what_is_ignored():
         ("person", [100, 458, 20, 50], 0, False),
         ("person", [5, 5, 630, 502], 0, False),  # just inside
     ]
-    labels = label_objects(make_objects(rows), min_height=12, margin=5)
+    objects = make_objects(rows)
+    labels = label_objects(objects.boxes, objects.is_person, min_height=12, margin=5)
     assert labels.tolist() == [1, 1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 1]
 
 
@@ -263,13 +264,13 @@ def test_jitter_keeps_modalities_apart():
     frame[..., 3] = 200
     content = torch.from_numpy(frame[:30, :30].transpose(2, 0, 1).copy())
     changed = torch.stack([
-        jitter(content, frame, np.random.default_rng(i), True).flatten(1).float().mean(1)
+        jitter(content, frame, np.random.default_rng(i), Augmentation()).flatten(1).float().mean(1)
         for i in range(60)
     ])  # fmt: skip
     assert (changed[:, 3] != 200).float().mean() > 0.3
     ratios = changed[:, 3] / changed[:, 0]
     assert ratios.std() > 0.1  # not one draw for both
-    alone = jitter(content[3:], frame[..., 3:], np.random.default_rng(0), True)
+    alone = jitter(content[3:], frame[..., 3:], np.random.default_rng(0), Augmentation())
     assert alone.shape == (1, 30, 30)
 
 
@@ -283,7 +284,7 @@ def test_undistorted_pixels_are_left_alone():
 
     frame = np.random.default_rng(0).integers(0, 256, (512, 640, 4), dtype=np.uint8)
     content = torch.from_numpy(frame[:30, :30].transpose(2, 0, 1).copy())
-    assert torch.equal(jitter(content, frame, Never(), True), content)
+    assert torch.equal(jitter(content, frame, Never(), Augmentation()), content)
 
 
 def test_jitter_is_the_matrix_rounded_and_clipped():
@@ -297,7 +298,7 @@ def test_jitter_is_the_matrix_rounded_and_clipped():
             matrix, offset = colour_matrix(rng, mean[part], True)
             expected.append(np.einsum("ij,jhw->ihw", matrix, content[part]) + offset[:, None, None])
         expected = np.concatenate(expected).clip(0, 255)
-        ours = jitter(content, frame, np.random.default_rng(seed), True).numpy()
+        ours = jitter(content, frame, np.random.default_rng(seed), Augmentation()).numpy()
         assert np.abs(ours - expected).max() < 0.51  # to the nearest
 
 
