@@ -32,6 +32,7 @@ from frame_cache import FrameCache, open_cache
 from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, Objects, image_path
 from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks
+from remember import remember
 
 MODALITIES = {"lwir": ("lwir",), "visible": ("visible",),
               "mean": ("visible", "lwir"), "early": ("visible", "lwir")}  # fmt: skip
@@ -67,13 +68,14 @@ def load_frames(
     frame_ids: list[str], annotations: Annotations, *, min_height: float, margin: float
 ) -> list[Frame]:
     """Read the annotations of all frames; a malformed file stops here, before any training."""
-    frames = []
-    for frame_id in frame_ids:
-        objects = annotations.read(frame_id)
-        boxes = objects.boxes.astype(np.float32)
-        boxes[:, 2:] += boxes[:, :2]
-        frames.append(Frame(frame_id, boxes, label_objects(objects, min_height, margin)))
-    return frames
+    objects, counts = annotations.read_all(frame_ids)
+    boxes = objects.boxes.astype(np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    labels = label_objects(objects, min_height, margin)
+    ends = counts.cumsum().tolist()
+    starts = [0, *ends[:-1]]
+    return [Frame(frame_id, boxes[start:end], labels[start:end])
+            for frame_id, start, end in zip(frame_ids, starts, ends, strict=True)]  # fmt: skip
 
 
 def check_images(root: Path, frame_ids: list[str], input_mode: str) -> None:
@@ -82,10 +84,16 @@ def check_images(root: Path, frame_ids: list[str], input_mode: str) -> None:
     Raises:
         InputError: for the first image that is missing, unreadable or of another size.
     """
-    for frame_id in frame_ids:
-        for modality in MODALITIES[input_mode]:
-            with open_image(image_path(root, frame_id, modality)):
+    paths = [image_path(root, frame_id, modality) for frame_id in frame_ids
+             for modality in MODALITIES[input_mode]]  # fmt: skip
+
+    def look() -> dict[str, np.ndarray]:
+        for path in paths:
+            with open_image(path):
                 pass
+        return {}
+
+    remember("images", paths, look)
 
 
 def open_image(path: Path) -> Image.Image:

@@ -119,14 +119,14 @@ def load_ground_truth(
             "nothing says which frames to evaluate", "name an image list (--image-list)",
             file=annotations.source,
         )  # fmt: skip
-    objects = [annotations.read(frame_id) for frame_id in frames]
-    people = np.array([word == "person" for o in objects for word in o.labels], dtype=bool)
+    objects, counts = annotations.read_all(frames)
+    people = np.array([word == "person" for word in objects.labels], dtype=bool)
     return GroundTruth(
         frames,
-        np.repeat(np.arange(len(frames)), [len(o.boxes) for o in objects]),
-        np.concatenate([o.boxes for o in objects]),
-        np.concatenate([o.occlusion for o in objects]),
-        np.concatenate([o.ignore for o in objects]) | ~people,
+        np.repeat(np.arange(len(frames)), counts),
+        objects.boxes,
+        objects.occlusion,
+        objects.ignore | ~people,
         annotations.source,
     )
 
