@@ -67,6 +67,18 @@ def parse_flags(
     return vars(parser.parse_args(argv))
 
 
+def as_flags(changes: dict[str, Any]) -> list[str]:
+    """The command line that gives these values: the inverse of `parse_flags`."""
+    flags = []
+    for name, value in changes.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", show(value)]
+    return flags
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose refusal is one InputError instead of a usage screen."""
 

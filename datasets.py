@@ -29,7 +29,7 @@ from augment import (
 )
 from errors import InputError
 from frame_cache import FrameCache, open_cache
-from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, Objects, image_path
+from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, image_path
 from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks
 from remember import remember
@@ -50,18 +50,21 @@ class Frame:
     labels: np.ndarray
 
 
-def label_objects(objects: Objects, min_height: float, margin: float) -> np.ndarray:
+def label_objects(
+    boxes: np.ndarray, is_person: np.ndarray, min_height: float, margin: float
+) -> np.ndarray:
     """(n,) int64 labels: 1 for a person to learn, -1 for an object to ignore.
 
-    Ignored are other labels than person, objects flagged in the file, persons lower than
-    `min_height` pixels, and persons that leave the frame less `margin` pixels on each side.
+    Ignored are objects that are not plainly a person, persons lower than `min_height` pixels, and
+    persons that leave the frame less `margin` pixels on each side.
+
+    Args:
+        boxes: (n, 4) xywh pixels; is_person: (n,) bool.
     """
-    x, y, w, h = objects.boxes.T
+    x, y, w, h = boxes.T
     inside = (x >= margin) & (y >= margin)
     inside &= (x + w <= FRAME_WIDTH - margin) & (y + h <= FRAME_HEIGHT - margin)
-    person = np.array([label == "person" for label in objects.labels], dtype=bool)
-    learn = person & ~objects.ignore & (h >= min_height) & inside
-    return np.where(learn, 1, -1).astype(np.int64)
+    return np.where(is_person & (h >= min_height) & inside, 1, -1).astype(np.int64)
 
 
 def load_frames(
@@ -71,7 +74,7 @@ def load_frames(
     objects, counts = annotations.read_all(frame_ids)
     boxes = objects.boxes.astype(np.float32)
     boxes[:, 2:] += boxes[:, :2]
-    labels = label_objects(objects, min_height, margin)
+    labels = label_objects(objects.boxes, objects.is_person, min_height, margin)
     ends = counts.cumsum().tolist()
     starts = [0, *ends[:-1]]
     return [Frame(frame_id, boxes[start:end], labels[start:end])

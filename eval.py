@@ -134,7 +134,9 @@ def evaluate_checkpoint(arguments: Namespace) -> tuple[str, Path, GroundTruth, P
     if path.is_dir():
         path = path / "last.pt"
     print(f"weights of {path}")
-    config, ground_truth, detections = run_checkpoint(path, given)
+    config, ground_truth, detections, mask_ious = run_checkpoint(path, given)
+    if mask_ious:
+        print(", ".join(f"{name} {value:.3f}" for name, value in mask_ious.items()))
     parts = [path.stem] if path.stem != "last" else []
     parts += [Path(given[key]).stem for key in settings if key in given and key != "device"]
     parts += [Path(arguments.subset).stem] if arguments.subset else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from datasets import BatchLoader, Frame, KaistPairs, check_images
+from datasets import BatchLoader, Frame, KaistPairs, check_images, label_objects
 from demo_data import open_root
 from kaist import (
     FOLDERS,
@@ -24,8 +23,9 @@ from kaist import (
     open_test_annotations,
     read_image_list,
 )
+from losses import IGNORE, PERSON
 from miss_rate import GroundTruth, load_ground_truth
-from model import SSD300, detect
+from model import SSD300, detect, feature_map_sizes
 from parallel import ALONE, Team
 from result_files import Detections
 from utils import autocast, build_model, choose_device, choose_precision, load_checkpoint
@@ -55,27 +55,44 @@ def open_test_set(root: Path, test_list: str, where: str) -> GroundTruth:
 
 def frame_loader(
     root: Path,
-    frame_ids: Sequence[str],
+    ground_truth: GroundTruth,
     config: dict[str, Any],
     device: torch.device,
     team: Team = ALONE,
 ) -> BatchLoader:
-    """Batches of whole frames in their order, without boxes, after a look at every image.
+    """Batches of whole frames in their order, with the infused maps' masks of their people, after
+    a look at every image.
 
     Of a team each process gets every `team.size`-th frame.
     """
-    frame_ids = frame_ids[team.rank :: team.size]
-    check_images(root, frame_ids, config["input_mode"])
-    nothing = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+    frames = frames_of(ground_truth, config)[team.rank :: team.size]
+    check_images(root, [frame.id for frame in frames], config["input_mode"])
+    map_sizes = feature_map_sizes(config["input_size"])
     dataset = KaistPairs(
-        root, [Frame(frame_id, *nothing) for frame_id in frame_ids],
-        input_mode=config["input_mode"], size=config["input_size"], augmentation=None,
+        root, frames, input_mode=config["input_mode"], size=config["input_size"], augmentation=None,
         masks_follow=True, seed=config["seed"],
     )  # fmt: skip
     return BatchLoader(
         dataset, batch_size=config["batch_size"], workers=config["workers"], shuffle=False,
-        map_sizes=[], pin_memory=device.type == "cuda",
+        map_sizes=[map_sizes[i] for i in infused_maps(config)], pin_memory=device.type == "cuda",
     )  # fmt: skip
+
+
+def frames_of(ground_truth: GroundTruth, config: dict[str, Any]) -> list[Frame]:
+    """A test list's frames, with the labels that training would give their objects."""
+    first = np.searchsorted(ground_truth.frame, np.arange(1, len(ground_truth.frames)))
+    labels = label_objects(
+        ground_truth.boxes, ~ground_truth.ignore, config["min_height"], config["margin"]
+    )
+    corners = ground_truth.boxes.astype(np.float32)
+    corners[:, 2:] += corners[:, :2]
+    objects = zip(np.split(corners, first), np.split(labels, first), strict=True)
+    return [Frame(i, *own) for i, own in zip(ground_truth.frames, objects, strict=True)]
+
+
+def infused_maps(config: dict[str, Any]) -> list[int]:
+    """Indices of the feature maps with a segmentation head."""
+    return [i for i, infused in enumerate(config["infusion"]) if infused]
 
 
 def detect_frames(
@@ -85,22 +102,30 @@ def detect_frames(
     precision: torch.dtype,
     config: dict[str, Any],
     team: Team = ALONE,
-) -> Detections:
-    """Detections of every frame of a loader, in xywh pixels of the 640x512 frame.
+) -> tuple[Detections, dict[str, float]]:
+    """Detections of every frame of a loader, and how well the mask heads know where people are.
 
     Args:
         config: its `min_score`, `nms_iou` and `max_boxes` are `model.detect`'s.
         team: the loader holds every `team.size`-th frame; the detections of all come back.
+
+    Returns:
+        The detections, in xywh pixels of the 640x512 frame; and "iou_map1", … of each infused map:
+        the cells that both the predicted and the box-shaped mask call person, of all frames, over
+        those that one of them does. Ignored cells are left out; NaN where no cell is a person's.
     """
     was_training = model.training
     model.eval()
     limits = {name: config[name] for name in ("min_score", "nms_iou", "max_boxes")}
     found: list[tuple[Tensor, Tensor]] = []
+    cells = torch.zeros(len(model.infused_maps), 2, dtype=torch.int64, device=device)
     with torch.inference_mode():
         for batch in tqdm(loader.epoch(0), total=len(loader), desc="detecting", leave=False,
                           disable=not team.writes):  # fmt: skip
             with autocast(device, precision):
-                predictions = model(batch.images.to(device, non_blocking=True))
+                predictions = model(batch.images.to(device, non_blocking=True), with_masks=True)
+            for i, (logits, mask) in enumerate(zip(predictions.seg, batch.masks, strict=True)):
+                cells[i] += shared_cells(logits, mask.to(device))
             pairs = detect(predictions, model.priors, **limits)
             found += [(boxes.cpu(), scores.cpu()) for boxes, scores in pairs]
     model.train(was_training)
@@ -108,7 +133,20 @@ def detect_frames(
     found = [shares[i % team.size][i // team.size] for i in range(sum(map(len, shares)))]
     found = [to_pixels(boxes, scores) for boxes, scores in found]
     frame = np.repeat(np.arange(len(found)), [len(scores) for _, scores in found])
-    return Detections(frame, *map(np.concatenate, zip(*found, strict=True)))
+    detections = Detections(frame, *map(np.concatenate, zip(*found, strict=True)))
+    both, either = team.sum(cells).double().T
+    names = [f"iou_map{i + 1}" for i in model.infused_maps]
+    return detections, dict(zip(names, (both / either).tolist(), strict=True))
+
+
+def shared_cells(logits: Tensor, mask: Tensor) -> Tensor:
+    """(2,) int64: cells that both call person, and cells that either does.
+
+    Args:
+        logits: (N, 2, h, w) of background and person; mask: (N, h, w) as from `box_masks`.
+    """
+    predicted = (logits[:, 1] > logits[:, 0]) & (mask != IGNORE)
+    return torch.stack([(predicted & (mask == PERSON)).sum(), (predicted | (mask == PERSON)).sum()])
 
 
 def to_pixels(boxes: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -124,7 +162,7 @@ def to_pixels(boxes: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def run_checkpoint(
     path: Path, settings: dict[str, Any]
-) -> tuple[dict[str, Any], GroundTruth, Detections]:
+) -> tuple[dict[str, Any], GroundTruth, Detections, dict[str, float]]:
     """A checkpoint's network over its test list.
 
     Args:
@@ -132,7 +170,7 @@ def run_checkpoint(
             `test_annotations`, `device`, …).
 
     Returns:
-        The configuration used, the people of the test list, and the detections.
+        The configuration used, the people of the test list, the detections, and the masks' IoU.
     """
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"] | settings
@@ -140,6 +178,6 @@ def run_checkpoint(
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
     ground_truth = open_test_set(root, config["test_list"], config["test_annotations"])
-    loader = frame_loader(root, ground_truth.frames, config, device)
+    loader = frame_loader(root, ground_truth, config, device)
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
-    return config, ground_truth, detect_frames(model, loader, device, precision, config)
+    return config, ground_truth, *detect_frames(model, loader, device, precision, config)

@@ -106,6 +106,11 @@ class Objects:
     occlusion: np.ndarray
     ignore: np.ndarray
 
+    @property
+    def is_person(self) -> np.ndarray:
+        """(n,) bool: labelled "person" and not flagged to be ignored."""
+        return np.array([label == "person" for label in self.labels], dtype=bool) & ~self.ignore
+
 
 ObjectRow = tuple[str, list[float], float, bool]  # label, [x, y, w, h], occlusion, ignore
 

@@ -197,15 +197,15 @@ class SegmentationLoss(nn.Module):
         self.maps = maps
         self.team = team
 
-    def forward(self, seg: Sequence[Tensor], masks: Sequence[Tensor]) -> Tensor:
-        """A float32 scalar; 0 without infused maps.
+    def forward(self, seg: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The loss, a float32 scalar (0 without infused maps), and each map's own, (maps,).
 
         Args:
             seg: per infused map (N, 2, h, w) logits of background and person.
             masks: per infused map (N, h, w) int64: 1 person, 0 background, -1 left out.
         """
         if not seg:
-            return torch.zeros(())
+            return torch.zeros(()), torch.zeros(0)
         losses = []
         for logits, mask in zip(seg, masks, strict=True):
             loss = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="sum")
@@ -214,5 +214,5 @@ class SegmentationLoss(nn.Module):
             else:
                 cells = len(mask)
             losses.append(loss / cells)
-        total = torch.stack(losses)
-        return total.sum() if self.maps == "sum" else total.mean()
+        losses = torch.stack(losses)
+        return (losses.sum() if self.maps == "sum" else losses.mean()), losses

@@ -120,13 +120,12 @@ def load_ground_truth(
             file=annotations.source,
         )  # fmt: skip
     objects, counts = annotations.read_all(frames)
-    people = np.array([word == "person" for word in objects.labels], dtype=bool)
     return GroundTruth(
         frames,
         np.repeat(np.arange(len(frames)), counts),
         objects.boxes,
         objects.occlusion,
-        objects.ignore | ~people,
+        ~objects.is_person,
         annotations.source,
     )
 

@@ -105,14 +105,18 @@ class SSD300(nn.Module):
         self.conf_heads = nn.ModuleList(
             nn.Conv2d(w, 2 * len(s), 3, padding=1) for w, s in zip(map_widths, shapes, strict=True)
         )
+        self.apply(init_convolution)
+        # conv4_3's features arrive 20 times longer than others: start from small predictions.
+        for head in (*self.loc_heads, *self.conf_heads):
+            nn.init.normal_(head.weight, std=0.01)
+        # Last, so that networks of one seed start alike whatever is infused.
         self.infused_maps = [i for i, infused in enumerate(infusion) if infused]
         self.seg_heads = nn.ModuleList(
             infusion_head(map_widths[i], infusion_conv) for i in self.infused_maps
         )
-        self.apply(init_convolution)
-        # conv4_3's features arrive 20 times longer than others: start from small predictions.
-        for head in (*self.loc_heads, *self.conf_heads, *(seg[-1] for seg in self.seg_heads)):
-            nn.init.normal_(head.weight, std=0.01)
+        self.seg_heads.apply(init_convolution)
+        for head in self.seg_heads:
+            nn.init.normal_(head[-1].weight, std=0.01)
 
         channels = slice(3, 4) if input_mode == "lwir" else slice(0, INPUT_CHANNELS[input_mode])
         for name, values in (("mean", MEAN[channels]), ("std", STD[channels])):

@@ -10,13 +10,12 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from errors import InputError
+from experiments import BASE
 from files import make_folder, write_atomically
 from utils import load_checkpoint, save_checkpoint
 
 # Constants that may differ between a run and its continuation: they change no number.
-MACHINE_CONSTANTS = ("experiment", "checkpoints", "device", "workers", "cache")
-LOG_COLUMNS = ("epoch", "loss", "loc", "conf", "seg", "lr", "images_per_s", "seconds",
-               "miss_rate", "miss_rate_day", "miss_rate_night", "recall")  # fmt: skip
+MACHINE_CONSTANTS = ("experiment", "checkpoints", "name", "device", "workers", "cache")
 
 
 class Part(Protocol):
@@ -38,8 +37,9 @@ class Run:
     Attributes:
         folder: `<CHECKPOINTS>/<name>`.
         epoch, step: completed epochs, and completed steps of the epoch under way.
-        sums: (4,) sums of loss, loc, conf and seg over those steps; seconds: their time.
-        history: a dict with `LOG_COLUMNS` for each completed epoch.
+        terms: names of the loss terms; sums: of each over those steps; seconds: their time.
+        history: for each completed epoch its number, mean loss terms, learning rate, speed and,
+            where it was evaluated, its scores: the columns of log.csv.
         parts: what training changes, by the name it has in a checkpoint; "model" and "optimizer"
             are two of them. Set by `restore`.
     """
@@ -49,7 +49,8 @@ class Run:
         self.name = name
         self.model_args = model_args
         self.epoch = self.step = 0
-        self.sums = [0.0] * 4
+        self.terms: tuple[str, ...] = ()
+        self.sums: list[float] = []
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.parts: dict[str, Part] = {}
@@ -71,12 +72,7 @@ class Run:
         A run that was killed before its first checkpoint is this one too; a checkpoint that cannot
         be read is left alone, with a warning.
         """
-        try:
-            theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        ours = json.loads(json.dumps(self.config))  # tuples become lists, as in the file
-        if any(ours[k] != theirs.get(k) for k in ours.keys() - set(MACHINE_CONSTANTS)):
+        if not same_recipe(folder, self.config):
             return False
         if not (folder / "last.pt").exists():
             return True
@@ -125,31 +121,32 @@ class Run:
         write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
 
     def add_step(self, losses: Tensor, seconds: float) -> None:
-        """Count a step; losses is (4,): loss, loc, conf, seg."""
+        """Count a step; losses holds the value of each of `terms`."""
         self.step += 1
-        self.sums = [a + b for a, b in zip(self.sums, losses.tolist(), strict=True)]
+        sums = self.sums or [0.0] * len(self.terms)
+        self.sums = [a + b for a, b in zip(sums, losses.tolist(), strict=True)]
         self.seconds += seconds
 
-    def mean_losses(self) -> list[float]:
-        """Loss, loc, conf and seg, averaged over the steps of the epoch under way."""
-        return [value / max(1, self.step) for value in self.sums]
+    def mean_losses(self) -> dict[str, float]:
+        """Each loss term, averaged over the steps of the epoch under way."""
+        means = (value / max(1, self.step) for value in self.sums)
+        return dict(zip(self.terms, means, strict=True))
 
     def end_epoch(self, scores: dict[str, float], writes: bool) -> None:
         """Log the epoch, save its checkpoint (and as best.pt if its miss rate is the lowest).
 
         Args:
-            scores: "miss_rate", "miss_rate_day", "miss_rate_night" and "recall" as fractions;
-                empty when the epoch was not evaluated.
+            scores: "miss_rate", "miss_rate_day", "miss_rate_night", "recall" and the masks'
+                "iou_map1", … as fractions; empty when the epoch was not evaluated.
             writes: whether this process is the one that writes.
         """
-        losses = dict(zip(("loss", "loc", "conf", "seg"), self.mean_losses(), strict=True))
         speed = self.step * self.config["batch_size"] / max(self.seconds, 1e-9)
         lr = self.parts["optimizer"].param_groups[0]["lr"]
-        row = {"epoch": self.epoch + 1, **losses, "lr": lr,
+        row = {"epoch": self.epoch + 1, **self.mean_losses(), "lr": lr,
                "images_per_s": speed, "seconds": self.seconds}  # fmt: skip
         best = min((past.get("miss_rate", 2.0) for past in self.history), default=2.0)
         self.history.append({**row, **scores})
-        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, [0.0] * 4, 0.0
+        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, [], 0.0
         if not writes:
             return
         if scores and scores["miss_rate"] < best:  # first: what last.pt tells has happened
@@ -176,7 +173,8 @@ class Run:
 
         def write(path: Path) -> None:
             with path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, LOG_COLUMNS, restval="")
+                columns = dict.fromkeys(key for row in self.history for key in row)
+                writer = csv.DictWriter(file, columns, restval="")
                 writer.writeheader()
                 writer.writerows(self.history)
 
@@ -207,12 +205,23 @@ class Run:
         """Write what a step that went wrong saw: frame ids and loss terms. Returns the path."""
         where = f"epoch{self.epoch + 1}-step{self.step + 1}-rank{rank}"
         path = self.folder / f"nonfinite-{where}.json"
-        terms = dict(zip(("loss", "loc", "conf", "seg"), map(str, losses.tolist()), strict=True))
+        terms = dict(zip(self.terms, map(str, losses.tolist()), strict=True))
         evidence = {"frames": frame_ids, "losses": terms, "epoch": self.epoch + 1,
                     "step": self.step + 1, "seed": self.config["seed"]}  # fmt: skip
         text = json.dumps(evidence, indent=1)
         write_atomically(path, lambda beside: beside.write_text(text))
         return path
+
+
+def same_recipe(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a run's folder was made with these constants, `MACHINE_CONSTANTS` aside."""
+    try:
+        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    ours = json.loads(json.dumps(config))  # tuples become lists, as in the file
+    # A run from before a constant was added had what BASE says of it.
+    return all(ours[k] == theirs.get(k, BASE.get(k)) for k in ours.keys() - set(MACHINE_CONSTANTS))
 
 
 def nonfinite_error(path: Path) -> InputError:

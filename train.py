@@ -30,6 +30,7 @@ from datasets import (
     load_frames,
 )
 from errors import InputError, run_script
+from experiments import EXPERIMENTS
 from inference import detect_frames, find_annotations, frame_loader, open_test_set
 from kaist import Annotations, find_file, read_image_list
 from losses import BACKGROUND, IGNORE, MultiBoxLoss, SegmentationLoss
@@ -50,6 +51,7 @@ TEST_LIST = "imageSets/test-all.txt"  # frames to evaluate on; test-all-20.txt o
 ANNOTATIONS = "auto"  # auto, bbgt, xml, xml-sanitized, paired, json, or a path: training boxes
 TEST_ANNOTATIONS = "auto"  # the same for the test list: KAIST_annotation.json where there is one
 CHECKPOINTS = "checkpoints"  # a folder for each run goes here
+NAME = ""  # of the run's folder; empty takes the name of its row, or "custom"
 EXPERIMENT = ""  # row of the lab book (--list) whose recipe replaces the constants below
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
@@ -123,6 +125,7 @@ def main() -> None:
     criterion = Criterion(model, config, team).to(device)
     optimizer = make_optimizer(model, config)
     run.restore({"model": model, "optimizer": optimizer, "criterion": criterion})
+    run.terms = criterion.terms
     network = team.spread(model)
 
     if team.writes:
@@ -138,8 +141,10 @@ def main() -> None:
             train_epoch(run, network, loader, criterion, optimizer, device, precision, team)
             scores = {}
             if (run.epoch + 1) % config["eval_every"] == 0 or run.epoch + 1 == config["epochs"]:
-                detections = detect_frames(model, watched.loader, device, precision, config, team)
-                scores = headline(evaluate(watched.people, detections))
+                detections, mask_ious = detect_frames(
+                    model, watched.loader, device, precision, config, team
+                )
+                scores = headline(evaluate(watched.people, detections)) | mask_ious
             run.end_epoch(scores, team.writes)
     except KeyboardInterrupt:
         if team.writes:
@@ -148,7 +153,7 @@ def main() -> None:
                   f"step {run.step + 1}")  # fmt: skip
         raise
     if detections is None or watched is not test:
-        detections = detect_frames(model, test.loader, device, precision, config, team)
+        detections, _ = detect_frames(model, test.loader, device, precision, config, team)
     if team.writes:
         report(run.folder.name, test.people, detections, run.folder)
     team.close()
@@ -207,7 +212,7 @@ def show_progress(
     bar: tqdm, run: Run, optimizer: torch.optim.Optimizer, steps_left: int
 ) -> None:
     """Mean losses so far, learning rate, speed and the whole run's ETA behind the bar."""
-    _, loc, conf, seg = run.mean_losses()
+    _, loc, conf, seg, *_ = run.mean_losses().values()
     speed = run.step * run.config["batch_size"] / max(run.seconds, 1e-9)
     left = tqdm.format_interval(steps_left * run.seconds / run.step)
     bar.set_postfix_str(
@@ -219,7 +224,11 @@ def show_progress(
 class Criterion(nn.Module):
     """The total that is minimised: loc + conf + SEG_WEIGHT x seg.
 
-    Called with predictions and batch; returns (4,) float32: total, loc, conf, seg.
+    Called with predictions and batch; returns the float32 `terms`.
+
+    Attributes:
+        terms: names of the losses: the total, loc, conf, seg, and seg of each infused map (map 1
+            is the finest).
     """
 
     def __init__(self, model: SSD300, config: dict[str, Any], team: Team) -> None:
@@ -232,11 +241,14 @@ class Criterion(nn.Module):
             cells=config["seg_cells"], maps=config["seg_maps"], team=team
         )
         self.seg_weight = config["seg_weight"]
+        of_maps = (f"seg_map{i + 1}" for i in model.infused_maps)
+        self.terms = ("loss", "loc", "conf", "seg", *of_maps)
 
     def forward(self, predictions: Predictions, batch: Batch) -> Tensor:
         loc, conf = self.multibox(predictions, batch.boxes, batch.labels)
-        seg = self.segmentation(predictions.seg, batch.masks).to(loc.device)
-        return torch.stack([loc + conf + self.seg_weight * seg, loc, conf, seg])
+        seg, of_maps = self.segmentation(predictions.seg, batch.masks)
+        total = loc + conf + self.seg_weight * seg.to(loc.device)
+        return torch.stack([total, loc, conf, seg.to(loc.device), *of_maps])
 
 
 # ------------------------------------------------------------------------------ configuration
@@ -261,6 +273,9 @@ def configure(argv: list[str] | None = None) -> dict[str, Any]:
         config["batch_norm"] or config["priors"] != "ssd300-coco"
     ):
         refuse("pretrained", "coco", 'it needs BATCH_NORM = False and PRIORS = "ssd300-coco"')
+    name = config["name"]
+    if name.split("-")[0] in EXPERIMENTS or Path(name).name != name:
+        refuse("name", name, "choose a folder's name that does not begin with a row's")
     feature_map_sizes(config["input_size"])
     return config
 
@@ -269,8 +284,10 @@ def run_name(config: dict[str, Any]) -> str:
     """The lab book's name for a configuration: its row, or "demo" for the constants as they come.
 
     A seed of one's own is told in the name; a recipe that differs from its row in anything else,
-    and the demo row on other data than the demo set, is "custom".
+    and the demo row on other data than the demo set, is "custom", or what NAME says.
     """
+    if config["name"]:
+        return config["name"]
     row = config["experiment"] or "demo"
     book = resolve_row(row)
     changed = {name for name, value in book.items() if config[name] != value}
@@ -325,7 +342,7 @@ def open_evaluation(
 ) -> Evaluation:
     """Prepare to evaluate on some people's frames, after a look at their images."""
     root = Path(config["data_root"])
-    return Evaluation(ground_truth, frame_loader(root, ground_truth.frames, config, device, team))
+    return Evaluation(ground_truth, frame_loader(root, ground_truth, config, device, team))
 
 
 def make_loader(

@@ -64,7 +64,7 @@ def our_step(device: torch.device, precision: torch.dtype, n: int, **changes: ob
     def step() -> None:
         with autocast(device, precision):
             predictions = model(images)
-        loss = sum(multibox(predictions, boxes, labels)) + segmentation(predictions.seg, masks)
+        loss = sum(multibox(predictions, boxes, labels)) + segmentation(predictions.seg, masks)[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -69,7 +69,8 @@ def test_what_is_learned_and_what_is_ignored():
         ("person", [100, 458, 20, 50], 0, False),
         ("person", [5, 5, 630, 502], 0, False),  # just inside
     ]
-    labels = label_objects(make_objects(rows), min_height=12, margin=5)
+    objects = make_objects(rows)
+    labels = label_objects(objects.boxes, objects.is_person, min_height=12, margin=5)
     assert labels.tolist() == [1, 1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 1]
 
 

@@ -51,7 +51,10 @@ def test_train_eval_detect_as_a_user_runs_them(demo_root, tmp_path):
         "miss_rate.png",
     }  # fmt: skip
     header, *rows = (folder / "log.csv").read_text().splitlines()
-    assert header.startswith("epoch,loss,loc,conf,seg,lr,images_per_s") and len(rows) == 2
+    columns = header.split(",")
+    assert columns[:7] == ["epoch", "loss", "loc", "conf", "seg", "seg_map1", "seg_map2"]
+    assert {"lr", "images_per_s", "seconds", "miss_rate", "iou_map1", "iou_map2"} <= set(columns)
+    assert len(rows) == 2
 
     table = [line for line in done.stdout.splitlines() if line.startswith("custom")]
     done = run_script("eval.py", cwd=tmp_path)
@@ -103,7 +106,9 @@ def test_every_part_with_a_state_is_kept_and_needed_to_go_on(tmp_path, monkeypat
         return run
 
     run = new_run(ema=torch.nn.Linear(1, 1))
+    run.terms = ("loss", "loc", "conf", "seg")
     run.begin()
+    run.add_step(torch.ones(4), 1.0)
     run.end_epoch(dict.fromkeys(("miss_rate", "miss_rate_day", "miss_rate_night"), 0.5), True)
     again = new_run(ema=torch.nn.Linear(1, 1))
     assert again.folder == run.folder and again.epoch == 1
