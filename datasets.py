@@ -20,16 +20,19 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from augment import (
     Augmentation,
-    jitter,
-    random_window,
+    Recipe,
+    distort,
+    draw_recipe,
+    frame_mean,
     resize,
-    snap,
     view_boxes,
     view_pixels,
+    whole_frame,
 )
 from errors import InputError
 from frame_cache import FrameCache, open_cache
 from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, image_path
+from model import INPUT_CHANNELS
 from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks
 from remember import remember
@@ -240,28 +243,35 @@ class KaistPairs(Dataset):
         return len(self.frames)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | InputError:
-        epoch, index = key
-        frame = self.frames[index]
+        frame = self.frames[key[1]]
         try:
             pixels = self.read(frame.id)
         except InputError as error:
             return error
-        whole = snap((0, 0, FRAME_WIDTH, FRAME_HEIGHT), self.size, flip=False)
+        recipe = self.draw(key, None if self.augmentation is None else frame_mean(pixels))
+        content = distort(resize(pixels, recipe.view), recipe.matrix, recipe.offset)
+        image = view_pixels(content, recipe.view, self.size)
+        return Sample(image, *self.place(frame, recipe), frame.id)
+
+    def draw(self, key: tuple[int, int], mean: np.ndarray | None) -> Recipe:
+        """How the sample of a key (epoch, index) is made of its frame, whose mean colour matters
+        only with augmentation."""
         if self.augmentation is None:
-            view, content = whole, resize(pixels, whole)
-        else:
-            rng = np.random.default_rng((self.seed, epoch, index))
-            people = frame.boxes_px[frame.labels == 1]
-            window = random_window(rng, people, self.augmentation.zoom_out)
-            view = snap(window, self.size, flip=bool(rng.random() < 0.5))
-            content = resize(pixels, view)
-            content = jitter(content, pixels, rng, self.augmentation.hue_saturation)
-        image = view_pixels(content, view, self.size)
-        boxes, labels = view_boxes(frame.boxes_px, frame.labels, view, self.size)
-        mask_boxes, mask_labels = boxes, labels
-        if not self.masks_follow:
-            mask_boxes, mask_labels = view_boxes(frame.boxes_px, frame.labels, whole, self.size)
-        return Sample(image, boxes, labels, mask_boxes, mask_labels, frame.id)
+            return whole_frame(INPUT_CHANNELS[self.input_mode], self.size)
+        frame = self.frames[key[1]]
+        people = frame.boxes_px[frame.labels == 1]
+        rng = np.random.default_rng((self.seed, *key))
+        return draw_recipe(rng, people, mean, self.augmentation, self.size)
+
+    def place(
+        self, frame: Frame, recipe: Recipe
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """A sample's boxes, labels, mask boxes and mask labels."""
+        boxes, labels = view_boxes(frame.boxes_px, frame.labels, recipe.view, self.size)
+        if self.masks_follow:
+            return boxes, labels, boxes, labels
+        whole = whole_frame(len(recipe.offset), self.size).view
+        return boxes, labels, *view_boxes(frame.boxes_px, frame.labels, whole, self.size)
 
     def read(self, frame_id: str) -> np.ndarray:
         """A frame's pixels, (512, 640, C) uint8, from the cache where there is one."""
