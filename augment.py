@@ -35,10 +35,14 @@ class Augmentation:
 
     zoom_out: largest side of the zoomed-out canvas in frames; 1 switches zoom-out off.
     hue_saturation: distort hue and saturation of the visible image too.
+    lwir_jitter: distort brightness and contrast of the LWIR image.
+    copy_paste: share of the frames into which people of other frames are pasted.
     """
 
     zoom_out: float = 4.0
     hue_saturation: bool = True
+    lwir_jitter: bool = True
+    copy_paste: float = 0.0
 
 
 def random_window(
@@ -243,12 +247,13 @@ def draw_recipe(
     window = random_window(rng, people, augmentation.zoom_out)
     view = snap(window, size, flip=bool(rng.random() < 0.5))
     channels = len(mean)
-    matrix = np.zeros((channels, channels), np.float32)
+    matrix = np.eye(channels, dtype=np.float32)
     offset = np.zeros(channels, np.float32)
     for part in {1: [slice(0, 1)], 3: [slice(0, 3)], 4: [slice(0, 3), slice(3, 4)]}[channels]:
-        matrix[part, part], offset[part] = colour_matrix(
-            rng, mean[part], augmentation.hue_saturation
-        )
+        if part.stop - part.start == 3 or augmentation.lwir_jitter:
+            matrix[part, part], offset[part] = colour_matrix(
+                rng, mean[part], augmentation.hue_saturation
+            )
     return Recipe(view, matrix, offset)
 
 

@@ -16,15 +16,15 @@ from experiments import BASE, EXPERIMENTS
 CHOICES = {
     "input_mode": ("lwir", "visible", "mean", "early"),
     "priors": ("ssd300", "ssd300-coco", "pedestrian"),
-    "pretrained": ("none", "imagenet", "coco"),
     "seg_cells": ("mean", "sum"),
-    "seg_maps": ("mean", "sum"),
+    "seg_maps": ("mean", "sum", "uncertainty"),
     "out_of_range": ("keep", "background", "ignore"),
     "loc_loss": ("l1", "smooth_l1"),
     "loc_reduction": ("mean", "sum"),
     "optimizer": ("sgd", "adam"),
     "schedule": ("constant", "step", "cosine"),
     "precision": ("auto", "fp32", "bf16"),
+    "on_nonfinite": ("stop", "skip"),
 }
 
 
@@ -141,7 +141,7 @@ RANGES = (
      lambda v: v > 0, "it has to be greater than 0"),
     (("seed", "workers", "bias_lr_factor", "weight_decay", "seg_weight", "min_height", "margin"),
      lambda v: v >= 0, "it cannot be below 0"),
-    (("min_score", "nms_iou"), lambda v: 0 <= v <= 1, "it is a share, from 0 to 1"),
+    (("min_score", "nms_iou", "copy_paste"), lambda v: 0 <= v <= 1, "it is a share, from 0 to 1"),
     (("validation",), lambda v: 0 <= v < 1, "it is a share, from 0 to below 1"),
     (("zoom_out",), lambda v: 1 <= v <= 16, "it is a canvas in frames a side, from 1 to 16"),
 )  # fmt: skip

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from augment import (
     Augmentation,
     Recipe,
+    View,
     distort,
     draw_recipe,
     frame_mean,
@@ -29,10 +31,10 @@ from augment import (
     view_pixels,
     whole_frame,
 )
+from copy_paste import paste_people
 from errors import InputError
 from frame_cache import FrameCache, open_cache
-from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, image_path
-from model import INPUT_CHANNELS
+from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, image_path, time_of_day
 from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks
 from remember import remember
@@ -243,35 +245,67 @@ class KaistPairs(Dataset):
         return len(self.frames)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample | InputError:
-        frame = self.frames[key[1]]
+        epoch, index = key
         try:
-            pixels = self.read(frame.id)
+            return self.sample(epoch, index)
         except InputError as error:
             return error
-        recipe = self.draw(key, None if self.augmentation is None else frame_mean(pixels))
+
+    def sample(self, epoch: int, index: int) -> Sample:
+        """A frame's sample of an epoch."""
+        frame = self.frames[index]
+        pixels = self.read(frame.id)
+        recipe = whole_frame(pixels.shape[2], self.size)
+        if self.augmentation is not None:
+            rng = self.generator(epoch, index)
+            if self.augmentation.copy_paste:
+                frame, pixels = self.paste(rng, frame, pixels)
+            recipe = self.draw(rng, frame, frame_mean(pixels))
         content = distort(resize(pixels, recipe.view), recipe.matrix, recipe.offset)
         image = view_pixels(content, recipe.view, self.size)
-        return Sample(image, *self.place(frame, recipe), frame.id)
+        return Sample(image, *self.place(frame, recipe.view), frame.id)
 
-    def draw(self, key: tuple[int, int], mean: np.ndarray | None) -> Recipe:
-        """How the sample of a key (epoch, index) is made of its frame, whose mean colour matters
-        only with augmentation."""
-        if self.augmentation is None:
-            return whole_frame(INPUT_CHANNELS[self.input_mode], self.size)
-        frame = self.frames[key[1]]
+    def generator(self, epoch: int, index: int) -> np.random.Generator:
+        """The source of all that is random about a frame's sample of an epoch."""
+        return np.random.default_rng((self.seed, epoch, index))
+
+    def draw(self, rng: np.random.Generator, frame: Frame, mean: np.ndarray) -> Recipe:
+        """How a sample is made of a frame with this mean colour."""
         people = frame.boxes_px[frame.labels == 1]
-        rng = np.random.default_rng((self.seed, *key))
         return draw_recipe(rng, people, mean, self.augmentation, self.size)
 
     def place(
-        self, frame: Frame, recipe: Recipe
+        self, frame: Frame, view: View
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """A sample's boxes, labels, mask boxes and mask labels."""
-        boxes, labels = view_boxes(frame.boxes_px, frame.labels, recipe.view, self.size)
+        boxes, labels = view_boxes(frame.boxes_px, frame.labels, view, self.size)
         if self.masks_follow:
             return boxes, labels, boxes, labels
-        whole = whole_frame(len(recipe.offset), self.size).view
+        whole = whole_frame(1, self.size).view
         return boxes, labels, *view_boxes(frame.boxes_px, frame.labels, whole, self.size)
+
+    def paste(
+        self, rng: np.random.Generator, frame: Frame, pixels: np.ndarray
+    ) -> tuple[Frame, np.ndarray]:
+        """The frame, by chance with people of another one of the same time of day."""
+        donors = self.donors[time_of_day(frame.id)]
+        if not len(donors) or rng.random() >= self.augmentation.copy_paste:
+            return frame, pixels
+        donor = self.frames[rng.choice(donors)]
+        pixels, *objects = paste_people(
+            rng, pixels, frame.boxes_px, frame.labels,
+            self.read(donor.id), donor.boxes_px[donor.labels == 1],
+        )  # fmt: skip
+        return Frame(frame.id, *objects), pixels
+
+    @cached_property
+    def donors(self) -> dict[str, np.ndarray]:
+        """Indices of the frames with persons, by time of day."""
+        found: dict[str, list[int]] = {"day": [], "night": []}
+        for i, frame in enumerate(self.frames):
+            if (frame.labels == 1).any():
+                found[time_of_day(frame.id)].append(i)
+        return {time: np.array(indices) for time, indices in found.items()}
 
     def read(self, frame_id: str) -> np.ndarray:
         """A frame's pixels, (512, 640, C) uint8, from the cache where there is one."""

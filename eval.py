@@ -7,6 +7,10 @@ Result files need no network, no checkpoint and no torch:
 Without --detections a checkpoint is evaluated, the newest run's unless --checkpoint names one:
 
     python eval.py
+
+Finished runs are compared in one table and one figure:
+
+    python eval.py --compare checkpoints/26 checkpoints/19
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from compare import compare_runs
 from config import OneLineParser
 from error_sheet import FORMATS, draw_errors
 from errors import InputError, run_script
@@ -27,12 +32,16 @@ CHECKPOINTS = "checkpoints"  # where the newest run is looked for
 ANNOTATIONS = ""  # KAIST_annotation.json, an annotation folder or a KAIST root
 DATA_ROOT = ""  # folder with images/; a checkpoint knows its own
 OUT = "miss_rate.png"  # the curves; png, jpg or pdf
+COMPARISON = "comparison.png"  # the figure of --compare
 ERRORS = "errors.png"  # the sheet of --show-errors
 
 
 def main() -> None:
     """Evaluate result files, or a checkpoint's network."""
     arguments = parse_arguments()
+    if arguments.compare:
+        compare_runs(arguments.compare, arguments.bootstrap, arguments.out or Path(COMPARISON))
+        return
     if arguments.detections:
         files, names = arguments.detections, unique_names(arguments.detections)
         ground_truth = open_ground_truth(arguments)
@@ -75,6 +84,7 @@ def parse_arguments() -> Namespace:
     add("--checkpoint", type=Path, help="a checkpoint instead; default: the newest run's")
     add("--annotations", type=Path, default=ANNOTATIONS or None,
         help="KAIST_annotation.json, an annotation folder or a KAIST root")  # fmt: skip
+    add("--compare", nargs="+", type=Path, metavar="RUN", help="folders of finished runs instead")
     add("--image-list", type=Path,
         help="frames to evaluate; ids of files without a companion count along it")  # fmt: skip
     add("--subset", help="evaluate only day, night, campus, road, downtown, or an image list")
@@ -91,8 +101,8 @@ def parse_arguments() -> Namespace:
     arguments = parser.parse_args()
     if arguments.detections and not arguments.annotations:
         parser.error("--detections needs --annotations")
-    if arguments.detections and arguments.checkpoint:
-        parser.error("--detections and --checkpoint exclude each other")
+    if sum(map(bool, (arguments.detections, arguments.checkpoint, arguments.compare))) > 1:
+        parser.error("--detections, --checkpoint and --compare exclude each other")
     for path in arguments.detections or []:
         if not path.is_file():
             raise InputError("result file not found", "check --detections", file=path)

@@ -36,6 +36,8 @@ BASE = {
     "augment": False,
     "zoom_out": 4.0,
     "hue_saturation": True,
+    "lwir_jitter": True,
+    "copy_paste": 0.0,
     "min_height": 12.0,
     "margin": 5.0,
     "eval_every": 5,
@@ -201,6 +203,19 @@ EXPERIMENTS = {
         "based_on": "26",
         "change": {"out_of_range": "ignore"},
         "words": "the same, but ignored",
+        "logged": "",
+    },
+    "29": {
+        "based_on": "22",
+        "change": {"masks_follow": True, "seg_maps": "uncertainty"},
+        "words": "the other idea it left open: 22 with masks that follow the augmentation, the "
+        "maps' losses weighted by learned uncertainty",
+        "logged": "",
+    },
+    "30": {
+        "based_on": "26",
+        "change": {"copy_paste": 0.5},
+        "words": "tried after the log: people of other frames pasted into half of the frames",
         "logged": "",
     },
     "demo": {

@@ -17,6 +17,8 @@ from matching import BACKGROUND, IGNORE, PERSON, match, match_static
 from model import Predictions, encode
 from parallel import ALONE, Team
 
+LOG_VARIANCE_LIMIT = 5.0  # learned weights stay between exp(-5) and exp(5)
+
 
 class MultiBoxLoss(nn.Module):
     """SSD's loss (section 2.2 of the paper): localisation of matched priors, and confidence.
@@ -143,16 +145,29 @@ class SegmentationLoss(nn.Module):
     """Cross-entropy between mask logits and box-shaped masks, summed up over the infused maps.
 
     Args:
+        n_maps: number of infused maps.
         cells: "mean" over a batch's cells, or "sum" over a frame's cells (mean over frames).
-        maps: "mean" or "sum" over the feature maps.
+        maps: "mean" or "sum" over the feature maps, or "uncertainty": a sum in which each map's
+            loss L counts exp(-s) L + s / 2 with a learned s, the logarithm of its variance (Kendall
+            et al., "Multi-Task Learning Using Uncertainty to Weigh Losses", CVPR 2018).
         team: the processes that share a batch, as in `MultiBoxLoss`.
     """
 
-    def __init__(self, *, cells: str, maps: str, team: Team = ALONE) -> None:
+    def __init__(self, n_maps: int, *, cells: str, maps: str, team: Team = ALONE) -> None:
         super().__init__()
         self.cells = cells
         self.maps = maps
         self.team = team
+        if maps == "uncertainty":
+            self.log_variance = nn.Parameter(torch.zeros(n_maps))
+
+    def weights(self) -> list[float]:
+        """What each map's loss is multiplied by, as learned so far; [] where that is fixed."""
+        return self.bounded().exp().tolist() if self.maps == "uncertainty" else []
+
+    def bounded(self) -> Tensor:
+        """-s of each map, bounded: a loss of zero would raise its weight without end."""
+        return -self.log_variance.clamp(-LOG_VARIANCE_LIMIT, LOG_VARIANCE_LIMIT)
 
     def forward(self, seg: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The loss, a float32 scalar (0 without infused maps), and each map's own, (maps,).
@@ -172,4 +187,7 @@ class SegmentationLoss(nn.Module):
                 cells = len(mask)
             losses.append(loss / cells)
         losses = torch.stack(losses)
+        if self.maps == "uncertainty":
+            precision = self.bounded()
+            return (precision.exp() * losses - precision / 2).sum(), losses
         return (losses.sum() if self.maps == "sum" else losses.mean()), losses

@@ -22,6 +22,8 @@ from errors import InputError
 INPUT_CHANNELS = {"lwir": 1, "visible": 3, "mean": 4, "early": 4}  # what a batch carries
 MEAN = (0.485, 0.456, 0.406, 0.449)  # ImageNet R, G, B, then their mean for LWIR
 STD = (0.229, 0.224, 0.225, 0.226)
+NORM_FLOOR = 1e-3  # length below which conv4_3's features are not scaled to unit length
+MIN_SIZE = 1e-5  # of a box that is encoded, as a fraction: no logarithm of zero
 VARIANCES = (0.1, 0.2)  # SSD's scaling of centre and size offsets
 MAX_LOG_SCALE = math.log(1000 / 16)  # a decoded box is at most this many e-folds its prior
 
@@ -180,7 +182,9 @@ class L2Norm(nn.Module):
     """Each cell's feature vector scaled to unit length, times a learned factor a channel.
 
     ParseNet (Liu et al., 2015), with SSD's initial factor 20. Computed in float32, and
-    `F.normalize` keeps value and gradient finite where a cell's features are all zero.
+    `F.normalize` keeps value and gradient finite where a cell's features are all zero. A cell of
+    hardly any features is not scaled up all the way: the gradient is at most 20 / NORM_FLOOR times
+    its own, where it could else be as good as infinite (flat images, a network's first steps).
     """
 
     def __init__(self, channels: int) -> None:
@@ -189,7 +193,7 @@ class L2Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> the same shape, float32."""
-        return F.normalize(x.float()) * self.scale.view(1, -1, 1, 1)
+        return F.normalize(x.float(), eps=NORM_FLOOR) * self.scale.view(1, -1, 1, 1)
 
 
 def infusion_head(width: int, with_conv: bool) -> nn.Sequential:
@@ -293,9 +297,12 @@ def make_priors(
 
 
 def encode(boxes: Tensor, priors: Tensor) -> Tensor:
-    """Offsets (…, 4) that turn priors (…, 4) cxcywh into boxes (…, 4) cxcywh (SSD, eq. 2)."""
+    """Offsets (…, 4) that turn priors (…, 4) cxcywh into boxes (…, 4) cxcywh (SSD, eq. 2).
+
+    A box without width or height counts as `MIN_SIZE` wide or high, so that its offsets are finite.
+    """
     centre = (boxes[..., :2] - priors[..., :2]) / (priors[..., 2:] * VARIANCES[0])
-    size = torch.log(boxes[..., 2:] / priors[..., 2:]) / VARIANCES[1]
+    size = torch.log(boxes[..., 2:].clamp(min=MIN_SIZE) / priors[..., 2:]) / VARIANCES[1]
     return torch.cat([centre, size], dim=-1)
 
 

@@ -6,20 +6,32 @@ import math
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from model import SSD300
 
 
-def make_optimizer(model: SSD300, config: dict[str, Any]) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, or Adam, in two groups: weights, and biases with their own rate."""
+def make_optimizer(
+    model: SSD300, criterion: nn.Module, config: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """SGD with momentum 0.9, or Adam, in groups: weights, biases with their own rate, and what the
+    criterion learns, which is not decayed."""
     weights = [p for name, p in model.named_parameters() if not name.endswith("bias")]
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
     groups = [{"params": weights, "scale": 1.0},
               {"params": biases, "scale": config["bias_lr_factor"]}]  # fmt: skip
+    if learned := list(criterion.parameters()):
+        groups.append({"params": learned, "scale": 1.0, "weight_decay": 0.0})
     settings = {"lr": config["lr"], "weight_decay": config["weight_decay"]}
     if config["optimizer"] == "adam":
         return torch.optim.Adam(groups, **settings)
     return torch.optim.SGD(groups, momentum=0.9, **settings)
+
+
+def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
+    """The length of the gradient of all parameters, a scalar; not finite if any of it is not."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, config: dict[str, Any], factor: float) -> None:

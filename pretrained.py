@@ -1,17 +1,26 @@
-"""Pretrained weights for SSD300: ImageNet's VGG16 or VGG16-BN, or COCO's SSD300 (torchvision)."""
+"""Pretrained weights for SSD300: ImageNet's VGG16 or VGG16-BN, or COCO's SSD300 (torchvision).
+
+Downloaded ones are checked by torchvision's hash; a state file of the same networks, from
+anywhere, is checked key by key and shape by shape.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from pickle import UnpicklingError
 from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import VGG16_BN_Weights, VGG16_Weights
-from torchvision.models.detection import SSD300_VGG16_Weights
+from torchvision.models import VGG16_BN_Weights, VGG16_Weights, vgg16, vgg16_bn
+from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
 
+from config import refuse
 from errors import InputError
 from model import SSD300
+
+STATES = "take a state file of torchvision's VGG16, VGG16-BN or SSD300"
 
 
 def load_pretrained(model: SSD300, source: str) -> None:
@@ -21,19 +30,116 @@ def load_pretrained(model: SSD300, source: str) -> None:
         model: the network. conv1_1 is adapted to its channels, see `adapt_channels`.
         source: "imagenet" (the backbone; VGG16-BN's where the model has BatchNorm), "coco"
             (backbone, extra layers and heads, of whose 91 classes background and person are
-            kept) or "none".
+            kept), "none", or the path of a state file that `check_pretrained` has passed.
 
     Raises:
         InputError: no network to download from, or weights that do not fit the model.
     """
     if source == "none":
         return
-    if source == "coco":
-        convert_torchvision_ssd(model, download(SSD300_VGG16_Weights.COCO_V1))
+    if source == "imagenet":
+        has_bn = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+        state = download((VGG16_BN_Weights if has_bn else VGG16_Weights).IMAGENET1K_V1)
+    elif source == "coco":
+        state = download(SSD300_VGG16_Weights.COCO_V1)
+    else:
+        state = read_state(Path(source))
+    convert = convert_torchvision_ssd if is_ssd(state) else convert_torchvision_vgg
+    convert(model, state)
+
+
+def check_pretrained(source: str, *, width: float, batch_norm: bool, priors: str) -> None:
+    """Refuse published weights that the network cannot take, before anything else is read.
+
+    Args:
+        source: PRETRAINED: "none", "imagenet", "coco" or a path.
+        width, batch_norm, priors: the network's WIDTH, BATCH_NORM and PRIORS.
+
+    Raises:
+        InputError: the combination cannot be, or the file is no torchvision state of VGG16,
+            VGG16-BN or SSD300; the line names what it lacks.
+    """
+    if source == "none":
         return
-    has_bn = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
-    weights = VGG16_BN_Weights.IMAGENET1K_V1 if has_bn else VGG16_Weights.IMAGENET1K_V1
-    convert_torchvision_vgg(model, download(weights))
+    if width != 1.0:
+        refuse("pretrained", source, "published weights need WIDTH = 1.0")
+    file = None if source in ("imagenet", "coco") else Path(source)
+    if file:
+        state = read_state(file)
+        ssd = is_ssd(state)
+        if ssd:
+            wanted, kind = ssd300_vgg16, "SSD300"
+        else:
+            has_bn = any(key.endswith("running_mean") for key in state)
+            wanted, kind = (vgg16_bn, "VGG16-BN") if has_bn else (vgg16, "VGG16")
+            if has_bn != batch_norm:
+                raise InputError(
+                    f"weights of {kind} for a network with BATCH_NORM = {batch_norm}",
+                    f"set BATCH_NORM = {has_bn}, or take the other VGG16", file=file,
+                )  # fmt: skip
+        check_state(file, state, kind, wanted)
+    elif source == "imagenet":
+        ssd = False
+    else:
+        ssd = True
+    if ssd and (batch_norm or priors != "ssd300-coco"):
+        refuse("pretrained", source, 'an SSD300\'s weights need BATCH_NORM = False and '
+               'PRIORS = "ssd300-coco"')  # fmt: skip
+
+
+def is_ssd(state: dict[str, Tensor]) -> bool:
+    """Whether a torchvision state is that of an SSD300 instead of a classifier."""
+    return any(key.startswith("backbone.") for key in state)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A state file's tensors; nothing in the file can run code.
+
+    Raises:
+        InputError: no such file, or not a dictionary of tensors.
+    """
+    if not path.is_file():
+        raise InputError(
+            "no such file of weights", "PRETRAINED is none, imagenet, coco or a file", file=path
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch meets in a foreign or damaged file
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        raise InputError(
+            f"not a readable file of weights ({reason})", STATES, file=path
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError("not a state dictionary of tensors", STATES, file=path)
+    return state
+
+
+def check_state(
+    path: Path, state: dict[str, Tensor], kind: str, make: Callable[..., nn.Module]
+) -> None:
+    """Compare a state with the network of torchvision's that it should be of.
+
+    Raises:
+        InputError: names the first tensor that is missing, or has another shape.
+    """
+    with torch.device("meta"):
+        backbone = {"weights_backbone": None} if make is ssd300_vgg16 else {}
+        wanted = make(weights=None, **backbone).state_dict()
+    for key, value in wanted.items():
+        if key.endswith("num_batches_tracked") or key.startswith("classifier.6."):
+            continue  # what is not used
+        if key not in state:
+            missing = len(wanted.keys() - state.keys())
+            raise InputError(
+                f"it lacks {key} and so is not torchvision's {kind} ({missing} of {len(wanted)} "
+                "tensors are missing)", STATES, file=path,
+            )  # fmt: skip
+        # The classes of an SSD's heads may be others: background and the first are kept.
+        if state[key].shape != value.shape and "classification" not in key:
+            raise InputError(
+                f"{key} has shape {tuple(state[key].shape)}, {kind}'s is {tuple(value.shape)}",
+                STATES, file=path,
+            )  # fmt: skip
 
 
 def download(weights: VGG16_Weights | VGG16_BN_Weights | SSD300_VGG16_Weights) -> dict[str, Tensor]:

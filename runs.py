@@ -15,7 +15,8 @@ from files import make_folder, write_atomically
 from utils import load_checkpoint, save_checkpoint
 
 # Constants that may differ between a run and its continuation: they change no number.
-MACHINE_CONSTANTS = ("experiment", "checkpoints", "name", "device", "workers", "cache")
+MACHINE_CONSTANTS = ("experiment", "checkpoints", "name", "device", "workers", "cache",
+                     "on_nonfinite")  # fmt: skip
 
 
 class Part(Protocol):
@@ -37,7 +38,8 @@ class Run:
     Attributes:
         folder: `<CHECKPOINTS>/<name>`.
         epoch, step: completed epochs, and completed steps of the epoch under way.
-        terms: names of the loss terms; sums: of each over those steps; seconds: their time.
+        terms: names of the loss terms; sums: of each over those steps; seconds: their time;
+            skipped: how many of them were left out because they were not finite.
         history: for each completed epoch its number, mean loss terms, learning rate, speed and,
             where it was evaluated, its scores: the columns of log.csv.
         parts: what training changes, by the name it has in a checkpoint; "model" and "optimizer"
@@ -51,6 +53,7 @@ class Run:
         self.epoch = self.step = 0
         self.terms: tuple[str, ...] = ()
         self.sums: list[float] = []
+        self.skipped = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.parts: dict[str, Part] = {}
@@ -87,6 +90,7 @@ class Run:
         self.state = state
         self.epoch, self.step = state["epoch"], state["step"]
         self.sums, self.seconds = list(state["sums"]), state["seconds"]
+        self.skipped = state.get("skipped", 0)
         self.history = list(state["history"])
         return True
 
@@ -120,36 +124,42 @@ class Run:
         text = json.dumps({"name": self.name, **self.config}, indent=1)
         write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
 
-    def add_step(self, losses: Tensor, seconds: float) -> None:
-        """Count a step; losses holds the value of each of `terms`."""
+    def add_step(self, losses: Tensor | None, seconds: float) -> None:
+        """Count a step; losses holds the value of each of `terms`, None for a step left out."""
         self.step += 1
-        sums = self.sums or [0.0] * len(self.terms)
-        self.sums = [a + b for a, b in zip(sums, losses.tolist(), strict=True)]
         self.seconds += seconds
+        self.sums = self.sums or [0.0] * len(self.terms)
+        if losses is None:
+            self.skipped += 1
+        else:
+            self.sums = [a + b for a, b in zip(self.sums, losses.tolist(), strict=True)]
 
     def mean_losses(self) -> dict[str, float]:
         """Each loss term, averaged over the steps of the epoch under way."""
-        means = (value / max(1, self.step) for value in self.sums)
+        means = (value / max(1, self.step - self.skipped) for value in self.sums)
         return dict(zip(self.terms, means, strict=True))
 
     def end_epoch(self, scores: dict[str, float], writes: bool) -> None:
         """Log the epoch, save its checkpoint (and as best.pt if its miss rate is the lowest).
 
         Args:
-            scores: "miss_rate", "miss_rate_day", "miss_rate_night", "recall" and the masks'
-                "iou_map1", … as fractions; empty when the epoch was not evaluated.
+            scores: "weight_map1", … of the masks' losses where they are learned; and when the
+                epoch was evaluated "miss_rate", "miss_rate_day", "miss_rate_night", "recall" and
+                the masks' "iou_map1", … as fractions.
             writes: whether this process is the one that writes.
         """
         speed = self.step * self.config["batch_size"] / max(self.seconds, 1e-9)
         lr = self.parts["optimizer"].param_groups[0]["lr"]
         row = {"epoch": self.epoch + 1, **self.mean_losses(), "lr": lr,
-               "images_per_s": speed, "seconds": self.seconds}  # fmt: skip
+               "images_per_s": speed, "seconds": self.seconds,
+               "skipped": self.skipped}  # fmt: skip
         best = min((past.get("miss_rate", 2.0) for past in self.history), default=2.0)
         self.history.append({**row, **scores})
-        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, [], 0.0
+        self.epoch, self.step, self.skipped = self.epoch + 1, 0, 0
+        self.sums, self.seconds = [], 0.0
         if not writes:
             return
-        if scores and scores["miss_rate"] < best:  # first: what last.pt tells has happened
+        if scores.get("miss_rate", 2.0) < best:  # first: what last.pt tells has happened
             save_checkpoint(self.folder / "best.pt", self.content(to_continue=False))
         self.save()
         self.write_log()
@@ -161,6 +171,7 @@ class Run:
         return {
             "model_args": self.model_args, "config": self.config, "experiment": self.name,
             "epoch": self.epoch, "step": self.step, "sums": self.sums, "seconds": self.seconds,
+            "skipped": self.skipped,
             "history": self.history, **parts,
         }  # fmt: skip
 
@@ -227,7 +238,8 @@ def same_recipe(folder: Path, config: dict[str, Any]) -> bool:
 def nonfinite_error(path: Path) -> InputError:
     """The line that ends a run whose loss is not finite."""
     return InputError(
-        "the loss is not a finite number; the batch's frames and loss terms are in this file",
-        "lower LR, or look at those frames; last.pt holds the weights from before this epoch",
+        "the loss or its gradient is not a finite number; the batch's frames and loss terms are in "
+        "this file", "lower LR, look at those frames, or go on without them by --on-nonfinite skip "
+        "from last.pt, which holds the weights from before",
         file=path,
     )

@@ -36,9 +36,9 @@ from kaist import Annotations, find_file, read_image_list
 from losses import BACKGROUND, IGNORE, MultiBoxLoss, SegmentationLoss
 from miss_rate import GroundTruth, evaluate, load_ground_truth
 from model import SSD300, Predictions, feature_map_sizes
-from optimisation import lr_factor, make_optimizer, set_lr
+from optimisation import gradient_norm, lr_factor, make_optimizer, set_lr
 from parallel import Team, join_team
-from pretrained import load_pretrained
+from pretrained import check_pretrained, load_pretrained
 from pseudo_gt import MapRange
 from report import headline, report
 from runs import Run, nonfinite_error
@@ -52,6 +52,7 @@ ANNOTATIONS = "auto"  # auto, bbgt, xml, xml-sanitized, paired, json, or a path:
 TEST_ANNOTATIONS = "auto"  # the same for the test list: KAIST_annotation.json where there is one
 CHECKPOINTS = "checkpoints"  # a folder for each run goes here
 NAME = ""  # of the run's folder; empty takes the name of its row, or "custom"
+ON_NONFINITE = "stop"  # at a loss or gradient that is not finite: stop, or skip the step
 EXPERIMENT = ""  # row of the lab book (--list) whose recipe replaces the constants below
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
@@ -64,11 +65,11 @@ INPUT_SIZE = (300, 300)  # height and width of the network's input, pixels
 BATCH_NORM = True  # VGG16 with BatchNorm
 WIDTH = 0.125  # width multiplier of every layer; 1.0 is VGG16
 PRIORS = "pedestrian"  # ssd300 (the paper's for VOC), ssd300-coco (smaller), pedestrian (upright)
-PRETRAINED = "none"  # none, imagenet (VGG16), coco (SSD300); the last two need WIDTH = 1.0
+PRETRAINED = "none"  # none, imagenet (VGG16), coco (SSD300), or a torchvision state file's path
 INFUSION = (1, 1, 0, 0, 0, 0)  # feature maps 38, 19, 10, 5, 3, 1 with a segmentation head: 1
 INFUSION_CONV = False  # a 3x3 convolution before each head's 1x1
 SEG_CELLS = "mean"  # a map's mask loss over its cells: mean or sum
-SEG_MAPS = "sum"  # the mask losses over the maps: mean or sum
+SEG_MAPS = "sum"  # the mask losses over the maps: mean, sum, or uncertainty (learned weights)
 SEG_WEIGHT = 1.0  # weight of the mask loss in the total
 MASKS_FOLLOW = True  # masks follow the augmentation (rows 18 to 25 of the log: they did not)
 OUT_OF_RANGE = "keep"  # persons no prior of a map matches, in its mask: keep, background, ignore
@@ -85,12 +86,17 @@ VALIDATION = 0.0  # share of the training list held out to choose the best epoch
 AUGMENT = True  # SSD augmentation; False only resizes
 ZOOM_OUT = 1.5  # largest zoomed-out canvas, in frames a side
 HUE_SATURATION = True  # distort hue and saturation of the visible image
+LWIR_JITTER = True  # distort brightness and contrast of the LWIR image
+COPY_PASTE = 0.0  # share of the frames into which people of other frames are pasted
 MIN_HEIGHT = 12.0  # lower persons are ignored in training, pixels
 MARGIN = 5.0  # persons closer to the frame's border are ignored in training, pixels
 EVAL_EVERY = 8  # epochs between evaluations; the last epoch is always evaluated
 MIN_SCORE = 0.01  # detections below this score are dropped
 NMS_IOU = 0.45  # of two detections that overlap more, the lower-scored is dropped
 MAX_BOXES = 200  # detections kept in a frame
+
+
+MAX_SKIPS = 20  # steps in a row that ON_NONFINITE = "skip" leaves out before it stops all the same
 
 
 def main() -> None:
@@ -123,7 +129,7 @@ def main() -> None:
     model.to(device, memory_format=torch.channels_last)
     loader = make_loader(config, frames, model, device, team)
     criterion = Criterion(model, config, team).to(device)
-    optimizer = make_optimizer(model, config)
+    optimizer = make_optimizer(model, criterion, config)
     run.restore({"model": model, "optimizer": optimizer, "criterion": criterion})
     run.terms = criterion.terms
     network = team.spread(model)
@@ -139,12 +145,12 @@ def main() -> None:
     try:
         while run.epoch < config["epochs"]:
             train_epoch(run, network, loader, criterion, optimizer, device, precision, team)
-            scores = {}
+            scores = criterion.learned_weights()
             if (run.epoch + 1) % config["eval_every"] == 0 or run.epoch + 1 == config["epochs"]:
                 detections, mask_ious = detect_frames(
                     model, watched.loader, device, precision, config, team
                 )
-                scores = headline(evaluate(watched.people, detections)) | mask_ious
+                scores |= headline(evaluate(watched.people, detections)) | mask_ious
             run.end_epoch(scores, team.writes)
     except KeyboardInterrupt:
         if team.writes:
@@ -179,11 +185,14 @@ def train_epoch(
     """The rest of the run's epoch, step by step.
 
     Raises:
-        InputError: a loss is not finite. The batch's frames and loss terms are in the run's
-            folder, and `last.pt` is from before this epoch.
+        InputError: a loss or a gradient is not finite, and ON_NONFINITE does not say to go on, or
+            `MAX_SKIPS` steps in a row were not. What the step saw is in the run's folder, and
+            `last.pt` is from before.
     """
     network.train()
     config, total_steps = run.config, len(loader) * run.config["epochs"]
+    skips = config["on_nonfinite"] == "skip"
+    in_a_row = 0
     bar = tqdm(loader.epoch(run.epoch, skip=run.step), initial=run.step, total=len(loader),
                desc=f"epoch {run.epoch + 1}/{config['epochs']}", unit="step",
                disable=not team.writes)  # fmt: skip
@@ -192,18 +201,28 @@ def train_epoch(
         step = run.epoch * len(loader) + run.step
         set_lr(optimizer, config, lr_factor(config, step, total_steps))
         batch = batch.to(device)
+        before = [buffer.clone() for buffer in network.buffers()] if skips else []
         with autocast(device, precision):
             predictions = network(batch.images)
         losses = criterion(predictions, batch)
         batch_losses = team.sum(losses.detach()) / team.size
-        if not batch_losses.isfinite().all():
-            raise nonfinite_error(run.save_evidence(batch.frame_ids, losses.detach(), team.rank))
         optimizer.zero_grad()
         losses[0].backward()
-        optimizer.step()
+        team.average_gradients(criterion)
+        finite = bool(batch_losses.isfinite().all() & gradient_norm(optimizer).isfinite())
+        if finite:
+            optimizer.step()
+            in_a_row = 0
+        else:
+            evidence = run.save_evidence(batch.frame_ids, losses.detach(), team.rank)
+            in_a_row += 1
+            if not skips or in_a_row == MAX_SKIPS:
+                raise nonfinite_error(evidence)
+            for buffer, value in zip(network.buffers(), before, strict=True):
+                buffer.copy_(value)  # BatchNorm's statistics have seen what must not be
 
         now = time.perf_counter()
-        run.add_step(batch_losses, now - started)
+        run.add_step(batch_losses if finite else None, now - started)
         started = now
         show_progress(bar, run, optimizer, total_steps - step - 1)
 
@@ -238,11 +257,16 @@ class Criterion(nn.Module):
             team=team,
         )  # fmt: skip
         self.segmentation = SegmentationLoss(
-            cells=config["seg_cells"], maps=config["seg_maps"], team=team
+            len(model.infused_maps), cells=config["seg_cells"], maps=config["seg_maps"], team=team
         )
         self.seg_weight = config["seg_weight"]
         of_maps = (f"seg_map{i + 1}" for i in model.infused_maps)
         self.terms = ("loss", "loc", "conf", "seg", *of_maps)
+
+    def learned_weights(self) -> dict[str, float]:
+        """"weight_map1", … of the maps' mask losses where SEG_MAPS learns them, else nothing."""
+        names = (term.replace("seg", "weight") for term in self.terms[4:])
+        return dict(zip(names, self.segmentation.weights(), strict=False))
 
     def forward(self, predictions: Predictions, batch: Batch) -> Tensor:
         loc, conf = self.multibox(predictions, batch.boxes, batch.labels)
@@ -267,12 +291,8 @@ def configure(argv: list[str] | None = None) -> dict[str, Any]:
     if config["experiment"]:
         config |= resolve_row(config["experiment"]) | flags
     check_config(config)
-    if config["pretrained"] != "none" and config["width"] != 1.0:
-        refuse("pretrained", config["pretrained"], "published weights need WIDTH = 1.0")
-    if config["pretrained"] == "coco" and (
-        config["batch_norm"] or config["priors"] != "ssd300-coco"
-    ):
-        refuse("pretrained", "coco", 'it needs BATCH_NORM = False and PRIORS = "ssd300-coco"')
+    check_pretrained(config["pretrained"], width=config["width"], priors=config["priors"],
+                     batch_norm=config["batch_norm"])  # fmt: skip
     name = config["name"]
     if name.split("-")[0] in EXPERIMENTS or Path(name).name != name:
         refuse("name", name, "choose a folder's name that does not begin with a row's")
@@ -353,7 +373,8 @@ def make_loader(
     team: Team,
 ) -> BatchLoader:
     """Training batches with masks for the infused maps."""
-    augmentation = Augmentation(config["zoom_out"], config["hue_saturation"])
+    names = ("zoom_out", "hue_saturation", "lwir_jitter", "copy_paste")
+    augmentation = Augmentation(**{name: config[name] for name in names})
     cache = None
     if config["cache"]:
         ids, source = [frame.id for frame in frames], Path(config["data_root"])

@@ -55,7 +55,7 @@ def our_step(device: torch.device, precision: torch.dtype, n: int, **changes: ob
     boxes, labels = random_objects(n, 3, device)
     masks = box_masks(boxes, labels, [model.map_sizes[i] for i in model.infused_maps])
     multibox = MultiBoxLoss(model.priors, loc_loss="smooth_l1", loc_reduction="sum")
-    segmentation = SegmentationLoss(cells="mean", maps="sum")
+    segmentation = SegmentationLoss(len(model.infused_maps), cells="mean", maps="sum")
     on_gpu = device.type == "cuda"
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, fused=on_gpu)
     if on_gpu:

@@ -277,25 +277,41 @@ def test_segmentation_loss_by_hand():
     a, b = math.log(1 + math.exp(-2)), math.log(2)
     expected = {("mean", "sum"): a + b, ("mean", "mean"): (a + b) / 2}
     for (cells, maps), value in expected.items():
-        loss = SegmentationLoss(cells=cells, maps=maps)(seg, masks)[0]
+        loss = SegmentationLoss(2, cells=cells, maps=maps)(seg, masks)[0]
         assert loss.item() == pytest.approx(value, rel=1e-5)
     both = [torch.tensor([[[0, 1]]]), masks[1]]
-    loss = SegmentationLoss(cells="sum", maps="sum")(seg, both)[0]
+    loss = SegmentationLoss(2, cells="sum", maps="sum")(seg, both)[0]
     assert loss.item() == pytest.approx(a + 2 * b, rel=1e-5)
     doubled = [torch.cat([s, s]) for s in seg], [torch.cat([m, m]) for m in both]
-    assert SegmentationLoss(cells="sum", maps="sum")(*doubled)[0] == pytest.approx(loss)
+    assert SegmentationLoss(2, cells="sum", maps="sum")(*doubled)[0] == pytest.approx(loss)
+
+
+def test_learned_uncertainty_by_hand():
+    seg, masks = [torch.zeros(1, 2, 1, 1)] * 2, [torch.tensor([[[0]]]), torch.tensor([[[-1]]])]
+    criterion = SegmentationLoss(2, cells="mean", maps="uncertainty")
+    a = math.log(2)
+    loss, of_maps = criterion(seg, masks)
+    assert loss.item() == pytest.approx(a) and of_maps.tolist() == pytest.approx([a, 0])
+    with torch.no_grad():
+        criterion.log_variance[:] = torch.tensor([math.log(2 * a), 99.0])
+    loss, _ = criterion(seg, masks)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 + math.log(2 * a) / 2 + 2.5)  # 99 counts as 5
+    assert criterion.weights() == pytest.approx([1 / (2 * a), math.exp(-5)])
+    # exp(-s) L + s / 2 is lowest where exp(s) is twice the loss.
+    assert criterion.log_variance.grad.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
 
 
 def test_segmentation_loss_keeps_channels_apart_from_cells():
     """Perfect logits give no loss: the log's code scrambled the channel axis and could not."""
     mask = torch.randint(0, 2, (3, 5, 7))
     logits = F.one_hot(mask, 2).permute(0, 3, 1, 2) * 50.0
-    assert SegmentationLoss(cells="mean", maps="sum")([logits], [mask])[0] < 1e-6
+    assert SegmentationLoss(1, cells="mean", maps="sum")([logits], [mask])[0] < 1e-6
 
 
 def test_segmentation_loss_of_ignored_cells_alone_is_zero_and_finite():
     logits = torch.randn(2, 2, 3, 3, requires_grad=True)
     left_out = [torch.full((2, 3, 3), -1)]
-    loss, _ = SegmentationLoss(cells="mean", maps="sum")([logits], left_out)
+    loss, _ = SegmentationLoss(1, cells="mean", maps="sum")([logits], left_out)
     loss.backward()
     assert loss == 0 and (logits.grad == 0).all()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -145,6 +146,44 @@ def test_nonfinite_loss_stops_with_its_evidence(start, monkeypatch):
     [evidence] = Path("checkpoints/custom").glob("nonfinite-*.json")
     content = json.loads(evidence.read_text())
     assert len(content["frames"]) == 4 and content["losses"]["conf"] == "nan"
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_steps_that_are_not_finite_are_skipped_and_counted_on_request(start, monkeypatch, where):
+    forward, calls = train.Criterion.forward, []
+
+    def poison(*arguments):
+        losses = forward(*arguments)
+        calls.append(1)
+        if len(calls) != 2:
+            return losses
+        if where == "gradient":  # of a square root at 0
+            return losses + (0 * losses).sqrt()
+        return losses * float("inf")
+
+    monkeypatch.setattr(train.Criterion, "forward", poison)
+    start("--on-nonfinite", "skip")
+    state = load_checkpoint(Path("checkpoints/custom/last.pt"))
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert [row["skipped"] for row in state["history"]] == [1, 0]
+    assert all(math.isfinite(row["loss"]) for row in state["history"])
+    [evidence] = Path("checkpoints/custom").glob("nonfinite-*.json")
+    assert json.loads(evidence.read_text())["step"] == 2
+
+
+def test_skipping_ends_where_nothing_is_finite_any_more(start, monkeypatch):
+    forward = train.Criterion.forward
+    monkeypatch.setattr(train.Criterion, "forward", lambda *a: forward(*a) * float("nan"))
+    monkeypatch.setattr(train, "MAX_SKIPS", 2)
+    with pytest.raises(InputError, match="step2-rank0.json.*not a finite number"):
+        start("--on-nonfinite", "skip")
+
+
+def test_a_learning_rate_that_is_too_high_stops_before_the_weights_are_lost(start):
+    with pytest.raises(InputError, match="lower LR"):
+        start("--optimizer", "sgd", "--lr", "1e6", "--schedule", "constant", "--no-batch-norm")
+    state = load_checkpoint(Path("checkpoints/custom/last.pt"))
+    assert all(value.isfinite().all() for value in state["model"].values())
 
 
 def test_held_out_frames_choose_the_best_epoch_and_the_test_list_is_reported(
