@@ -31,6 +31,7 @@ from augment import (
     view_pixels,
     whole_frame,
 )
+from copy_paste import MOST as MOST_PASTED
 from copy_paste import paste_people
 from errors import InputError
 from frame_cache import FrameCache, open_cache
@@ -314,9 +315,18 @@ class KaistPairs(Dataset):
         return read_frame(self.root, frame_id, self.input_mode)
 
 
-def pad(boxes: list[np.ndarray], labels: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Lists of (n, 4) and (n,) to (N, M, 4) and (N, M), M the largest n but at least 1."""
-    most = max(1, *(len(b) for b in boxes))
+def most_objects(dataset: KaistPairs) -> int:
+    """How many objects a sample may have, rounded up, for batches of a shape that stays."""
+    pasted = MOST_PASTED if dataset.augmentation and dataset.augmentation.copy_paste else 0
+    most = max(len(frame.labels) for frame in dataset.frames) + pasted
+    return max(8, math.ceil(most / 8) * 8)
+
+
+def pad(
+    boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], least: int
+) -> tuple[Tensor, Tensor]:
+    """Lists of (n, 4) and (n,) to (N, M, 4) and (N, M), M the largest n but at least `least`."""
+    most = max(least, *(len(b) for b in boxes))
     padded = torch.zeros((len(boxes), most, 4))
     padded_labels = torch.zeros((len(boxes), most), dtype=torch.int64)
     for i, (b, label) in enumerate(zip(boxes, labels, strict=True)):
@@ -330,18 +340,22 @@ class Collate:
     """Samples to a Batch with masks for feature maps of the given (h, w) sizes.
 
     map_range: leaves the persons that a map cannot detect out of its mask.
+    objects: boxes and labels are padded to so many, or to those of the fullest frame.
     """
 
     map_sizes: list[tuple[int, int]]
     map_range: MapRange | None = None
+    objects: int = 1
 
     def __call__(self, samples: list[Sample | InputError]) -> Batch | InputError:
         for sample in samples:
             if isinstance(sample, InputError):
                 return sample
-        boxes, labels = pad([s.boxes for s in samples], [s.labels for s in samples])
+        boxes, labels = pad(
+            [s.boxes for s in samples], [s.labels for s in samples], self.objects
+        )
         mask_boxes, mask_labels = pad(
-            [s.mask_boxes for s in samples], [s.mask_labels for s in samples]
+            [s.mask_boxes for s in samples], [s.mask_labels for s in samples], self.objects
         )
         masks = box_masks(mask_boxes, mask_labels, self.map_sizes, self.map_range)
         images = torch.stack([s.image for s in samples])
@@ -409,7 +423,8 @@ class BatchLoader:
             dataset,
             batch_sampler=self.batches,
             num_workers=workers,
-            collate_fn=Collate(map_sizes, map_range),
+            # A GPU wants shapes that stay; a CPU nothing to do for padding.
+            collate_fn=Collate(map_sizes, map_range, most_objects(dataset) if pin_memory else 1),
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
         )

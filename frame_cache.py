@@ -39,12 +39,16 @@ class FrameCache:
         self.shape = (len(rows), FRAME_HEIGHT, FRAME_WIDTH, channels)
         self.pixels: np.ndarray | None = None
 
-    def read(self, frame_id: str) -> np.ndarray:
-        """One frame, (512, 640, C) uint8, as `datasets.read_frame` gives it."""
+    def all(self) -> np.ndarray:
+        """All frames, (F, 512, 640, C) uint8, mapped: pixels are read when they are used."""
         if self.pixels is None:
             # "c": writable in memory, as torch wants it, but never written to the file.
             self.pixels = np.memmap(self.path, np.uint8, "c", shape=self.shape)
-        return self.pixels[self.rows[frame_id]]
+        return self.pixels
+
+    def read(self, frame_id: str) -> np.ndarray:
+        """One frame, (512, 640, C) uint8, as `datasets.read_frame` gives it."""
+        return self.all()[self.rows[frame_id]]
 
     def __getstate__(self) -> dict:
         """Without the map: pickled for a worker process it would be a copy of all pixels."""
