@@ -303,19 +303,25 @@ def bench_evaluation(bench: Bench) -> Iterator[Row]:
     yield faster(work, *interleave(bench, ours, plain), "plain", 30)
 
 
-def seconds_to_read(folder: Path, n: int) -> float:
-    """Seconds to read n freshly written annotation files."""
+def seconds_to_read(folder: Path, n: int) -> tuple[float, float]:
+    """Seconds to read n annotation files, and to read them again when they are remembered."""
     ids = draw_annotations(folder, n)
     annotations = open_annotations(folder, "bbgt")
-    return lap(lambda: load_frames(ids, annotations, min_height=12, margin=5), torch.device("cpu"))
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+
+    def read() -> None:
+        load_frames(ids, annotations, min_height=12, margin=5)
+
+    return lap(read, torch.device("cpu")), lap(read, torch.device("cpu"))
 
 
 def bench_annotations(bench: Bench) -> Iterator[Row]:
     """Reading the whole training set's annotations."""
     if not bench.quick:
-        seconds = seconds_to_read(bench.folder / "tree", KAIST_FRAMES)
-        yield Row(f"reading {KAIST_FRAMES:,} annotation files", f"{seconds:.3g} s", "", "",
-                  "<= 5 s", seconds <= 5)  # fmt: skip
+        times = seconds_to_read(bench.folder / "tree", KAIST_FRAMES)
+        for how, seconds, limit in zip(("reading", "remembering"), times, (5, 0.5), strict=True):
+            yield Row(f"{how} {KAIST_FRAMES:,} annotation files", f"{seconds:.3g} s", "", "",
+                      f"<= {limit} s", seconds <= limit)  # fmt: skip
 
 
 BENCHMARKS = {
@@ -347,12 +353,13 @@ def growth(bench: Bench) -> Iterator[str]:
         per_pixel = 1e6 * value / side**2
         yield f"| input side | {side} | {value:.4g} ms | step, {per_pixel:.3g} ns a pixel |"
     for n in (100, 1000, 10_000, 100_000):
-        seconds = seconds_to_read(bench.folder / f"tree-{n}", n)
+        read, remembered = seconds_to_read(bench.folder / f"tree-{n}", n)
         people, path = synthetic_result(bench.folder, n)
         start = time.perf_counter()
         evaluate(people, read_detections(path, people.frames))
         scoring = time.perf_counter() - start
-        yield f"| frames | {n} | {seconds:.3g} s, {scoring:.3g} s | annotations, evaluation |"
+        yield (f"| frames | {n} | {read:.3g} s, {remembered:.3g} s, {scoring:.3g} s "
+               "| annotations: read, remembered; evaluation |")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ lab book

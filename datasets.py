@@ -21,21 +21,25 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from augment import (
     Augmentation,
-    drop_modality,
-    jitter,
+    Recipe,
+    View,
+    distort,
+    draw_recipe,
+    frame_mean,
     mean_colour,
-    random_window,
     resize,
-    snap,
     view_boxes,
     view_pixels,
+    whole_frame,
 )
+from copy_paste import MOST as MOST_PASTED
 from copy_paste import paste_people
 from errors import InputError
 from frame_cache import FrameCache, open_cache
 from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, image_path, time_of_day
 from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks
+from remember import remember
 
 MODALITIES = {"lwir": ("lwir",), "visible": ("visible",),
               "mean": ("visible", "lwir"), "early": ("visible", "lwir"),
@@ -75,14 +79,14 @@ def load_frames(
     frame_ids: list[str], annotations: Annotations, *, min_height: float, margin: float
 ) -> list[Frame]:
     """Read the annotations of all frames; a malformed file stops here, before any training."""
-    frames = []
-    for frame_id in frame_ids:
-        objects = annotations.read(frame_id)
-        labels = label_objects(objects.boxes, objects.is_person, min_height, margin)
-        boxes = objects.boxes.astype(np.float32)
-        boxes[:, 2:] += boxes[:, :2]
-        frames.append(Frame(frame_id, boxes, labels))
-    return frames
+    objects, counts = annotations.read_all(frame_ids)
+    boxes = objects.boxes.astype(np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    labels = label_objects(objects.boxes, objects.is_person, min_height, margin)
+    ends = counts.cumsum().tolist()
+    starts = [0, *ends[:-1]]
+    return [Frame(frame_id, boxes[start:end], labels[start:end])
+            for frame_id, start, end in zip(frame_ids, starts, ends, strict=True)]  # fmt: skip
 
 
 def check_images(
@@ -96,11 +100,16 @@ def check_images(
     Raises:
         InputError: for the first image that is missing, unreadable or of another size.
     """
-    modalities = [m for m in MODALITIES[input_mode] if m != without]
-    for frame_id in frame_ids:
-        for modality in modalities:
-            with open_image(image_path(root, frame_id, modality)):
+    paths = [image_path(root, frame_id, modality) for frame_id in frame_ids
+             for modality in MODALITIES[input_mode] if modality != without]  # fmt: skip
+
+    def look() -> dict[str, np.ndarray]:
+        for path in paths:
+            with open_image(path):
                 pass
+        return {}
+
+    remember("images", paths, look)
 
 
 def open_image(path: Path) -> Image.Image:
@@ -272,26 +281,34 @@ class KaistPairs(Dataset):
         """A frame's sample of an epoch."""
         frame = self.frames[index]
         pixels = self.read(frame.id)
-        whole = snap((0, 0, FRAME_WIDTH, FRAME_HEIGHT), self.size, flip=False)
-        if self.augmentation is None:
-            view, content = whole, resize(pixels, whole)
-        else:
-            rng = np.random.default_rng((self.seed, epoch, index))
+        recipe = whole_frame(pixels.shape[2], self.size)
+        if self.augmentation is not None:
+            rng = self.generator(epoch, index)
             if self.augmentation.copy_paste:
                 frame, pixels = self.paste(rng, frame, pixels)
-            people = frame.boxes_px[frame.labels == 1]
-            window = random_window(rng, people, self.augmentation.zoom_out)
-            view = snap(window, self.size, flip=bool(rng.random() < 0.5))
-            content = resize(pixels, view)
-            content = jitter(content, pixels, rng, self.augmentation)
-            if self.augmentation.modality_dropout:
-                content = drop_modality(content, rng, self.augmentation.modality_dropout)
-        image = view_pixels(content, view, self.size)
+            recipe = self.draw(rng, frame, frame_mean(pixels))
+        content = distort(resize(pixels, recipe.view), recipe.matrix, recipe.offset)
+        image = view_pixels(content, recipe.view, self.size)
+        return Sample(image, *self.place(frame, recipe.view), frame.id)
+
+    def generator(self, epoch: int, index: int) -> np.random.Generator:
+        """The source of all that is random about a frame's sample of an epoch."""
+        return np.random.default_rng((self.seed, epoch, index))
+
+    def draw(self, rng: np.random.Generator, frame: Frame, mean: np.ndarray) -> Recipe:
+        """How a sample is made of a frame with this mean colour."""
+        people = frame.boxes_px[frame.labels == 1]
+        return draw_recipe(rng, people, mean, self.augmentation, self.size)
+
+    def place(
+        self, frame: Frame, view: View
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """A sample's boxes, labels, mask boxes and mask labels."""
         boxes, labels = view_boxes(frame.boxes_px, frame.labels, view, self.size)
-        mask_boxes, mask_labels = boxes, labels
-        if not self.masks_follow:
-            mask_boxes, mask_labels = view_boxes(frame.boxes_px, frame.labels, whole, self.size)
-        return Sample(image, boxes, labels, mask_boxes, mask_labels, frame.id)
+        if self.masks_follow:
+            return boxes, labels, boxes, labels
+        whole = whole_frame(1, self.size).view
+        return boxes, labels, *view_boxes(frame.boxes_px, frame.labels, whole, self.size)
 
     def paste(
         self, rng: np.random.Generator, frame: Frame, pixels: np.ndarray
@@ -323,9 +340,18 @@ class KaistPairs(Dataset):
         return read_frame(self.root, frame_id, self.input_mode, self.without)
 
 
-def pad(boxes: list[np.ndarray], labels: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Lists of (n, 4) and (n,) to (N, M, 4) and (N, M), M the largest n but at least 1."""
-    most = max(1, *(len(b) for b in boxes))
+def most_objects(dataset: KaistPairs) -> int:
+    """How many objects a sample may have, rounded up, for batches of a shape that stays."""
+    pasted = MOST_PASTED if dataset.augmentation and dataset.augmentation.copy_paste else 0
+    most = max(len(frame.labels) for frame in dataset.frames) + pasted
+    return max(8, math.ceil(most / 8) * 8)
+
+
+def pad(
+    boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], least: int
+) -> tuple[Tensor, Tensor]:
+    """Lists of (n, 4) and (n,) to (N, M, 4) and (N, M), M the largest n but at least `least`."""
+    most = max(least, *(len(b) for b in boxes))
     padded = torch.zeros((len(boxes), most, 4))
     padded_labels = torch.zeros((len(boxes), most), dtype=torch.int64)
     for i, (b, label) in enumerate(zip(boxes, labels, strict=True)):
@@ -339,18 +365,22 @@ class Collate:
     """Samples to a Batch with masks for feature maps of the given (h, w) sizes.
 
     map_range: leaves the persons that a map cannot detect out of its mask.
+    objects: boxes and labels are padded to so many, or to those of the fullest frame.
     """
 
     map_sizes: list[tuple[int, int]]
     map_range: MapRange | None = None
+    objects: int = 1
 
     def __call__(self, samples: list[Sample | InputError]) -> Batch | InputError:
         for sample in samples:
             if isinstance(sample, InputError):
                 return sample
-        boxes, labels = pad([s.boxes for s in samples], [s.labels for s in samples])
+        boxes, labels = pad(
+            [s.boxes for s in samples], [s.labels for s in samples], self.objects
+        )
         mask_boxes, mask_labels = pad(
-            [s.mask_boxes for s in samples], [s.mask_labels for s in samples]
+            [s.mask_boxes for s in samples], [s.mask_labels for s in samples], self.objects
         )
         masks = box_masks(mask_boxes, mask_labels, self.map_sizes, self.map_range)
         images = torch.stack([s.image for s in samples])
@@ -418,7 +448,8 @@ class BatchLoader:
             dataset,
             batch_sampler=self.batches,
             num_workers=workers,
-            collate_fn=Collate(map_sizes, map_range),
+            # A GPU wants shapes that stay; a CPU nothing to do for padding.
+            collate_fn=Collate(map_sizes, map_range, most_objects(dataset) if pin_memory else 1),
             pin_memory=pin_memory,
             persistent_workers=workers > 0,
         )

@@ -12,6 +12,7 @@ Forms (boxes are x, y, w, h in pixels of the 640x512 frame in all of them):
 from __future__ import annotations
 
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ import numpy as np
 
 from errors import InputError
 from files import read_text
+from remember import remember
 
 FRAME_WIDTH, FRAME_HEIGHT = 640, 512
 FRAME_ID = re.compile(r"set(0\d|1[01])/V\d{3}/I\d{5}")
@@ -87,7 +89,7 @@ def find_file(root: Path, name: str) -> Path:
 def image_path(root: Path, frame_id: str, modality: str) -> Path:
     """`<root>/images/set00/V000/<modality>/I00000.jpg`."""
     video, name = frame_id.rsplit("/", 1)
-    return root / "images" / video / modality / f"{name}.jpg"
+    return Path(f"{root}/images/{video}/{modality}/{name}.jpg")
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,11 @@ class Objects:
         return np.array([label == "person" for label in self.labels], dtype=bool) & ~self.ignore
 
 
-def make_objects(rows: list[tuple[str, list[float], int, bool]]) -> Objects:
-    """Objects from rows of (label, [x, y, w, h], occlusion, ignore)."""
+ObjectRow = tuple[str, list[float], float, bool]  # label, [x, y, w, h], occlusion, ignore
+
+
+def make_objects(rows: list[ObjectRow]) -> Objects:
+    """Objects from rows."""
     return Objects(
         np.array([row[1] for row in rows], dtype=np.float64).reshape(-1, 4),
         tuple(row[0] for row in rows),
@@ -151,17 +156,17 @@ def parse_number(text: str, path: Path, line: int | None) -> float:
         ) from None
 
 
-def read_bbgt(path: Path) -> Objects:
+def read_bbgt(path: Path) -> list[ObjectRow]:
     """One bbGt text file, version 3 (Piotr Dollár's toolbox)."""
     return read_lines(path, columns=11)
 
 
-def read_paired(path: Path) -> Objects:
+def read_paired(path: Path) -> list[ObjectRow]:
     """One modality's file of the paired annotations; occlusion and ignore may be absent."""
     return read_lines(path, columns=5)
 
 
-def read_lines(path: Path, columns: int) -> Objects:
+def read_lines(path: Path, columns: int) -> list[ObjectRow]:
     """A header line, then an object a line: a label and at least `columns` - 1 numbers."""
     lines = read_text(path).splitlines()
     if not lines or not lines[0].startswith("%"):
@@ -186,10 +191,10 @@ def read_lines(path: Path, columns: int) -> Objects:
             ignore = parse_number(fields[10], path, number)
         check_row(box, occlusion, path, number)
         rows.append((fields[0], box, occlusion, ignore != 0))
-    return make_objects(rows)
+    return rows
 
 
-def read_xml(path: Path) -> Objects:
+def read_xml(path: Path) -> list[ObjectRow]:
     """One XML file; its bndbox holds x, y, w, h."""
     try:
         root = ElementTree.fromstring(path.read_bytes())
@@ -207,15 +212,13 @@ def read_xml(path: Path) -> Objects:
             rows.append(xml_row(item, path, None))
         except InputError:  # the parser keeps no lines: look it up, and say it again with it
             xml_row(item, path, object_line(path, i))
-    return make_objects(rows)
+    return rows
 
 
-def xml_row(
-    item: ElementTree.Element, path: Path, line: int | None
-) -> tuple[str, list[float], float, bool]:
-    """A row for `make_objects` from one XML object."""
-    label = item.findtext("name")
-    box = [item.findtext(f"bndbox/{side}") for side in "xywh"]
+def xml_row(item: ElementTree.Element, path: Path, line: int | None) -> ObjectRow:
+    """A row from one XML object."""
+    label, sides = item.findtext("name"), item.find("bndbox")
+    box = [None] if sides is None else [sides.findtext(side) for side in "xywh"]
     if label is None or None in box:
         raise InputError(
             "an object lacks its name or one of bndbox's x, y, w, h", "add it",
@@ -265,7 +268,7 @@ def read_json(path: Path) -> dict[str, Objects]:
         ) from None  # fmt: skip
 
 
-READERS: dict[str, Callable[[Path], Objects]] = {
+READERS: dict[str, Callable[[Path], list[ObjectRow]]] = {
     "bbgt": read_bbgt, "xml": read_xml, "xml-sanitized": read_xml, "paired": read_paired,
 }  # fmt: skip
 
@@ -286,18 +289,18 @@ class Annotations:
         self.objects = read_json(source) if form == "json" else {}
         self.frames = tuple(self.objects) if form == "json" else None
 
-    def path(self, frame_id: str) -> Path:
-        """The file that annotates a frame."""
-        video, name = frame_id.rsplit("/", 1)
+    def path(self, frame_id: str) -> str:
+        """The file that annotates a frame. A str: a Path takes longer to make than to look up."""
         if self.form == "json":
-            return self.source
+            return str(self.source)
         if self.form == "paired":
-            return self.source / video / self.modality / f"{name}.txt"
+            video, name = frame_id.rsplit("/", 1)
+            return f"{self.source}/{video}/{self.modality}/{name}.txt"
         if self.form == "bbgt":
-            path = self.source / video / f"{name}.txt"
-            flat = self.source / f"{frame_id.replace('/', '_')}.txt"
-            return flat if flat.exists() and not path.exists() else path
-        return self.source / video / f"{name}.xml"
+            path = f"{self.source}/{frame_id}.txt"
+            flat = f"{self.source}/{frame_id.replace('/', '_')}.txt"
+            return path if os.path.exists(path) or not os.path.exists(flat) else flat
+        return f"{self.source}/{frame_id}.xml"
 
     def read(self, frame_id: str) -> Objects:
         """The objects of a frame.
@@ -305,11 +308,41 @@ class Annotations:
         Raises:
             InputError: the file is missing or malformed.
         """
+        if self.form != "json":
+            return make_objects(self.read_rows(Path(self.path(frame_id))))
+        if frame_id not in self.objects:
+            raise InputError(f"{frame_id} is not annotated in it", REMEDY, file=self.source)
+        return self.objects[frame_id]
+
+    def read_all(self, frame_ids: Sequence[str]) -> tuple[Objects, np.ndarray]:
+        """The objects of many frames, one frame after another, and how many each has, (n,) int64.
+
+        Files are read again only after one of them has changed (see remember.py).
+
+        Raises:
+            InputError: the first file that is missing or malformed.
+        """
         if self.form == "json":
-            if frame_id not in self.objects:
-                raise InputError(f"{frame_id} is not annotated in it", REMEDY, file=self.source)
-            return self.objects[frame_id]
-        path = self.path(frame_id)
+            found = [self.read(frame_id) for frame_id in frame_ids]
+            parts = ("boxes", "occlusion", "ignore")
+            boxes, *rest = (np.concatenate([getattr(o, part) for o in found]) for part in parts)
+            labels = tuple(label for objects in found for label in objects.labels)
+            counts = np.array([len(objects.boxes) for objects in found])
+            return Objects(boxes, labels, *rest), counts
+        paths = [self.path(frame_id) for frame_id in frame_ids]
+
+        def learn() -> dict[str, np.ndarray]:
+            rows = [self.read_rows(Path(path)) for path in paths]
+            objects = make_objects([row for own in rows for row in own])
+            columns = {**vars(objects), "labels": np.array(objects.labels, dtype=np.str_)}
+            return {**columns, "counts": np.array([len(own) for own in rows])}
+
+        columns = remember(f"annotations-{self.form}", paths, learn)
+        counts, labels = columns.pop("counts"), tuple(columns.pop("labels").tolist())
+        return Objects(labels=labels, **columns), counts
+
+    def read_rows(self, path: Path) -> list[ObjectRow]:
+        """The objects of a file of this form, as rows."""
         try:
             return READERS[self.form](path)
         except FileNotFoundError:

@@ -13,13 +13,16 @@ from torchvision.transforms.v2 import functional as TF
 from augment import (
     Augmentation,
     colour_matrix,
-    jitter,
+    distort,
+    draw_recipe,
+    frame_mean,
     mean_colour,
     random_window,
     resize,
     snap,
     view_boxes,
     view_pixels,
+    whole_frame,
 )
 from datasets import (
     BatchLoader,
@@ -259,46 +262,48 @@ def test_colour_steps_against_torchvision(kind):
     assert np.abs(ours - theirs.numpy()).mean() < (4.0 if kind == "hue" else 0.05)
 
 
-def test_jitter_keeps_modalities_apart():
+def draw(frame, rng):
+    return draw_recipe(rng, np.zeros((0, 4)), frame_mean(frame), Augmentation(), SIZE)
+
+
+def test_distortion_keeps_modalities_apart():
     frame = np.full((512, 640, 4), 100, np.uint8)
     frame[..., 3] = 200
     content = torch.from_numpy(frame[:30, :30].transpose(2, 0, 1).copy())
+    recipes = [draw(frame, np.random.default_rng(i)) for i in range(60)]
     changed = torch.stack([
-        jitter(content, frame, np.random.default_rng(i), Augmentation()).flatten(1).float().mean(1)
-        for i in range(60)
+        distort(content, r.matrix, r.offset).flatten(1).float().mean(1) for r in recipes
     ])  # fmt: skip
     assert (changed[:, 3] != 200).float().mean() > 0.3
     ratios = changed[:, 3] / changed[:, 0]
     assert ratios.std() > 0.1  # not one draw for both
-    alone = jitter(content[3:], frame[..., 3:], np.random.default_rng(0), Augmentation())
-    assert alone.shape == (1, 30, 30)
+    alone = draw(frame[..., 3:], np.random.default_rng(0))
+    assert alone.matrix.shape == (1, 1) and alone.offset.shape == (1,)
 
 
 def test_undistorted_pixels_are_left_alone():
-    class Never:
-        """A generator that applies no distortion."""
-
-        permutation = staticmethod(lambda kinds: kinds)
-        random = staticmethod(lambda: 0.9)
-        uniform = staticmethod(lambda low, high: low)
-
-    frame = np.random.default_rng(0).integers(0, 256, (512, 640, 4), dtype=np.uint8)
-    content = torch.from_numpy(frame[:30, :30].transpose(2, 0, 1).copy())
-    assert torch.equal(jitter(content, frame, Never(), Augmentation()), content)
+    content = torch.randint(256, (4, 30, 30), dtype=torch.uint8)
+    whole = whole_frame(4, SIZE)
+    assert distort(content, whole.matrix, whole.offset) is content
+    frame = np.full((512, 640, 1), 9, np.uint8)
+    alone = [draw(frame, np.random.default_rng(i)).matrix[0, 0] == 1 for i in range(100)]
+    assert 10 < sum(alone) < 45  # neither brightness nor contrast: a quarter
 
 
-def test_jitter_is_the_matrix_rounded_and_clipped():
+def test_distortion_is_the_matrix_rounded_and_clipped():
     frame = np.random.default_rng(0).integers(0, 256, (512, 640, 4), dtype=np.uint8)
     content = torch.from_numpy(frame[:30, :30].transpose(2, 0, 1).copy())
     for seed in range(20):
-        rng = np.random.default_rng(seed)
+        recipe = draw(frame, np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)  # the window and the flip are drawn first
+        random_window(rng, np.zeros((0, 4)), 4.0), rng.random()
         mean = frame[::8, ::8].mean((0, 1))
         expected = []
         for part in (slice(0, 3), slice(3, 4)):
             matrix, offset = colour_matrix(rng, mean[part], True)
             expected.append(np.einsum("ij,jhw->ihw", matrix, content[part]) + offset[:, None, None])
         expected = np.concatenate(expected).clip(0, 255)
-        ours = jitter(content, frame, np.random.default_rng(seed), Augmentation()).numpy()
+        ours = distort(content, recipe.matrix, recipe.offset).numpy()
         assert np.abs(ours - expected).max() < 0.51  # to the nearest
 
 

@@ -11,7 +11,7 @@ import torch
 import detect as detect_script
 import eval as eval_script
 import train
-from augment import Augmentation, drop_modality, mean_colour
+from augment import Augmentation, draw_recipe, mean_colour
 from datasets import KaistPairs, load_frames, read_frame
 from errors import InputError
 from inference import mirror, predict
@@ -83,12 +83,15 @@ def test_dropout_blanks_one_modality_and_changes_no_other_draw(demo_root):
 
 
 def test_dropout_is_as_probable_as_asked_for():
-    rng = np.random.default_rng(0)
-    content = torch.zeros((4, 1, 1), dtype=torch.uint8)
-    dropped = torch.stack([drop_modality(content, rng, 0.3) for _ in range(4000)]).flatten(1) > 0
-    assert dropped[:, 0].float().mean() == pytest.approx(0.15, abs=0.02)
-    assert dropped[:, 3].float().mean() == pytest.approx(0.15, abs=0.02)
-    assert not (dropped[:, 0] & dropped[:, 3]).any() and not content.any()
+    rng, mean = np.random.default_rng(0), np.full(4, 99.0)
+    augmentation = Augmentation(modality_dropout=0.3)
+    dropped = np.array([
+        (draw_recipe(rng, np.zeros((0, 4)), mean, augmentation, (60, 75)).matrix == 0).all(1)
+        for _ in range(3000)
+    ])  # fmt: skip
+    assert dropped[:, 0].mean() == pytest.approx(0.15, abs=0.02)
+    assert dropped[:, 3].mean() == pytest.approx(0.15, abs=0.02)
+    assert not (dropped[:, 0] & dropped[:, 3]).any()
 
 
 def test_a_blanked_modality_is_not_read(demo_root, tmp_path):
