@@ -35,10 +35,11 @@ from torchvision.ops import box_convert
 
 from augment import Augmentation, resize, snap, view_pixels
 from config import OneLineParser, model_arguments, resolve_row
-from datasets import Collate, KaistPairs, cache_frames, load_frames, read_frame, read_image
+from datasets import Collate, KaistPairs, load_frames
 from demo_data import draw_demo
 from errors import run_script
 from experiments import EXPERIMENTS
+from images import cache_frames, read_frame, read_image
 from inference import detect_image
 from kaist import FRAME_HEIGHT, FRAME_WIDTH, image_path, open_annotations, read_image_list
 from losses import MultiBoxLoss

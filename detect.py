@@ -19,9 +19,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from config import OneLineParser
-from datasets import MODALITIES, join_modalities, read_image
 from errors import InputError, run_script
 from files import make_folder, write_atomically
+from images import MODALITIES, join_modalities, read_image
 from inference import detect_image
 from kaist import FRAME_HEIGHT, FRAME_WIDTH
 from model import SSD300

@@ -47,7 +47,7 @@ class FrameCache:
         return self.pixels
 
     def read(self, frame_id: str) -> np.ndarray:
-        """One frame, (512, 640, C) uint8, as `datasets.read_frame` gives it."""
+        """One frame, (512, 640, C) uint8, as `images.read_frame` gives it."""
         return self.all()[self.rows[frame_id]]
 
     def __getstate__(self) -> dict:

@@ -12,9 +12,10 @@ from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from augment import resize, snap, view_pixels
-from datasets import MODALITIES, BatchLoader, Frame, KaistPairs, check_images, label_objects
+from datasets import BatchLoader, Frame, KaistPairs, label_objects
 from demo_data import open_root
 from errors import InputError
+from images import MODALITIES, check_images
 from kaist import (
     FOLDERS,
     FRAME_HEIGHT,

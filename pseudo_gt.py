@@ -115,8 +115,9 @@ def main() -> None:
     """Draw random samples of an image list."""
     # Here, because datasets.py itself needs the masks above.
     from config import check_config, parse_flags, read_constants
-    from datasets import Augmentation, Collate, KaistPairs, check_images, load_frames
+    from datasets import Augmentation, Collate, KaistPairs, load_frames
     from demo_data import open_root
+    from images import check_images
     from inference import find_annotations
     from kaist import find_file, read_image_list
     from model import feature_map_sizes

@@ -27,19 +27,10 @@ from config import (
     refuse,
     resolve_row,
 )
-from datasets import (
-    MODALITIES,
-    Augmentation,
-    Batch,
-    BatchLoader,
-    Frame,
-    KaistPairs,
-    cache_frames,
-    check_images,
-    load_frames,
-)
+from datasets import Augmentation, Batch, BatchLoader, Frame, KaistPairs, load_frames
 from errors import InputError, run_script
 from experiments import EXPERIMENTS
+from images import MODALITIES, cache_frames, check_images
 from inference import detect_frames, find_annotations, frame_loader, open_test_set
 from kaist import Annotations, find_file, read_image_list
 from losses import BACKGROUND, IGNORE, MultiBoxLoss, SegmentationLoss

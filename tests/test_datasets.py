@@ -24,16 +24,10 @@ from augment import (
     view_pixels,
     whole_frame,
 )
-from datasets import (
-    BatchLoader,
-    KaistPairs,
-    cache_frames,
-    check_images,
-    label_objects,
-    load_frames,
-)
-from datasets import read_frame as read
+from datasets import BatchLoader, KaistPairs, label_objects, load_frames
 from errors import InputError
+from images import cache_frames, check_images
+from images import read_frame as read
 from kaist import image_path, make_objects, open_annotations, read_image_list
 
 SIZE = (300, 300)

@@ -12,8 +12,9 @@ import detect as detect_script
 import eval as eval_script
 import train
 from augment import Augmentation, draw_recipe, mean_colour
-from datasets import KaistPairs, load_frames, read_frame
+from datasets import KaistPairs, load_frames
 from errors import InputError
+from images import read_frame
 from inference import mirror, predict
 from kaist import image_path, open_annotations, read_image_list
 from model import SSD300, Predictions, decode, detect

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import datasets
+import images
 import remember
-from datasets import check_images, load_frames
+from datasets import load_frames
 from errors import InputError
+from images import check_images
 from kaist import READERS, image_path, open_annotations, read_image_list
 from miss_rate import load_ground_truth
 
@@ -195,7 +196,7 @@ def test_images_are_looked_at_again_when_one_changes(demo_root, tmp_path, memory
         age(path)
     check_images(root, ids, "early")
     with monkeypatch.context() as blind:
-        blind.setattr(datasets, "open_image", None)
+        blind.setattr(images, "open_image", None)
         check_images(root, ids, "early")
     path = image_path(root, ids[2], "lwir")
     path.write_bytes(path.read_bytes()[::-1])  # the same size
