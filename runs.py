@@ -14,7 +14,7 @@ from files import make_folder, write_atomically
 from utils import load_checkpoint, save_checkpoint
 
 # Constants that may differ between a run and its continuation: they change no number.
-MACHINE_CONSTANTS = ("experiment", "checkpoints", "device", "workers", "cache")
+MACHINE_CONSTANTS = ("experiment", "checkpoints", "device", "workers", "cache", "max_bad_frames")
 LOG_COLUMNS = ("epoch", "loss", "loc", "conf", "seg", "lr", "images_per_s", "seconds",
                "miss_rate", "miss_rate_day", "miss_rate_night", "recall")  # fmt: skip
 
@@ -129,6 +129,11 @@ class Run:
         self.step += 1
         self.sums = [a + b for a, b in zip(self.sums, losses.tolist(), strict=True)]
         self.seconds += seconds
+
+    def pass_over(self) -> None:
+        """Count a step without a frame that could be read; the mean losses stay as they are."""
+        self.sums = [value * (self.step + 1) / max(1, self.step) for value in self.sums]
+        self.step += 1
 
     def mean_losses(self) -> list[float]:
         """Loss, loc, conf and seg, averaged over the steps of the epoch under way."""

@@ -21,6 +21,7 @@ import demo_data
 from config import check_config, lab_book, parse_flags, read_constants, refuse, resolve_row
 from datasets import (
     Augmentation,
+    BadFrames,
     Batch,
     BatchLoader,
     Frame,
@@ -54,6 +55,7 @@ EXPERIMENT = ""  # row of the lab book (--list) whose recipe replaces the consta
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
 WORKERS = 2  # loader processes
+MAX_BAD_FRAMES = 10  # frames that may turn unreadable under way and are left out; more end the run
 CACHE = ""  # folder for decoded training frames (1.31 MB a pair), read instead of the JPEGs
 # The recipe: what an experiment is made of.
 SEED = 42  # of initial weights, order and augmentation
@@ -141,7 +143,7 @@ def main() -> None:
                 detections = detect_frames(model, watched.loader, device, precision, config, team)
                 scores = headline(evaluate(watched.people, detections))
             run.end_epoch(scores, team.writes)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BadFrames):
         if team.writes:
             run.save()
             print(f"\nsaved; the same command goes on from epoch {run.epoch + 1}, "
@@ -176,6 +178,7 @@ def train_epoch(
     Raises:
         InputError: a loss is not finite. The batch's frames and loss terms are in the run's
             folder, and `last.pt` is from before this epoch.
+        BadFrames: more than MAX_BAD_FRAMES frames cannot be read any more.
     """
     network.train()
     config, total_steps = run.config, len(loader) * run.config["epochs"]
@@ -184,6 +187,9 @@ def train_epoch(
                disable=not team.writes)  # fmt: skip
     started = time.perf_counter()
     for batch in bar:
+        if batch is None:
+            run.pass_over()
+            continue
         step = run.epoch * len(loader) + run.step
         set_lr(optimizer, config, lr_factor(config, step, total_steps))
         batch = batch.to(device)
@@ -353,6 +359,7 @@ def make_loader(
         dataset, batch_size=config["batch_size"], workers=config["workers"], shuffle=True,
         map_sizes=[model.map_sizes[i] for i in model.infused_maps],
         map_range=choose_range(config, model), pin_memory=device.type == "cuda", team=team,
+        max_bad=config["max_bad_frames"],
     )  # fmt: skip
 
 
