@@ -29,7 +29,7 @@ from augment import (
     view_boxes,
     view_pixels,
 )
-from errors import InputError
+from errors import InputError, run_script
 from frame_cache import FrameCache, open_cache
 from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, Objects, image_path
 from parallel import ALONE, Team
@@ -416,3 +416,14 @@ class BatchLoader:
                 f"{first.problem}; all unreadable frames so far: {', '.join(self.bad)}",
                 "copy them again and give the same command", file=first.file,
             )  # fmt: skip
+
+
+def main() -> None:
+    """`python datasets.py --check ROOT --list LIST` looks for faults in a data set."""
+    from check_data import main as check  # here, because it needs what is above
+
+    sys.exit(check())
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError
-from files import read_text, write_atomically
+from files import load_json, read_text, write_atomically
 from kaist import read_image_list
 
 PEDESTRIAN = 1  # the category_id that counts
@@ -151,12 +151,7 @@ def parse_json(text: str, path: Path) -> tuple[np.ndarray, list[int], int]:
 
     A row is (image_id, x, y, w, h, score).
     """
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"broken JSON ({error.msg})", "write the file again", file=path, line=error.lineno
-        ) from None
+    content = load_json(text, path)
     if not isinstance(content, list):
         raise InputError("the JSON is not a list", "write a list of detections", file=path, line=1)
     try:
