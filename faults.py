@@ -38,7 +38,7 @@ FAULTS = {
     "broken-link": "a link to a file that is not there",
     "unreadable-file": "a file that may not be read, or that is no file",
     "empty-file": "a file of 0 bytes",
-    "not-an-image": "content that is no image",
+    "not-an-image": "content that is neither JPEG nor PNG",
     "broken-image": "an image that cannot be decoded to its end",
     "wrong-size": "an image that is not 640x512",
     "huge-image": "a size that would fill the memory",
@@ -136,9 +136,9 @@ def check_image(path: Path, modality: str) -> Fault | Look:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
+            image = Image.open(path, formats=("JPEG", "PNG"))
     except UnidentifiedImageError:
-        return Fault("not-an-image", path, 0, "its content is no image")
+        return Fault("not-an-image", path, 0, "its content is no JPEG or PNG")
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         return Fault("huge-image", path, 0, str(error))
     except Exception as error:  # whatever Pillow meets in broken data
@@ -217,7 +217,8 @@ def check_xml(path: Path, frame_id: str) -> tuple[list[Fault], Rows]:
 def check_json(path: Path) -> tuple[list[Fault], set[str]]:
     """Faults of a test JSON, and the frames it holds."""
     faults: list[Fault] = []
-    frames: dict[Any, str] = {}
+    frames: set[str] = set()
+    ids: set[Any] = set()
     rows: dict[Any, Rows] = defaultdict(list)
 
     def add(name: str, problem: str) -> None:
@@ -227,22 +228,23 @@ def check_json(path: Path) -> tuple[list[Fault], set[str]]:
         content = load_json(read_text(path), path)
         labels = {category["id"]: category["name"] for category in content["categories"]}
         for image in content["images"]:
-            if image["id"] in frames or image["im_name"] in frames.values():
+            if image["id"] in ids or image["im_name"] in frames:
                 add("json-repeated-id", f"image {image['id']} or {image['im_name']} is there twice")
-            frames[image["id"]] = image["im_name"]
+            ids.add(image["id"])
+            frames.add(image["im_name"])
             size = image.get("width", FRAME_WIDTH), image.get("height", FRAME_HEIGHT)
             if size != (FRAME_WIDTH, FRAME_HEIGHT):
                 add("contradicting-file", f"{image['im_name']} is of size {size[0]}x{size[1]}")
-        ids = Counter(item.get("id", number) for number, item in enumerate(content["annotations"]))
-        for repeated in (i for i, n in ids.items() if n > 1):
-            add("json-repeated-id", f"annotation id {repeated} is there {ids[repeated]} times")
+        used = Counter(item.get("id", number) for number, item in enumerate(content["annotations"]))
+        for repeated in (i for i, n in used.items() if n > 1):
+            add("json-repeated-id", f"annotation id {repeated} is there {used[repeated]} times")
         for number, item in enumerate(content["annotations"]):
             try:
                 label, box, *_ = json_row(item, number, labels, path)
             except InputError as error:
                 faults.append(refusal(error, path))
                 continue
-            if item["image_id"] not in frames:
+            if item["image_id"] not in ids:
                 add("json-unknown-image", f"annotation {number} is of image {item['image_id']}")
             rows[item["image_id"]].append((number, label, tuple(box)))
         found = [fault for objects in rows.values() for fault in suspicions(objects, path)]
@@ -254,7 +256,7 @@ def check_json(path: Path) -> tuple[list[Fault], set[str]]:
         faults.append(refusal(error, path))
     except (AttributeError, KeyError, TypeError) as error:
         add("broken-json", f"no KAIST annotation ({type(error).__name__}: {error})")
-    return faults, set(frames.values())
+    return faults, frames
 
 
 def suspicions(rows: Rows, path: Path) -> Iterator[Fault]:
