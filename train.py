@@ -21,6 +21,7 @@ import demo_data
 from config import check_config, lab_book, parse_flags, read_constants, refuse, resolve_row
 from datasets import (
     Augmentation,
+    BadFrames,
     Batch,
     BatchLoader,
     Frame,
@@ -57,6 +58,7 @@ EXPERIMENT = ""  # row of the lab book (--list) whose recipe replaces the consta
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
 WORKERS = 2  # loader processes
+MAX_BAD_FRAMES = 10  # frames that may turn unreadable under way and are left out; more end the run
 CACHE = ""  # folder for decoded training frames (1.31 MB a pair), read instead of the JPEGs
 # The recipe: what an experiment is made of.
 SEED = 42  # of initial weights, order and augmentation
@@ -152,7 +154,7 @@ def main() -> None:
                 )
                 scores |= headline(evaluate(watched.people, detections)) | mask_ious
             run.end_epoch(scores, team.writes)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BadFrames):
         if team.writes:
             run.save()
             print(f"\nsaved; the same command goes on from epoch {run.epoch + 1}, "
@@ -188,6 +190,7 @@ def train_epoch(
         InputError: a loss or a gradient is not finite, and ON_NONFINITE does not say to go on, or
             `MAX_SKIPS` steps in a row were not. What the step saw is in the run's folder, and
             `last.pt` is from before.
+        BadFrames: more than MAX_BAD_FRAMES frames cannot be read any more.
     """
     network.train()
     config, total_steps = run.config, len(loader) * run.config["epochs"]
@@ -198,6 +201,9 @@ def train_epoch(
                disable=not team.writes)  # fmt: skip
     started = time.perf_counter()
     for batch in bar:
+        if batch is None:
+            run.add_step(None, 0.0)  # none of its frames could be read
+            continue
         step = run.epoch * len(loader) + run.step
         set_lr(optimizer, config, lr_factor(config, step, total_steps))
         batch = batch.to(device)
@@ -391,6 +397,7 @@ def make_loader(
         dataset, batch_size=config["batch_size"], workers=config["workers"], shuffle=True,
         map_sizes=[model.map_sizes[i] for i in model.infused_maps],
         map_range=choose_range(config, model), pin_memory=device.type == "cuda", team=team,
+        max_bad=config["max_bad_frames"],
     )  # fmt: skip
 
 
