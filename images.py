@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from augment import mean_colour
 from errors import InputError
@@ -45,12 +45,12 @@ def check_images(
 def open_image(path: Path) -> Image.Image:
     """Open an image of KAIST's size without decoding it."""
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=("JPEG", "PNG"))
     except FileNotFoundError:
         raise InputError(
             "image not found", "check DATA_ROOT, the image list and INPUT_MODE", file=path
         ) from None
-    except (UnidentifiedImageError, OSError) as error:
+    except Exception as error:  # whatever Pillow meets in broken data, or a size beyond reason
         raise InputError(f"unreadable image ({error})", "copy it again", file=path) from None
     if image.size != (FRAME_WIDTH, FRAME_HEIGHT):
         size = "{}x{}".format(*image.size)
@@ -71,7 +71,7 @@ def decode(path: Path, modality: str) -> Image.Image:
             image.draft(mode, None)  # a grey JPEG's luma alone: no colour conversion to undo
             image.load()
             return image if image.mode == mode else image.convert(mode)
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for broken data
+        except Exception as error:  # whatever Pillow meets in broken data
             raise InputError(f"broken image ({error})", "copy it again", file=path) from None
 
 

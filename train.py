@@ -27,7 +27,15 @@ from config import (
     refuse,
     resolve_row,
 )
-from datasets import Augmentation, Batch, BatchLoader, Frame, KaistPairs, load_frames
+from datasets import (
+    Augmentation,
+    BadFrames,
+    Batch,
+    BatchLoader,
+    Frame,
+    KaistPairs,
+    load_frames,
+)
 from errors import InputError, run_script
 from experiments import EXPERIMENTS
 from images import MODALITIES, cache_frames, check_images
@@ -57,6 +65,7 @@ EXPERIMENT = ""  # row of the lab book (--list) whose recipe replaces the consta
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
 WORKERS = 2  # loader processes
+MAX_BAD_FRAMES = 10  # frames that may turn unreadable under way and are left out; more end the run
 CACHE = ""  # folder for decoded training frames (1.31 MB a pair), read instead of the JPEGs
 # The recipe: what an experiment is made of.
 SEED = 42  # of initial weights, order and augmentation
@@ -158,7 +167,7 @@ def main() -> None:
                 )
                 scores |= headline(evaluate(watched.people, detections)) | mask_ious
             run.end_epoch(scores, team.writes)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BadFrames):
         if team.writes:
             run.save()
             print(f"\nsaved; the same command goes on from epoch {run.epoch + 1}, "
@@ -195,6 +204,7 @@ def train_epoch(
         InputError: a loss or a gradient is not finite, and ON_NONFINITE does not say to go on, or
             `MAX_SKIPS` steps in a row were not. What the step saw is in the run's folder, and
             `last.pt` is from before.
+        BadFrames: more than MAX_BAD_FRAMES frames cannot be read any more.
     """
     network.train()
     config, total_steps = run.config, len(loader) * run.config["epochs"]
@@ -205,6 +215,9 @@ def train_epoch(
                disable=not team.writes)  # fmt: skip
     started = time.perf_counter()
     for batch in bar:
+        if batch is None:
+            run.add_step(None, 0.0)  # none of its frames could be read
+            continue
         step = run.epoch * len(loader) + run.step
         set_lr(optimizer, config, lr_factor(config, step, total_steps))
         batch = batch.to(device)
@@ -394,6 +407,7 @@ def make_loader(
         dataset, batch_size=config["batch_size"], workers=config["workers"], shuffle=True,
         map_sizes=[model.map_sizes[i] for i in model.infused_maps],
         map_range=choose_range(config, model), pin_memory=device.type == "cuda", team=team,
+        max_bad=config["max_bad_frames"],
     )  # fmt: skip
 
 
