@@ -2,7 +2,6 @@
 modality, averaged weights, test flip."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,8 +18,7 @@ from inference import mirror, predict
 from kaist import image_path, open_annotations, read_image_list
 from model import SSD300, Predictions, decode, detect
 from optimisation import MovingAverage
-from runs import Run
-from utils import load_checkpoint, save_checkpoint
+from utils import save_checkpoint
 
 QUICK = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--width", "0.0625",
          "--device", "cpu"]  # fmt: skip
@@ -176,29 +174,6 @@ def test_averaged_weights_by_hand():
     off = MovingAverage(network, 0.0)
     off.update(0)
     assert off.model is network
-
-
-def test_interrupted_averaging_goes_on_exactly(demo_root, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    flags = ["--data-root", demo_root, *QUICK, "--epochs", 2, "--ema-decay", 0.9]
-    call(monkeypatch, train, *flags, "--checkpoints", "whole")
-    add_step, steps = Run.add_step, []
-
-    def interrupt(self, *arguments):
-        add_step(self, *arguments)
-        steps.append(1)
-        if len(steps) == 4:  # in the second epoch of three steps
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Run, "add_step", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        call(monkeypatch, train, *flags, "--checkpoints", "halves")
-    call(monkeypatch, train, *flags, "--checkpoints", "halves")
-    whole, halves = (load_checkpoint(Path(f"{n}/custom/last.pt")) for n in ("whole", "halves"))
-    for part in ("model", "raw_model"):
-        assert all(torch.equal(value, halves[part][key]) for key, value in whole[part].items())
-    weight = "to_conv4_3.0.weight"
-    assert not torch.equal(whole["model"][weight], whole["raw_model"][weight])
 
 
 # ------------------------------------------------------------------------------ test flip

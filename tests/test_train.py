@@ -70,8 +70,9 @@ def test_train_eval_detect_as_a_user_runs_them(demo_root, tmp_path):
     assert (tmp_path / "detections/set06_V000_I00000.png").stat().st_size > 10_000
 
 
-def test_interrupted_run_continues_to_the_same_weights(start, monkeypatch, tmp_path):
-    start("--checkpoints", "whole")
+@pytest.mark.parametrize("flags", [[], ["--ema-decay", "0.9"]])
+def test_interrupted_run_continues_to_the_same_weights(flags, start, monkeypatch):
+    start("--checkpoints", "whole", *flags)
     add_step, steps = Run.add_step, []
 
     def interrupt(self, *arguments):
@@ -82,12 +83,16 @@ def test_interrupted_run_continues_to_the_same_weights(start, monkeypatch, tmp_p
 
     monkeypatch.setattr(Run, "add_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        start("--checkpoints", "halves")
+        start("--checkpoints", "halves", *flags)
     half = load_checkpoint(Path("halves/custom/last.pt"))
     assert (half["epoch"], half["step"]) == (1, 1)
-    start("--checkpoints", "halves")
+    start("--checkpoints", "halves", *flags)
     whole, halves = (load_checkpoint(Path(f"{n}/custom/last.pt")) for n in ("whole", "halves"))
-    assert all(torch.equal(whole["model"][key], halves["model"][key]) for key in whole["model"])
+    parts = ("model", "raw_model") if flags else ("model",)  # averaged weights and the network's
+    for part in parts:
+        assert all(torch.equal(value, halves[part][key]) for key, value in whole[part].items())
+    weights = [whole[part]["loc_heads.0.weight"] for part in parts]
+    assert len(parts) == 1 or not torch.equal(*weights)
     assert len(halves["history"]) == 2
     for a, b in zip(whole["history"], halves["history"], strict=True):
         assert a["loss"] == b["loss"] and a["miss_rate"] == b["miss_rate"]
