@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -159,6 +159,15 @@ class DeviceLoader:
             torch.index_select(self.frames, 0, recipes.rows, out=chosen)
             return ids, sent, copy(chosen)
         return ids, sent, self.frames[sent.rows]
+
+
+def obstacle(config: dict[str, Any]) -> str:
+    """What keeps a configuration's batches from being made on the device; nothing: ""."""
+    if not config["cache"]:
+        return "it needs a folder for decoded frames: set CACHE"
+    if config["augment"] and config["copy_paste"]:
+        return "it cannot paste people: set COPY_PASTE = 0"
+    return ""
 
 
 def load_frames(cache: FrameCache, device: torch.device) -> tuple[Tensor, np.ndarray]:
