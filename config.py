@@ -141,7 +141,8 @@ def show(value: Any) -> str:
 RANGES = (
     (("width", "lr", "batch_size", "epochs", "eval_every", "max_boxes", "samples"),
      lambda v: v > 0, "it has to be greater than 0"),
-    (("seed", "workers", "bias_lr_factor", "weight_decay", "seg_weight", "min_height", "margin"),
+    (("seed", "workers", "max_bad_frames", "bias_lr_factor", "weight_decay", "seg_weight",
+      "min_height", "margin"),
      lambda v: v >= 0, "it cannot be below 0"),
     (("min_score", "nms_iou", "copy_paste"), lambda v: 0 <= v <= 1, "it is a share, from 0 to 1"),
     (("validation",), lambda v: 0 <= v < 1, "it is a share, from 0 to below 1"),

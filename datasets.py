@@ -7,6 +7,7 @@ any number of workers gives the same samples.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from augment import (
     Augmentation,
@@ -33,7 +35,7 @@ from augment import (
 )
 from copy_paste import MOST as MOST_PASTED
 from copy_paste import paste_people
-from errors import InputError
+from errors import InputError, run_script
 from frame_cache import FrameCache, open_cache
 from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, image_path, time_of_day
 from parallel import ALONE, Team
@@ -108,12 +110,12 @@ def check_images(root: Path, frame_ids: list[str], input_mode: str) -> None:
 def open_image(path: Path) -> Image.Image:
     """Open an image of KAIST's size without decoding it."""
     try:
-        image = Image.open(path)
+        image = Image.open(path, formats=("JPEG", "PNG"))
     except FileNotFoundError:
         raise InputError(
             "image not found", "check DATA_ROOT, the image list and INPUT_MODE", file=path
         ) from None
-    except (UnidentifiedImageError, OSError) as error:
+    except Exception as error:  # whatever Pillow meets in broken data, or a size beyond reason
         raise InputError(f"unreadable image ({error})", "copy it again", file=path) from None
     if image.size != (FRAME_WIDTH, FRAME_HEIGHT):
         size = "{}x{}".format(*image.size)
@@ -134,7 +136,7 @@ def decode(path: Path, modality: str) -> Image.Image:
             image.draft(mode, None)  # a grey JPEG's luma alone: no colour conversion to undo
             image.load()
             return image if image.mode == mode else image.convert(mode)
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for broken data
+        except Exception as error:  # whatever Pillow meets in broken data
             raise InputError(f"broken image ({error})", "copy it again", file=path) from None
 
 
@@ -186,6 +188,17 @@ class Sample(NamedTuple):
     frame_id: str
 
 
+class BadFrame(NamedTuple):
+    """What comes in a sample's place when its frame cannot be read."""
+
+    frame_id: str
+    error: InputError
+
+
+class BadFrames(InputError):
+    """Frames that went bad under a run's way; what the run has learned so far is sound."""
+
+
 class Batch(NamedTuple):
     """images (N, C, H, W) uint8; boxes (N, M, 4) float32 xyxy fractions; labels (N, M) int64,
     1 person, -1 ignore, 0 padding; masks: per infused map (N, h, w) int64; frame ids."""
@@ -217,8 +230,8 @@ class KaistPairs(Dataset):
         seed: key of all random choices, together with epoch and frame index.
         cache: decoded frames of this input, read instead of the images.
 
-    Indexed by (epoch, index). A frame that cannot be read is returned as its InputError, because
-    an exception would cross from a worker process as a traceback.
+    Indexed by (epoch, index). A frame that cannot be read comes as a BadFrame, because an exception
+    would end the whole batch.
     """
 
     def __init__(
@@ -245,12 +258,12 @@ class KaistPairs(Dataset):
     def __len__(self) -> int:
         return len(self.frames)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | InputError:
+    def __getitem__(self, key: tuple[int, int]) -> Sample | BadFrame:
         epoch, index = key
         try:
             return self.sample(epoch, index)
         except InputError as error:
-            return error
+            return BadFrame(self.frames[index].id, error)
 
     def sample(self, epoch: int, index: int) -> Sample:
         """A frame's sample of an epoch."""
@@ -337,7 +350,9 @@ def pad(
 
 @dataclass(frozen=True)
 class Collate:
-    """Samples to a Batch with masks for feature maps of the given (h, w) sizes.
+    """Samples to a Batch with masks for feature maps of the given (h, w) sizes, and what is bad.
+
+    The Batch is of the frames that could be read, None if there are none.
 
     map_range: leaves the persons that a map cannot detect out of its mask.
     objects: boxes and labels are padded to so many, or to those of the fullest frame.
@@ -347,10 +362,11 @@ class Collate:
     map_range: MapRange | None = None
     objects: int = 1
 
-    def __call__(self, samples: list[Sample | InputError]) -> Batch | InputError:
-        for sample in samples:
-            if isinstance(sample, InputError):
-                return sample
+    def __call__(self, items: list[Sample | BadFrame]) -> tuple[Batch | None, list[BadFrame]]:
+        bad = [item for item in items if isinstance(item, BadFrame)]
+        samples = [item for item in items if isinstance(item, Sample)]
+        if not samples:
+            return None, bad
         boxes, labels = pad(
             [s.boxes for s in samples], [s.labels for s in samples], self.objects
         )
@@ -359,7 +375,7 @@ class Collate:
         )
         masks = box_masks(mask_boxes, mask_labels, self.map_sizes, self.map_range)
         images = torch.stack([s.image for s in samples])
-        return Batch(images, boxes, labels, masks, [s.frame_id for s in samples])
+        return Batch(images, boxes, labels, masks, [s.frame_id for s in samples]), bad
 
 
 class EpochBatches(Sampler):
@@ -403,6 +419,10 @@ class BatchLoader:
         shuffle: training order: another permutation each epoch, an incomplete last batch is left
             out (unless it is the only one). False: the frames in their order, all of them.
         map_sizes, map_range: of the feature maps that masks are wanted for, as in `Collate`.
+        max_bad: frames that may turn out to be unreadable; they are left out, with a warning each.
+
+    Attributes:
+        bad: the unreadable frames met so far, by their id, in this process or another of the team.
     """
 
     def __init__(
@@ -415,8 +435,11 @@ class BatchLoader:
         map_sizes: list[tuple[int, int]],
         pin_memory: bool,
         map_range: MapRange | None = None,
+        max_bad: int = 0,
         team: Team = ALONE,
     ) -> None:
+        self.max_bad = max_bad
+        self.bad: dict[str, InputError] = {}
         seed = dataset.seed if shuffle else None
         self.batches = EpochBatches(len(dataset), batch_size, seed, team)
         self.loader = DataLoader(
@@ -433,14 +456,44 @@ class BatchLoader:
         """Batches an epoch."""
         return len(self.batches)
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch | None]:
         """The batches of one epoch, without the first `skip`.
 
+        None stands for a batch of which no frame can be read, or none of one process's share: so
+        all processes keep in step. It can come only where `max_bad` allows it.
+
         Raises:
-            InputError: a frame turned out to be unreadable.
+            BadFrames: more than `max_bad` frames turned out to be unreadable, at the same batch
+                in every process.
         """
         self.batches.epoch, self.batches.skip = epoch, skip
-        for batch in self.loader:
-            if isinstance(batch, InputError):
-                raise batch
+        team = self.batches.team
+        for batch, bad in self.loader:
+            if team.any(bool(bad)):
+                self.note([frame for frames in team.gather(bad) for frame in frames])
+                batch = None if team.any(batch is None) else batch
             yield batch
+
+    def note(self, frames: list[BadFrame]) -> None:
+        """Warn of frames that went bad, once each, or stop if they are too many."""
+        for frame_id, error in frames:
+            if frame_id not in self.bad and self.max_bad and self.batches.team.writes:
+                tqdm.write(f"warning: {error}; {frame_id} is left out", file=sys.stderr)
+            self.bad.setdefault(frame_id, error)
+        if len(self.bad) > self.max_bad:
+            first = next(iter(self.bad.values()))
+            raise BadFrames(
+                f"{first.problem}; all unreadable frames so far: {', '.join(self.bad)}",
+                "copy them again and give the same command", file=first.file,
+            )  # fmt: skip
+
+
+def main() -> None:
+    """`python datasets.py --check ROOT --list LIST` looks for faults in a data set."""
+    from check_data import main as check  # here, because it needs what is above
+
+    sys.exit(check())
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -11,22 +11,22 @@ Forms (boxes are x, y, w, h in pixels of the 640x512 frame in all of them):
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from errors import InputError
-from files import read_text
+from files import load_json, read_text
 from remember import remember
 
 FRAME_WIDTH, FRAME_HEIGHT = 640, 512
-FRAME_ID = re.compile(r"set(0\d|1[01])/V\d{3}/I\d{5}")
+FRAME_ID = re.compile(r"set(0\d|1[01])/V\d{3}/I\d{5}", re.ASCII)
 DAY_SETS = {"set00", "set01", "set02", "set06", "set07", "set08"}
 SCENES = ("campus", "road", "downtown")  # by set number modulo 3
 JSON_NAME = "KAIST_annotation.json"
@@ -174,45 +174,54 @@ def read_lines(path: Path, columns: int) -> list[ObjectRow]:
             "the first line is not a bbGt header", "begin the file with '% bbGt version=3'",
             file=path, line=1,
         )  # fmt: skip
-    rows = []
-    for number, line in enumerate(lines[1:], 2):
-        fields = line.split()
-        if not fields:
-            continue
-        if len(fields) < columns:
-            raise InputError(
-                f"{len(fields)} columns where at least {columns} are wanted",
-                "write 'person x y w h occ vx vy vw vh ign ang'", file=path, line=number,
-            )  # fmt: skip
-        box = [parse_number(field, path, number) for field in fields[1:5]]
-        occlusion = ignore = 0.0
-        if len(fields) >= 11:
-            occlusion = parse_number(fields[5], path, number)
-            ignore = parse_number(fields[10], path, number)
-        check_row(box, occlusion, path, number)
-        rows.append((fields[0], box, occlusion, ignore != 0))
-    return rows
+    numbered = enumerate(lines[1:], 2)
+    return [line_row(line, columns, path, n) for n, line in numbered if line.strip()]
+
+
+def line_row(line: str, columns: int, path: Path, number: int) -> ObjectRow:
+    """A row from one line of a text file; `number` is the line's."""
+    fields = line.split()
+    if len(fields) < columns:
+        raise InputError(
+            f"{len(fields)} columns where at least {columns} are wanted",
+            "write 'person x y w h occ vx vy vw vh ign ang'", file=path, line=number,
+        )  # fmt: skip
+    box = [parse_number(field, path, number) for field in fields[1:5]]
+    occlusion = ignore = 0.0
+    if len(fields) >= 11:
+        occlusion = parse_number(fields[5], path, number)
+        ignore = parse_number(fields[10], path, number)
+    check_row(box, occlusion, path, number)
+    return fields[0], box, occlusion, ignore != 0
 
 
 def read_xml(path: Path) -> list[ObjectRow]:
     """One XML file; its bndbox holds x, y, w, h."""
+    rows = []
+    for i, item in enumerate(parse_xml(path).iter("object")):
+        try:
+            rows.append(xml_row(item, path, None))
+        except InputError:  # the parser keeps no lines: look it up, and say it again with it
+            xml_row(item, path, object_line(path, i))
+    return rows
+
+
+def parse_xml(path: Path) -> ElementTree.Element:
+    """The root of one XML file; entities, which can grow without bound, are refused."""
+    text = read_text(path)
+    if "<!DOCTYPE" in text:
+        raise InputError("an XML with a DOCTYPE is not read", "delete its DOCTYPE", file=path)
     try:
-        root = ElementTree.fromstring(path.read_bytes())
+        root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
         raise InputError(
             f"broken XML ({error})", "copy the file again", file=path, line=error.position[0]
         ) from None
     if root.tag != "annotation":
         raise InputError(
-            f"<{root.tag}> is no KAIST annotation", "copy the file again", file=path, line=1
+            f"<{root.tag[:60]}> is no KAIST annotation", "copy the file again", file=path, line=1
         )
-    rows = []
-    for i, item in enumerate(root.iter("object")):
-        try:
-            rows.append(xml_row(item, path, None))
-        except InputError:  # the parser keeps no lines: look it up, and say it again with it
-            xml_row(item, path, object_line(path, i))
-    return rows
+    return root
 
 
 def xml_row(item: ElementTree.Element, path: Path, line: int | None) -> ObjectRow:
@@ -242,12 +251,7 @@ def read_json(path: Path) -> dict[str, Objects]:
     Objects of a category other than "person" and those with ignore = 1 keep their flag; every
     object's label is its category's name.
     """
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"broken JSON ({error.msg})", "copy the file again", file=path, line=error.lineno
-        ) from None
+    content = load_json(read_text(path), path)
     try:
         names = {category["id"]: category["name"] for category in content["categories"]}
         images = sorted(content["images"], key=lambda image: image["id"])
@@ -256,15 +260,32 @@ def read_json(path: Path) -> dict[str, Objects]:
         if not len(rows) == len(frames) == len(images) or not all(map(FRAME_ID.fullmatch, frames)):
             raise ValueError("an image's id or im_name is there twice, or is no frame id")
         for number, item in enumerate(content["annotations"]):
-            box = [float(value) for value in item["bbox"]]
-            check_row(box, item["occlusion"], path, None, f"annotation {number} of the list: ")
-            row = (names[item["category_id"]], box, item["occlusion"], bool(item["ignore"]))
-            rows[item["image_id"]].append(row)
+            rows[item["image_id"]].append(json_row(item, number, names, path))
         return {image["im_name"]: make_objects(rows[image["id"]]) for image in images}
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"not a KAIST annotation JSON ({type(error).__name__}: {error})",
             "use KAIST_annotation.json, with images, annotations and categories", file=path,
+        ) from None  # fmt: skip
+
+
+def json_row(
+    item: Any, number: int, names: dict[Any, Any], path: Path
+) -> ObjectRow:
+    """A row from the JSON's annotation `number`; names: category id -> label."""
+    where = f"annotation {number} of the list"
+    try:
+        label, occlusion, ignore = names[item["category_id"]], item["occlusion"], item["ignore"]
+        numbers = [*item["bbox"], occlusion]
+        if not isinstance(label, str) or {*map(type, numbers)} - {int, float}:
+            raise TypeError("a value is of the wrong type")
+        box = [float(value) for value in numbers[:-1]]
+        check_row(box, occlusion, path, None, f"{where}: ")
+        return label, box, occlusion, bool(ignore)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"{where} lacks a field or holds a wrong one ({type(error).__name__}: {error})",
+            "compare it with the others", file=path,
         ) from None  # fmt: skip
 
 

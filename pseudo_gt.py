@@ -139,7 +139,10 @@ def main() -> None:
         augmentation=Augmentation(config["zoom_out"]), masks_follow=config["masks_follow"],
         seed=config["seed"],
     )  # fmt: skip
-    batch = Collate(feature_map_sizes((300, 300)))([dataset[0, i] for i in range(len(frames))])
+    collate = Collate(feature_map_sizes((300, 300)))
+    batch, bad = collate([dataset[0, i] for i in range(len(frames))])
+    if bad:
+        raise bad[0].error
     write_atomically(Path(config["out"]), lambda path: draw_masks(batch, path))
     print(f"{config['out']}: {len(frames)} augmented samples, green persons, red ignored objects")
 

@@ -20,6 +20,7 @@ import demo_data
 from config import check_config, lab_book, parse_flags, read_constants, refuse, resolve_row
 from datasets import (
     Augmentation,
+    BadFrames,
     Batch,
     BatchLoader,
     Frame,
@@ -60,6 +61,7 @@ PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the m
 WORKERS = 2  # loader processes
 LOADER = "auto"  # who makes batches: workers, device (needs CACHE), or auto: a GPU if it can
 COMPILE = "auto"  # torch.compile for the training step's network: on, off, or auto: on CUDA
+MAX_BAD_FRAMES = 10  # frames that may turn unreadable under way and are left out; more end the run
 CACHE = ""  # folder for decoded training frames (1.31 MB a pair), read instead of the JPEGs
 # The recipe: what an experiment is made of.
 SEED = 42  # of initial weights, order and augmentation
@@ -157,7 +159,7 @@ def main() -> None:
                 )
                 scores |= headline(evaluate(watched.people, detections)) | mask_ious
             run.end_epoch(scores, team.writes)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BadFrames):
         if team.writes:
             run.save()
             print(f"\nsaved; the same command goes on from epoch {run.epoch + 1}, "
@@ -193,6 +195,7 @@ def train_epoch(
         InputError: a loss or a gradient is not finite, and ON_NONFINITE does not say to go on, or
             `MAX_SKIPS` steps in a row were not. What the step saw is in the run's folder, and
             `last.pt` is from before.
+        BadFrames: more than MAX_BAD_FRAMES frames cannot be read any more.
     """
     network.train()
     config, total_steps = run.config, len(loader) * run.config["epochs"]
@@ -203,6 +206,10 @@ def train_epoch(
                disable=not team.writes)  # fmt: skip
     with StepLog(run, team.rank, patience=MAX_SKIPS if skips else 1) as log:
         for step, batch in enumerate(bar, first_step):
+            if batch is None:  # none of its frames could be read
+                log.flush()
+                run.add_step(None, 0.0)
+                continue
             set_lr(optimizer, config, lr_factor(config, step, total_steps))
             batch = batch.to(device)
             before = [buffer.clone() for buffer in network.buffers()] if skips else []
@@ -397,7 +404,8 @@ def make_loader(
         if team.writes:
             print(loader)
         return loader
-    return BatchLoader(dataset, shuffle=True, pin_memory=on_gpu, **settings)
+    return BatchLoader(dataset, shuffle=True, pin_memory=on_gpu,
+                       max_bad=config["max_bad_frames"], **settings)  # fmt: skip
 
 
 def choose_range(config: dict[str, Any], model: SSD300) -> MapRange | None:

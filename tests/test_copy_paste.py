@@ -74,7 +74,8 @@ def test_samples_with_pasted_people_are_repeatable_and_their_masks_follow(demo_r
         sample, again = pasted[3, i], pasted[3, i]
         assert (sample.image == again.image).all() and np.array_equal(sample.boxes, again.boxes)
         assert np.array_equal(sample.boxes, sample.mask_boxes)
-        [mask] = Collate([(38, 38)])([sample]).masks
+        batch, _ = Collate([(38, 38)])([sample])
+        [mask] = batch.masks
         assert (mask == 1).any() == (sample.labels == 1).any()
         more += len(sample.boxes) - len(plain[3, i].boxes)
     assert more > 0
