@@ -34,8 +34,9 @@ from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert
 
 from augment import Augmentation, resize, snap, view_pixels
+from batches import Collate
 from config import OneLineParser
-from datasets import Collate, KaistPairs, cache_frames, load_frames, read_image
+from datasets import KaistPairs, cache_frames, load_frames, read_image
 from demo_data import draw_demo
 from device_loader import DeviceLoader
 from errors import run_script

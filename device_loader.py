@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from augment import frame_mean, mean_colour, whole_frame
-from datasets import Batch, EpochBatches, KaistPairs, most_objects, pad
+from batches import Batch, EpochBatches, most_objects, pad
+from datasets import KaistPairs
 from frame_cache import FrameCache
 from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks

@@ -11,7 +11,8 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from datasets import BatchLoader, Frame, KaistPairs, check_images, label_objects
+from batches import BatchLoader
+from datasets import Frame, KaistPairs, check_images, label_objects
 from demo_data import open_root
 from kaist import (
     FOLDERS,

@@ -45,9 +45,8 @@ class StepLog:
     def __enter__(self) -> StepLog:
         return self
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        if kind is None or kind is KeyboardInterrupt:
-            self.flush()
+    def __exit__(self, *_: object) -> None:
+        self.flush()  # whatever ended the steps: what is saved next has seen all of them
 
     def add(self, losses: Tensor, finite: Tensor, frame_ids: list[str]) -> None:
         """Take note of a step.

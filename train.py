@@ -17,18 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import demo_data
+from batches import BadFrames, Batch, BatchLoader
 from config import check_config, lab_book, parse_flags, read_constants, refuse, resolve_row
-from datasets import (
-    Augmentation,
-    BadFrames,
-    Batch,
-    BatchLoader,
-    Frame,
-    KaistPairs,
-    cache_frames,
-    check_images,
-    load_frames,
-)
+from datasets import Augmentation, Frame, KaistPairs, cache_frames, check_images, load_frames
 from device_loader import DeviceLoader, obstacle
 from errors import InputError, run_script
 from experiments import EXPERIMENTS

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection import ssd300_vgg16
 
-from datasets import Batch
+from batches import Batch
 from kaist import FRAME_HEIGHT, FRAME_WIDTH
 from losses import MultiBoxLoss, SegmentationLoss
 from miss_rate import GroundTruth

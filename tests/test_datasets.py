@@ -26,14 +26,8 @@ from augment import (
     view_pixels,
     whole_frame,
 )
-from datasets import (
-    BatchLoader,
-    KaistPairs,
-    cache_frames,
-    check_images,
-    label_objects,
-    load_frames,
-)
+from batches import BatchLoader
+from datasets import KaistPairs, cache_frames, check_images, label_objects, load_frames
 from datasets import read_frame as read
 from errors import InputError
 from kaist import image_path, make_objects, open_annotations, read_image_list
