@@ -13,6 +13,7 @@ torchvision's, or the plain way of plain.py.
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import subprocess
@@ -34,9 +35,11 @@ from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert
 
 from augment import Augmentation, resize, snap, view_pixels
+from batches import Collate
 from config import OneLineParser, model_arguments, resolve_row
-from datasets import Collate, KaistPairs, load_frames
+from datasets import KaistPairs, load_frames
 from demo_data import draw_demo
+from device_loader import DeviceLoader
 from errors import run_script
 from experiments import EXPERIMENTS
 from images import cache_frames, read_frame, read_image
@@ -53,6 +56,7 @@ from workloads import (
     added_memory,
     describe_machine,
     draw_annotations,
+    our_loss,
     our_step,
     random_objects,
     random_predictions,
@@ -153,6 +157,52 @@ def bench_step(bench: Bench) -> Iterator[Row]:
         yield faster(work, ours, theirs, "torchvision fp32", 2.5 if name == "bf16" else 1.1)
         yield share(f"all of the step that is not convolution, {name}", f"{ours:.4g} ms",
                     f"bare trunk: {bare:.4g} ms", ours / bare, 1.05)  # fmt: skip
+
+
+def bench_training(bench: Bench) -> Iterator[Row]:
+    """Training on a GPU, data included."""
+    if bench.device.type == "cuda":
+        yield from training_rows(bench, n=32, width=1.0, n_frames=256, workers=8)
+
+
+def training_rows(
+    bench: Bench, n: int, width: float, n_frames: int, workers: int
+) -> Iterator[Row]:
+    """Images a second from the frame cache to the updated weights, the share of what the bare
+    convolutions reach, and what the parts take by themselves."""
+    root = bench.folder / "training"
+    draw_demo(root, train_frames=n_frames, test_frames=6, progress=False)
+    ids = read_image_list(root / "imageSets/train-all.txt")
+    frames = load_frames(ids, open_annotations(root), min_height=12, margin=5)
+    pairs = KaistPairs(
+        root, frames, input_mode="early", size=(300, 300), augmentation=Augmentation(),
+        masks_follow=True, seed=0, cache=cache_frames(root / "cache", root, ids, "early"),
+    )  # fmt: skip
+    model = SSD300(**(MODEL | {"width": width})).to(bench.device).train()
+    maps = [model.map_sizes[i] for i in model.infused_maps]
+    loader = DeviceLoader(pairs, batch_size=n, workers=workers, map_sizes=maps,
+                          device=bench.device)  # fmt: skip
+    batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
+    batch = next(batches)
+    predictions, loss = model(batch.images), our_loss(model)
+    outputs = [*predictions[:2], *predictions.seg]
+    loss(predictions, batch).backward(retain_graph=True)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6, fused=bench.device.type == "cuda")
+
+    step, bare, data, losses, update = interleave(
+        bench,
+        our_step(bench.device, bench.precision, n, batches, width=width),
+        trunk_step(bench.device, bench.precision, n, width=width),
+        lambda: next(batches),
+        lambda: torch.autograd.grad(loss(predictions, batch), outputs),
+        optimizer.step,
+    )
+    yield Row(f"training end to end, batch {n}", f"{1e3 * n / step:.0f} images/s",
+              f"bare trunk: {1e3 * n / bare:.0f} images/s", f"{bare / step:.2f} of it", ">= 0.46",
+              bare / step >= 0.46)  # fmt: skip
+    for name, value in (("data and augmentation", data), ("losses", losses), ("update", update)):
+        yield Row(f"{name} alone", f"{value:.3g} ms", f"step: {step:.4g} ms",
+                  f"{value / step:.3f} of it", "", None)  # fmt: skip
 
 
 def bench_memory(bench: Bench) -> Iterator[Row]:
@@ -328,7 +378,7 @@ def bench_annotations(bench: Bench) -> Iterator[Row]:
 BENCHMARKS = {
     "loss": bench_loss, "detect": bench_detect, "sample": bench_sample,
     "evaluation": bench_evaluation, "annotations": bench_annotations, "image": bench_image,
-    "step": bench_step, "memory": bench_memory,
+    "step": bench_step, "training": bench_training, "memory": bench_memory,
 }  # fmt: skip
 
 

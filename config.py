@@ -23,6 +23,8 @@ CHOICES = {
     "loc_reduction": ("mean", "sum"),
     "optimizer": ("sgd", "adam"),
     "schedule": ("constant", "step", "cosine"),
+    "loader": ("auto", "workers", "device"),
+    "compile": ("auto", "on", "off"),
     "precision": ("auto", "fp32", "bf16"),
     "on_nonfinite": ("stop", "skip"),
 }

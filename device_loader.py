@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from augment import frame_mean, mean_colour, whole_frame
-from datasets import Batch, EpochBatches, KaistPairs, most_objects, pad
+from batches import Batch, EpochBatches, most_objects, pad
+from datasets import KaistPairs
 from frame_cache import FrameCache
 from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks
@@ -159,6 +160,15 @@ class DeviceLoader:
             torch.index_select(self.frames, 0, recipes.rows, out=chosen)
             return ids, sent, copy(chosen)
         return ids, sent, self.frames[sent.rows]
+
+
+def obstacle(config: dict[str, Any]) -> str:
+    """What keeps a configuration's batches from being made on the device; nothing: ""."""
+    if not config["cache"]:
+        return "it needs a folder for decoded frames: set CACHE"
+    if config["augment"] and config["copy_paste"]:
+        return "it cannot paste people: set COPY_PASTE = 0"
+    return ""
 
 
 def load_frames(cache: FrameCache, device: torch.device) -> tuple[Tensor, np.ndarray]:

@@ -12,7 +12,8 @@ from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from augment import resize, snap, view_pixels
-from datasets import BatchLoader, Frame, KaistPairs, label_objects
+from batches import BatchLoader
+from datasets import Frame, KaistPairs, label_objects
 from demo_data import open_root
 from errors import InputError
 from images import MODALITIES, check_images

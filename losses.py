@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,9 +81,9 @@ class MultiBoxLoss(nn.Module):
         """Sums of loc and conf, and the positives' number, from those priors alone that teach
         something: the quick way on a CPU."""
         target, owner = match(boxes, labels, self.priors, self.match_iou)
-        image, prior = (target == PERSON).nonzero(as_tuple=True)
+        positive = torch.from_numpy(np.flatnonzero(target.numpy() == PERSON))
+        image, prior = positive // len(self.priors), positive % len(self.priors)
         wanted = self.negatives(image.bincount(minlength=len(boxes)))
-        positive = image * len(self.priors) + prior
         negative = hardest_negatives(predictions.conf.detach(), target, wanted)
 
         offsets = encode(to_cxcywh(boxes[image, owner[image, prior]]), self.priors[prior])

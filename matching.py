@@ -22,6 +22,8 @@ and return
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -57,31 +59,52 @@ def prior_corners(priors: Tensor) -> tuple[Tensor, Tensor]:
 def match(
     boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float
 ) -> tuple[Tensor, Tensor]:
-    """Matching, image by image."""
+    """Matching, image by image; overlaps are computed for a few images at a time."""
     corners, areas = prior_corners(priors)
     target = np.zeros((len(boxes), len(priors)), np.int8)
     owner = np.zeros(target.shape, np.int64)
-    overlaps = boxes.new_empty((labels.shape[1], len(priors)))
-    for image, image_labels in enumerate(labels.tolist()):
-        people = [k for k, label in enumerate(image_labels) if label == PERSON]
-        ignored = [k for k, label in enumerate(image_labels) if label == IGNORE]
-        objects = boxes[image, people + ignored]
+    kinds = labels.numpy()
+    overlaps = boxes.new_empty((max(ROWS, labels.shape[1]), len(priors)))
+    for images in blocks((kinds != 0).sum(1).tolist()):
+        people, ignored = (np.argwhere(kinds[images] == kind) for kind in (PERSON, IGNORE))
+        image, k = torch.from_numpy(np.concatenate([people, ignored])).T
+        objects = boxes[images][image, k]
         shared = overlaps[: len(objects)]
         for rows, out in zip(objects.split(ROWS), shared.split(ROWS), strict=True):
             intersection(rows, corners, out)
-        for covered in shared[len(people) :]:
-            target[image, covered.ge(0.5 * areas).numpy()] = IGNORE
-        if people:
-            shared = shared[: len(people)]
-            union = (box_areas(objects[: len(people)]).unsqueeze(1) + areas).sub_(shared)
-            iou = shared.div_(union)
-            positive = np.flatnonzero(iou.amax(0).numpy() >= match_iou)
-            best = iou.numpy()[:, positive].argmax(0)
-            own, prior = own_priors(iou.numpy())
-            target[image, positive] = target[image, prior] = PERSON
-            owner[image, positive] = np.take(people, best)
-            owner[image, prior] = np.take(people, own)
+        covered = shared[len(people) :].ge(0.5 * areas).numpy()
+        for image, inside in zip(ignored[:, 0], covered, strict=True):
+            target[images][image, inside] = IGNORE
+        shared = shared[: len(people)]
+        union = (box_areas(objects[: len(people)]).unsqueeze(1) + areas).sub_(shared)
+        iou = shared.div_(union).numpy()
+        ends = people[:, 0].searchsorted(range(images.stop - images.start + 1)).tolist()
+        for image, (start, end) in enumerate(pairwise(ends), images.start):
+            if start < end:
+                own, prior = match_image(iou[start:end], match_iou)
+                target[image, prior] = PERSON
+                owner[image, prior] = people[start:end, 1][own]
     return torch.from_numpy(target), torch.from_numpy(owner)
+
+
+def blocks(counts: list[int]) -> Iterator[slice]:
+    """Consecutive images that together hold at most `ROWS` objects, or one with more."""
+    start = total = 0
+    for image, count in enumerate(counts):
+        if image > start and total + count > ROWS:
+            yield slice(start, image)
+            start, total = image, 0
+        total += count
+    yield slice(start, len(counts))
+
+
+def match_image(iou: np.ndarray, match_iou: float) -> tuple[np.ndarray, np.ndarray]:
+    """Persons and the priors that answer for them, from an image's overlaps (m, P); of a prior that
+    is there twice the last one counts."""
+    positive = np.flatnonzero(iou.max(0) >= match_iou)
+    best = iou[:, positive].argmax(0)
+    own, prior = own_priors(iou)
+    return np.append(best, own), np.append(positive, prior)
 
 
 def own_priors(iou: np.ndarray) -> tuple[list[int], list[int]]:

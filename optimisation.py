@@ -24,9 +24,35 @@ def make_optimizer(
     if learned := list(criterion.parameters()):
         groups.append({"params": learned, "scale": 1.0, "weight_decay": 0.0})
     settings = {"lr": config["lr"], "weight_decay": config["weight_decay"]}
+    # On a GPU one kernel for all parameters; a CPU's would round differently than it always has.
+    settings["fused"] = next(model.parameters()).is_cuda or None
     if config["optimizer"] == "adam":
-        return torch.optim.Adam(groups, **settings)
-    return torch.optim.SGD(groups, momentum=0.9, **settings)
+        optimizer = torch.optim.Adam(groups, **settings)
+    else:
+        optimizer = torch.optim.SGD(groups, momentum=0.9, **settings)
+    optimizer.register_load_state_dict_pre_hook(keep_kernels)
+    return optimizer
+
+
+def keep_kernels(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state to be loaded, without the choice of kernels of the device that saved it."""
+    fused = optimizer.defaults["fused"]
+    return {**state, "param_groups": [{**group, "fused": fused} for group in state["param_groups"]]}
+
+
+def update(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+    """A step of the optimiser unless `finite`, a bool scalar, is False.
+
+    The fused kernels look at it on the device, as they do for `torch.amp.GradScaler`; the host does
+    not wait for its value, except before the first step, which has no momentum to keep.
+    """
+    if not (optimizer.defaults["fused"] and optimizer.state):
+        if finite:
+            optimizer.step()
+        return
+    optimizer.grad_scale, optimizer.found_inf = None, (~finite).float()
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
 
 
 def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:

@@ -18,7 +18,7 @@ from errors import InputError, run_script
 from files import write_atomically
 
 if TYPE_CHECKING:
-    from datasets import Batch
+    from batches import Batch
 
 DATA_ROOT = "data/demo"  # KAIST root; the demo set is drawn here if it is absent
 IMAGE_LIST = "imageSets/train-all.txt"  # frames to draw: below DATA_ROOT, or any path
@@ -114,8 +114,9 @@ def cell_under(point: Tensor, cells: int) -> Tensor:
 def main() -> None:
     """Draw random samples of an image list."""
     # Here, because datasets.py itself needs the masks above.
+    from batches import Collate
     from config import check_config, parse_flags, read_constants
-    from datasets import Augmentation, Collate, KaistPairs, load_frames
+    from datasets import Augmentation, KaistPairs, load_frames
     from demo_data import open_root
     from images import check_images
     from inference import find_annotations

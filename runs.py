@@ -16,7 +16,7 @@ from utils import load_checkpoint, save_checkpoint
 
 # Constants that may differ between a run and its continuation: they change no number.
 MACHINE_CONSTANTS = ("experiment", "checkpoints", "name", "device", "workers", "cache",
-                     "on_nonfinite", "max_bad_frames")  # fmt: skip
+                     "loader", "compile", "on_nonfinite", "max_bad_frames")  # fmt: skip
 
 
 class Part(Protocol):

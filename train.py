@@ -8,7 +8,6 @@ takes every constant of the recipe from row 19 of the lab book (experiments.py),
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import demo_data
+from batches import BadFrames, Batch, BatchLoader
 from config import (
     check_config,
     lab_book,
@@ -27,15 +27,8 @@ from config import (
     refuse,
     resolve_row,
 )
-from datasets import (
-    Augmentation,
-    BadFrames,
-    Batch,
-    BatchLoader,
-    Frame,
-    KaistPairs,
-    load_frames,
-)
+from datasets import Augmentation, Frame, KaistPairs, load_frames
+from device_loader import DeviceLoader, obstacle
 from errors import InputError, run_script
 from experiments import EXPERIMENTS
 from images import MODALITIES, cache_frames, check_images
@@ -44,12 +37,13 @@ from kaist import Annotations, find_file, read_image_list
 from losses import BACKGROUND, IGNORE, MultiBoxLoss, SegmentationLoss
 from miss_rate import GroundTruth, evaluate, load_ground_truth
 from model import SSD300, Predictions, feature_map_sizes
-from optimisation import MovingAverage, gradient_norm, lr_factor, make_optimizer, set_lr
+from optimisation import MovingAverage, gradient_norm, lr_factor, make_optimizer, set_lr, update
 from parallel import Team, join_team
 from pretrained import check_pretrained, load_pretrained
 from pseudo_gt import MapRange
 from report import headline, report
-from runs import Run, nonfinite_error
+from runs import Run
+from step_log import StepLog
 from utils import autocast, choose_device, choose_precision
 
 # Where things are, and which machine runs them.
@@ -65,6 +59,8 @@ EXPERIMENT = ""  # row of the lab book (--list) whose recipe replaces the consta
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
 WORKERS = 2  # loader processes
+LOADER = "auto"  # who makes batches: workers, device (needs CACHE), or auto: a GPU if it can
+COMPILE = "auto"  # torch.compile for the training step's network: on, off, or auto: on CUDA
 MAX_BAD_FRAMES = 10  # frames that may turn unreadable under way and are left out; more end the run
 CACHE = ""  # folder for decoded training frames (1.31 MB a pair), read instead of the JPEGs
 # The recipe: what an experiment is made of.
@@ -147,6 +143,8 @@ def main() -> None:
                 | ({"raw_model": model} if average.model is not model else {}))  # fmt: skip
     run.terms = criterion.terms
     network = team.spread(model)
+    if config["compile"] == "on" or (config["compile"] == "auto" and device.type == "cuda"):
+        network = torch.compile(network, dynamic=False)
 
     if team.writes:
         run.begin()
@@ -191,7 +189,7 @@ def train_epoch(
     run: Run,
     network: nn.Module,
     average: MovingAverage,
-    loader: BatchLoader,
+    loader: BatchLoader | DeviceLoader,
     criterion: Criterion,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
@@ -209,43 +207,35 @@ def train_epoch(
     network.train()
     config, total_steps = run.config, len(loader) * run.config["epochs"]
     skips = config["on_nonfinite"] == "skip"
-    in_a_row = 0
+    first_step = run.epoch * len(loader) + run.step
     bar = tqdm(loader.epoch(run.epoch, skip=run.step), initial=run.step, total=len(loader),
                desc=f"epoch {run.epoch + 1}/{config['epochs']}", unit="step",
                disable=not team.writes)  # fmt: skip
-    started = time.perf_counter()
-    for batch in bar:
-        if batch is None:
-            run.add_step(None, 0.0)  # none of its frames could be read
-            continue
-        step = run.epoch * len(loader) + run.step
-        set_lr(optimizer, config, lr_factor(config, step, total_steps))
-        batch = batch.to(device)
-        before = [buffer.clone() for buffer in network.buffers()] if skips else []
-        with autocast(device, precision):
-            predictions = network(batch.images)
-        losses = criterion(predictions, batch)
-        batch_losses = team.sum(losses.detach()) / team.size
-        optimizer.zero_grad()
-        losses[0].backward()
-        team.average_gradients(criterion)
-        finite = bool(batch_losses.isfinite().all() & gradient_norm(optimizer).isfinite())
-        if finite:
-            optimizer.step()
+    with StepLog(run, team.rank, patience=MAX_SKIPS if skips else 1) as log:
+        for step, batch in enumerate(bar, first_step):
+            if batch is None:  # none of its frames could be read
+                log.flush()
+                run.add_step(None, 0.0)
+                continue
+            set_lr(optimizer, config, lr_factor(config, step, total_steps))
+            batch = batch.to(device)
+            before = [buffer.clone() for buffer in network.buffers()] if skips else []
+            with autocast(device, precision):
+                predictions = network(batch.images)
+            losses = criterion(predictions, batch)
+            batch_losses = team.sum(losses.detach()) / team.size
+            optimizer.zero_grad()
+            losses[0].backward()
+            team.average_gradients(criterion)
+            finite = batch_losses.isfinite().all() & gradient_norm(optimizer).isfinite()
+            update(optimizer, finite)
+            if skips:  # BatchNorm's statistics have seen what must not be
+                for buffer, value in zip(network.buffers(), before, strict=True):
+                    buffer.copy_(torch.where(finite, buffer, value))
             average.update(step)
-            in_a_row = 0
-        else:
-            evidence = run.save_evidence(batch.frame_ids, losses.detach(), team.rank)
-            in_a_row += 1
-            if not skips or in_a_row == MAX_SKIPS:
-                raise nonfinite_error(evidence)
-            for buffer, value in zip(network.buffers(), before, strict=True):
-                buffer.copy_(value)  # BatchNorm's statistics have seen what must not be
-
-        now = time.perf_counter()
-        run.add_step(batch_losses if finite else None, now - started)
-        started = now
-        show_progress(bar, run, optimizer, total_steps - step - 1)
+            log.add(torch.stack([batch_losses, losses.detach()]), finite, batch.frame_ids)
+            if run.step:
+                show_progress(bar, run, optimizer, total_steps - step - 1)
 
 
 def show_progress(
@@ -312,6 +302,8 @@ def configure(argv: list[str] | None = None) -> dict[str, Any]:
     if config["experiment"]:
         config |= resolve_row(config["experiment"]) | flags
     check_config(config)
+    if config["loader"] == "device" and (reason := obstacle(config)):
+        refuse("loader", "device", reason)
     check_pretrained(config["pretrained"], width=config["width"], batch_norm=config["batch_norm"])
     if config["modality_dropout"] and not (
         config["augment"] and len(MODALITIES[config["input_mode"]]) == 2
@@ -387,7 +379,7 @@ def make_loader(
     model: SSD300,
     device: torch.device,
     team: Team,
-) -> BatchLoader:
+) -> BatchLoader | DeviceLoader:
     """Training batches with masks for the infused maps."""
     names = ("zoom_out", "hue_saturation", "lwir_jitter", "copy_paste", "modality_dropout")
     augmentation = Augmentation(**{name: config[name] for name in names})
@@ -403,12 +395,20 @@ def make_loader(
         size=config["input_size"], augmentation=augmentation if config["augment"] else None,
         masks_follow=config["masks_follow"], seed=config["seed"], cache=cache,
     )  # fmt: skip
-    return BatchLoader(
-        dataset, batch_size=config["batch_size"], workers=config["workers"], shuffle=True,
-        map_sizes=[model.map_sizes[i] for i in model.infused_maps],
-        map_range=choose_range(config, model), pin_memory=device.type == "cuda", team=team,
-        max_bad=config["max_bad_frames"],
-    )  # fmt: skip
+    settings = {
+        "batch_size": config["batch_size"], "workers": config["workers"], "team": team,
+        "map_sizes": [model.map_sizes[i] for i in model.infused_maps],
+        "map_range": choose_range(config, model),
+    }  # fmt: skip
+    on_gpu = device.type == "cuda"
+    able = on_gpu and not obstacle(config)
+    if config["loader"] == "device" or (config["loader"] == "auto" and able):
+        loader = DeviceLoader(dataset, device=device, **settings)
+        if team.writes:
+            print(loader)
+        return loader
+    return BatchLoader(dataset, shuffle=True, pin_memory=on_gpu,
+                       max_bad=config["max_bad_frames"], **settings)  # fmt: skip
 
 
 def choose_range(config: dict[str, Any], model: SSD300) -> MapRange | None:

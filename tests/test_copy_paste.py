@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from augment import Augmentation
+from batches import Collate
 from copy_paste import MOST, paste_people
-from datasets import Collate, KaistPairs, load_frames
+from datasets import KaistPairs, load_frames
 from kaist import open_annotations, read_image_list, time_of_day
 
 BLACK, WHITE = np.zeros((512, 640, 4), np.uint8), np.full((512, 640, 4), 255, np.uint8)

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from augment import (
@@ -24,7 +26,8 @@ from augment import (
     view_pixels,
     whole_frame,
 )
-from datasets import BatchLoader, KaistPairs, label_objects, load_frames
+from batches import BatchLoader
+from datasets import KaistPairs, label_objects, load_frames
 from errors import InputError
 from images import cache_frames, check_images
 from images import read_frame as read
@@ -202,16 +205,47 @@ def plain_window(rng, people, zoom_out):
                 return cx, cy, cx + cw, cy + ch
 
 
-def test_windows_have_the_recipes_distribution():
+def torchvision_window(people):
+    """The window of torchvision's zoom-out and IoU crop, from their parameters alone."""
+    x, y, w, h = 0, 0, 640, 512
+    if torch.rand(1) < 0.5:
+        left, top, right, bottom = v2.RandomZoomOut().make_params([image_of(w, h)])["padding"]
+        x, y, w, h = -left, -top, w + left + right, h + top + bottom
+    shifted = torch.tensor(people) - torch.tensor([x, y, x, y])
+    boxes = tv_tensors.BoundingBoxes(shifted, format="XYXY", canvas_size=(h, w))
+    crop = v2.RandomIoUCrop(trials=50).make_params([image_of(w, h), boxes])
+    if not crop:
+        return x, y, x + w, y + h
+    x, y = x + crop["left"], y + crop["top"]
+    return x, y, x + crop["width"], y + crop["height"]
+
+
+def image_of(width, height):
+    """An image of a size, without pixels."""
+    return tv_tensors.Image(torch.empty(1, 1, 1).expand(1, height, width))
+
+
+@pytest.mark.parametrize("recipe", ["the paper's", "torchvision's"])
+def test_windows_have_the_recipes_distribution(recipe):
+    """Kolmogorov-Smirnov distances of the edges, size and shape of thousands of windows."""
     people = np.array([[100.0, 100, 300, 480], [500, 200, 530, 280]])
+    n = 4000 if recipe == "the paper's" else 1200
     ours_rng, plain_rng = np.random.default_rng(2), np.random.default_rng(3)
-    ours = np.array([random_window(ours_rng, people, 4.0) for _ in range(4000)])
-    plain = np.array([plain_window(plain_rng, people, 4.0) for _ in range(4000)])
-    for k in range(4):
-        # Kolmogorov-Smirnov: the 0.1% point of the distance for 4000 against 4000 is 0.044.
-        both = np.sort(np.concatenate([ours[:, k], plain[:, k]]))
-        ranks = [np.searchsorted(np.sort(a[:, k]), both, "right") / 4000 for a in (ours, plain)]
-        assert np.abs(ranks[0] - ranks[1]).max() < 0.044
+    ours = np.array([random_window(ours_rng, people, 4.0) for _ in range(n)])
+    if recipe == "the paper's":
+        plain = np.array([plain_window(plain_rng, people, 4.0) for _ in range(n)])
+    else:
+        people = people[:1]  # of several, torchvision's overlap and centre are the same person's
+        torch.manual_seed(0)
+        ours = np.array([random_window(ours_rng, people, 4.0) for _ in range(n)])
+        plain = np.array([torchvision_window(people) for _ in range(n)])
+    size = ours[:, 2:] - ours[:, :2], plain[:, 2:] - plain[:, :2]
+    columns = [(ours[:, k], plain[:, k]) for k in range(4)]
+    columns += [[s.prod(1) ** 0.5 for s in size], [100 * s[:, 1] / s[:, 0] for s in size]]
+    for a, b in columns:
+        both = np.sort(np.concatenate([a, b]).round())  # torchvision's windows are whole pixels
+        ranks = [np.searchsorted(np.sort(x.round()), both, "right") / n for x in (a, b)]
+        assert np.abs(ranks[0] - ranks[1]).max() < 1.95 * (2 / n) ** 0.5  # the 0.1% point
 
 
 def test_frames_without_people_are_cropped_too():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from datasets import EpochBatches
+from batches import EpochBatches
 from errors import InputError
 from parallel import ALONE, Team, join_team
 from utils import load_checkpoint

@@ -133,6 +133,16 @@ def test_a_cache_changes_no_number(start, tmp_path):
     assert len(list(Path("frames").iterdir())) == 1
 
 
+def test_batches_of_the_device_teach_the_same(start, tmp_path):
+    with pytest.raises(InputError, match="LOADER = 'device'.*CACHE"):
+        start("--loader", "device")
+    start("--checkpoints", "plain", "--epochs", "1")
+    start("--checkpoints", "device", "--epochs", "1", "--cache", "frames", "--loader", "device")
+    plain, device = (load_checkpoint(Path(f"{n}/custom/last.pt")) for n in ("plain", "device"))
+    for term in ("loc", "conf", "seg"):  # pixels differ by a tenth of a grey level
+        assert plain["history"][0][term] == pytest.approx(device["history"][0][term], rel=0.03)
+
+
 def test_a_finished_or_other_run_is_never_overwritten(start):
     start("--epochs", "1")
     before = Path("checkpoints/custom/last.pt").read_bytes()
