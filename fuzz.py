@@ -5,7 +5,8 @@
 Inputs are valid files and command lines, mutated with a knowledge of their structure. A reader may
 take one or refuse it with an InputError; any other exception, a hang, or a file that training
 would refuse and the data check calls clean is a failure. Failing inputs are kept in `--out`; they
-belong into tests/test_fuzz.py. Each input depends on its reader, number and seed alone.
+belong into tests/test_fuzz.py. Each input depends on its reader, number and seed alone. Not for
+Windows, which has no alarms.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -240,7 +242,6 @@ def work(
 ) -> None:
     """Feed every `workers`-th input; puts (reader, inputs, refused, seconds, failures)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-    signal.signal(signal.SIGALRM, hang)
     torch.set_num_threads(1)
     folder.mkdir()
     readers = make_readers(seeds)
@@ -260,6 +261,7 @@ def feed_many(
     """Feed some inputs; returns how many, how many were refused, the seconds it took, and
     (number, input, traceback) of those that failed."""
     refused, failures, started = 0, [], time.perf_counter()
+    signal.signal(signal.SIGALRM, hang)
     for number in numbers:
         data = make_input(name, reader, number, seed)
         signal.setitimer(signal.ITIMER_REAL, LIMIT)
@@ -333,9 +335,9 @@ def run(
         new = n, refused, seconds, len(failures)
         rows[name] = [a + b for a, b in zip(rows[name], new, strict=True)]
         for number, data, trace in failures:
-            where = trace.splitlines()[-1][:60]
-            kept[name + where] += 1
-            if kept[name + where] <= 3:
+            kind = name + re.sub(r"\d+", "0", trace.splitlines()[-1])[:80]
+            kept[kind] += 1
+            if kept[kind] <= 3:
                 keep(arguments.out / f"{name}-{number}", data, trace)
     bar.close()
     died = [rank for rank, worker in enumerate(workers) if worker.join() or worker.exitcode]
