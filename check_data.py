@@ -218,11 +218,9 @@ def check_frame(
     paths = {modality: image_path(root, frame_id, modality) for modality in modalities}
     seen = {modality: check_image(path, modality) for modality, path in paths.items()}
     faults = [result for result in seen.values() if isinstance(result, Fault)]
-    has_image = any(not fault.name.startswith("missing-") for fault in faults)
     looks = {modality: look for modality, look in seen.items() if isinstance(look, Look)}
-    if looks:
-        has_image = True
-        faults += compare_modalities(looks, paths)
+    has_image = bool(looks) or any(not fault.name.startswith("missing-") for fault in faults)
+    faults += compare_modalities(looks, paths)
     pictures = {look.digest: paths[modality] for modality, look in looks.items()}
     annotated = []
     for form in forms:
@@ -287,7 +285,7 @@ def table(faults: list[Fault], root: Path) -> str:
     widths = [max(len(line[i]) for line in lines) for i in range(2)]
     rows = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in lines]
     kinds = len({fault.name for fault in faults})
-    return "\n".join([*rows, f"{len(faults)} faults of {kinds} kinds"])
+    return "\n".join([*rows, f"faults: {len(faults)}, kinds: {kinds}"])
 
 
 def write_faults(faults: list[Fault], path: Path) -> None:

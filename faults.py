@@ -89,7 +89,7 @@ PERSON_ASPECTS = (0.08, 4.0)  # width / height
 ASPECTS = (0.08, 16.0)  # the same of other objects; KAIST's crowds reach 10.7
 OTHER_ENDINGS = (".JPG", ".jpeg", ".JPEG", ".png", ".PNG")
 HUGE = 16 * FRAME_WIDTH * FRAME_HEIGHT  # pixels
-GREY, COLOURED = 8, 16  # 99.5th percentile of max - min over the channels; KAIST's LWIR has 3
+GREY, COLOURED = 6, 10  # 99.5th percentile of max - min over the channels; KAIST's LWIR has 3
 FLAT = 1.0  # standard deviation of grey values; KAIST's darkest LWIR frames have 7
 
 

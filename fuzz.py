@@ -5,7 +5,8 @@
 Inputs are valid files and command lines, mutated with a knowledge of their structure. A reader may
 take one or refuse it with an InputError; any other exception, a hang, or a file that training
 would refuse and the data check calls clean is a failure. Failing inputs are kept in `--out`; they
-belong into tests/test_fuzz.py. Each input depends on its reader, number and seed alone.
+belong into tests/test_fuzz.py. Each input depends on its reader, number and seed alone. Not for
+Windows, which has no alarms.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -59,7 +61,7 @@ from result_files import read_detections
 from utils import load_checkpoint, save_checkpoint
 
 INPUTS, SEED = 1_000_000, 0
-LIMIT = 10.0  # seconds that one input may take
+LIMIT = 10.0  # seconds of the processor that one input may take
 OUT = "fuzz-failures"
 FRAMES = [f"set06/V000/I{number:05d}" for number in range(20)]
 XML = """<?xml version="1.0"?>
@@ -173,19 +175,19 @@ def make_readers(seeds: dict[str, list[bytes]]) -> dict[str, Reader]:
     lwir = partial(with_check, partial(read_image, modality="lwir"), check_picture)
     results = partial(read_detections, frames=FRAMES)
     return {
-        "bbgt": Reader(bbgt, "x.txt", seeds["bbgt"], text, 0.14),
+        "bbgt": Reader(bbgt, "x.txt", seeds["bbgt"], text, 0.16),
         "paired": Reader(paired, "x.txt", seeds["bbgt"], text, 0.1),
         "xml": Reader(from_xml, "x.xml", seeds["xml"], xml, 0.12),
         "annotation-json": Reader(from_json, "x.json", seeds["annotation-json"], mutate_json, 0.1),
         "result-text": Reader(results, "x.txt", seeds["result-text"], text, 0.13),
         "result-json": Reader(results, "x.json", seeds["result-json"], mutate_json, 0.12),
         "companion": Reader(read_companion, "result.frames.txt", seeds["image-list"], text, 0.08),
-        "image-list": Reader(read_image_list, "x.txt", seeds["image-list"], text, 0.1),
+        "image-list": Reader(read_image_list, "x.txt", seeds["image-list"], text, 0.107),
         "checkpoint": Reader(load_checkpoint, "x.pt", seeds["checkpoint"], mutate_zip, 0.04),
-        "jpeg": Reader(lwir, "x.jpg", seeds["jpeg"], mutate_bytes, 0.03),
-        "png": Reader(visible, "x.jpg", seeds["png"], mutate_png, 0.02),
+        "jpeg": Reader(lwir, "x.jpg", seeds["jpeg"], mutate_bytes, 0.015),
+        "png": Reader(visible, "x.jpg", seeds["png"], mutate_png, 0.01),
         "train-flags": Reader(partial(parse_flags, train.configure), "x", seeds["train-flags"],
-                              flags, 0.004),
+                              flags, 0.002),
         "eval-flags": Reader(partial(parse_flags, eval_script.parse_arguments), "x",
                              seeds["eval-flags"], flags, 0.008),
         "detect-flags": Reader(partial(parse_flags, detect.parse_arguments), "x",
@@ -240,15 +242,14 @@ def work(
 ) -> None:
     """Feed every `workers`-th input; puts (reader, inputs, refused, seconds, failures)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-    signal.signal(signal.SIGALRM, hang)
     torch.set_num_threads(1)
     folder.mkdir()
     readers = make_readers(seeds)
     for name, count in counts.items():
         numbers = range(rank, count, workers)
         for start in range(0, len(numbers), 200):
-            # A hang in C does not hear the alarm: then the process ends, and its input is kept.
-            faulthandler.dump_traceback_later(20 * LIMIT, exit=True)
+            # Who waits for something, or hangs in C, hears no alarm: then the process ends.
+            faulthandler.dump_traceback_later(60 * LIMIT, exit=True)
             some = numbers[start : start + 200]
             queue.put((name, *feed_many(name, readers[name], some, seed, folder)))
     queue.put(None)
@@ -260,14 +261,15 @@ def feed_many(
     """Feed some inputs; returns how many, how many were refused, the seconds it took, and
     (number, input, traceback) of those that failed."""
     refused, failures, started = 0, [], time.perf_counter()
+    signal.signal(signal.SIGPROF, hang)
     for number in numbers:
         data = make_input(name, reader, number, seed)
-        signal.setitimer(signal.ITIMER_REAL, LIMIT)
+        signal.setitimer(signal.ITIMER_PROF, LIMIT)
         try:
             refused += feed(reader, data, folder)
         except BaseException:
             failures.append((number, data, traceback.format_exc()))
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
     return len(numbers), refused, time.perf_counter() - started, failures
 
 
@@ -333,9 +335,9 @@ def run(
         new = n, refused, seconds, len(failures)
         rows[name] = [a + b for a, b in zip(rows[name], new, strict=True)]
         for number, data, trace in failures:
-            where = trace.splitlines()[-1][:60]
-            kept[name + where] += 1
-            if kept[name + where] <= 3:
+            kind = name + re.sub(r"\d+", "0", trace.splitlines()[-1])[:80]
+            kept[kind] += 1
+            if kept[kind] <= 3:
                 keep(arguments.out / f"{name}-{number}", data, trace)
     bar.close()
     died = [rank for rank, worker in enumerate(workers) if worker.join() or worker.exitcode]

@@ -21,6 +21,7 @@ NUMBERS = (
     *b"Infinity -Infinity 2147483648 9223372036854775808 18446744073709551616 0x10 1_0".split(),
     b"9" * 400, b"9" * 5000, "٣".encode(), "１".encode(),
 )  # fmt: skip
+LONGEST = 200_000  # bytes of an input
 WORDS = (
     *NUMBERS, b"", b" ", b"\t", b"\n", b"\r\n", b"\r", b"\0", b"\x0b", b"\x1c", b"\x85", b"\xff",
     b"\xef\xbb\xbf", b"\xff\xfe", b"\xed\xa0\x80", "\u2028é😀".encode(), b"%", b"%s{}", b"'", b'"',
@@ -97,7 +98,7 @@ def mutate_text(rng: random.Random, seeds: list[bytes], words: tuple, data: byte
                 data = mutate_bytes(rng, seeds, data)
     if rng.random() < 0.02:
         data = data.decode("latin-1").encode(rng.choice(("utf-16", "utf-32", "utf-8-sig")))
-    return data
+    return data[:LONGEST]
 
 
 def mutate_json(rng: random.Random, seeds: list[bytes]) -> bytes:
