@@ -19,6 +19,7 @@ from datasets import BadFrame, KaistPairs, Sample
 from errors import InputError
 from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks
+from workers import items_of, share_memory, worker_settings
 
 
 class BadFrames(InputError):
@@ -76,7 +77,9 @@ class Collate:
     map_range: MapRange | None = None
     objects: int = 1
 
-    def __call__(self, items: list[Sample | BadFrame]) -> tuple[Batch | None, list[BadFrame]]:
+    def __call__(
+        self, items: list[Sample | BadFrame]
+    ) -> tuple[Batch | None, list[BadFrame]] | InputError:
         bad = [item for item in items if isinstance(item, BadFrame)]
         samples = [item for item in items if isinstance(item, Sample)]
         if not samples:
@@ -89,6 +92,8 @@ class Collate:
         )
         masks = box_masks(mask_boxes, mask_labels, self.map_sizes, self.map_range)
         images = torch.stack([s.image for s in samples])
+        if problem := share_memory([images, boxes, labels, *masks]):
+            return problem
         return Batch(images, boxes, labels, masks, [s.frame_id for s in samples]), bad
 
 
@@ -128,8 +133,12 @@ class EpochBatches(Sampler):
 class BatchLoader:
     """Batches of a data set, epoch by epoch, with worker processes kept between epochs.
 
+    A worker process is deaf to Ctrl-C, which the main process answers, and ends with it. One that
+    dies ends the epoch with an InputError.
+
     Args:
         batch_size: frames a batch, of all processes of the team together.
+        start_method: of the workers: "fork", "spawn", "forkserver", or "auto" for Python's choice.
         shuffle: training order: another permutation each epoch, an incomplete last batch is left
             out (unless it is the only one). False: the frames in their order, all of them.
         map_sizes, map_range: of the feature maps that masks are wanted for, as in `Collate`.
@@ -145,6 +154,7 @@ class BatchLoader:
         *,
         batch_size: int,
         workers: int,
+        start_method: str = "auto",
         shuffle: bool,
         map_sizes: list[tuple[int, int]],
         pin_memory: bool,
@@ -159,11 +169,10 @@ class BatchLoader:
         self.loader = DataLoader(
             dataset,
             batch_sampler=self.batches,
-            num_workers=workers,
             # A GPU wants shapes that stay; a CPU nothing to do for padding.
             collate_fn=Collate(map_sizes, map_range, most_objects(dataset) if pin_memory else 1),
             pin_memory=pin_memory,
-            persistent_workers=workers > 0,
+            **worker_settings(workers, start_method),
         )
 
     def __len__(self) -> int:
@@ -179,10 +188,11 @@ class BatchLoader:
         Raises:
             BadFrames: more than `max_bad` frames turned out to be unreadable, at the same batch
                 in every process.
+            InputError: a loader process died, or shared memory is too small.
         """
         self.batches.epoch, self.batches.skip = epoch, skip
         team = self.batches.team
-        for batch, bad in self.loader:
+        for batch, bad in items_of(self.loader):
             if team.any(bool(bad)):
                 self.note([frame for frames in team.gather(bad) for frame in frames])
                 batch = None if team.any(batch is None) else batch

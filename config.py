@@ -27,6 +27,7 @@ CHOICES = {
     "compile": ("auto", "on", "off"),
     "precision": ("auto", "fp32", "bf16"),
     "on_nonfinite": ("stop", "skip"),
+    "start_method": ("auto", "fork", "spawn", "forkserver"),
 }
 
 
@@ -142,7 +143,7 @@ RANGES = (
     (("width", "lr", "batch_size", "epochs", "eval_every", "max_boxes", "samples"),
      lambda v: v > 0, "it has to be greater than 0"),
     (("seed", "workers", "max_bad_frames", "bias_lr_factor", "weight_decay", "seg_weight",
-      "min_height", "margin"),
+      "min_height", "margin", "save_minutes"),
      lambda v: v >= 0, "it cannot be below 0"),
     (("min_score", "nms_iou", "copy_paste", "modality_dropout"), lambda v: 0 <= v <= 1,
      "it is a share, from 0 to 1"),

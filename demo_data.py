@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -33,6 +36,7 @@ from demo_street import (
     paint,
 )
 from errors import InputError, run_script
+from files import abandoned
 from kaist import FRAME_HEIGHT, FRAME_WIDTH
 
 ROOT = Path("data/demo")
@@ -237,13 +241,15 @@ def draw_demo(
         frames = total // 6 + (set_id % 6 < total % 6)
         for video, start in enumerate(range(0, frames, FRAMES_PER_VIDEO)):
             jobs.append((set_id, video, min(FRAMES_PER_VIDEO, frames - start), seed))
-    marks, deaf = {}, (signal.SIGINT, signal.SIG_IGN)  # only the parent answers Ctrl-C
+    marks: dict[str, list] = {}
     total = train_frames + test_frames
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
+        for unfinished in abandoned(root.parent, f".{root.name}-*"):
+            shutil.rmtree(unfinished)
         with (
             tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as beside,
-            ProcessPoolExecutor(workers, initializer=signal.signal, initargs=deaf) as pool,
+            ProcessPoolExecutor(workers, initializer=begin_drawing) as pool,
             tqdm(total=total, desc="demo set", unit="frame", disable=not progress) as bar,
         ):
             drawing = Path(beside) / root.name
@@ -255,6 +261,17 @@ def draw_demo(
     except OSError as error:
         problem = f"the demo set cannot be written ({error.strerror or error})"
         raise InputError(problem, "make room or name another root", file=root) from error
+
+
+def begin_drawing() -> None:
+    """In a drawing process: leave Ctrl-C to its parent, and end with it, even if that is killed."""
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def ensure_demo(root: Path) -> None:

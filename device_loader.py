@@ -26,6 +26,7 @@ from datasets import KaistPairs
 from frame_cache import FrameCache
 from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks
+from workers import items_of, worker_settings
 
 BLOCK = 64  # frames that go into the device's memory at a time
 SHARE = 0.5  # of the device's free memory that frames may take; the rest is for training
@@ -90,7 +91,7 @@ class DeviceLoader:
     Args:
         dataset: with a cache, and without copy-paste, whose pixels are of two frames.
         batch_size: frames a batch, of all processes of the team together.
-        workers: processes that draw.
+        workers: processes that draw; start_method: how they start, as in `BatchLoader`.
         map_sizes, map_range: of the feature maps that masks are wanted for, as in `Collate`.
 
     Attributes:
@@ -104,6 +105,7 @@ class DeviceLoader:
         *,
         batch_size: int,
         workers: int,
+        start_method: str = "auto",
         map_sizes: list[tuple[int, int]],
         device: torch.device,
         map_range: MapRange | None = None,
@@ -121,9 +123,8 @@ class DeviceLoader:
         self.loader = DataLoader(
             RecipeDraws(dataset, means),
             batch_sampler=self.batches,
-            num_workers=workers,
             collate_fn=partial(collate_recipes, most=most_objects(dataset)),
-            persistent_workers=workers > 0,
+            **worker_settings(workers, start_method),
         )
 
     def __len__(self) -> int:
@@ -137,7 +138,7 @@ class DeviceLoader:
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, on the device, without the first `skip`."""
         self.batches.epoch, self.batches.skip = epoch, skip
-        for ids, recipes, frames in ahead(map(self.send, self.loader), self.device):
+        for ids, recipes, frames in ahead(map(self.send, items_of(self.loader)), self.device):
             images = make_images(frames, recipes, self.size, self.filler)
             masks = box_masks(
                 recipes.mask_boxes, recipes.mask_labels, self.map_sizes, self.map_range

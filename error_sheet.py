@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw
 
 from errors import InputError
 from files import write_atomically
+from images import decode
 from kaist import image_path
 from miss_rate import (
     SETUPS,
@@ -46,7 +47,7 @@ def draw_errors(
         How many pictures the sheet holds, and how many of their images are missing (grey).
 
     Raises:
-        InputError: not one of the images is below `root`.
+        InputError: not one of the images is below `root`, or one is broken.
     """
     ranked = rank(detections)
     matching = dict(match_setups(ground_truth, ranked, {SETUP: SETUPS[SETUP]}))[SETUP]
@@ -73,8 +74,9 @@ def draw_errors(
             boxes = [*objects_of(frame, ground_truth, matching), (box, "red")]
             for k, modality in enumerate(("visible", "lwir")):
                 file = image_path(root, frame_id, modality)
-                view = crop(file, box, boxes)
-                if view is None:
+                if file.exists():
+                    view = crop(decode(file, modality), box, boxes)
+                else:
                     absent.append(file)
                     view = Image.new("RGB", (WIDTH, HEIGHT), "lightgrey")
                     ImageDraw.Draw(view).text((8, 80), f"no {modality} image", fill="black")
@@ -117,19 +119,15 @@ def objects_of(
     return list(zip(ground_truth.boxes[here], colours, strict=True))
 
 
-def crop(file: Path, box: np.ndarray, boxes: list[tuple[np.ndarray, str]]) -> Image.Image | None:
-    """The surroundings of an xywh box with coloured boxes drawn in; None without an image."""
+def crop(image: Image.Image, box: np.ndarray, boxes: list[tuple[np.ndarray, str]]) -> Image.Image:
+    """The surroundings of an xywh box with coloured boxes drawn in."""
     x, y, w, h = box
     scale = HEIGHT / max(2 * h, 2 * w * HEIGHT / WIDTH, 80)
     left, top = x + (w - WIDTH / scale) / 2, y + (h - HEIGHT / scale) / 2
     extent = (left, top, left + WIDTH / scale, top + HEIGHT / scale)
-    try:
-        with Image.open(file) as image:
-            view = image.convert("RGB").transform(
-                (WIDTH, HEIGHT), Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR
-            )
-    except OSError:
-        return None
+    view = image.convert("RGB").transform(
+        (WIDTH, HEIGHT), Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR
+    )
     pen = ImageDraw.Draw(view)
     for (x, y, w, h), colour in boxes:
         corners = np.array([x - left, y - top, x + w - left, y + h - top]) * scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,20 @@ class InputError(Exception):
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run an entry script's main(); an InputError becomes one line on stderr and exit code 2."""
+    """Run an entry script's main(); an InputError becomes one line on stderr and exit code 2.
+
+    Ctrl-C, SIGTERM and a closed terminal unwind main() as exceptions (exit code 128 + signal).
+    """
+
+    def stop(number: int, _: object) -> None:
+        sys.exit(128 + number)
+
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) == signal.SIG_DFL:  # else someone ignores it
+            signal.signal(number, stop)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as scripts have it while they import
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except InputError as error:

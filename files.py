@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from errors import InputError
 
+MAX_TEXT = 2**28  # bytes of a text file; published results of the whole test set have 2**22
+ABANDONED = 3600.0  # seconds without a write after which what was left unfinished is nobody's
+
+
+def check_length(path: Path) -> None:
+    """Refuse a text file that memory could not hold, unread."""
+    size = path.stat().st_size
+    if size > MAX_TEXT:
+        raise InputError(
+            f"{size / 1e6:.0f} MB, and a text file may have {MAX_TEXT / 1e6:.0f}",
+            "split it, or leave out detections of low scores", file=path,
+        )  # fmt: skip
+
 
 def read_text(path: Path) -> str:
-    """A text file's content; what is not text is refused."""
+    """A text file's content; what is not text, or too much of it, is refused."""
+    check_length(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
@@ -45,11 +62,15 @@ def make_folder(path: Path) -> None:
         ) from None  # fmt: skip
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
     """Write a file beside its place and rename it: what was there stays whole until then.
+
+    The content has reached the disk before it gets its name, so that a power cut leaves the old
+    file or the new one.
 
     Args:
         write: called with the temporary path; it creates the file.
+        size: bytes it is going to need, if that is known, for the message about a full disk.
 
     Raises:
         InputError: the file cannot be written there.
@@ -57,10 +78,32 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(beside)
+        with beside.open("r+b") as file:
+            os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            size = max(size, beside.stat().st_size if beside.exists() else 0)
+            beside.unlink(missing_ok=True)
+            raise full_disk(path, size) from None
         raise InputError(
             f"cannot write it ({error.strerror or error})", "choose another place", file=path
         ) from None
     finally:
         beside.unlink(missing_ok=True)
+
+
+def full_disk(path: Path, size: int) -> InputError:
+    """What to say of a file of at least `size` bytes that did not fit."""
+    free = shutil.disk_usage(path.parent).free
+    return InputError(
+        f"the disk is full: it needs {size / 1e6:.1f} MB or more, {free / 1e6:.1f} MB are free",
+        "free some (runs that are over, damaged.pt, frame caches) or choose another place; what "
+        "was there before is whole", file=path,
+    )  # fmt: skip
+
+
+def abandoned(folder: Path, pattern: str) -> list[Path]:
+    """What writers that were killed long ago left unfinished in a folder."""
+    old = time.time() - ABANDONED
+    return [path for path in folder.glob(pattern) if path.stat().st_mtime < old]

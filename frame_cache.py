@@ -8,7 +8,6 @@ of change; so a cache of other or changed images is never found, and redrawn.
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,12 +16,11 @@ import numpy as np
 from tqdm import tqdm
 
 from errors import InputError
-from files import write_atomically
+from files import abandoned, write_atomically
 from kaist import FRAME_HEIGHT, FRAME_WIDTH, image_path
 from remember import fingerprint
 
 BLOCK = 64  # frames decoded before they are written
-ABANDONED = 3600.0  # seconds without a write after which an unfinished file is nobody's
 
 
 class FrameCache:
@@ -102,9 +100,8 @@ def make_room(folder: Path, name: str, size: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(f"{name}-*.u8"):
             stale.unlink()
-        for unfinished in folder.glob(f".{name}-*.tmp"):
-            if time.time() - unfinished.stat().st_mtime > ABANDONED:
-                unfinished.unlink()
+        for unfinished in abandoned(folder, f".{name}-*.tmp"):
+            unfinished.unlink()
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise InputError(

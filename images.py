@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -45,7 +46,9 @@ def check_images(
 def open_image(path: Path) -> Image.Image:
     """Open an image of KAIST's size without decoding it."""
     try:
-        image = Image.open(path, formats=("JPEG", "PNG"))
+        with warnings.catch_warnings():  # Pillow warns of sizes that are refused below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=("JPEG", "PNG"))
     except FileNotFoundError:
         raise InputError(
             "image not found", "check DATA_ROOT, the image list and INPUT_MODE", file=path

@@ -78,7 +78,9 @@ def frame_loader(
         masks_follow=True, seed=config["seed"], without=without,
     )  # fmt: skip
     return BatchLoader(
-        dataset, batch_size=config["batch_size"], workers=config["workers"], shuffle=False,
+        dataset, batch_size=config["batch_size"], workers=config["workers"],
+        start_method=config.get("start_method", "auto"),  # older checkpoints have none
+        shuffle=False,
         map_sizes=[map_sizes[i] for i in infused_maps(config)], pin_memory=device.type == "cuda",
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
 from config import refuse
 from errors import InputError
 from model import SSD300, HalfwayFusion
+from utils import unpickling_problem
 
 STATES = "take a state file of torchvision's VGG16, VGG16-BN or SSD300"
 
@@ -105,9 +106,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch meets in a foreign or damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
         raise InputError(
-            f"not a readable file of weights ({reason})", STATES, file=path
+            f"not a readable file of weights ({unpickling_problem(error)})", STATES, file=path
         ) from None
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError("not a state dictionary of tensors", STATES, file=path)
@@ -145,11 +145,11 @@ def check_state(
 def download(weights: VGG16_Weights | VGG16_BN_Weights | SSD300_VGG16_Weights) -> dict[str, Tensor]:
     """The state dict of torchvision weights, from its cache or the network, hash checked."""
     try:
-        return weights.get_state_dict(progress=True, check_hash=True)
+        return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError) as error:
-        reason = str(error).splitlines()[0]
         raise InputError(
-            f"damaged pretrained weights ({reason})", "delete this file and fetch it again",
+            f"damaged pretrained weights ({unpickling_problem(error)})",
+            "delete this file and fetch it again",
             file=f"{torch.hub.get_dir()}/checkpoints/{weights.url.rsplit('/', 1)[-1]}",
         ) from error  # fmt: skip
     except (URLError, OSError) as error:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,11 +17,14 @@ from torch import Tensor
 from errors import InputError
 from experiments import BASE
 from files import make_folder, write_atomically
-from utils import load_checkpoint, save_checkpoint
+from run_lock import lock_folder
+from utils import LAST, PREVIOUS, load_checkpoint, save_checkpoint
 
 # Constants that may differ between a run and its continuation: they change no number.
 MACHINE_CONSTANTS = ("experiment", "checkpoints", "name", "device", "workers", "cache",
-                     "loader", "compile", "on_nonfinite", "max_bad_frames")  # fmt: skip
+                     "start_method", "save_minutes", "deterministic", "loader", "compile",
+                     "on_nonfinite", "max_bad_frames")  # fmt: skip
+DAMAGED = "damaged.pt"  # a last.pt that turned out not to be whole
 
 
 class Part(Protocol):
@@ -31,9 +39,10 @@ class Run:
     """Where a training run stands, and the folder that remembers it.
 
     A run with the same constants that was not finished is continued: the sampler and the
-    augmentation are keyed by (seed, epoch, frame), so that the parts, epoch and step are all
-    there is to remember. A finished run, or one of the same name with other constants, is
-    left alone and the new one gets a number: `26`, `26-2`, …
+    augmentation are keyed by (seed, epoch, frame) and no layer draws at random, so that the parts,
+    epoch and step are all there is to remember. A finished run, or one of the same name with
+    other constants, is left alone and the new one gets a number: `26`, `26-2`, … A run that
+    another process is at is refused.
 
     Attributes:
         folder: `<CHECKPOINTS>/<name>`.
@@ -44,6 +53,7 @@ class Run:
             where it was evaluated, its scores: the columns of log.csv.
         parts: what training changes, by the name it has in a checkpoint; "model" and "optimizer"
             are two of them. Set by `restore`.
+        whole: whether the parts, epoch and step belong together; not so within `undivided`.
     """
 
     def __init__(self, config: dict[str, Any], name: str, model_args: dict[str, Any]) -> None:
@@ -58,6 +68,9 @@ class Run:
         self.history: list[dict[str, float]] = []
         self.parts: dict[str, Part] = {}
         self.state: dict[str, Any] | None = None
+        self.whole = True
+        self.saved_at = 0.0
+        self.lock: Any = None
         self.folder = self.choose_folder(Path(config["checkpoints"]))
 
     def choose_folder(self, root: Path) -> Path:
@@ -69,24 +82,54 @@ class Run:
                 return folder
             number += 1
 
-    def continues(self, folder: Path) -> bool:
-        """Take up a folder's run if it is this one and unfinished.
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the lock, which is this process's: other processes of a team get the rest."""
+        return {**self.__dict__, "lock": None}
 
-        A run that was killed before its first checkpoint is this one too; a checkpoint that cannot
-        be read is left alone, with a warning.
+    def continues(self, folder: Path) -> bool:
+        """Take up a folder's run if it is this one and unfinished, and lock it.
+
+        A run that was killed before its first checkpoint is this one too, and so is a folder in
+        which nothing was written yet.
+
+        Raises:
+            InputError: another process is at this run.
         """
+        if not (folder / "config.json").is_file():
+            return folder.is_dir() and all(p.name.startswith(".") for p in folder.iterdir())
         if not same_recipe(folder, self.config):
             return False
-        if not (folder / "last.pt").exists():
+        self.lock = lock_folder(folder)
+        if self.read_state(folder):
             return True
-        try:
-            state = load_checkpoint(folder / "last.pt")
-        except InputError as error:
-            print(f"warning: {error}; starting anew beside it")
-            return False
+        self.lock.close()
+        self.lock = None
+        return False
+
+    def read_state(self, folder: Path) -> bool:
+        """Load the newest whole checkpoint of an unfinished run, if it has any yet.
+
+        A last.pt that is damaged is named and moved aside, and previous.pt taken instead.
+        Without a whole one the run is left alone, with a warning, and this is False.
+        """
+        kept = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
+        state = None
+        for path in kept:
+            try:
+                state = load_checkpoint(path)
+                break
+            except InputError as error:
+                print(f"warning: {error}")
+        if state is None:
+            if kept:
+                print(f"warning: {folder} cannot go on; starting anew beside it")
+            return not kept
         reported = (folder / "miss_rate.json").exists()
         if "optimizer" not in state or (state["epoch"] >= self.config["epochs"] and reported):
             return False
+        if path != kept[0]:
+            os.replace(kept[0], folder / DAMAGED)
+            print(f"warning: going on from {path}; what is left of the other is {DAMAGED}")
         self.state = state
         self.epoch, self.step = state["epoch"], state["step"]
         self.sums, self.seconds = list(state["sums"]), state["seconds"]
@@ -119,10 +162,48 @@ class Run:
         self.state = None
 
     def begin(self) -> None:
-        """Make the folder and write the configuration."""
+        """Make and lock the folder, clear away what a killed writer left, write what is missing.
+
+        Raises:
+            InputError: another process has begun this run in the meantime, or the disk is full.
+        """
         make_folder(self.folder)
+        if self.lock is None:
+            self.lock = lock_folder(self.folder)
+            if (self.folder / "config.json").exists():
+                raise InputError(
+                    "another process has begun this run in the meantime",
+                    "give the command again", file=self.folder,
+                )  # fmt: skip
+        for unfinished in self.folder.glob(".*.tmp"):
+            unfinished.unlink(missing_ok=True)
         text = json.dumps({"name": self.name, **self.config}, indent=1)
         write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
+        if not (self.folder / LAST).exists():
+            self.save()
+        if self.history:
+            self.write_log()
+        self.saved_at = time.monotonic()
+
+    @contextmanager
+    def undivided(self) -> Iterator[None]:
+        """A block that changes where the run stands; Ctrl-C and the like wait until it has ended.
+
+        A block that fails leaves the run not `whole`: what memory holds is nothing to go on from.
+        """
+        waiting: list[int] = []
+        names = ("SIGINT", "SIGTERM", "SIGHUP")
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        handlers = [signal.signal(n, lambda number, _: waiting.append(number)) for n in numbers]
+        self.whole = False
+        try:
+            yield
+            self.whole = True
+        finally:
+            for number, handler in zip(numbers, handlers, strict=True):
+                signal.signal(number, handler)
+        for number in waiting[:1]:
+            signal.raise_signal(number)
 
     def add_step(self, losses: Tensor | None, seconds: float) -> None:
         """Count a step; losses holds the value of each of `terms`, None for a step left out."""
@@ -176,8 +257,15 @@ class Run:
         }  # fmt: skip
 
     def save(self) -> None:
-        """Write last.pt."""
-        save_checkpoint(self.folder / "last.pt", self.content(to_continue=True))
+        """Write last.pt; the one before it becomes previous.pt."""
+        save_checkpoint(self.folder / LAST, self.content(to_continue=True),
+                        previous=self.folder / PREVIOUS)  # fmt: skip
+        self.saved_at = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether the newest checkpoint is older than SAVE_MINUTES."""
+        minutes = self.config["save_minutes"]
+        return bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
 
     def write_log(self) -> None:
         """Write log.csv and curves.png from the history."""
@@ -240,6 +328,6 @@ def nonfinite_error(path: Path) -> InputError:
     return InputError(
         "the loss or its gradient is not a finite number; the batch's frames and loss terms are in "
         "this file", "lower LR, look at those frames, or go on without them by --on-nonfinite skip "
-        "from last.pt, which holds the weights from before",
+        "from last.pt, which is from before this step",
         file=path,
     )

@@ -7,9 +7,13 @@ takes every constant of the recipe from row 19 of the lab book (experiments.py),
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import numpy as np
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import demo_data
-from batches import BadFrames, Batch, BatchLoader
+from batches import Batch, BatchLoader
 from config import (
     check_config,
     lab_book,
@@ -44,7 +48,7 @@ from pseudo_gt import MapRange
 from report import headline, report
 from runs import Run
 from step_log import StepLog
-from utils import autocast, choose_device, choose_precision
+from utils import autocast, choose_device, choose_precision, make_deterministic
 
 # Where things are, and which machine runs them.
 DATA_ROOT = "data/demo"  # KAIST root with images/; the demo set is drawn here if it is absent
@@ -59,10 +63,13 @@ EXPERIMENT = ""  # row of the lab book (--list) whose recipe replaces the consta
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
 WORKERS = 2  # loader processes
+START_METHOD = "auto"  # how they start: fork, spawn, forkserver, or auto: as Python does here
 LOADER = "auto"  # who makes batches: workers, device (needs CACHE), or auto: a GPU if it can
 COMPILE = "auto"  # torch.compile for the training step's network: on, off, or auto: on CUDA
 MAX_BAD_FRAMES = 10  # frames that may turn unreadable under way and are left out; more end the run
 CACHE = ""  # folder for decoded training frames (1.31 MB a pair), read instead of the JPEGs
+SAVE_MINUTES = 10.0  # minutes between checkpoints within an epoch; 0: only at its end
+DETERMINISTIC = False  # torch's deterministic algorithms; see the README on what repeats exactly
 # The recipe: what an experiment is made of.
 SEED = 42  # of initial weights, order and augmentation
 INPUT_MODE = "early"  # lwir, visible, mean (of both), early (4 channels), halfway (two streams)
@@ -113,6 +120,8 @@ def main() -> None:
         print(lab_book())
         return
     config = configure()
+    if config["deterministic"]:
+        make_deterministic()
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
     team, device = join_team(device, config["batch_size"])
@@ -148,7 +157,6 @@ def main() -> None:
 
     if team.writes:
         run.begin()
-        run.save()
         print(f"{len(test.people.frames)} test frames, people of {test.people.source}")
         print(f"{run.folder}: {len(frames)} frames, {len(loader)} steps an epoch, on {device} in "
               f"{str(precision).removeprefix('torch.')}, from epoch {run.epoch + 1}, "
@@ -164,9 +172,10 @@ def main() -> None:
                     average.model, watched.loader, device, precision, config, team
                 )
                 scores |= headline(evaluate(watched.people, detections)) | mask_ious
-            run.end_epoch(scores, team.writes)
-    except (KeyboardInterrupt, BadFrames):
-        if team.writes:
+            with run.undivided():
+                run.end_epoch(scores, team.writes)
+    except BaseException:
+        if team.writes and run.whole:
             run.save()
             print(f"\nsaved; the same command goes on from epoch {run.epoch + 1}, "
                   f"step {run.step + 1}")  # fmt: skip
@@ -220,20 +229,25 @@ def train_epoch(
             set_lr(optimizer, config, lr_factor(config, step, total_steps))
             batch = batch.to(device)
             before = [buffer.clone() for buffer in network.buffers()] if skips else []
-            with autocast(device, precision):
-                predictions = network(batch.images)
-            losses = criterion(predictions, batch)
-            batch_losses = team.sum(losses.detach()) / team.size
-            optimizer.zero_grad()
-            losses[0].backward()
-            team.average_gradients(criterion)
-            finite = batch_losses.isfinite().all() & gradient_norm(optimizer).isfinite()
-            update(optimizer, finite)
-            if skips:  # BatchNorm's statistics have seen what must not be
-                for buffer, value in zip(network.buffers(), before, strict=True):
-                    buffer.copy_(torch.where(finite, buffer, value))
-            average.update(step)
-            log.add(torch.stack([batch_losses, losses.detach()]), finite, batch.frame_ids)
+            # Undivided from here, because BatchNorm's statistics move in the forward pass.
+            with run.undivided():
+                with autocast(device, precision):
+                    predictions = network(batch.images)
+                losses = criterion(predictions, batch)
+                batch_losses = team.sum(losses.detach()) / team.size
+                optimizer.zero_grad()
+                losses[0].backward()
+                team.average_gradients(criterion)
+                finite = batch_losses.isfinite().all() & gradient_norm(optimizer).isfinite()
+                update(optimizer, finite)
+                if skips:  # BatchNorm's statistics have seen what must not be
+                    for buffer, value in zip(network.buffers(), before, strict=True):
+                        buffer.copy_(torch.where(finite, buffer, value))
+                average.update(step)
+                log.add(torch.stack([batch_losses, losses.detach()]), finite, batch.frame_ids)
+            if team.writes and run.is_due():
+                log.flush()
+                run.save()
             if run.step:
                 show_progress(bar, run, optimizer, total_steps - step - 1)
 
@@ -397,6 +411,7 @@ def make_loader(
     )  # fmt: skip
     settings = {
         "batch_size": config["batch_size"], "workers": config["workers"], "team": team,
+        "start_method": config["start_method"],
         "map_sizes": [model.map_sizes[i] for i in model.infused_maps],
         "map_range": choose_range(config, model),
     }  # fmt: skip

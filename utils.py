@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from errors import InputError
 from files import write_atomically
 from model import SSD300
+from seal import check_seal, seal
 
 CHECKPOINT_FORMAT = "sds-ssd-kaist-1"
+LAST, PREVIOUS = "last.pt", "previous.pt"  # a run's newest checkpoint, and the one before it
 
 
 def choose_device(name: str) -> torch.device:
@@ -59,64 +65,123 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
+def make_deterministic() -> None:
+    """Have torch choose algorithms whose result is the same every time, where it has any.
+
+    Of others it warns. To be called before the device is used.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
+    torch.backends.cudnn.benchmark = False
+
+
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """The context in which the network runs in `precision`."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != torch.float32)
 
 
-def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Save a checkpoint of tensors, primitives, lists, tuples and dicts, atomically.
+def save_checkpoint(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
+    """Save a checkpoint of tensors, primitives, lists, tuples and dicts, sealed and atomically.
 
-    `content` holds `model_args` and `model` (what `build_model` needs), `config`, `experiment`,
-    and for training also the optimiser, the history and where the run stands.
+    Args:
+        content: holds `model_args` and `model` (what `build_model` needs), `config`, `experiment`,
+            and for training also the optimiser, the history and where the run stands.
+        previous: the name that the checkpoint which is replaced gets.
+
+    Raises:
+        InputError: it cannot be written; what was there is whole.
     """
     content = {"format": CHECKPOINT_FORMAT, **content}
 
     def write(beside: Path) -> None:
-        try:
-            torch.save(content, beside)
-        except RuntimeError as error:  # torch's word for a full disk
-            raise OSError(str(error).splitlines()[0]) from None
+        with beside.open("w+b") as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:  # torch, closing the file, hides why it cannot
+                raise error.__context__ or error from None
+            seal(file)
+        if previous and path.exists():
+            previous.unlink(missing_ok=True)
+            try:
+                os.link(path, previous)  # so that there is a last.pt at every instant
+            except OSError:  # a file system without hard links
+                os.replace(path, previous)
 
-    write_atomically(path, write)
+    write_atomically(path, write, size=bytes_of(content))
+
+
+def bytes_of(content: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists: nearly those of their checkpoint."""
+    if isinstance(content, Tensor):
+        return content.nbytes
+    if isinstance(content, dict):
+        content = list(content.values())
+    return sum(map(bytes_of, content)) if isinstance(content, list) else 0
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Load a checkpoint onto the CPU; nothing in the file can run code.
 
     Raises:
-        InputError: no such file, not a checkpoint, or one of another program.
+        InputError: no such file, a damaged one, or one of another program.
     """
+    path = Path(path)
     try:
+        check_seal(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(
             "checkpoint not found", "train one with python train.py, or check --checkpoint",
             file=path,
         ) from None  # fmt: skip
-    except Exception as error:  # whatever torch meets in a foreign or truncated file
-        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+    except Exception as error:  # whatever torch meets in a foreign file
+        previous = path.with_name(PREVIOUS)
+        kept = path.name == LAST and previous.exists()
         raise InputError(
-            f"not a readable checkpoint ({reason})", "it is damaged or another program's: choose "
-            "another, or move this one away", file=path,
+            f"not a readable checkpoint ({unpickling_problem(error)})",
+            f"use the one before it, {previous}" if kept else "it is damaged or another program's: "
+            "choose another, or move this one away", file=path,
         ) from None  # fmt: skip
-    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+    needed = {"format", "model_args", "config", "model"}
+    if (not isinstance(content, dict) or not needed <= content.keys()
+            or content["format"] != CHECKPOINT_FORMAT):  # fmt: skip
         raise InputError(
             "not a checkpoint of this project", "choose one that train.py wrote", file=path
         )
     return content
 
 
+def unpickling_problem(error: Exception) -> str:
+    """What stopped torch.load, in a few words; torch's own would advise to run the file's code."""
+    code = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if code:
+        return f"it holds {code[1]}, which is code; none was run"
+    if isinstance(error, UnpicklingError):
+        return "it holds something else than weights"
+    return (str(error) or type(error).__name__).splitlines()[0][:120]
+
+
 def build_model(checkpoint: dict[str, Any]) -> SSD300:
-    """The network of a checkpoint, rebuilt from its own arguments; no weights are downloaded."""
-    model = SSD300(**checkpoint["model_args"])
-    model.load_state_dict(checkpoint["model"])
+    """The network of a checkpoint, rebuilt from its own arguments; no weights are downloaded.
+
+    Raises:
+        InputError: the weights are not those of such a network.
+    """
+    try:
+        model = SSD300(**checkpoint["model_args"])
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(
+            f"the checkpoint's weights do not fit its own model_args ({reason})", "choose another"
+        ) from None
     return model
 
 
 def newest_checkpoint(folder: Path) -> Path:
     """The `last.pt` that was written last among a folder's runs."""
-    found = sorted(folder.glob("*/last.pt"), key=lambda path: path.stat().st_mtime)
+    found = sorted(folder.glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise InputError(
             "no run with a checkpoint", "train one with python train.py, or name one with "

@@ -1,0 +1,396 @@
+"""A training run survives: kills at any moment, damaged files, full disks, dying workers."""
+
+import csv
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from errors import InputError
+from seal import check_seal
+from utils import load_checkpoint, save_checkpoint
+
+PROJECT = Path(train.__file__).parent
+QUICK = ["--batch-size", "2", "--workers", "0", "--width", "0.0625", "--device", "cpu",
+         "--precision", "fp32", "--eval-every", "1"]  # fmt: skip
+MOMENTS = ["step"] * 4 + ["write"] * 3 + ["start", "evaluation"] * 2  # in which a run is killed
+
+# Runs train.py's main() in a process of its own for each line of flags, says its id and, when it
+# has ended, how; torch is imported only once, which is most of the time that such a start takes.
+NURSERY = """
+import os, sys, traceback, train
+from errors import run_script
+for line in sys.stdin:
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    try:
+        os.setpgid(0, 0)
+        said = os.open(line.split()[0], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        sys.argv = ["train.py", *line.split()[1:]]
+        code = 1
+        run_script(train.main)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+"""
+
+
+class Nursery:
+    """Starts training processes, one after the other; what the last one said is in `said`."""
+
+    def __init__(self, folder):
+        self.said = folder / "said"
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", NURSERY], cwd=folder, env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def start(self, *flags):
+        """The new process's id."""
+        self.said.unlink(missing_ok=True)
+        self.process.stdin.write(" ".join(map(str, [self.said, *flags])) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def end(self):
+        """The exit code of the process, once it has ended; minus the signal that killed it."""
+        return int(self.process.stdout.readline())
+
+    def run(self, *flags):
+        """What a process said that ended well."""
+        self.start(*flags)
+        assert self.end() == 0, self.said.read_text()
+        return self.said.read_text()
+
+    def says(self, words):
+        return self.said.exists() and words in self.said.read_text()
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory):
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    with nursery.process:
+        yield nursery
+        nursery.process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def data(demo_root, tmp_path_factory):
+    """Flags for a run of three short steps an epoch."""
+    short = tmp_path_factory.mktemp("lists") / "short.txt"
+    short.write_text("".join((demo_root / "imageSets/train-all.txt").open().readlines()[::2]))
+    return ["--data-root", str(demo_root), "--train-list", str(short), *QUICK]
+
+
+def wait_for(happens, seconds=60):
+    """Look until something has happened."""
+    end = time.monotonic() + seconds
+    while not happens():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.0005)
+
+
+def changed_at(path):
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
+def rows_of(folder):
+    """log.csv without what the clock decides."""
+    rows = list(csv.DictReader((folder / "log.csv").open()))
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in rows]
+
+
+def assert_same(a, b):
+    """Every number is the same, bit for bit, at any depth."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        assert_same(list(a.values()), list(b.values()))
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+# ------------------------------------------------------------------------------ kills
+
+
+def test_a_run_killed_many_times_ends_as_one_never_interrupted(nursery, data, tmp_path):
+    flags = [*data, "--epochs", "6", "--save-minutes", "1e-6"]  # a checkpoint after every step
+    whole, killed = tmp_path / "whole/custom", tmp_path / "killed/custom"
+    nursery.run(*flags, "--checkpoints", whole.parent, "--save-minutes", "0")
+    rng, unfinished = random.Random(0), 0
+    last = killed / "last.pt"
+    for moment in rng.sample(MOMENTS, len(MOMENTS)):
+        before = changed_at(last)
+        child = nursery.start(*flags, "--checkpoints", killed.parent)
+        if moment == "start":
+            time.sleep(rng.uniform(0, 0.2))
+        elif moment == "step":
+            wait_for(lambda old=before: changed_at(last) != old)
+            time.sleep(rng.uniform(0, 0.05))
+        elif moment == "write":
+            wait_for(lambda: any(killed.glob(".last.pt.*.tmp")))
+        else:
+            wait_for(lambda: nursery.says("detecting"))
+            time.sleep(rng.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+        assert nursery.end() == -signal.SIGKILL, "the run was over before it was killed"
+        unfinished += any(killed.glob(".*.tmp"))
+        if last.exists():
+            load_checkpoint(last)
+    assert unfinished, "no kill fell into a write"
+    nursery.run(*flags, "--checkpoints", killed.parent)
+
+    assert rows_of(killed) == rows_of(whole) and len(rows_of(whole)) == 6
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = load_checkpoint(killed / name), load_checkpoint(whole / name)
+        for part in ("model", "optimizer", "epoch", "step", "sums"):
+            if part in theirs:
+                assert_same(ours[part], theirs[part])
+    assert (killed / "detections.txt").read_text() == (whole / "detections.txt").read_text()
+    assert not any(killed.glob(".*.tmp")) and os.listdir(killed.parent) == ["custom"]
+
+
+def test_no_layer_draws_random_numbers():
+    """So that a checkpoint needs no generator's state."""
+    config = train.configure(["--width", "0.0625"])
+    model = train.SSD300(**train.model_arguments(config)).train()
+    before = torch.get_rng_state()
+    model(torch.zeros(2, 4, 300, 300, dtype=torch.uint8))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_step_that_fails_in_the_middle_is_not_saved(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *data, "--epochs", "2", "--checkpoints",
+                                      str(tmp_path)])  # fmt: skip
+    step, steps = torch.optim.Adam.step, []
+
+    def fail(self, *arguments):
+        steps.append(1)
+        step(self, *arguments)
+        if len(steps) == 5:
+            raise MemoryError
+
+    monkeypatch.setattr(torch.optim.Adam, "step", fail)
+    with pytest.raises(MemoryError):
+        train.main()
+    last = load_checkpoint(tmp_path / "custom/last.pt")
+    assert (last["epoch"], last["step"]) == (1, 0)
+
+
+def test_a_second_process_is_refused_until_the_first_has_gone(nursery, data, tmp_path, monkeypatch):
+    flags = [*data, "--epochs", "400", "--checkpoints", str(tmp_path)]
+    child = nursery.start(*flags)
+    wait_for(lambda: (tmp_path / "custom/last.pt").exists())
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+    with pytest.raises(InputError, match=rf"custom: another process .*pid {child} on .* since 20"):
+        train.main()
+    os.kill(child, signal.SIGTERM)  # and this one saves
+    assert nursery.end() == 128 + signal.SIGTERM
+    assert nursery.says("saved; the same command goes on from epoch 1")
+    child = nursery.start(*flags)
+    wait_for(lambda: nursery.says("from epoch 1, step") or nursery.says("error"))
+    os.kill(child, signal.SIGKILL)
+    assert nursery.end() == -signal.SIGKILL
+    assert os.listdir(tmp_path) == ["custom"]
+
+
+# ------------------------------------------------------------------------------ files
+
+
+CONTENT = {"model_args": {}, "config": {}, "model": {"weight": torch.arange(8.0)}}
+
+
+def test_any_flipped_bit_of_a_checkpoint_is_found(tmp_path):
+    path = tmp_path / "x.pt"
+    save_checkpoint(path, CONTENT)
+    assert torch.equal(torch.load(path)["model"]["weight"], torch.arange(8.0))  # still torch's
+    content, rng = path.read_bytes(), random.Random(0)
+    with path.open("r+b", buffering=0) as file:
+        for place, byte in enumerate(content):
+            for bit in range(8) if place > len(content) - 100 else [rng.randrange(8)]:
+                os.pwrite(file.fileno(), bytes([byte ^ 1 << bit]), place)
+                with pytest.raises(ValueError):
+                    check_seal(path)
+            os.pwrite(file.fileno(), bytes([byte]), place)
+    check_seal(path)
+    for length in [0, 1, *rng.sample(range(len(content)), 100), len(content) - 1]:
+        path.write_bytes(content[:length])
+        with pytest.raises(ValueError):
+            check_seal(path)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(nursery, data, tmp_path):
+    flags = [*data, "--epochs", "2", "--checkpoints", tmp_path]
+    nursery.run(*flags)
+    folder, rows = tmp_path / "custom", rows_of(tmp_path / "custom")
+    last, previous = folder / "last.pt", folder / "previous.pt"
+    weights = load_checkpoint(last)["model"]
+    assert load_checkpoint(previous)["epoch"] == 1
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    with pytest.raises(InputError, match="last.pt: .*checksum.*; use .*previous"):
+        load_checkpoint(last)
+    said = nursery.run(*flags)
+    assert f"warning: {last}: not a readable checkpoint" in said
+    assert f"going on from {previous}" in said and "from epoch 2, step 1" in said
+    assert_same(load_checkpoint(last)["model"], weights)
+    assert rows_of(folder) == rows
+    assert (folder / "damaged.pt").read_bytes() == content
+
+
+def test_a_full_disk_leaves_the_old_checkpoint_and_says_what_is_needed(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, CONTENT)
+    before = path.read_bytes()
+    beside = tmp_path / f".last.pt.{os.getpid()}.tmp"
+    beside.symlink_to("/dev/full")  # every write to it fails as on a full disk
+    big = {**CONTENT, "model": {"weight": torch.zeros(3_000_000)}}
+    with pytest.raises(InputError, match=r"last.pt: the disk is full: it needs 12.0 MB or more, "
+                                         r"\d+.\d MB are free; free some"):  # fmt: skip
+        save_checkpoint(path, big, previous=tmp_path / "previous.pt")
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(nursery, data, tmp_path):
+    mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(tmp_path)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        flags = [*data, "--epochs", "1", "--checkpoints", tmp_path]
+        filler = tmp_path / "filler"
+        filler.write_bytes(bytes(3_200_000))  # there is room for one checkpoint, not for two
+        nursery.start(*flags)
+        assert nursery.end() == 2, nursery.said.read_text()
+        assert nursery.says("last.pt: the disk is full")
+        for path in (tmp_path / "custom").glob("*.pt"):
+            load_checkpoint(path)
+        filler.unlink()
+        assert "from epoch 1, step 1" in nursery.run(*flags)
+        assert (tmp_path / "custom/miss_rate.json").exists()
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+# ------------------------------------------------------------------------------ processes
+
+
+def children(pid):
+    return [int(i) for i in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid):
+    """Whether a process runs: neither gone nor dead and waiting for its parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    ("hit", "code", "words"),
+    [
+        ("worker", 2, "error: a loader process died (DataLoader worker"),
+        ("group", 130, "interrupted"),
+        ("main", -signal.SIGKILL, ""),
+    ],
+)
+def test_workers_end_with_their_run_and_their_death_is_told(
+    nursery, data, tmp_path, hit, code, words
+):
+    flags = [*data, "--epochs", "400", "--workers", "1", "--checkpoints", str(tmp_path)]
+    child = nursery.start(*flags)
+    wait_for(lambda: nursery.says("1/3"))
+    [worker] = children(child)
+    os.kill(worker, signal.SIGINT)  # Ctrl-C is the main process's business
+    log = tmp_path / "custom/log.csv"
+    wait_for(log.exists)
+    assert alive(worker)
+    if hit == "worker":
+        os.kill(worker, signal.SIGKILL)
+    elif hit == "group":
+        os.killpg(child, signal.SIGINT)
+    else:
+        os.kill(child, signal.SIGKILL)
+    assert nursery.end() == code, nursery.said.read_text()
+    said = nursery.said.read_text()
+    assert words in said and "Traceback" not in said
+    assert ("saved; the same command goes on" in said) == (hit != "main")
+    wait_for(lambda: not alive(worker))
+
+
+def test_spawned_workers_give_the_same_batches(data, demo_root):
+    def batches(*flags):
+        config = train.configure([*data, *flags])
+        frames, _ = train.read_training_frames(config)
+        model = train.SSD300(**train.model_arguments(config))
+        loader = train.make_loader(config, frames, model, torch.device("cpu"), train.Team())
+        return [(b.images, b.boxes, b.labels, b.masks, b.frame_ids) for b in loader.epoch(3)]
+
+    spawned = batches("--workers", "1", "--start-method", "spawn", "--out-of-range", "ignore")
+    assert_same(list(map(list, spawned)), list(map(list, batches("--out-of-range", "ignore"))))
+
+
+def test_too_little_shared_memory_is_told(data, monkeypatch):
+    def full(_):
+        raise RuntimeError("unable to allocate shared memory(shm): No space left on device")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # forked workers have it too
+    config = train.configure([*data, "--workers", "1", "--start-method", "fork"])
+    frames, _ = train.read_training_frames(config)
+    model = train.SSD300(**train.model_arguments(config))
+    loader = train.make_loader(config, frames, model, torch.device("cpu"), train.Team())
+    with pytest.raises(InputError, match="too little shared memory.*--shm-size"):
+        list(loader.epoch(0))
+
+
+def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path):
+    command = [sys.executable, "-X", "importtime", str(PROJECT / "train.py")]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        said = ""
+        for line in process.stderr:
+            said += line
+            if " torch." in line:
+                process.send_signal(signal.SIGINT)
+                break
+        said += process.stderr.read()
+    assert process.returncode == -signal.SIGINT and "Traceback" not in said
+
+
+# ------------------------------------------------------------------------------ numbers
+
+
+def test_the_same_command_gives_the_same_numbers(nursery, data, tmp_path):
+    for name in ("a", "b"):
+        nursery.run(*data, "--epochs", "1", "--deterministic", "--checkpoints", tmp_path / name)
+    a, b = (load_checkpoint(tmp_path / name / "custom/last.pt") for name in ("a", "b"))
+    assert_same(a["model"], b["model"])
+    assert rows_of(tmp_path / "a/custom") == rows_of(tmp_path / "b/custom")

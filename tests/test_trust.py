@@ -1,0 +1,137 @@
+"""No file that one was sent runs code, leaves the data root, or takes the machine's memory."""
+
+import io
+import json
+import os
+import pickle
+import struct
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import detect
+from datasets import read_image
+from error_sheet import draw_errors
+from errors import InputError
+from files import MAX_TEXT
+from kaist import image_path, read_image_list, read_json, read_xml
+from miss_rate import load_ground_truth
+from pretrained import load_pretrained
+from result_files import Detections, read_detections
+from utils import load_checkpoint
+
+
+class Attack:
+    """What a pickle that runs code when it is loaded is made of."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("write", [torch.save, lambda c, p: p.write_bytes(pickle.dumps(c))])
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, write):
+    path, mark = tmp_path / "last.pt", tmp_path / "attacked"
+    attack = Attack(f"touch {mark}")
+    write({"format": "sds-ssd-kaist-1", "model": attack}, path)
+    with pytest.raises(InputError, match=r"last.pt: not a readable checkpoint \(it ") as refusal:
+        load_checkpoint(path)
+    assert ("posix.system, which is code; none was run" in str(refusal.value)) == (
+        write is torch.save
+    )
+    assert not mark.exists() and "\n" not in str(refusal.value)
+    pickle.loads(pickle.dumps(attack))
+    assert mark.exists()  # the attack is a real one
+
+
+def test_published_weights_that_would_run_code_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    mark = tmp_path / "attacked"
+    cache = tmp_path / "hub/checkpoints/vgg16-397923af.pth"
+    cache.parent.mkdir(parents=True)
+    torch.save({"features.0.weight": Attack(f"touch {mark}")}, cache)
+    with pytest.raises(InputError, match="vgg16-397923af.pth: damaged .*posix.system"):
+        load_pretrained(torch.nn.Linear(1, 1), "imagenet")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["../../set00/V000/I00000", "/etc/passwd", "set00/V000/../I00000"])
+def test_names_in_files_cannot_leave_the_data_root(tmp_path, name):
+    path = tmp_path / "list.txt"
+    path.write_text(f"{name}\n")
+    with pytest.raises(InputError, match="list.txt:1: .* is not a frame id"):
+        read_image_list(path)
+    path.write_text(json.dumps({"categories": [], "annotations": [],
+                                "images": [{"id": 0, "im_name": name}]}))  # fmt: skip
+    with pytest.raises(InputError, match="no frame id"):
+        read_json(path)
+
+
+def png_of(width, height):
+    """A PNG that declares a size and holds nothing."""
+    def chunk(name, content):
+        crc = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"")), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def jpeg_of(width, height):
+    """A JPEG of one block that declares a size."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "JPEG")
+    content = bytearray(file.getvalue())
+    place = content.index(b"\xff\xc0") + 5
+    content[place : place + 4] = struct.pack(">HH", height, width)
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [jpeg_of(65000, 65000), jpeg_of(12000, 8000), png_of(2**31 - 1, 2**31 - 1), png_of(9999, 9999)],
+)
+def test_an_image_of_a_huge_declared_size_is_refused_undecoded(tmp_path, content):
+    path = tmp_path / "visible/I00000.jpg"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    with warnings.catch_warnings(), pytest.raises(InputError, match="I00000.jpg: .*(image|size)"):
+        warnings.simplefilter("error")
+        read_image(path, "visible")
+
+
+def test_broken_images_are_named_wherever_images_are_opened(demo_root, tmp_path, monkeypatch):
+    frames = read_image_list(demo_root / "imageSets/test-all.txt")
+    root = tmp_path / "root"
+    for modality in ("visible", "lwir"):
+        for frame in frames:
+            path = image_path(root, frame, modality)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = image_path(demo_root, frame, modality).read_bytes()
+            path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match="I00000.jpg: broken image .*truncated"):
+        read_image(path, "lwir")
+    people = load_ground_truth(demo_root, frames)
+    one = Detections(np.zeros(1, np.int64), np.array([[9.0, 9, 20, 50]]), np.ones(1))
+    with pytest.raises(InputError, match="jpg: broken image"):
+        draw_errors(people, one, root, 1, tmp_path / "errors.png")
+    path.write_bytes(jpeg_of(65000, 65000))
+    with pytest.raises(InputError, match="jpg: "):
+        detect.draw_pair({"lwir": path}, np.zeros((0, 4)), np.zeros(0))
+
+
+def test_text_of_gigabytes_is_refused_unread(tmp_path):
+    path = tmp_path / "result.txt"
+    with path.open("wb") as file:
+        file.truncate(MAX_TEXT + 1)  # a hole: it takes no room
+    for read in (lambda p: read_detections(p, ["set06/V000/I00000"]), read_json, read_xml,
+                 read_image_list):  # fmt: skip
+        with pytest.raises(InputError, match="result.txt: 268 MB, and a text file may have 268"):
+            read(path)
