@@ -35,10 +35,16 @@ class Augmentation:
 
     zoom_out: largest side of the zoomed-out canvas in frames; 1 switches zoom-out off.
     hue_saturation: distort hue and saturation of the visible image too.
+    lwir_jitter: distort brightness and contrast of the LWIR image.
+    copy_paste: share of the frames into which people of other frames are pasted.
+    modality_dropout: how probable it is that one modality of a sample is blanked.
     """
 
     zoom_out: float = 4.0
     hue_saturation: bool = True
+    lwir_jitter: bool = True
+    copy_paste: float = 0.0
+    modality_dropout: float = 0.0
 
 
 def random_window(
@@ -207,21 +213,64 @@ def colour_matrix(
     return matrix, offset
 
 
-def jitter(
-    content: Tensor, frame: np.ndarray, rng: np.random.Generator, hue_saturation: bool
-) -> Tensor:
-    """Distort brightness, contrast and colour of (C, h, w) uint8, each modality by its own draw."""
-    # Every eighth pixel tells the mean to well under 1/255.
-    mean = torch.from_numpy(frame)[::8, ::8].float().mean((0, 1)).numpy()
+def frame_mean(frame: np.ndarray) -> np.ndarray:
+    """(C,) float32: the mean colour of a frame (512, 640, C), to well under 1/255."""
+    return torch.from_numpy(frame)[::8, ::8].float().mean((0, 1)).numpy()
+
+
+class Recipe(NamedTuple):
+    """All that is random about a sample: its view of the frame, and the matrix (C, C) and offset
+    (C,), float32, that distort its colours."""
+
+    view: View
+    matrix: np.ndarray
+    offset: np.ndarray
+
+
+def whole_frame(channels: int, size: tuple[int, int]) -> Recipe:
+    """The undistorted frame in an input of (height, width)."""
+    view = snap((0, 0, FRAME_WIDTH, FRAME_HEIGHT), size, flip=False)
+    return Recipe(view, np.eye(channels, dtype=np.float32), np.zeros(channels, np.float32))
+
+
+def draw_recipe(
+    rng: np.random.Generator,
+    people: np.ndarray,
+    mean: np.ndarray,
+    augmentation: Augmentation,
+    size: tuple[int, int],
+) -> Recipe:
+    """A random window, flip and distortion, the latter of each modality by its own draw; of a pair,
+    as `modality_dropout` has it, one modality (by a fair coin) is its mean colour alone.
+
+    Args:
+        people: (n, 4) xyxy pixels of the persons in the frame; mean: as from `frame_mean`.
+        size: (height, width) of the network's input.
+    """
+    window = random_window(rng, people, augmentation.zoom_out)
+    view = snap(window, size, flip=bool(rng.random() < 0.5))
     channels = len(mean)
-    matrix, offset = np.zeros((channels, channels)), np.zeros(channels)
+    matrix = np.eye(channels, dtype=np.float32)
+    offset = np.zeros(channels, np.float32)
     for part in {1: [slice(0, 1)], 3: [slice(0, 3)], 4: [slice(0, 3), slice(3, 4)]}[channels]:
-        matrix[part, part], offset[part] = colour_matrix(rng, mean[part], hue_saturation)
-    if not offset.any() and np.array_equal(matrix, np.eye(channels)):
+        if part.stop - part.start == 3 or augmentation.lwir_jitter:
+            matrix[part, part], offset[part] = colour_matrix(
+                rng, mean[part], augmentation.hue_saturation
+            )
+    # Last, so that all other draws are the same without it.
+    if augmentation.modality_dropout and rng.random() < augmentation.modality_dropout:
+        gone = slice(0, 3) if rng.random() < 0.5 else slice(3, 4)
+        matrix[gone], offset[gone] = 0, mean_colour(4)[gone]
+    return Recipe(view, matrix, offset)
+
+
+def distort(content: Tensor, matrix: np.ndarray, offset: np.ndarray) -> Tensor:
+    """Apply a recipe's matrix and offset to (C, h, w) uint8, rounded and clipped."""
+    if not offset.any() and np.array_equal(matrix, np.eye(len(matrix))):
         return content
-    matrix, offset = torch.from_numpy(matrix).float(), torch.from_numpy(offset).float()
     # + 0.5: the conversion to uint8 truncates
-    pixels = torch.addmm(offset.unsqueeze(1) + 0.5, matrix, content.flatten(1).float())
+    offset = torch.from_numpy(offset).unsqueeze(1) + 0.5
+    pixels = torch.addmm(offset, torch.from_numpy(matrix), content.flatten(1).float())
     # By numpy: torch converts float to uint8 six times slower on a CPU.
     pixels = pixels.clamp_(0, 255).numpy().astype(np.uint8)
     return torch.from_numpy(pixels).view_as(content)

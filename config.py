@@ -14,17 +14,19 @@ from experiments import BASE, EXPERIMENTS
 
 # Constants that take one of a few words.
 CHOICES = {
-    "input_mode": ("lwir", "visible", "mean", "early"),
+    "input_mode": ("lwir", "visible", "mean", "early", "halfway"),
     "priors": ("ssd300", "ssd300-coco", "pedestrian"),
-    "pretrained": ("none", "imagenet", "coco"),
     "seg_cells": ("mean", "sum"),
-    "seg_maps": ("mean", "sum"),
+    "seg_maps": ("mean", "sum", "uncertainty"),
     "out_of_range": ("keep", "background", "ignore"),
     "loc_loss": ("l1", "smooth_l1"),
     "loc_reduction": ("mean", "sum"),
     "optimizer": ("sgd", "adam"),
     "schedule": ("constant", "step", "cosine"),
+    "loader": ("auto", "workers", "device"),
+    "compile": ("auto", "on", "off"),
     "precision": ("auto", "fp32", "bf16"),
+    "on_nonfinite": ("stop", "skip"),
     "start_method": ("auto", "fork", "spawn", "forkserver"),
 }
 
@@ -66,6 +68,18 @@ def parse_flags(
             parser.add_argument(flag, type=type(value), choices=choices, help=text, metavar=None
                                 if choices else type(value).__name__.upper())  # fmt: skip
     return vars(parser.parse_args(argv))
+
+
+def as_flags(changes: dict[str, Any]) -> list[str]:
+    """The command line that gives these values: the inverse of `parse_flags`."""
+    flags = []
+    for name, value in changes.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags += [f"--{flag}", show(value)]
+    return flags
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -128,11 +142,12 @@ def show(value: Any) -> str:
 RANGES = (
     (("width", "lr", "batch_size", "epochs", "eval_every", "max_boxes", "samples"),
      lambda v: v > 0, "it has to be greater than 0"),
-    (("seed", "workers", "bias_lr_factor", "weight_decay", "seg_weight", "min_height", "margin",
-      "save_minutes"),
+    (("seed", "workers", "max_bad_frames", "bias_lr_factor", "weight_decay", "seg_weight",
+      "min_height", "margin", "save_minutes"),
      lambda v: v >= 0, "it cannot be below 0"),
-    (("min_score", "nms_iou"), lambda v: 0 <= v <= 1, "it is a share, from 0 to 1"),
-    (("validation",), lambda v: 0 <= v < 1, "it is a share, from 0 to below 1"),
+    (("min_score", "nms_iou", "copy_paste", "modality_dropout"), lambda v: 0 <= v <= 1,
+     "it is a share, from 0 to 1"),
+    (("validation", "ema_decay"), lambda v: 0 <= v < 1, "it is a share, from 0 to below 1"),
     (("zoom_out",), lambda v: 1 <= v <= 16, "it is a canvas in frames a side, from 1 to 16"),
 )  # fmt: skip
 
@@ -150,6 +165,15 @@ def check_config(config: dict[str, Any]) -> None:
         for name in names:
             if name in config and not (fits(config[name]) and math.isfinite(config[name])):
                 refuse(name, config[name], words)
+
+
+def model_arguments(config: dict[str, Any]) -> dict[str, Any]:
+    """SSD300's arguments."""
+    names = ("input_mode", "batch_norm", "width", "infusion", "infusion_conv")
+    return {name: config[name] for name in names} | {
+        "prior_set": config["priors"],
+        "size": config["input_size"],
+    }
 
 
 def refuse(name: str, value: Any, remedy: str) -> None:

@@ -1,4 +1,4 @@
-"""KAIST pairs as training and test batches: ignore rules, decoding, samples, padding, masks.
+"""KAIST pairs as training and test samples: ignore rules, augmentation.
 
 Every random choice for a sample comes from a generator keyed by (seed, epoch, frame index), so
 any number of workers gives the same samples.
@@ -6,41 +6,35 @@ any number of workers gives the same samples.
 
 from __future__ import annotations
 
-import math
-import multiprocessing
-import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import sys
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data import Dataset
 
 from augment import (
     Augmentation,
-    jitter,
-    random_window,
+    Recipe,
+    View,
+    distort,
+    draw_recipe,
+    frame_mean,
     resize,
-    snap,
     view_boxes,
     view_pixels,
+    whole_frame,
 )
-from errors import InputError
-from frame_cache import FrameCache, open_cache
-from images import decode, open_image
-from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, image_path
-from parallel import ALONE, Team
-from pseudo_gt import MapRange, box_masks
+from copy_paste import paste_people
+from errors import InputError, run_script
+from frame_cache import FrameCache
+from images import read_frame
+from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, time_of_day
 
-MODALITIES = {"lwir": ("lwir",), "visible": ("visible",),
-              "mean": ("visible", "lwir"), "early": ("visible", "lwir")}  # fmt: skip
-
-
-# ------------------------------------------------------------------------- frames and pixels
+# ------------------------------------------------------------------------- frames
 
 
 @dataclass(frozen=True)
@@ -73,59 +67,17 @@ def load_frames(
     frame_ids: list[str], annotations: Annotations, *, min_height: float, margin: float
 ) -> list[Frame]:
     """Read the annotations of all frames; a malformed file stops here, before any training."""
-    frames = []
-    for frame_id in frame_ids:
-        objects = annotations.read(frame_id)
-        labels = label_objects(objects.boxes, objects.is_person, min_height, margin)
-        boxes = objects.boxes.astype(np.float32)
-        boxes[:, 2:] += boxes[:, :2]
-        frames.append(Frame(frame_id, boxes, labels))
-    return frames
+    objects, counts = annotations.read_all(frame_ids)
+    boxes = objects.boxes.astype(np.float32)
+    boxes[:, 2:] += boxes[:, :2]
+    labels = label_objects(objects.boxes, objects.is_person, min_height, margin)
+    ends = counts.cumsum().tolist()
+    starts = [0, *ends[:-1]]
+    return [Frame(frame_id, boxes[start:end], labels[start:end])
+            for frame_id, start, end in zip(frame_ids, starts, ends, strict=True)]  # fmt: skip
 
 
-def check_images(root: Path, frame_ids: list[str], input_mode: str) -> None:
-    """Look at every image's header: it exists, is an image, and has KAIST's size.
-
-    Raises:
-        InputError: for the first image that is missing, unreadable or of another size.
-    """
-    for frame_id in frame_ids:
-        for modality in MODALITIES[input_mode]:
-            with open_image(image_path(root, frame_id, modality)):
-                pass
-
-
-def read_image(path: Path, modality: str) -> np.ndarray:
-    """Decode one image: visible as (512, 640, 3), LWIR as (512, 640, 1), uint8."""
-    pixels = np.array(decode(path, modality))
-    return pixels if pixels.ndim == 3 else pixels[..., None]
-
-
-def read_frame(root: Path, frame_id: str, input_mode: str) -> np.ndarray:
-    """The modalities of one frame side by side: (512, 640, C) uint8, visible first."""
-    modalities = MODALITIES[input_mode]
-    if len(modalities) == 1:
-        return read_image(image_path(root, frame_id, modalities[0]), modalities[0])
-    visible, lwir = (decode(image_path(root, frame_id, m), m) for m in modalities)
-    visible.putalpha(lwir)  # Pillow keeps four bytes a pixel anyhow: much faster than numpy
-    return np.array(visible)
-
-
-def cache_frames(
-    folder: str | Path, root: Path, frame_ids: Sequence[str], input_mode: str
-) -> FrameCache:
-    """The frames of a list decoded into a cache in `folder`, drawn only where it is not there yet.
-
-    Raises:
-        InputError: an image cannot be read, or the disk is too small.
-    """
-    def read(frame_id: str) -> np.ndarray:
-        return read_frame(root, frame_id, input_mode)
-
-    return open_cache(folder, Path(root), frame_ids, MODALITIES[input_mode], read)
-
-
-# ------------------------------------------------------------------------- samples and batches
+# ------------------------------------------------------------------------- samples
 
 
 class Sample(NamedTuple):
@@ -143,21 +95,11 @@ class Sample(NamedTuple):
     frame_id: str
 
 
-class Batch(NamedTuple):
-    """images (N, C, H, W) uint8; boxes (N, M, 4) float32 xyxy fractions; labels (N, M) int64,
-    1 person, -1 ignore, 0 padding; masks: per infused map (N, h, w) int64; frame ids."""
+class BadFrame(NamedTuple):
+    """What comes in a sample's place when its frame cannot be read."""
 
-    images: Tensor
-    boxes: Tensor
-    labels: Tensor
-    masks: list[Tensor]
-    frame_ids: list[str]
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on another device; copies from pinned memory do not block."""
-        tensors = (t.to(device, non_blocking=True) for t in (self.images, self.boxes, self.labels))
-        masks = [mask.to(device, non_blocking=True) for mask in self.masks]
-        return Batch(*tensors, masks, self.frame_ids)
+    frame_id: str
+    error: InputError
 
 
 class KaistPairs(Dataset):
@@ -166,16 +108,17 @@ class KaistPairs(Dataset):
     Args:
         root: folder with `images/`.
         frames: as from `load_frames`.
-        input_mode: "lwir", "visible", "mean" or "early".
+        input_mode: "lwir", "visible", "mean", "early" or "halfway".
         size: (height, width) of the network's input.
         augmentation: None resizes the whole frame.
         masks_follow: masks show the boxes after augmentation; False repeats the mistake of the
             logged experiments 18 to 25, whose masks showed the unaugmented frame.
         seed: key of all random choices, together with epoch and frame index.
         cache: decoded frames of this input, read instead of the images.
+        without: a modality that is blanked instead of read.
 
-    Indexed by (epoch, index). A frame that cannot be read is returned as its InputError, because
-    an exception would cross from a worker process as a traceback.
+    Indexed by (epoch, index). A frame that cannot be read comes as a BadFrame, because an exception
+    would end the whole batch.
     """
 
     def __init__(
@@ -189,6 +132,7 @@ class KaistPairs(Dataset):
         masks_follow: bool,
         seed: int,
         cache: FrameCache | None = None,
+        without: str = "",
     ) -> None:
         self.root = Path(root)
         self.frames = frames
@@ -198,206 +142,87 @@ class KaistPairs(Dataset):
         self.masks_follow = masks_follow
         self.seed = seed
         self.cache = cache
+        self.without = without
 
     def __len__(self) -> int:
         return len(self.frames)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample | InputError:
+    def __getitem__(self, key: tuple[int, int]) -> Sample | BadFrame:
         epoch, index = key
-        frame = self.frames[index]
         try:
-            pixels = self.read(frame.id)
+            return self.sample(epoch, index)
         except InputError as error:
-            return error
-        whole = snap((0, 0, FRAME_WIDTH, FRAME_HEIGHT), self.size, flip=False)
-        if self.augmentation is None:
-            view, content = whole, resize(pixels, whole)
-        else:
-            rng = np.random.default_rng((self.seed, epoch, index))
-            people = frame.boxes_px[frame.labels == 1]
-            window = random_window(rng, people, self.augmentation.zoom_out)
-            view = snap(window, self.size, flip=bool(rng.random() < 0.5))
-            content = resize(pixels, view)
-            content = jitter(content, pixels, rng, self.augmentation.hue_saturation)
-        image = view_pixels(content, view, self.size)
+            return BadFrame(self.frames[index].id, error)
+
+    def sample(self, epoch: int, index: int) -> Sample:
+        """A frame's sample of an epoch."""
+        frame = self.frames[index]
+        pixels = self.read(frame.id)
+        recipe = whole_frame(pixels.shape[2], self.size)
+        if self.augmentation is not None:
+            rng = self.generator(epoch, index)
+            if self.augmentation.copy_paste:
+                frame, pixels = self.paste(rng, frame, pixels)
+            recipe = self.draw(rng, frame, frame_mean(pixels))
+        content = distort(resize(pixels, recipe.view), recipe.matrix, recipe.offset)
+        image = view_pixels(content, recipe.view, self.size)
+        return Sample(image, *self.place(frame, recipe.view), frame.id)
+
+    def generator(self, epoch: int, index: int) -> np.random.Generator:
+        """The source of all that is random about a frame's sample of an epoch."""
+        return np.random.default_rng((self.seed, epoch, index))
+
+    def draw(self, rng: np.random.Generator, frame: Frame, mean: np.ndarray) -> Recipe:
+        """How a sample is made of a frame with this mean colour."""
+        people = frame.boxes_px[frame.labels == 1]
+        return draw_recipe(rng, people, mean, self.augmentation, self.size)
+
+    def place(
+        self, frame: Frame, view: View
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """A sample's boxes, labels, mask boxes and mask labels."""
         boxes, labels = view_boxes(frame.boxes_px, frame.labels, view, self.size)
-        mask_boxes, mask_labels = boxes, labels
-        if not self.masks_follow:
-            mask_boxes, mask_labels = view_boxes(frame.boxes_px, frame.labels, whole, self.size)
-        return Sample(image, boxes, labels, mask_boxes, mask_labels, frame.id)
+        if self.masks_follow:
+            return boxes, labels, boxes, labels
+        whole = whole_frame(1, self.size).view
+        return boxes, labels, *view_boxes(frame.boxes_px, frame.labels, whole, self.size)
+
+    def paste(
+        self, rng: np.random.Generator, frame: Frame, pixels: np.ndarray
+    ) -> tuple[Frame, np.ndarray]:
+        """The frame, by chance with people of another one of the same time of day."""
+        donors = self.donors[time_of_day(frame.id)]
+        if not len(donors) or rng.random() >= self.augmentation.copy_paste:
+            return frame, pixels
+        donor = self.frames[rng.choice(donors)]
+        pixels, *objects = paste_people(
+            rng, pixels, frame.boxes_px, frame.labels,
+            self.read(donor.id), donor.boxes_px[donor.labels == 1],
+        )  # fmt: skip
+        return Frame(frame.id, *objects), pixels
+
+    @cached_property
+    def donors(self) -> dict[str, np.ndarray]:
+        """Indices of the frames with persons, by time of day."""
+        found: dict[str, list[int]] = {"day": [], "night": []}
+        for i, frame in enumerate(self.frames):
+            if (frame.labels == 1).any():
+                found[time_of_day(frame.id)].append(i)
+        return {time: np.array(indices) for time, indices in found.items()}
 
     def read(self, frame_id: str) -> np.ndarray:
         """A frame's pixels, (512, 640, C) uint8, from the cache where there is one."""
         if self.cache is not None:
             return self.cache.read(frame_id)
-        return read_frame(self.root, frame_id, self.input_mode)
+        return read_frame(self.root, frame_id, self.input_mode, self.without)
 
 
-def pad(boxes: list[np.ndarray], labels: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Lists of (n, 4) and (n,) to (N, M, 4) and (N, M), M the largest n but at least 1."""
-    most = max(1, *(len(b) for b in boxes))
-    padded = torch.zeros((len(boxes), most, 4))
-    padded_labels = torch.zeros((len(boxes), most), dtype=torch.int64)
-    for i, (b, label) in enumerate(zip(boxes, labels, strict=True)):
-        padded[i, : len(b)] = torch.from_numpy(b)
-        padded_labels[i, : len(b)] = torch.from_numpy(label)
-    return padded, padded_labels
+def main() -> None:
+    """`python datasets.py --check ROOT --list LIST` looks for faults in a data set."""
+    from check_data import main as check  # here, because it needs what is above
+
+    sys.exit(check())
 
 
-@dataclass(frozen=True)
-class Collate:
-    """Samples to a Batch with masks for feature maps of the given (h, w) sizes.
-
-    map_range: leaves the persons that a map cannot detect out of its mask.
-    """
-
-    map_sizes: list[tuple[int, int]]
-    map_range: MapRange | None = None
-
-    def __call__(self, samples: list[Sample | InputError]) -> Batch | InputError:
-        for sample in samples:
-            if isinstance(sample, InputError):
-                return sample
-        boxes, labels = pad([s.boxes for s in samples], [s.labels for s in samples])
-        mask_boxes, mask_labels = pad(
-            [s.mask_boxes for s in samples], [s.mask_labels for s in samples]
-        )
-        masks = box_masks(mask_boxes, mask_labels, self.map_sizes, self.map_range)
-        images = torch.stack([s.image for s in samples])
-        if get_worker_info() is not None:
-            try:  # here: where multiprocessing does it, a failure would be waited for forever
-                for tensor in (images, boxes, labels, *masks):
-                    tensor.share_memory_()
-            except RuntimeError as error:
-                return InputError(
-                    f"too little shared memory for a batch ({str(error).splitlines()[0]})",
-                    "enlarge /dev/shm (docker run --shm-size=8g), or lower WORKERS or BATCH_SIZE",
-                )  # fmt: skip
-        return Batch(images, boxes, labels, masks, [s.frame_id for s in samples])
-
-
-class EpochBatches(Sampler):
-    """Batches of keys (epoch, index) of one epoch.
-
-    epoch: which epoch comes next; skip: batches at its start that are left out.
-
-    Args:
-        seed: order frames by (seed, epoch) and leave out an incomplete last batch (unless it is
-            the only one); None keeps their order and all of them.
-        team: of each batch this process gets every `team.size`-th frame.
-    """
-
-    def __init__(self, length: int, batch_size: int, seed: int | None, team: Team) -> None:
-        self.length = length
-        self.batch_size = batch_size
-        self.seed = seed
-        self.team = team
-        self.epoch = self.skip = 0
-
-    def __len__(self) -> int:
-        if self.seed is None:
-            return math.ceil(self.length / self.batch_size)
-        return max(1, self.length // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.arange(self.length)
-        if self.seed is not None:
-            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
-        for start in range(self.skip * self.batch_size, len(self) * self.batch_size,
-                           self.batch_size):  # fmt: skip
-            batch = order[start : start + self.batch_size][self.team.rank :: self.team.size]
-            yield [(self.epoch, index) for index in batch.tolist()]
-
-
-class BatchLoader:
-    """Batches of a data set, epoch by epoch, with worker processes kept between epochs.
-
-    A worker process is deaf to Ctrl-C, which the main process answers, and ends with it. One that
-    dies ends the epoch with an InputError.
-
-    Args:
-        batch_size: frames a batch, of all processes of the team together.
-        start_method: of the workers: "fork", "spawn", "forkserver", or "auto" for Python's choice.
-        shuffle: training order: another permutation each epoch, an incomplete last batch is left
-            out (unless it is the only one). False: the frames in their order, all of them.
-        map_sizes, map_range: of the feature maps that masks are wanted for, as in `Collate`.
-    """
-
-    def __init__(
-        self,
-        dataset: KaistPairs,
-        *,
-        batch_size: int,
-        workers: int,
-        start_method: str = "auto",
-        shuffle: bool,
-        map_sizes: list[tuple[int, int]],
-        pin_memory: bool,
-        map_range: MapRange | None = None,
-        team: Team = ALONE,
-    ) -> None:
-        if start_method not in ("auto", *multiprocessing.get_all_start_methods()):
-            raise InputError(f"START_METHOD = {start_method!r} is not for this system", "use auto")
-        seed = dataset.seed if shuffle else None
-        self.batches = EpochBatches(len(dataset), batch_size, seed, team)
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=self.batches,
-            num_workers=workers,
-            collate_fn=Collate(map_sizes, map_range),
-            pin_memory=pin_memory,
-            persistent_workers=workers > 0,
-            multiprocessing_context=start_method if workers and start_method != "auto" else None,
-            worker_init_fn=begin_worker,
-        )
-
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return len(self.batches)
-
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, without the first `skip`.
-
-        Raises:
-            InputError: a frame turned out to be unreadable, or a worker process died.
-        """
-        self.batches.epoch, self.batches.skip = epoch, skip
-        try:
-            with calm_start():
-                batches = iter(self.loader)
-            for batch in batches:
-                if isinstance(batch, InputError):
-                    raise batch
-                yield batch
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error):
-                raise
-            raise InputError(
-                f"a loader process died ({error})",
-                "often memory ran out: lower WORKERS or BATCH_SIZE, or enlarge /dev/shm",
-            ) from None
-
-
-@contextmanager
-def calm_start() -> Iterator[None]:
-    """Start worker processes without a signal in the midst of it.
-
-    Ctrl-C waits until all have started, and they inherit that they do not hear it. torch's
-    handler for ended processes, which raises wherever the main process happens to be, is taken
-    back: the loader looks after its workers too whenever it waits for a batch.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    handler = signal.getsignal(signal.SIGCHLD)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def begin_worker(_: int) -> None:
-    """End at once when told to: a forked worker has inherited what the main process would do."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+if __name__ == "__main__":
+    run_script(main)

@@ -2,9 +2,9 @@
 
     python detect.py data/demo/images/set06/V000/visible/I00000.jpg
 
-Name either modality's file (or folder); its partner is found beside it. Each image becomes a
-picture with boxes and scores, visible and LWIR side by side; the boxes are printed and kept in
-`detections.csv`.
+Name either modality's file (or folder); its partner is found beside it, and a network trained with
+MODALITY_DROPOUT does without one. Each image becomes a picture with boxes and scores, visible and
+LWIR side by side; the boxes are printed and kept in `detections.csv`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from augment import resize, snap, view_pixels
 from config import OneLineParser
-from datasets import MODALITIES, read_image
 from errors import InputError, run_script
 from files import make_folder, write_atomically
-from inference import to_pixels
+from images import MODALITIES, join_modalities, read_image
+from inference import detect_image
 from kaist import FRAME_HEIGHT, FRAME_WIDTH
-from model import SSD300, detect
+from model import SSD300
 from utils import (
-    autocast,
     build_model,
     choose_device,
     choose_precision,
@@ -56,15 +54,18 @@ def main() -> None:
     path = arguments.checkpoint or newest_checkpoint(Path(CHECKPOINTS))
     path = path / "last.pt" if path.is_dir() else path
     checkpoint = load_checkpoint(path)
-    pairs = [find_pair(image, checkpoint["config"]["input_mode"]) for image in
-             list_images(arguments.images)]  # fmt: skip
+    config = checkpoint["config"]
+    pairs = [find_pair(image, config) for image in list_images(arguments.images)]
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last).eval()
     print(f"{len(pairs)} image{'s' * (len(pairs) != 1)}, weights of {path}")
+    alone = sum(len(pair) < len(MODALITIES[config["input_mode"]]) for pair in pairs)
+    if alone:
+        print(f"note: {alone} without the other modality, which is blanked")
 
     names = output_names(pairs)
     rows = []
     for pair, name in zip(pairs, names, strict=True):
-        boxes, scores = detect_pair(model, pair, checkpoint["config"], device, arguments.min_score)
+        boxes, scores = detect_pair(model, pair, config | {"min_score": arguments.min_score})
         picture = draw_pair(pair, boxes, scores)
         out = arguments.out / f"{name}.png"
         write_atomically(out, lambda beside, p=picture: p.save(beside, format="PNG"))
@@ -105,15 +106,16 @@ def list_images(paths: list[Path]) -> Iterator[Path]:
             yield path
 
 
-def find_pair(path: Path, input_mode: str) -> dict[str, Path]:
+def find_pair(path: Path, config: dict[str, Any]) -> dict[str, Path]:
     """Modality -> file of one frame; at least those that the network needs.
 
     An image outside of a `visible` or `lwir` folder is taken for the one modality of a
-    single-modality network.
+    single-modality network. A network trained with modality dropout needs but one of two.
 
     Raises:
         InputError: a modality that the network needs is not there.
     """
+    input_mode = config["input_mode"]
     needed = MODALITIES[input_mode]
     if path.parent.name not in ("visible", "lwir"):
         if len(needed) == 1:
@@ -124,10 +126,11 @@ def find_pair(path: Path, input_mode: str) -> dict[str, Path]:
         )  # fmt: skip
     pair = {m: path.parent.parent / m / path.name for m in ("visible", "lwir")}
     for modality in needed:
-        if not pair[modality].exists():
+        if not pair[modality].exists() and not config.get("modality_dropout"):
             raise InputError(
                 f"the {modality} image is missing, which a network with input {input_mode!r} "
-                "needs", "add it, or use a network trained without it", file=pair[modality],
+                "needs", "add it, or use a network trained without it or with MODALITY_DROPOUT",
+                file=pair[modality],
             )  # fmt: skip
     return {m: p for m, p in pair.items() if p.exists()}
 
@@ -144,25 +147,13 @@ def output_names(pairs: list[dict[str, Path]]) -> list[str]:
 
 
 def detect_pair(
-    model: SSD300,
-    pair: dict[str, Path],
-    config: dict[str, Any],
-    device: torch.device,
-    min_score: float,
+    model: SSD300, pair: dict[str, Path], config: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Boxes (k, 4) xywh pixels of the frame and scores (k,), by descending score."""
-    modalities = MODALITIES[config["input_mode"]]
-    frame = np.concatenate([read_image(pair[m], m) for m in modalities], axis=2)
-    whole = snap((0, 0, FRAME_WIDTH, FRAME_HEIGHT), model.size, flip=False)
-    image = view_pixels(resize(frame, whole), whole, model.size).unsqueeze(0).to(device)
-    precision = choose_precision(config["precision"], device)
-    with torch.inference_mode(), autocast(device, precision):
-        predictions = model(image)
-    [(boxes, scores)] = detect(
-        predictions, model.priors, min_score=min_score, nms_iou=config["nms_iou"],
-        max_boxes=config["max_boxes"],
-    )  # fmt: skip
-    return to_pixels(boxes, scores)
+    wanted = MODALITIES[config["input_mode"]]
+    images = {m: read_image(path, m) for m, path in pair.items() if m in wanted}
+    precision = choose_precision(config["precision"], model.priors.device)
+    return detect_image(model, join_modalities(images, config["input_mode"]), precision, config)
 
 
 def draw_pair(pair: dict[str, Path], boxes: np.ndarray, scores: np.ndarray) -> Image.Image:

@@ -16,6 +16,8 @@ class InputError(Exception):
         remedy: what the user can do about it.
         file: the file at fault, if there is one.
         line: its 1-based line number, if known.
+
+    Attributes: problem, file and line, as given.
     """
 
     def __init__(
@@ -23,10 +25,11 @@ class InputError(Exception):
     ) -> None:
         place = "" if file is None else f"{file}: " if line is None else f"{file}:{line}: "
         super().__init__(f"{place}{problem}; {remedy}")
+        self.problem, self.file, self.line = problem, file, line
 
     def __reduce__(self) -> tuple:
         """Pickled as its message: a loader's worker process sends it to the main one."""
-        return InputError.__new__, (InputError, *self.args)
+        return type(self).__new__, (type(self), *self.args), vars(self)
 
 
 def run_script(main: Callable[[], None]) -> None:

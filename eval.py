@@ -7,6 +7,10 @@ Result files need no network, no checkpoint and no torch:
 Without --detections a checkpoint is evaluated, the newest run's unless --checkpoint names one:
 
     python eval.py
+
+Finished runs are compared in one table and one figure:
+
+    python eval.py --compare checkpoints/26 checkpoints/19
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
+from compare import compare_runs
 from config import OneLineParser
 from error_sheet import FORMATS, draw_errors
 from errors import InputError, run_script
@@ -27,12 +32,16 @@ CHECKPOINTS = "checkpoints"  # where the newest run is looked for
 ANNOTATIONS = ""  # KAIST_annotation.json, an annotation folder or a KAIST root
 DATA_ROOT = ""  # folder with images/; a checkpoint knows its own
 OUT = "miss_rate.png"  # the curves; png, jpg or pdf
+COMPARISON = "comparison.png"  # the figure of --compare
 ERRORS = "errors.png"  # the sheet of --show-errors
 
 
 def main() -> None:
     """Evaluate result files, or a checkpoint's network."""
     arguments = parse_arguments()
+    if arguments.compare:
+        compare_runs(arguments.compare, arguments.bootstrap, arguments.out or Path(COMPARISON))
+        return
     if arguments.detections:
         files, names = arguments.detections, unique_names(arguments.detections)
         ground_truth = open_ground_truth(arguments)
@@ -75,6 +84,7 @@ def parse_arguments() -> Namespace:
     add("--checkpoint", type=Path, help="a checkpoint instead; default: the newest run's")
     add("--annotations", type=Path, default=ANNOTATIONS or None,
         help="KAIST_annotation.json, an annotation folder or a KAIST root")  # fmt: skip
+    add("--compare", nargs="+", type=Path, metavar="RUN", help="folders of finished runs instead")
     add("--image-list", type=Path,
         help="frames to evaluate; ids of files without a companion count along it")  # fmt: skip
     add("--subset", help="evaluate only day, night, campus, road, downtown, or an image list")
@@ -82,6 +92,8 @@ def parse_arguments() -> Namespace:
     add("--bootstrap", type=int, default=0, metavar="N", help="95%% intervals from N resamples")
     add("--by-video", action="store_true", help="resample whole videos instead of frames")
     add("--out", type=picture, help=f"picture of the curves ({OUT}, in a checkpoint's folder)")
+    add("--without", choices=("visible", "lwir"), default="",
+        help="a modality to blank, as if it were missing")  # fmt: skip
     add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write all numbers and curves at full precision")
     add("--show-errors", type=int, default=0, metavar="N",
@@ -91,8 +103,10 @@ def parse_arguments() -> Namespace:
     arguments = parser.parse_args()
     if arguments.detections and not arguments.annotations:
         parser.error("--detections needs --annotations")
-    if arguments.detections and arguments.checkpoint:
-        parser.error("--detections and --checkpoint exclude each other")
+    if sum(map(bool, (arguments.detections, arguments.checkpoint, arguments.compare))) > 1:
+        parser.error("--detections, --checkpoint and --compare exclude each other")
+    if arguments.without and (arguments.detections or arguments.compare):
+        parser.error("--without evaluates a checkpoint: leave --detections and --compare away")
     for path in arguments.detections or []:
         if not path.is_file():
             raise InputError("result file not found", "check --detections", file=path)
@@ -134,12 +148,13 @@ def evaluate_checkpoint(arguments: Namespace) -> tuple[str, Path, GroundTruth, P
     if path.is_dir():
         path = path / "last.pt"
     print(f"weights of {path}")
-    config, ground_truth, detections, mask_ious = run_checkpoint(path, given)
+    config, ground_truth, detections, mask_ious = run_checkpoint(path, given, arguments.without)
     if mask_ious:
         print(", ".join(f"{name} {value:.3f}" for name, value in mask_ious.items()))
     parts = [path.stem] if path.stem != "last" else []
     parts += [Path(given[key]).stem for key in settings if key in given and key != "device"]
     parts += [Path(arguments.subset).stem] if arguments.subset else []
+    parts += [f"without-{arguments.without}"] if arguments.without else []
     suffix = "".join(f"-{part}" for part in parts)
     result = path.parent / f"detections{suffix}.txt"
     write_detections(result, detections, ground_truth.frames)

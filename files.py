@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from errors import InputError
 
@@ -32,6 +34,17 @@ def read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise InputError("not a text file", "name another file", file=path) from None
+
+
+def load_json(text: str, path: Path) -> Any:
+    """The content of a JSON file, of which `text` is the text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        problem, line = error.msg, error.lineno
+    except (RecursionError, ValueError) as error:  # nested, or a number written, without end
+        problem, line = str(error), None
+    raise InputError(f"broken JSON ({problem})", "copy or write it again", file=path, line=line)
 
 
 def make_folder(path: Path) -> None:

@@ -7,7 +7,6 @@ of change; so a cache of other or changed images is never found, and redrawn.
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from errors import InputError
 from files import abandoned, write_atomically
 from kaist import FRAME_HEIGHT, FRAME_WIDTH, image_path
+from remember import fingerprint
 
 BLOCK = 64  # frames decoded before they are written
 
@@ -37,12 +37,16 @@ class FrameCache:
         self.shape = (len(rows), FRAME_HEIGHT, FRAME_WIDTH, channels)
         self.pixels: np.ndarray | None = None
 
-    def read(self, frame_id: str) -> np.ndarray:
-        """One frame, (512, 640, C) uint8, as `datasets.read_frame` gives it."""
+    def all(self) -> np.ndarray:
+        """All frames, (F, 512, 640, C) uint8, mapped: pixels are read when they are used."""
         if self.pixels is None:
             # "c": writable in memory, as torch wants it, but never written to the file.
             self.pixels = np.memmap(self.path, np.uint8, "c", shape=self.shape)
-        return self.pixels[self.rows[frame_id]]
+        return self.pixels
+
+    def read(self, frame_id: str) -> np.ndarray:
+        """One frame, (512, 640, C) uint8, as `images.read_frame` gives it."""
+        return self.all()[self.rows[frame_id]]
 
     def __getstate__(self) -> dict:
         """Without the map: pickled for a worker process it would be a copy of all pixels."""
@@ -71,21 +75,17 @@ def open_cache(
     """
     folder = Path(folder)
     channels = sum({"visible": 3, "lwir": 1}[modality] for modality in modalities)
-    frames, files = hashlib.sha256(), hashlib.sha256()
-    for frame_id in frame_ids:
-        for modality in modalities:
-            path = image_path(root, frame_id, modality)
-            frames.update(f"{path.absolute()}\n".encode())
-            try:
-                status = path.stat()
-            except OSError as error:
-                raise InputError(
-                    f"image not found ({error.strerror})", "check DATA_ROOT and the image list",
-                    file=path,
-                ) from None  # fmt: skip
-            files.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
-    name = f"frames-{frames.hexdigest()[:12]}"
-    path = folder / f"{name}-{files.hexdigest()[:12]}.u8"
+    paths = [image_path(root, frame_id, modality) for frame_id in frame_ids
+             for modality in modalities]  # fmt: skip
+    try:
+        mark = fingerprint(paths)
+    except OSError as error:
+        raise InputError(
+            f"image not found ({error.strerror})", "check DATA_ROOT and the image list",
+            file=error.filename,
+        ) from None  # fmt: skip
+    name = f"frames-{mark.paths}"
+    path = folder / f"{name}-{mark.state}.u8"
     cache = FrameCache(path, {frame_id: i for i, frame_id in enumerate(frame_ids)}, channels)
     size = int(np.prod(cache.shape))
     if not (path.is_file() and path.stat().st_size == size):

@@ -1,22 +1,50 @@
-"""Opening images that nobody vouches for: nothing is decoded before its size is known."""
+"""KAIST's images as pixels: headers looked at, modalities decoded and joined, frames cached."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
+from augment import mean_colour
 from errors import InputError
-from kaist import FRAME_HEIGHT, FRAME_WIDTH
+from frame_cache import FrameCache, open_cache
+from kaist import FRAME_HEIGHT, FRAME_WIDTH, image_path
+from remember import remember
+
+MODALITIES = {"lwir": ("lwir",), "visible": ("visible",),
+              "mean": ("visible", "lwir"), "early": ("visible", "lwir"),
+              "halfway": ("visible", "lwir")}  # fmt: skip
+
+
+def check_images(
+    root: Path, frame_ids: Sequence[str], input_mode: str, without: str = ""
+) -> None:
+    """Look at every image's header: it exists, is an image, and has KAIST's size.
+
+    Args:
+        without: a modality that is not needed.
+
+    Raises:
+        InputError: for the first image that is missing, unreadable or of another size.
+    """
+    paths = [image_path(root, frame_id, modality) for frame_id in frame_ids
+             for modality in MODALITIES[input_mode] if modality != without]  # fmt: skip
+
+    def look() -> dict[str, np.ndarray]:
+        for path in paths:
+            with open_image(path):
+                pass
+        return {}
+
+    remember("images", paths, look)
 
 
 def open_image(path: Path) -> Image.Image:
-    """Open a JPEG or PNG of KAIST's size without decoding it.
-
-    Raises:
-        InputError: it is missing, no such image, or of another size.
-    """
+    """Open an image of KAIST's size without decoding it."""
     try:
         with warnings.catch_warnings():  # Pillow warns of sizes that are refused below
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -25,7 +53,7 @@ def open_image(path: Path) -> Image.Image:
         raise InputError(
             "image not found", "check DATA_ROOT, the image list and INPUT_MODE", file=path
         ) from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # whatever Pillow meets in broken data, or a size beyond reason
         raise InputError(f"unreadable image ({error})", "copy it again", file=path) from None
     if image.size != (FRAME_WIDTH, FRAME_HEIGHT):
         size = "{}x{}".format(*image.size)
@@ -46,5 +74,50 @@ def decode(path: Path, modality: str) -> Image.Image:
             image.draft(mode, None)  # a grey JPEG's luma alone: no colour conversion to undo
             image.load()
             return image if image.mode == mode else image.convert(mode)
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow's words for broken data
+        except Exception as error:  # whatever Pillow meets in broken data
             raise InputError(f"broken image ({error})", "copy it again", file=path) from None
+
+
+def read_image(path: Path, modality: str) -> np.ndarray:
+    """Decode one image: visible as (512, 640, 3), LWIR as (512, 640, 1), uint8."""
+    pixels = np.array(decode(path, modality))
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def join_modalities(images: dict[str, np.ndarray], input_mode: str) -> np.ndarray:
+    """(512, 640, C) uint8, visible first; a modality that `images` lacks is its mean colour."""
+    blank = np.broadcast_to(mean_colour(4).numpy(), (FRAME_HEIGHT, FRAME_WIDTH, 4))
+    blanks = {"visible": blank[..., :3], "lwir": blank[..., 3:]}
+    return np.concatenate([images.get(m, blanks[m]) for m in MODALITIES[input_mode]], axis=2)
+
+
+def read_frame(root: Path, frame_id: str, input_mode: str, without: str = "") -> np.ndarray:
+    """The modalities of one frame side by side: (512, 640, C) uint8, visible first.
+
+    Args:
+        without: a modality that is blanked instead of read.
+    """
+    modalities = MODALITIES[input_mode]
+    if without:
+        images = {m: read_image(image_path(root, frame_id, m), m)
+                  for m in modalities if m != without}  # fmt: skip
+        return join_modalities(images, input_mode)
+    if len(modalities) == 1:
+        return read_image(image_path(root, frame_id, modalities[0]), modalities[0])
+    visible, lwir = (decode(image_path(root, frame_id, m), m) for m in modalities)
+    visible.putalpha(lwir)  # Pillow keeps four bytes a pixel anyhow: much faster than numpy
+    return np.array(visible)
+
+
+def cache_frames(
+    folder: str | Path, root: Path, frame_ids: Sequence[str], input_mode: str
+) -> FrameCache:
+    """The frames of a list decoded into a cache in `folder`, drawn only where it is not there yet.
+
+    Raises:
+        InputError: an image cannot be read, or the disk is too small.
+    """
+    def read(frame_id: str) -> np.ndarray:
+        return read_frame(root, frame_id, input_mode)
+
+    return open_cache(folder, Path(root), frame_ids, MODALITIES[input_mode], read)

@@ -11,8 +11,12 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from datasets import BatchLoader, Frame, KaistPairs, check_images, label_objects
+from augment import resize, snap, view_pixels
+from batches import BatchLoader
+from datasets import Frame, KaistPairs, label_objects
 from demo_data import open_root
+from errors import InputError
+from images import MODALITIES, check_images
 from kaist import (
     FOLDERS,
     FRAME_HEIGHT,
@@ -25,7 +29,7 @@ from kaist import (
 )
 from losses import IGNORE, PERSON
 from miss_rate import GroundTruth, load_ground_truth
-from model import SSD300, detect, feature_map_sizes
+from model import SSD300, Predictions, detect, feature_map_sizes
 from parallel import ALONE, Team
 from result_files import Detections
 from utils import autocast, build_model, choose_device, choose_precision, load_checkpoint
@@ -59,18 +63,19 @@ def frame_loader(
     config: dict[str, Any],
     device: torch.device,
     team: Team = ALONE,
+    without: str = "",
 ) -> BatchLoader:
     """Batches of whole frames in their order, with the infused maps' masks of their people, after
     a look at every image.
 
-    Of a team each process gets every `team.size`-th frame.
+    Of a team each process gets every `team.size`-th frame. A modality that is `without` is blanked.
     """
     frames = frames_of(ground_truth, config)[team.rank :: team.size]
-    check_images(root, [frame.id for frame in frames], config["input_mode"])
+    check_images(root, [frame.id for frame in frames], config["input_mode"], without)
     map_sizes = feature_map_sizes(config["input_size"])
     dataset = KaistPairs(
         root, frames, input_mode=config["input_mode"], size=config["input_size"], augmentation=None,
-        masks_follow=True, seed=config["seed"],
+        masks_follow=True, seed=config["seed"], without=without,
     )  # fmt: skip
     return BatchLoader(
         dataset, batch_size=config["batch_size"], workers=config["workers"],
@@ -108,7 +113,8 @@ def detect_frames(
     """Detections of every frame of a loader, and how well the mask heads know where people are.
 
     Args:
-        config: its `min_score`, `nms_iou` and `max_boxes` are `model.detect`'s.
+        config: its `min_score`, `nms_iou` and `max_boxes` are `model.detect`'s; `test_flip`
+            averages over mirror images too.
         team: the loader holds every `team.size`-th frame; the detections of all come back.
 
     Returns:
@@ -118,17 +124,16 @@ def detect_frames(
     """
     was_training = model.training
     model.eval()
-    limits = {name: config[name] for name in ("min_score", "nms_iou", "max_boxes")}
     found: list[tuple[Tensor, Tensor]] = []
     cells = torch.zeros(len(model.infused_maps), 2, dtype=torch.int64, device=device)
     with torch.inference_mode():
         for batch in tqdm(loader.epoch(0), total=len(loader), desc="detecting", leave=False,
                           disable=not team.writes):  # fmt: skip
-            with autocast(device, precision):
-                predictions = model(batch.images.to(device, non_blocking=True), with_masks=True)
+            images = batch.images.to(device, non_blocking=True)
+            predictions = predict(model, images, precision, config, with_masks=True)
             for i, (logits, mask) in enumerate(zip(predictions.seg, batch.masks, strict=True)):
                 cells[i] += shared_cells(logits, mask.to(device))
-            pairs = detect(predictions, model.priors, **limits)
+            pairs = detect(predictions, model.priors, **limits(config))
             found += [(boxes.cpu(), scores.cpu()) for boxes, scores in pairs]
     model.train(was_training)
     shares = team.gather(found)
@@ -151,6 +156,57 @@ def shared_cells(logits: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([(predicted & (mask == PERSON)).sum(), (predicted | (mask == PERSON)).sum()])
 
 
+def predict(
+    model: SSD300,
+    images: Tensor,
+    precision: torch.dtype,
+    config: dict[str, Any],
+    with_masks: bool = False,
+) -> Predictions:
+    """The network's word on (N, C, H, W) uint8 images; with a configuration's `test_flip` loc and
+    conf are averaged with those of their mirror images."""
+    with autocast(images.device, precision):
+        predictions = model(images, with_masks)
+        if config.get("test_flip"):  # checkpoints of older versions do not speak of it
+            mirrored = mirror(model, model(images.flip(3)))
+            loc, conf = ((a + b) / 2 for a, b in zip(predictions[:2], mirrored[:2], strict=True))
+            predictions = Predictions(loc, conf, predictions.seg)
+    return predictions
+
+
+def limits(config: dict[str, Any]) -> dict[str, float]:
+    """What `model.detect` is told by a configuration."""
+    return {name: config[name] for name in ("min_score", "nms_iou", "max_boxes")}
+
+
+def mirror(model: SSD300, predictions: Predictions) -> Predictions:
+    """What predictions of mirror images say of the images themselves, prior by prior; no masks.
+
+    Each prior's mirror image is the prior of the same shape in the column counted from the other
+    side, and its offset to the right becomes one to the left.
+    """
+    order, first = [], 0
+    for priors, (h, w) in zip(model.map_priors(), model.map_sizes, strict=True):
+        places = torch.arange(first, first + len(priors), device=priors.device)
+        order.append(places.view(h, w, -1).flip(1).flatten())
+        first += len(priors)
+    order = torch.cat(order)
+    loc = predictions.loc[:, order] * predictions.loc.new_tensor((-1, 1, 1, 1))
+    return Predictions(loc, predictions.conf[:, order], [])
+
+
+def detect_image(
+    model: SSD300, frame: np.ndarray, precision: torch.dtype, config: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (k, 4) xywh pixels and scores (k,), best first, of a frame as from `read_frame`."""
+    whole = snap((0, 0, FRAME_WIDTH, FRAME_HEIGHT), model.size, flip=False)
+    image = view_pixels(resize(frame, whole), whole, model.size).unsqueeze(0)
+    with torch.inference_mode():
+        predictions = predict(model, image.to(model.priors.device), precision, config)
+    [(boxes, scores)] = detect(predictions, model.priors, **limits(config))
+    return to_pixels(boxes, scores)
+
+
 def to_pixels(boxes: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """xyxy fractions (k, 4) and scores (k,) as float64 xywh pixels of the 640x512 frame.
 
@@ -163,23 +219,38 @@ def to_pixels(boxes: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run_checkpoint(
-    path: Path, settings: dict[str, Any]
+    path: Path, settings: dict[str, Any], without: str = ""
 ) -> tuple[dict[str, Any], GroundTruth, Detections, dict[str, float]]:
     """A checkpoint's network over its test list.
 
     Args:
         settings: override the checkpoint's own configuration (`data_root`, `test_list`,
             `test_annotations`, `device`, …).
+        without: a modality that is blanked, of a network that takes both.
 
     Returns:
         The configuration used, the people of the test list, the detections, and the masks' IoU.
     """
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"] | settings
+    if without:
+        check_missing(config, without)
     root = open_root(config["data_root"])
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
     ground_truth = open_test_set(root, config["test_list"], config["test_annotations"])
-    loader = frame_loader(root, ground_truth, config, device)
+    loader = frame_loader(root, ground_truth, config, device, without=without)
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
     return config, ground_truth, *detect_frames(model, loader, device, precision, config)
+
+
+def check_missing(config: dict[str, Any], without: str) -> None:
+    """Refuse to leave a modality out of a network that takes no other, and warn where it was
+    never trained to do without."""
+    if len(MODALITIES[config["input_mode"]]) == 1:
+        raise InputError(
+            f"a network with input {config['input_mode']!r} cannot do without a modality",
+            "leave --without away",
+        )
+    if not config.get("modality_dropout"):
+        print(f"warning: it was not trained to do without {without} (MODALITY_DROPOUT)")

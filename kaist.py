@@ -11,20 +11,22 @@ Forms (boxes are x, y, w, h in pixels of the 640x512 frame in all of them):
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from errors import InputError
-from files import check_length, read_text
+from files import load_json, read_text
+from remember import remember
 
 FRAME_WIDTH, FRAME_HEIGHT = 640, 512
-FRAME_ID = re.compile(r"set(0\d|1[01])/V\d{3}/I\d{5}")
+FRAME_ID = re.compile(r"set(0\d|1[01])/V\d{3}/I\d{5}", re.ASCII)
 DAY_SETS = {"set00", "set01", "set02", "set06", "set07", "set08"}
 SCENES = ("campus", "road", "downtown")  # by set number modulo 3
 JSON_NAME = "KAIST_annotation.json"
@@ -87,7 +89,7 @@ def find_file(root: Path, name: str) -> Path:
 def image_path(root: Path, frame_id: str, modality: str) -> Path:
     """`<root>/images/set00/V000/<modality>/I00000.jpg`."""
     video, name = frame_id.rsplit("/", 1)
-    return root / "images" / video / modality / f"{name}.jpg"
+    return Path(f"{root}/images/{video}/{modality}/{name}.jpg")
 
 
 @dataclass(frozen=True)
@@ -110,8 +112,11 @@ class Objects:
         return np.array([label == "person" for label in self.labels], dtype=bool) & ~self.ignore
 
 
-def make_objects(rows: list[tuple[str, list[float], int, bool]]) -> Objects:
-    """Objects from rows of (label, [x, y, w, h], occlusion, ignore)."""
+ObjectRow = tuple[str, list[float], float, bool]  # label, [x, y, w, h], occlusion, ignore
+
+
+def make_objects(rows: list[ObjectRow]) -> Objects:
+    """Objects from rows."""
     return Objects(
         np.array([row[1] for row in rows], dtype=np.float64).reshape(-1, 4),
         tuple(row[0] for row in rows),
@@ -151,17 +156,17 @@ def parse_number(text: str, path: Path, line: int | None) -> float:
         ) from None
 
 
-def read_bbgt(path: Path) -> Objects:
+def read_bbgt(path: Path) -> list[ObjectRow]:
     """One bbGt text file, version 3 (Piotr Dollár's toolbox)."""
     return read_lines(path, columns=11)
 
 
-def read_paired(path: Path) -> Objects:
+def read_paired(path: Path) -> list[ObjectRow]:
     """One modality's file of the paired annotations; occlusion and ignore may be absent."""
     return read_lines(path, columns=5)
 
 
-def read_lines(path: Path, columns: int) -> Objects:
+def read_lines(path: Path, columns: int) -> list[ObjectRow]:
     """A header line, then an object a line: a label and at least `columns` - 1 numbers."""
     lines = read_text(path).splitlines()
     if not lines or not lines[0].startswith("%"):
@@ -169,54 +174,60 @@ def read_lines(path: Path, columns: int) -> Objects:
             "the first line is not a bbGt header", "begin the file with '% bbGt version=3'",
             file=path, line=1,
         )  # fmt: skip
-    rows = []
-    for number, line in enumerate(lines[1:], 2):
-        fields = line.split()
-        if not fields:
-            continue
-        if len(fields) < columns:
-            raise InputError(
-                f"{len(fields)} columns where at least {columns} are wanted",
-                "write 'person x y w h occ vx vy vw vh ign ang'", file=path, line=number,
-            )  # fmt: skip
-        box = [parse_number(field, path, number) for field in fields[1:5]]
-        occlusion = ignore = 0.0
-        if len(fields) >= 11:
-            occlusion = parse_number(fields[5], path, number)
-            ignore = parse_number(fields[10], path, number)
-        check_row(box, occlusion, path, number)
-        rows.append((fields[0], box, occlusion, ignore != 0))
-    return make_objects(rows)
+    numbered = enumerate(lines[1:], 2)
+    return [line_row(line, columns, path, n) for n, line in numbered if line.strip()]
 
 
-def read_xml(path: Path) -> Objects:
+def line_row(line: str, columns: int, path: Path, number: int) -> ObjectRow:
+    """A row from one line of a text file; `number` is the line's."""
+    fields = line.split()
+    if len(fields) < columns:
+        raise InputError(
+            f"{len(fields)} columns where at least {columns} are wanted",
+            "write 'person x y w h occ vx vy vw vh ign ang'", file=path, line=number,
+        )  # fmt: skip
+    box = [parse_number(field, path, number) for field in fields[1:5]]
+    occlusion = ignore = 0.0
+    if len(fields) >= 11:
+        occlusion = parse_number(fields[5], path, number)
+        ignore = parse_number(fields[10], path, number)
+    check_row(box, occlusion, path, number)
+    return fields[0], box, occlusion, ignore != 0
+
+
+def read_xml(path: Path) -> list[ObjectRow]:
     """One XML file; its bndbox holds x, y, w, h."""
-    check_length(path)
+    rows = []
+    for i, item in enumerate(parse_xml(path).iter("object")):
+        try:
+            rows.append(xml_row(item, path, None))
+        except InputError:  # the parser keeps no lines: look it up, and say it again with it
+            xml_row(item, path, object_line(path, i))
+    return rows
+
+
+def parse_xml(path: Path) -> ElementTree.Element:
+    """The root of one XML file; entities, which can grow without bound, are refused."""
+    text = read_text(path)
+    if "<!DOCTYPE" in text:
+        raise InputError("an XML with a DOCTYPE is not read", "delete its DOCTYPE", file=path)
     try:
-        root = ElementTree.fromstring(path.read_bytes())
+        root = ElementTree.fromstring(text)
     except ElementTree.ParseError as error:
         raise InputError(
             f"broken XML ({error})", "copy the file again", file=path, line=error.position[0]
         ) from None
     if root.tag != "annotation":
         raise InputError(
-            f"<{root.tag}> is no KAIST annotation", "copy the file again", file=path, line=1
+            f"<{root.tag[:60]}> is no KAIST annotation", "copy the file again", file=path, line=1
         )
-    rows = []
-    for i, item in enumerate(root.iter("object")):
-        try:
-            rows.append(xml_row(item, path, None))
-        except InputError:  # the parser keeps no lines: look it up, and say it again with it
-            xml_row(item, path, object_line(path, i))
-    return make_objects(rows)
+    return root
 
 
-def xml_row(
-    item: ElementTree.Element, path: Path, line: int | None
-) -> tuple[str, list[float], float, bool]:
-    """A row for `make_objects` from one XML object."""
-    label = item.findtext("name")
-    box = [item.findtext(f"bndbox/{side}") for side in "xywh"]
+def xml_row(item: ElementTree.Element, path: Path, line: int | None) -> ObjectRow:
+    """A row from one XML object."""
+    label, sides = item.findtext("name"), item.find("bndbox")
+    box = [None] if sides is None else [sides.findtext(side) for side in "xywh"]
     if label is None or None in box:
         raise InputError(
             "an object lacks its name or one of bndbox's x, y, w, h", "add it",
@@ -240,12 +251,7 @@ def read_json(path: Path) -> dict[str, Objects]:
     Objects of a category other than "person" and those with ignore = 1 keep their flag; every
     object's label is its category's name.
     """
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"broken JSON ({error.msg})", "copy the file again", file=path, line=error.lineno
-        ) from None
+    content = load_json(read_text(path), path)
     try:
         names = {category["id"]: category["name"] for category in content["categories"]}
         images = sorted(content["images"], key=lambda image: image["id"])
@@ -254,10 +260,7 @@ def read_json(path: Path) -> dict[str, Objects]:
         if not len(rows) == len(frames) == len(images) or not all(map(FRAME_ID.fullmatch, frames)):
             raise ValueError("an image's id or im_name is there twice, or is no frame id")
         for number, item in enumerate(content["annotations"]):
-            box = [float(value) for value in item["bbox"]]
-            check_row(box, item["occlusion"], path, None, f"annotation {number} of the list: ")
-            row = (names[item["category_id"]], box, item["occlusion"], bool(item["ignore"]))
-            rows[item["image_id"]].append(row)
+            rows[item["image_id"]].append(json_row(item, number, names, path))
         return {image["im_name"]: make_objects(rows[image["id"]]) for image in images}
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
@@ -266,7 +269,27 @@ def read_json(path: Path) -> dict[str, Objects]:
         ) from None  # fmt: skip
 
 
-READERS: dict[str, Callable[[Path], Objects]] = {
+def json_row(
+    item: Any, number: int, names: dict[Any, Any], path: Path
+) -> ObjectRow:
+    """A row from the JSON's annotation `number`; names: category id -> label."""
+    where = f"annotation {number} of the list"
+    try:
+        label, occlusion, ignore = names[item["category_id"]], item["occlusion"], item["ignore"]
+        numbers = [*item["bbox"], occlusion]
+        if not isinstance(label, str) or {*map(type, numbers)} - {int, float}:
+            raise TypeError("a value is of the wrong type")
+        box = [float(value) for value in numbers[:-1]]
+        check_row(box, occlusion, path, None, f"{where}: ")
+        return label, box, occlusion, bool(ignore)
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise InputError(
+            f"{where} lacks a field or holds a wrong one ({type(error).__name__}: {error})",
+            "compare it with the others", file=path,
+        ) from None  # fmt: skip
+
+
+READERS: dict[str, Callable[[Path], list[ObjectRow]]] = {
     "bbgt": read_bbgt, "xml": read_xml, "xml-sanitized": read_xml, "paired": read_paired,
 }  # fmt: skip
 
@@ -287,18 +310,18 @@ class Annotations:
         self.objects = read_json(source) if form == "json" else {}
         self.frames = tuple(self.objects) if form == "json" else None
 
-    def path(self, frame_id: str) -> Path:
-        """The file that annotates a frame."""
-        video, name = frame_id.rsplit("/", 1)
+    def path(self, frame_id: str) -> str:
+        """The file that annotates a frame. A str: a Path takes longer to make than to look up."""
         if self.form == "json":
-            return self.source
+            return str(self.source)
         if self.form == "paired":
-            return self.source / video / self.modality / f"{name}.txt"
+            video, name = frame_id.rsplit("/", 1)
+            return f"{self.source}/{video}/{self.modality}/{name}.txt"
         if self.form == "bbgt":
-            path = self.source / video / f"{name}.txt"
-            flat = self.source / f"{frame_id.replace('/', '_')}.txt"
-            return flat if flat.exists() and not path.exists() else path
-        return self.source / video / f"{name}.xml"
+            path = f"{self.source}/{frame_id}.txt"
+            flat = f"{self.source}/{frame_id.replace('/', '_')}.txt"
+            return path if os.path.exists(path) or not os.path.exists(flat) else flat
+        return f"{self.source}/{frame_id}.xml"
 
     def read(self, frame_id: str) -> Objects:
         """The objects of a frame.
@@ -306,11 +329,41 @@ class Annotations:
         Raises:
             InputError: the file is missing or malformed.
         """
+        if self.form != "json":
+            return make_objects(self.read_rows(Path(self.path(frame_id))))
+        if frame_id not in self.objects:
+            raise InputError(f"{frame_id} is not annotated in it", REMEDY, file=self.source)
+        return self.objects[frame_id]
+
+    def read_all(self, frame_ids: Sequence[str]) -> tuple[Objects, np.ndarray]:
+        """The objects of many frames, one frame after another, and how many each has, (n,) int64.
+
+        Files are read again only after one of them has changed (see remember.py).
+
+        Raises:
+            InputError: the first file that is missing or malformed.
+        """
         if self.form == "json":
-            if frame_id not in self.objects:
-                raise InputError(f"{frame_id} is not annotated in it", REMEDY, file=self.source)
-            return self.objects[frame_id]
-        path = self.path(frame_id)
+            found = [self.read(frame_id) for frame_id in frame_ids]
+            parts = ("boxes", "occlusion", "ignore")
+            boxes, *rest = (np.concatenate([getattr(o, part) for o in found]) for part in parts)
+            labels = tuple(label for objects in found for label in objects.labels)
+            counts = np.array([len(objects.boxes) for objects in found])
+            return Objects(boxes, labels, *rest), counts
+        paths = [self.path(frame_id) for frame_id in frame_ids]
+
+        def learn() -> dict[str, np.ndarray]:
+            rows = [self.read_rows(Path(path)) for path in paths]
+            objects = make_objects([row for own in rows for row in own])
+            columns = {**vars(objects), "labels": np.array(objects.labels, dtype=np.str_)}
+            return {**columns, "counts": np.array([len(own) for own in rows])}
+
+        columns = remember(f"annotations-{self.form}", paths, learn)
+        counts, labels = columns.pop("counts"), tuple(columns.pop("labels").tolist())
+        return Objects(labels=labels, **columns), counts
+
+    def read_rows(self, path: Path) -> list[ObjectRow]:
+        """The objects of a file of this form, as rows."""
         try:
             return READERS[self.form](path)
         except FileNotFoundError:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from matching import BACKGROUND, IGNORE, PERSON, match, match_static
 from model import Predictions, encode
 from parallel import ALONE, Team
 
-PERSON, BACKGROUND, IGNORE = 1, 0, -1
-CPU_BLOCK = 4  # images matched at a time on a CPU
+LOG_VARIANCE_LIMIT = 5.0  # learned weights stay between exp(-5) and exp(5)
 
 
 class MultiBoxLoss(nn.Module):
@@ -69,133 +70,105 @@ class MultiBoxLoss(nn.Module):
             boxes: (N, M, 4) xyxy fractions, padded.
             labels: (N, M) int64: 1 person, -1 ignore, 0 padding.
         """
-        target, owner = match(boxes, labels, self.priors, self.match_iou)
-        positive = target == PERSON
-        count = self.team.sum(positive.sum()).clamp(min=1) / self.team.size
-
-        image, prior = positive.nonzero(as_tuple=True)
-        wanted = box_convert(boxes[image, owner[image, prior]], "xyxy", "cxcywh")
-        offsets = encode(wanted, self.priors[prior])
-        loc = self.distance(predictions.loc[image, prior], offsets, reduction="sum")
-
-        # With two classes the cross-entropy is softplus of the logits' difference.
-        margin = predictions.conf[..., 1] - predictions.conf[..., 0]
-        wanted_negatives = (self.negative_ratio * positive.sum(1)).clamp(min=self.min_negatives)
-        hard = hardest_negatives(margin, target, wanted_negatives)
-        conf = F.softplus(-margin[image, prior]).sum() + F.softplus(hard).sum()
+        terms = self.sparse if predictions.loc.device.type == "cpu" else self.static
+        loc, conf, positives = terms(predictions, boxes, labels)
+        count = self.team.sum(positives).clamp(min=1) / self.team.size
         return loc / (self.loc_terms * count), conf / count
 
+    def sparse(
+        self, predictions: Predictions, boxes: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Sums of loc and conf, and the positives' number, from those priors alone that teach
+        something: the quick way on a CPU."""
+        target, owner = match(boxes, labels, self.priors, self.match_iou)
+        positive = torch.from_numpy(np.flatnonzero(target.numpy() == PERSON))
+        image, prior = positive // len(self.priors), positive % len(self.priors)
+        wanted = self.negatives(image.bincount(minlength=len(boxes)))
+        negative = hardest_negatives(predictions.conf.detach(), target, wanted)
 
-def hardest_negatives(margin: Tensor, target: Tensor, wanted: Tensor) -> Tensor:
-    """The (N, k) highest margins of background priors, -inf beyond a frame's wanted number.
+        offsets = encode(to_cxcywh(boxes[image, owner[image, prior]]), self.priors[prior])
+        loc = predictions.loc.flatten(0, 1).index_select(0, positive)
+        conf = predictions.conf.flatten(0, 1).index_select(0, torch.cat([positive, negative]))
+        margin = conf[:, 1] - conf[:, 0]
+        # With two classes the cross-entropy is softplus of the logits' difference.
+        margin = torch.cat([-margin[: len(positive)], margin[len(positive) :]])
+        sums = self.distance(loc, offsets, reduction="sum"), F.softplus(margin).sum()
+        return *sums, torch.tensor(len(positive))
+
+    def static(
+        self, predictions: Predictions, boxes: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The same from all priors, with shapes that no value changes: the way on a GPU, which
+        never waits for the host to look at one."""
+        target, owner = match_static(boxes, labels, self.priors, self.match_iou)
+        positive = target == PERSON
+        owned = boxes.gather(1, owner.unsqueeze(2).expand(-1, -1, 4))
+        offsets = encode(to_cxcywh(owned), self.priors)
+        # What is not positive is compared with itself: no loss, no gradient.
+        offsets = torch.where(positive.unsqueeze(2), offsets, predictions.loc.detach())
+        loc = self.distance(predictions.loc, offsets, reduction="sum")
+
+        margin = predictions.conf[..., 1] - predictions.conf[..., 0]
+        negative = margin.masked_fill(target != BACKGROUND, -torch.inf)
+        hardest = negative.sort(dim=1, descending=True).values
+        rank = torch.arange(len(self.priors), device=margin.device)
+        mined = rank < self.negatives(positive.sum(1)).unsqueeze(1)
+        conf = F.softplus(hardest).masked_fill(~mined, 0).sum()
+        conf = conf + F.softplus(-margin).masked_fill(~positive, 0).sum()
+        return loc, conf, positive.sum()
+
+    def negatives(self, positives: Tensor) -> Tensor:
+        """How many negatives frames (N,) of so many positives mine."""
+        return (self.negative_ratio * positives).clamp(min=self.min_negatives)
+
+
+def to_cxcywh(boxes: Tensor) -> Tensor:
+    """xyxy boxes (…, 4) as cxcywh."""
+    return box_convert(boxes, "xyxy", "cxcywh")
+
+
+def hardest_negatives(conf: Tensor, target: Tensor, wanted: Tensor) -> Tensor:
+    """Indices into the (N P) priors of a batch: of each frame its `wanted` (N,) background priors
+    with the highest loss, or all that it has.
 
     Args:
-        margin: (N, P) person logit minus background logit; it orders negatives by their loss.
-        target: (N, P) as from `match`; only background (0) is mined.
-        wanted: (N,) negatives to mine in each frame.
+        conf: (N, P, 2) logits, without gradient; target: (N, P) as from `match`.
     """
-    k = min(int(wanted.max()), margin.shape[1])
-    hard = margin.masked_fill(target != BACKGROUND, -torch.inf).topk(k, dim=1).values
-    surplus = torch.arange(k, device=margin.device) >= wanted.unsqueeze(1)
-    return hard.masked_fill(surplus, -torch.inf)
-
-
-@torch.no_grad()
-def match(
-    boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float
-) -> tuple[Tensor, Tensor]:
-    """Give each prior its target and the object it answers for.
-
-    Each person first owns one prior, by greedy bipartite matching in descending IoU, so that no
-    person is left out when two share their best prior. Then each further prior whose best IoU
-    with a person reaches `match_iou` is positive. Of the rest, a prior with at least half of its
-    area inside an ignored object is ignored (the rule by which the evaluation absorbs
-    detections); what remains is background.
-
-    Args:
-        boxes: (N, M, 4) xyxy fractions; labels: (N, M) int64, 1 person, -1 ignore, 0 padding.
-        priors: (P, 4) cxcywh fractions.
-
-    Returns:
-        target (N, P) int64, 1 person, 0 background, -1 ignored; and owner (N, P) int64, the
-        index of the best overlapping (or owning) object, meaningful where target is 1.
-    """
-    if labels.shape[1] == 0:
-        boxes, labels = boxes.new_zeros((len(boxes), 1, 4)), labels.new_zeros((len(boxes), 1))
-    size = len(boxes) if boxes.is_cuda else CPU_BLOCK
-    blocks = zip(boxes.split(size), labels.split(size), strict=True)
-    matched = [match_block(b, ls, priors, match_iou) for b, ls in blocks]
-    target, owner = (torch.cat(parts) for parts in zip(*matched, strict=True))
-    return target, owner
-
-
-def match_block(
-    boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float
-) -> tuple[Tensor, Tensor]:
-    """`match` for so many images that their overlaps with all priors fit the processor's cache."""
-    overlap = intersection(boxes, box_convert(priors, "cxcywh", "xyxy"))
-    prior_area = priors[:, 2] * priors[:, 3]
-    box_area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-    ignored = ((overlap >= 0.5 * prior_area) & (labels == IGNORE).unsqueeze(2)).any(1)
-    iou = overlap / (box_area.unsqueeze(2) + prior_area - overlap)
-    iou.masked_fill_((labels != PERSON).unsqueeze(2), -1.0)
-
-    best, owner = iou.max(dim=1)
-    target = torch.where(ignored, IGNORE, BACKGROUND)
-    target[best >= match_iou] = PERSON
-    image, person = (labels == PERSON).nonzero(as_tuple=True)
-    prior = own_priors(iou, labels == PERSON)[image, person]
-    target[image, prior] = PERSON
-    owner[image, prior] = person
-    return target, owner
-
-
-def intersection(boxes: Tensor, priors: Tensor) -> Tensor:
-    """(N, M, P) overlap areas of boxes (N, M, 4) with priors (P, 4), both xyxy."""
-    boxes = boxes.unsqueeze(2)
-    width = torch.minimum(boxes[..., 2], priors[:, 2]) - torch.maximum(boxes[..., 0], priors[:, 0])
-    height = torch.minimum(boxes[..., 3], priors[:, 3]) - torch.maximum(boxes[..., 1], priors[:, 1])
-    return width.clamp_(min=0).mul_(height.clamp_(min=0))
-
-
-def own_priors(iou: Tensor, is_person: Tensor) -> Tensor:
-    """Index (N, M) of the prior each person owns: greedy bipartite matching in descending IoU.
-
-    Run as deferred acceptance (Gale and Shapley, 1962): every person asks for its best prior, the
-    one with the highest IoU holds it, the others ask for their next best. With one overlap that
-    ranks both sides the outcome is the greedy one, and most batches need a single round. Of equal
-    overlaps the earlier person holds the prior. `iou` (N, M, P) loses the refused overlaps.
-    """
-    best, prior = iou.max(dim=2)
-    earlier = torch.ones(iou.shape[1], iou.shape[1], device=iou.device).triu(1).bool()
-    rivals = is_person.unsqueeze(2) & is_person.unsqueeze(1)
-    while True:
-        # stronger[n, i, j]: i asks for the same prior as j and goes first
-        same = (prior.unsqueeze(2) == prior.unsqueeze(1)) & rivals
-        equal = best.unsqueeze(2) == best.unsqueeze(1)
-        stronger = (best.unsqueeze(2) > best.unsqueeze(1)) | (equal & earlier)
-        refused = (same & stronger).any(dim=1)
-        if not refused.any():
-            return prior
-        image, person = refused.nonzero(as_tuple=True)
-        iou[image, person, prior[image, person]] = -1.0
-        best[image, person], prior[image, person] = iou[image, person].max(dim=1)
+    margin = (conf[..., 1] - conf[..., 0]).masked_fill_(target != BACKGROUND, -torch.inf)
+    hardest = [row.topk(min(k, len(row)), sorted=False)
+               for row, k in zip(margin, wanted.tolist(), strict=True)]  # fmt: skip
+    frame = torch.arange(len(margin)).repeat_interleave(torch.tensor([len(x[0]) for x in hardest]))
+    index = torch.cat([index for _, index in hardest]) + frame * margin.shape[1]
+    return index[torch.cat([values for values, _ in hardest]) != -torch.inf]
 
 
 class SegmentationLoss(nn.Module):
     """Cross-entropy between mask logits and box-shaped masks, summed up over the infused maps.
 
     Args:
+        n_maps: number of infused maps.
         cells: "mean" over a batch's cells, or "sum" over a frame's cells (mean over frames).
-        maps: "mean" or "sum" over the feature maps.
+        maps: "mean" or "sum" over the feature maps, or "uncertainty": a sum in which each map's
+            loss L counts exp(-s) L + s / 2 with a learned s, the logarithm of its variance (Kendall
+            et al., "Multi-Task Learning Using Uncertainty to Weigh Losses", CVPR 2018).
         team: the processes that share a batch, as in `MultiBoxLoss`.
     """
 
-    def __init__(self, *, cells: str, maps: str, team: Team = ALONE) -> None:
+    def __init__(self, n_maps: int, *, cells: str, maps: str, team: Team = ALONE) -> None:
         super().__init__()
         self.cells = cells
         self.maps = maps
         self.team = team
+        if maps == "uncertainty":
+            self.log_variance = nn.Parameter(torch.zeros(n_maps))
+
+    def weights(self) -> list[float]:
+        """What each map's loss is multiplied by, as learned so far; [] where that is fixed."""
+        return self.bounded().exp().tolist() if self.maps == "uncertainty" else []
+
+    def bounded(self) -> Tensor:
+        """-s of each map, bounded: a loss of zero would raise its weight without end."""
+        return -self.log_variance.clamp(-LOG_VARIANCE_LIMIT, LOG_VARIANCE_LIMIT)
 
     def forward(self, seg: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The loss, a float32 scalar (0 without infused maps), and each map's own, (maps,).
@@ -215,4 +188,7 @@ class SegmentationLoss(nn.Module):
                 cells = len(mask)
             losses.append(loss / cells)
         losses = torch.stack(losses)
+        if self.maps == "uncertainty":
+            precision = self.bounded()
+            return (precision.exp() * losses - precision / 2).sum(), losses
         return (losses.sum() if self.maps == "sum" else losses.mean()), losses

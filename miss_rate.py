@@ -119,13 +119,13 @@ def load_ground_truth(
             "nothing says which frames to evaluate", "name an image list (--image-list)",
             file=annotations.source,
         )  # fmt: skip
-    objects = [annotations.read(frame_id) for frame_id in frames]
+    objects, counts = annotations.read_all(frames)
     return GroundTruth(
         frames,
-        np.repeat(np.arange(len(frames)), [len(o.boxes) for o in objects]),
-        np.concatenate([o.boxes for o in objects]),
-        np.concatenate([o.occlusion for o in objects]),
-        np.concatenate([~o.is_person for o in objects]),
+        np.repeat(np.arange(len(frames)), counts),
+        objects.boxes,
+        objects.occlusion,
+        ~objects.is_person,
         annotations.source,
     )
 

@@ -19,9 +19,12 @@ from torchvision.ops import box_convert, clip_boxes_to_image, nms
 
 from errors import InputError
 
-INPUT_CHANNELS = {"lwir": 1, "visible": 3, "mean": 4, "early": 4}  # what a batch carries
+# What a batch carries.
+INPUT_CHANNELS = {"lwir": 1, "visible": 3, "mean": 4, "early": 4, "halfway": 4}
 MEAN = (0.485, 0.456, 0.406, 0.449)  # ImageNet R, G, B, then their mean for LWIR
 STD = (0.229, 0.224, 0.225, 0.226)
+NORM_FLOOR = 1e-3  # length below which conv4_3's features are not scaled to unit length
+MIN_SIZE = 1e-5  # of a box that is encoded, as a fraction: no logarithm of zero
 VARIANCES = (0.1, 0.2)  # SSD's scaling of centre and size offsets
 MAX_LOG_SCALE = math.log(1000 / 16)  # a decoded box is at most this many e-folds its prior
 
@@ -49,8 +52,9 @@ class SSD300(nn.Module):
     """SSD with a VGG16 backbone, six feature maps and optional segmentation infusion heads.
 
     Args:
-        input_mode: "lwir" (1 channel), "visible" (3), "mean" (visible and LWIR averaged into 3)
-            or "early" (4 channels side by side). Batches carry visible first, LWIR last.
+        input_mode: "lwir" (1 channel), "visible" (3), "mean" (visible and LWIR averaged into 3),
+            "early" (4 channels side by side) or "halfway" (see `HalfwayFusion`). Batches carry
+            visible first, LWIR last.
         batch_norm: BatchNorm after each of VGG16's 13 convolutions, as in VGG16-BN.
         width: multiplier of every layer's width; 1.0 is VGG16.
         infusion: for each of the six maps 1 where it has a segmentation head, else 0.
@@ -74,13 +78,18 @@ class SSD300(nn.Module):
     ) -> None:
         super().__init__()
         self.input_mode = input_mode
+        self.prior_set = prior_set
         self.size = tuple(size)
 
         def scaled(channels: int) -> int:
             return max(8, round(channels * width / 8) * 8)
 
-        in_channels = 4 if input_mode == "early" else 1 if input_mode == "lwir" else 3
-        self.to_conv4_3 = vgg_stage(VGG16_STAGES[0], in_channels, scaled, batch_norm)
+        if input_mode == "halfway":
+            streams = [vgg_stage(VGG16_STAGES[0], n, scaled, batch_norm) for n in (3, 1)]
+            self.to_conv4_3 = HalfwayFusion(*streams, scaled(512))
+        else:
+            in_channels = {"early": 4, "lwir": 1}.get(input_mode, 3)
+            self.to_conv4_3 = vgg_stage(VGG16_STAGES[0], in_channels, scaled, batch_norm)
         self.to_conv5_3 = vgg_stage(VGG16_STAGES[1], scaled(512), scaled, batch_norm)
         self.conv4_3_norm = L2Norm(scaled(512))
         self.conv6_7 = nn.Sequential(
@@ -105,14 +114,20 @@ class SSD300(nn.Module):
         self.conf_heads = nn.ModuleList(
             nn.Conv2d(w, 2 * len(s), 3, padding=1) for w, s in zip(map_widths, shapes, strict=True)
         )
+        self.apply(init_convolution)
+        # conv4_3's features arrive 20 times longer than others: start from small predictions.
+        for head in (*self.loc_heads, *self.conf_heads):
+            nn.init.normal_(head.weight, std=0.01)
+        # Last, so that networks of one seed start alike whatever is infused.
         self.infused_maps = [i for i, infused in enumerate(infusion) if infused]
         self.seg_heads = nn.ModuleList(
             infusion_head(map_widths[i], infusion_conv) for i in self.infused_maps
         )
-        self.apply(init_convolution)
-        # conv4_3's features arrive 20 times longer than others: start from small predictions.
-        for head in (*self.loc_heads, *self.conf_heads, *(seg[-1] for seg in self.seg_heads)):
-            nn.init.normal_(head.weight, std=0.01)
+        self.seg_heads.apply(init_convolution)
+        for head in self.seg_heads:
+            nn.init.normal_(head[-1].weight, std=0.01)
+        if input_mode == "halfway":
+            self.to_conv4_3.start_from_mean()
 
         channels = slice(3, 4) if input_mode == "lwir" else slice(0, INPUT_CHANNELS[input_mode])
         for name, values in (("mean", MEAN[channels]), ("std", STD[channels])):
@@ -172,11 +187,41 @@ def vgg_stage(
     return nn.Sequential(*layers)
 
 
+class HalfwayFusion(nn.Module):
+    """Visible and LWIR each in a VGG16 stream up to conv4_3, joined there by a 1x1 convolution.
+
+    Liu et al., "Multispectral Deep Neural Networks for Pedestrian Detection" (BMVC 2016), and the
+    place of the join in MLPD (Kim et al., 2021).
+
+    Args:
+        visible, lwir: from 3 channels and from 1 to `channels` at an eighth of the resolution.
+    """
+
+    def __init__(self, visible: nn.Sequential, lwir: nn.Sequential, channels: int) -> None:
+        super().__init__()
+        self.visible = visible
+        self.lwir = lwir
+        self.join = nn.Sequential(nn.Conv2d(2 * channels, channels, 1), nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, 4, H, W), visible first -> (N, channels, h, w)."""
+        return self.join(torch.cat([self.visible(x[:, :3]), self.lwir(x[:, 3:])], dim=1))
+
+    def start_from_mean(self) -> None:
+        """Let the join be the streams' mean, so that pretrained layers after it see what they
+        know."""
+        half = torch.eye(self.join[0].out_channels) / 2
+        with torch.no_grad():
+            self.join[0].weight.copy_(torch.cat([half, half], dim=1)[..., None, None])
+
+
 class L2Norm(nn.Module):
     """Each cell's feature vector scaled to unit length, times a learned factor a channel.
 
     ParseNet (Liu et al., 2015), with SSD's initial factor 20. Computed in float32, and
-    `F.normalize` keeps value and gradient finite where a cell's features are all zero.
+    `F.normalize` keeps value and gradient finite where a cell's features are all zero. A cell of
+    hardly any features is not scaled up all the way: the gradient is at most 20 / NORM_FLOOR times
+    its own, where it could else be as good as infinite (flat images, a network's first steps).
     """
 
     def __init__(self, channels: int) -> None:
@@ -185,7 +230,7 @@ class L2Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> the same shape, float32."""
-        return F.normalize(x.float()) * self.scale.view(1, -1, 1, 1)
+        return F.normalize(x.float(), eps=NORM_FLOOR) * self.scale.view(1, -1, 1, 1)
 
 
 def infusion_head(width: int, with_conv: bool) -> nn.Sequential:
@@ -244,14 +289,20 @@ def prior_shapes(prior_set: str) -> list[list[tuple[float, float]]]:
     COCO (0.07, then 0.15 to 0.87). Their shapes come in torchvision's order: a square of the map's
     scale, a square of the geometric mean with the next scale, then ratio r and 1/r for each r.
 
-    "pedestrian": upright boxes alone, of a person's shape in a 640x512 frame squeezed to a square
-    (width/height 0.41 x 512/640 = 0.33) and heights from 0.06 to 1 in steps of 1.5, the narrow
-    ones on the finest map, whose cells are still narrower than they are.
+    "pedestrian": upright boxes alone, of the median person's shape (width/height 0.44 in a 640x512
+    frame, so 0.35 in its fractions) and eight heights from 0.062 to 1, each on the maps whose cells
+    suit its width; as `python priors.py --derive 8` prints it for KAIST's train-all-02 list.
     """
     if prior_set == "pedestrian":
-        heights = ((0.06, 0.09, 0.135, 0.2), (0.3, 0.45), (0.3, 0.45, 0.67), (0.67, 1.0),
-                   (0.67, 1.0), (1.0,))  # fmt: skip
-        return [[(0.33 * h, h) for h in map_heights] for map_heights in heights]
+        heights = (
+            (0.062, 0.093, 0.138, 0.205),
+            (0.093, 0.138, 0.205, 0.305),
+            (0.205, 0.305, 0.453, 0.673),
+            (0.305, 0.453, 0.673, 1.0),
+            (0.673, 1.0),
+            (1.0,),
+        )
+        return [[(0.35 * h, h) for h in map_heights] for map_heights in heights]
     scales = {
         "ssd300": (0.1, 0.2, 0.375, 0.55, 0.725, 0.9, 1.075),
         "ssd300-coco": (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05),
@@ -289,9 +340,12 @@ def make_priors(
 
 
 def encode(boxes: Tensor, priors: Tensor) -> Tensor:
-    """Offsets (…, 4) that turn priors (…, 4) cxcywh into boxes (…, 4) cxcywh (SSD, eq. 2)."""
+    """Offsets (…, 4) that turn priors (…, 4) cxcywh into boxes (…, 4) cxcywh (SSD, eq. 2).
+
+    A box without width or height counts as `MIN_SIZE` wide or high, so that its offsets are finite.
+    """
     centre = (boxes[..., :2] - priors[..., :2]) / (priors[..., 2:] * VARIANCES[0])
-    size = torch.log(boxes[..., 2:] / priors[..., 2:]) / VARIANCES[1]
+    size = torch.log(boxes[..., 2:].clamp(min=MIN_SIZE) / priors[..., 2:]) / VARIANCES[1]
     return torch.cat([centre, size], dim=-1)
 
 

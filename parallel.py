@@ -37,6 +37,20 @@ class Team:
             dist.all_reduce(value)
         return value
 
+    def average_gradients(self, module: nn.Module) -> None:
+        """Average the gradients of a module's parameters, as `spread` does for the network's."""
+        if self.size > 1:
+            for parameter in module.parameters():
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= self.size
+
+    def any(self, flag: bool) -> bool:
+        """Whether a flag is set in any process."""
+        if self.size == 1:
+            return flag
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        return bool(self.sum(torch.tensor(float(flag), device=device)))
+
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank, on every process."""
         if self.size == 1:

@@ -38,8 +38,10 @@ def plain_multibox_loss(
         people = image_boxes[image_labels == 1]
         shared = intersection(people, priors)
         iou = shared / ((people[:, 2:] - people[:, :2]).prod(1)[:, None] + area - shared)
-        best, owner = iou.max(0)
-        target[best >= 0.5] = 1
+        owner = torch.zeros_like(target)
+        if len(people):
+            best, owner = iou.max(0)
+            target[best >= 0.5] = 1
         for _ in people:  # each owns a prior, the best overlap of all first
             person, prior = divmod(int(iou.argmax()), len(priors))
             target[prior], owner[prior] = 1, person

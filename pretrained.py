@@ -1,18 +1,27 @@
-"""Pretrained weights for SSD300: ImageNet's VGG16 or VGG16-BN, or COCO's SSD300 (torchvision)."""
+"""Pretrained weights for SSD300: ImageNet's VGG16 or VGG16-BN, or COCO's SSD300 (torchvision).
+
+Downloaded ones are checked by torchvision's hash; a state file of the same networks, from
+anywhere, is checked key by key and shape by shape.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from pickle import UnpicklingError
 from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import VGG16_BN_Weights, VGG16_Weights
-from torchvision.models.detection import SSD300_VGG16_Weights
+from torchvision.models import VGG16_BN_Weights, VGG16_Weights, vgg16, vgg16_bn
+from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
 
+from config import refuse
 from errors import InputError
-from model import SSD300
+from model import SSD300, HalfwayFusion
 from utils import unpickling_problem
+
+STATES = "take a state file of torchvision's VGG16, VGG16-BN or SSD300"
 
 
 def load_pretrained(model: SSD300, source: str) -> None:
@@ -21,20 +30,116 @@ def load_pretrained(model: SSD300, source: str) -> None:
     Args:
         model: the network. conv1_1 is adapted to its channels, see `adapt_channels`.
         source: "imagenet" (the backbone; VGG16-BN's where the model has BatchNorm), "coco"
-            (backbone, extra layers and heads, of whose 91 classes background and person are
-            kept) or "none".
+            (backbone, extra layers and, where the priors are COCO's, the heads, of whose 91
+            classes background and person are kept), "none", or the path of a state file that
+            `check_pretrained` has passed.
 
     Raises:
         InputError: no network to download from, or weights that do not fit the model.
     """
     if source == "none":
         return
-    if source == "coco":
-        convert_torchvision_ssd(model, download(SSD300_VGG16_Weights.COCO_V1))
+    if source == "imagenet":
+        has_bn = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+        state = download((VGG16_BN_Weights if has_bn else VGG16_Weights).IMAGENET1K_V1)
+    elif source == "coco":
+        state = download(SSD300_VGG16_Weights.COCO_V1)
+    else:
+        state = read_state(Path(source))
+    convert = convert_torchvision_ssd if is_ssd(state) else convert_torchvision_vgg
+    convert(model, state)
+
+
+def check_pretrained(source: str, *, width: float, batch_norm: bool) -> None:
+    """Refuse published weights that the network cannot take, before anything else is read.
+
+    Args:
+        source: PRETRAINED: "none", "imagenet", "coco" or a path.
+        width, batch_norm: the network's WIDTH and BATCH_NORM.
+
+    Raises:
+        InputError: the combination cannot be, or the file is no torchvision state of VGG16,
+            VGG16-BN or SSD300; the line names what it lacks.
+    """
+    if source == "none":
         return
-    has_bn = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
-    weights = VGG16_BN_Weights.IMAGENET1K_V1 if has_bn else VGG16_Weights.IMAGENET1K_V1
-    convert_torchvision_vgg(model, download(weights))
+    if width != 1.0:
+        refuse("pretrained", source, "published weights need WIDTH = 1.0")
+    file = None if source in ("imagenet", "coco") else Path(source)
+    if file:
+        state = read_state(file)
+        ssd = is_ssd(state)
+        if ssd:
+            wanted, kind = ssd300_vgg16, "SSD300"
+        else:
+            has_bn = any(key.endswith("running_mean") for key in state)
+            wanted, kind = (vgg16_bn, "VGG16-BN") if has_bn else (vgg16, "VGG16")
+            if has_bn != batch_norm:
+                raise InputError(
+                    f"weights of {kind} for a network with BATCH_NORM = {batch_norm}",
+                    f"set BATCH_NORM = {has_bn}, or take the other VGG16", file=file,
+                )  # fmt: skip
+        check_state(file, state, kind, wanted)
+    elif source == "imagenet":
+        ssd = False
+    else:
+        ssd = True
+    if ssd and batch_norm:
+        refuse("pretrained", source, "an SSD300's weights need BATCH_NORM = False")
+
+
+def is_ssd(state: dict[str, Tensor]) -> bool:
+    """Whether a torchvision state is that of an SSD300 instead of a classifier."""
+    return any(key.startswith("backbone.") for key in state)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A state file's tensors; nothing in the file can run code.
+
+    Raises:
+        InputError: no such file, or not a dictionary of tensors.
+    """
+    if not path.is_file():
+        raise InputError(
+            "no such file of weights", "PRETRAINED is none, imagenet, coco or a file", file=path
+        )
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch meets in a foreign or damaged file
+        raise InputError(
+            f"not a readable file of weights ({unpickling_problem(error)})", STATES, file=path
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError("not a state dictionary of tensors", STATES, file=path)
+    return state
+
+
+def check_state(
+    path: Path, state: dict[str, Tensor], kind: str, make: Callable[..., nn.Module]
+) -> None:
+    """Compare a state with the network of torchvision's that it should be of.
+
+    Raises:
+        InputError: names the first tensor that is missing, or has another shape.
+    """
+    with torch.device("meta"):
+        backbone = {"weights_backbone": None} if make is ssd300_vgg16 else {}
+        wanted = make(weights=None, **backbone).state_dict()
+    for key, value in wanted.items():
+        if key.endswith("num_batches_tracked") or key.startswith("classifier.6."):
+            continue  # what is not used
+        if key not in state:
+            missing = len(wanted.keys() - state.keys())
+            raise InputError(
+                f"it lacks {key} and so is not torchvision's {kind} ({missing} of {len(wanted)} "
+                "tensors are missing)", STATES, file=path,
+            )  # fmt: skip
+        # The classes of an SSD's heads may be others: background and the first are kept.
+        if state[key].shape != value.shape and "classification" not in key:
+            raise InputError(
+                f"{key} has shape {tuple(state[key].shape)}, {kind}'s is {tuple(value.shape)}",
+                STATES, file=path,
+            )  # fmt: skip
 
 
 def download(weights: VGG16_Weights | VGG16_BN_Weights | SSD300_VGG16_Weights) -> dict[str, Tensor]:
@@ -62,29 +167,39 @@ def convert_torchvision_vgg(model: SSD300, state: dict[str, Tensor]) -> None:
     The fully connected fc6 (4096 x 512 x 7 x 7) and fc7 (4096 x 4096) become conv6 (3x3) and
     conv7 (1x1) by keeping every fourth output and every third row and column, as SSD does.
     """
-    ours = [*model.to_conv4_3, *model.to_conv5_3]
-    ours = [layer for layer in ours if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
     theirs: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         layer, _, name = key.rpartition(".")
         if layer.startswith("features."):
             theirs.setdefault(layer, {})[name] = value
-    if len(ours) != len(theirs):
-        raise InputError(
-            f"these weights have {len(theirs)} backbone layers, the model has {len(ours)}",
-            "use VGG16 weights for a model without BatchNorm and VGG16-BN weights for one with it",
-        )
-    for layer, values in zip(ours, theirs.values(), strict=True):
-        copy_layer(layer, values, model.input_mode)
+    for stream in backbones(model):
+        ours = [layer for layer in stream if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
+        if len(ours) != len(theirs):
+            raise InputError(
+                f"these weights have {len(theirs)} backbone layers, the model has {len(ours)}",
+                "use VGG16 weights for a model without BatchNorm and VGG16-BN weights for one "
+                "with it",
+            )
+        for layer, values in zip(ours, theirs.values(), strict=True):
+            copy_layer(layer, values)
     conv6, conv7 = (layer for layer in model.conv6_7 if isinstance(layer, nn.Conv2d))
     fc6 = state["classifier.0.weight"].view(4096, 512, 7, 7)[::4, :, ::3, ::3]
     fc7 = state["classifier.3.weight"].view(4096, 4096, 1, 1)[::4, ::4]
-    copy_layer(conv6, {"weight": fc6, "bias": state["classifier.0.bias"][::4]}, model.input_mode)
-    copy_layer(conv7, {"weight": fc7, "bias": state["classifier.3.bias"][::4]}, model.input_mode)
+    copy_layer(conv6, {"weight": fc6, "bias": state["classifier.0.bias"][::4]})
+    copy_layer(conv7, {"weight": fc7, "bias": state["classifier.3.bias"][::4]})
+
+
+def backbones(model: SSD300) -> list[list[nn.Module]]:
+    """The layers up to conv5_3, once for each stream that has layers of its own up to conv4_3."""
+    first = model.to_conv4_3
+    streams = [first.visible, first.lwir] if isinstance(first, HalfwayFusion) else [first]
+    return [[*stream, *model.to_conv5_3] for stream in streams]
 
 
 def convert_torchvision_ssd(model: SSD300, state: dict[str, Tensor]) -> None:
     """Copy the state of torchvision's `ssd300_vgg16` into a model, keeping the person class.
+
+    The heads belong to COCO's priors: a model with others keeps its own, untrained.
 
     Both networks list their convolutions in the order of computation, so layers pair up by
     position. torchvision feeds its network 255 x (image - mean) with means of its own; the
@@ -92,19 +207,22 @@ def convert_torchvision_ssd(model: SSD300, state: dict[str, Tensor]) -> None:
     """
     if any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
         raise InputError("COCO's SSD300 has no BatchNorm", "set BATCH_NORM = False")
-    backbone = [model.to_conv4_3, model.to_conv5_3, model.conv6_7, *model.extras]
-    ours = [m for part in backbone for m in part if isinstance(m, nn.Conv2d)]
+    rest = [layer for part in (model.conv6_7, *model.extras) for layer in part]
     names = [
         key.removesuffix(".weight")
         for key, value in state.items()
         if key.startswith("backbone.") and value.ndim == 4
     ]
-    for i, (layer, name) in enumerate(zip(ours, names, strict=True)):
-        weight = state[f"{name}.weight"]
-        if i == 0:
-            weight = weight * (255 * model.std.new_tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1))
-        copy_layer(layer, {"weight": weight, "bias": state[f"{name}.bias"]}, model.input_mode)
+    for stream in backbones(model):
+        ours = [layer for layer in (*stream, *rest) if isinstance(layer, nn.Conv2d)]
+        for i, (layer, name) in enumerate(zip(ours, names, strict=True)):
+            weight = state[f"{name}.weight"]
+            if i == 0:
+                weight = weight * (255 * weight.new_tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1))
+            copy_layer(layer, {"weight": weight, "bias": state[f"{name}.bias"]})
     copy_tensor(model.conv4_3_norm.scale, state["backbone.scale_weight"])
+    if model.prior_set != "ssd300-coco":
+        return
     for i, (loc, conf) in enumerate(zip(model.loc_heads, model.conf_heads, strict=True)):
         for head, kind in ((loc, "regression"), (conf, "classification")):
             values = {}
@@ -114,27 +232,26 @@ def convert_torchvision_ssd(model: SSD300, state: dict[str, Tensor]) -> None:
                     anchors = conf.out_channels // 2
                     value = value.view(anchors, -1, *value.shape[1:])[:, :2].flatten(0, 1)
                 values[name] = value
-            copy_layer(head, values, model.input_mode)
+            copy_layer(head, values)
 
 
-def copy_layer(layer: nn.Module, values: dict[str, Tensor], input_mode: str) -> None:
+def copy_layer(layer: nn.Module, values: dict[str, Tensor]) -> None:
     """Copy weight, bias and (of a BatchNorm) statistics; adapt a 3-channel convolution's input."""
     for name, value in values.items():
         if value.ndim == 4 and value.shape[1] == 3:
-            value = adapt_channels(value, input_mode)
+            value = adapt_channels(value, layer.in_channels)
         copy_tensor(getattr(layer, name), value)
 
 
-def adapt_channels(weight: Tensor, input_mode: str) -> Tensor:
+def adapt_channels(weight: Tensor, channels: int) -> Tensor:
     """RGB filters (C, 3, k, k) for another input: the mean of the three stands for LWIR.
 
-    "lwir": that mean alone, as in the logged experiments; "early": R, G, B and the mean;
-    "visible" and "mean": unchanged.
+    1 channel: that mean alone, as in the logged experiments; 4: R, G, B and the mean; 3: unchanged.
     """
     lwir = weight.mean(dim=1, keepdim=True)
-    if input_mode == "early":
+    if channels == 4:
         return torch.cat([weight, lwir], dim=1)
-    return lwir if input_mode == "lwir" else weight
+    return lwir if channels == 1 else weight
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from errors import InputError, run_script
 from files import write_atomically
 
 if TYPE_CHECKING:
-    from datasets import Batch
+    from batches import Batch
 
 DATA_ROOT = "data/demo"  # KAIST root; the demo set is drawn here if it is absent
 IMAGE_LIST = "imageSets/train-all.txt"  # frames to draw: below DATA_ROOT, or any path
@@ -114,9 +114,11 @@ def cell_under(point: Tensor, cells: int) -> Tensor:
 def main() -> None:
     """Draw random samples of an image list."""
     # Here, because datasets.py itself needs the masks above.
+    from batches import Collate
     from config import check_config, parse_flags, read_constants
-    from datasets import Augmentation, Collate, KaistPairs, check_images, load_frames
+    from datasets import Augmentation, KaistPairs, load_frames
     from demo_data import open_root
+    from images import check_images
     from inference import find_annotations
     from kaist import find_file, read_image_list
     from model import feature_map_sizes
@@ -139,7 +141,10 @@ def main() -> None:
         augmentation=Augmentation(config["zoom_out"]), masks_follow=config["masks_follow"],
         seed=config["seed"],
     )  # fmt: skip
-    batch = Collate(feature_map_sizes((300, 300)))([dataset[0, i] for i in range(len(frames))])
+    collate = Collate(feature_map_sizes((300, 300)))
+    batch, bad = collate([dataset[0, i] for i in range(len(frames))])
+    if bad:
+        raise bad[0].error
     write_atomically(Path(config["out"]), lambda path: draw_masks(batch, path))
     print(f"{config['out']}: {len(frames)} augmented samples, green persons, red ignored objects")
 

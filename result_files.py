@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from errors import InputError
-from files import read_text, write_atomically
+from files import load_json, read_text, write_atomically
 from kaist import read_image_list
 
 PEDESTRIAN = 1  # the category_id that counts
@@ -151,29 +151,25 @@ def parse_json(text: str, path: Path) -> tuple[np.ndarray, list[int], int]:
 
     A row is (image_id, x, y, w, h, score).
     """
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"broken JSON ({error.msg})", "write the file again", file=path, line=error.lineno
-        ) from None
+    content = load_json(text, path)
     if not isinstance(content, list):
         raise InputError("the JSON is not a list", "write a list of detections", file=path, line=1)
     try:
         places = [i for i, entry in enumerate(content) if entry["category_id"] == PEDESTRIAN]
         values = np.array([entry_row(content[i]) for i in places] or np.empty((0, 6)))
+        rows = values.astype(np.float64)
         strange = values.dtype.kind not in "fi" or "true" in text or "false" in text
         checked = content if strange else [e for e in content if e["category_id"] != PEDESTRIAN]
         if not all(map(is_entry, checked)):
             raise ValueError
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         place = next((i for i, entry in enumerate(content) if not is_entry(entry)), 0)
         raise InputError(
             f"{str(content[place])[:80]} is no detection",
             "write image_id, category_id, bbox [x, y, w, h] and score as numbers",
             file=path, line=entry_line(text, place),
         ) from None  # fmt: skip
-    return values.astype(np.float64), places, len(content) - len(places)
+    return rows, places, len(content) - len(places)
 
 
 def entry_row(entry: Mapping) -> tuple[float, ...]:
@@ -188,7 +184,8 @@ def is_entry(entry: object) -> bool:
         values = [entry["category_id"]]
         if values[0] == PEDESTRIAN:
             values += entry_row(entry)
-    except (KeyError, TypeError, ValueError):
+        [float(value) for value in values]
+    except (KeyError, TypeError, ValueError, OverflowError):
         return False
     return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 

@@ -15,13 +15,15 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from errors import InputError
+from experiments import BASE
 from files import make_folder, write_atomically
 from run_lock import lock_folder
 from utils import LAST, PREVIOUS, load_checkpoint, save_checkpoint
 
 # Constants that may differ between a run and its continuation: they change no number.
-MACHINE_CONSTANTS = ("experiment", "checkpoints", "device", "workers", "cache", "start_method",
-                     "save_minutes", "deterministic")  # fmt: skip
+MACHINE_CONSTANTS = ("experiment", "checkpoints", "name", "device", "workers", "cache",
+                     "start_method", "save_minutes", "deterministic", "loader", "compile",
+                     "on_nonfinite", "max_bad_frames")  # fmt: skip
 DAMAGED = "damaged.pt"  # a last.pt that turned out not to be whole
 
 
@@ -45,7 +47,8 @@ class Run:
     Attributes:
         folder: `<CHECKPOINTS>/<name>`.
         epoch, step: completed epochs, and completed steps of the epoch under way.
-        terms: names of the loss terms; sums: of each over those steps; seconds: their time.
+        terms: names of the loss terms; sums: of each over those steps; seconds: their time;
+            skipped: how many of them were left out because they were not finite.
         history: for each completed epoch its number, mean loss terms, learning rate, speed and,
             where it was evaluated, its scores: the columns of log.csv.
         parts: what training changes, by the name it has in a checkpoint; "model" and "optimizer"
@@ -60,6 +63,7 @@ class Run:
         self.epoch = self.step = 0
         self.terms: tuple[str, ...] = ()
         self.sums: list[float] = []
+        self.skipped = 0
         self.seconds = 0.0
         self.history: list[dict[str, float]] = []
         self.parts: dict[str, Part] = {}
@@ -91,12 +95,9 @@ class Run:
         Raises:
             InputError: another process is at this run.
         """
-        try:
-            theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        if not (folder / "config.json").is_file():
             return folder.is_dir() and all(p.name.startswith(".") for p in folder.iterdir())
-        ours = json.loads(json.dumps(self.config))  # tuples become lists, as in the file
-        if any(ours[k] != theirs.get(k) for k in ours.keys() - set(MACHINE_CONSTANTS)):
+        if not same_recipe(folder, self.config):
             return False
         self.lock = lock_folder(folder)
         if self.read_state(folder):
@@ -132,6 +133,7 @@ class Run:
         self.state = state
         self.epoch, self.step = state["epoch"], state["step"]
         self.sums, self.seconds = list(state["sums"]), state["seconds"]
+        self.skipped = state.get("skipped", 0)
         self.history = list(state["history"])
         return True
 
@@ -203,36 +205,42 @@ class Run:
         for number in waiting[:1]:
             signal.raise_signal(number)
 
-    def add_step(self, losses: Tensor, seconds: float) -> None:
-        """Count a step; losses holds the value of each of `terms`."""
+    def add_step(self, losses: Tensor | None, seconds: float) -> None:
+        """Count a step; losses holds the value of each of `terms`, None for a step left out."""
         self.step += 1
-        sums = self.sums or [0.0] * len(self.terms)
-        self.sums = [a + b for a, b in zip(sums, losses.tolist(), strict=True)]
         self.seconds += seconds
+        self.sums = self.sums or [0.0] * len(self.terms)
+        if losses is None:
+            self.skipped += 1
+        else:
+            self.sums = [a + b for a, b in zip(self.sums, losses.tolist(), strict=True)]
 
     def mean_losses(self) -> dict[str, float]:
         """Each loss term, averaged over the steps of the epoch under way."""
-        means = (value / max(1, self.step) for value in self.sums)
+        means = (value / max(1, self.step - self.skipped) for value in self.sums)
         return dict(zip(self.terms, means, strict=True))
 
     def end_epoch(self, scores: dict[str, float], writes: bool) -> None:
         """Log the epoch, save its checkpoint (and as best.pt if its miss rate is the lowest).
 
         Args:
-            scores: "miss_rate", "miss_rate_day", "miss_rate_night", "recall" and the masks'
-                "iou_map1", … as fractions; empty when the epoch was not evaluated.
+            scores: "weight_map1", … of the masks' losses where they are learned; and when the
+                epoch was evaluated "miss_rate", "miss_rate_day", "miss_rate_night", "recall" and
+                the masks' "iou_map1", … as fractions.
             writes: whether this process is the one that writes.
         """
         speed = self.step * self.config["batch_size"] / max(self.seconds, 1e-9)
         lr = self.parts["optimizer"].param_groups[0]["lr"]
         row = {"epoch": self.epoch + 1, **self.mean_losses(), "lr": lr,
-               "images_per_s": speed, "seconds": self.seconds}  # fmt: skip
+               "images_per_s": speed, "seconds": self.seconds,
+               "skipped": self.skipped}  # fmt: skip
         best = min((past.get("miss_rate", 2.0) for past in self.history), default=2.0)
         self.history.append({**row, **scores})
-        self.epoch, self.step, self.sums, self.seconds = self.epoch + 1, 0, [], 0.0
+        self.epoch, self.step, self.skipped = self.epoch + 1, 0, 0
+        self.sums, self.seconds = [], 0.0
         if not writes:
             return
-        if scores and scores["miss_rate"] < best:  # first: what last.pt tells has happened
+        if scores.get("miss_rate", 2.0) < best:  # first: what last.pt tells has happened
             save_checkpoint(self.folder / "best.pt", self.content(to_continue=False))
         self.save()
         self.write_log()
@@ -244,6 +252,7 @@ class Run:
         return {
             "model_args": self.model_args, "config": self.config, "experiment": self.name,
             "epoch": self.epoch, "step": self.step, "sums": self.sums, "seconds": self.seconds,
+            "skipped": self.skipped,
             "history": self.history, **parts,
         }  # fmt: skip
 
@@ -253,11 +262,10 @@ class Run:
                         previous=self.folder / PREVIOUS)  # fmt: skip
         self.saved_at = time.monotonic()
 
-    def save_when_due(self) -> None:
-        """Write last.pt if the newest one is older than SAVE_MINUTES."""
+    def is_due(self) -> bool:
+        """Whether the newest checkpoint is older than SAVE_MINUTES."""
         minutes = self.config["save_minutes"]
-        if minutes and time.monotonic() - self.saved_at >= 60 * minutes:
-            self.save()
+        return bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
 
     def write_log(self) -> None:
         """Write log.csv and curves.png from the history."""
@@ -304,10 +312,22 @@ class Run:
         return path
 
 
+def same_recipe(folder: Path, config: dict[str, Any]) -> bool:
+    """Whether a run's folder was made with these constants, `MACHINE_CONSTANTS` aside."""
+    try:
+        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    ours = json.loads(json.dumps(config))  # tuples become lists, as in the file
+    # A run from before a constant was added had what BASE says of it.
+    return all(ours[k] == theirs.get(k, BASE.get(k)) for k in ours.keys() - set(MACHINE_CONSTANTS))
+
+
 def nonfinite_error(path: Path) -> InputError:
     """The line that ends a run whose loss is not finite."""
     return InputError(
-        "the loss is not a finite number; the batch's frames and loss terms are in this file",
-        "lower LR, or look at those frames; last.pt is from before this step",
+        "the loss or its gradient is not a finite number; the batch's frames and loss terms are in "
+        "this file", "lower LR, look at those frames, or go on without them by --on-nonfinite skip "
+        "from last.pt, which is from before this step",
         file=path,
     )

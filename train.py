@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,29 +21,33 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import demo_data
-from config import check_config, lab_book, parse_flags, read_constants, refuse, resolve_row
-from datasets import (
-    Augmentation,
-    Batch,
-    BatchLoader,
-    Frame,
-    KaistPairs,
-    cache_frames,
-    check_images,
-    load_frames,
+from batches import Batch, BatchLoader
+from config import (
+    check_config,
+    lab_book,
+    model_arguments,
+    parse_flags,
+    read_constants,
+    refuse,
+    resolve_row,
 )
+from datasets import Augmentation, Frame, KaistPairs, load_frames
+from device_loader import DeviceLoader, obstacle
 from errors import InputError, run_script
+from experiments import EXPERIMENTS
+from images import MODALITIES, cache_frames, check_images
 from inference import detect_frames, find_annotations, frame_loader, open_test_set
 from kaist import Annotations, find_file, read_image_list
 from losses import BACKGROUND, IGNORE, MultiBoxLoss, SegmentationLoss
 from miss_rate import GroundTruth, evaluate, load_ground_truth
 from model import SSD300, Predictions, feature_map_sizes
-from optimisation import lr_factor, make_optimizer, set_lr
+from optimisation import MovingAverage, gradient_norm, lr_factor, make_optimizer, set_lr, update
 from parallel import Team, join_team
-from pretrained import load_pretrained
+from pretrained import check_pretrained, load_pretrained
 from pseudo_gt import MapRange
 from report import headline, report
-from runs import Run, nonfinite_error
+from runs import Run
+from step_log import StepLog
 from utils import autocast, choose_device, choose_precision, make_deterministic
 
 # Where things are, and which machine runs them.
@@ -54,26 +57,31 @@ TEST_LIST = "imageSets/test-all.txt"  # frames to evaluate on; test-all-20.txt o
 ANNOTATIONS = "auto"  # auto, bbgt, xml, xml-sanitized, paired, json, or a path: training boxes
 TEST_ANNOTATIONS = "auto"  # the same for the test list: KAIST_annotation.json where there is one
 CHECKPOINTS = "checkpoints"  # a folder for each run goes here
+NAME = ""  # of the run's folder; empty takes the name of its row, or "custom"
+ON_NONFINITE = "stop"  # at a loss or gradient that is not finite: stop, or skip the step
 EXPERIMENT = ""  # row of the lab book (--list) whose recipe replaces the constants below
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
 WORKERS = 2  # loader processes
 START_METHOD = "auto"  # how they start: fork, spawn, forkserver, or auto: as Python does here
+LOADER = "auto"  # who makes batches: workers, device (needs CACHE), or auto: a GPU if it can
+COMPILE = "auto"  # torch.compile for the training step's network: on, off, or auto: on CUDA
+MAX_BAD_FRAMES = 10  # frames that may turn unreadable under way and are left out; more end the run
 CACHE = ""  # folder for decoded training frames (1.31 MB a pair), read instead of the JPEGs
 SAVE_MINUTES = 10.0  # minutes between checkpoints within an epoch; 0: only at its end
 DETERMINISTIC = False  # torch's deterministic algorithms; see the README on what repeats exactly
 # The recipe: what an experiment is made of.
 SEED = 42  # of initial weights, order and augmentation
-INPUT_MODE = "early"  # lwir (1 channel), visible (3), mean (averaged into 3), early (4 channels)
+INPUT_MODE = "early"  # lwir, visible, mean (of both), early (4 channels), halfway (two streams)
 INPUT_SIZE = (300, 300)  # height and width of the network's input, pixels
 BATCH_NORM = True  # VGG16 with BatchNorm
 WIDTH = 0.125  # width multiplier of every layer; 1.0 is VGG16
 PRIORS = "pedestrian"  # ssd300 (the paper's for VOC), ssd300-coco (smaller), pedestrian (upright)
-PRETRAINED = "none"  # none, imagenet (VGG16), coco (SSD300); the last two need WIDTH = 1.0
+PRETRAINED = "none"  # none, imagenet (VGG16), coco (SSD300), or a torchvision state file's path
 INFUSION = (1, 1, 0, 0, 0, 0)  # feature maps 38, 19, 10, 5, 3, 1 with a segmentation head: 1
 INFUSION_CONV = False  # a 3x3 convolution before each head's 1x1
 SEG_CELLS = "mean"  # a map's mask loss over its cells: mean or sum
-SEG_MAPS = "sum"  # the mask losses over the maps: mean or sum
+SEG_MAPS = "sum"  # the mask losses over the maps: mean, sum, or uncertainty (learned weights)
 SEG_WEIGHT = 1.0  # weight of the mask loss in the total
 MASKS_FOLLOW = True  # masks follow the augmentation (rows 18 to 25 of the log: they did not)
 OUT_OF_RANGE = "keep"  # persons no prior of a map matches, in its mask: keep, background, ignore
@@ -83,6 +91,7 @@ OPTIMIZER = "adam"  # sgd (momentum 0.9) or adam
 LR = 2e-3  # learning rate of the weights
 BIAS_LR_FACTOR = 2.0  # biases learn this many times faster
 WEIGHT_DECAY = 1e-5  # L2 penalty
+EMA_DECAY = 0.0  # evaluate and keep weights averaged over about 1 / (1 - this) steps; 0: off
 SCHEDULE = "cosine"  # constant, step (x0.1 at 2/3 and 5/6 of the epochs), cosine (with warm-up)
 BATCH_SIZE = 8  # frames a step
 EPOCHS = 16  # passes over the training list
@@ -90,12 +99,19 @@ VALIDATION = 0.0  # share of the training list held out to choose the best epoch
 AUGMENT = True  # SSD augmentation; False only resizes
 ZOOM_OUT = 1.5  # largest zoomed-out canvas, in frames a side
 HUE_SATURATION = True  # distort hue and saturation of the visible image
+LWIR_JITTER = True  # distort brightness and contrast of the LWIR image
+COPY_PASTE = 0.0  # share of the frames into which people of other frames are pasted
+MODALITY_DROPOUT = 0.0  # share of the samples that see one modality alone, the other blanked
 MIN_HEIGHT = 12.0  # lower persons are ignored in training, pixels
 MARGIN = 5.0  # persons closer to the frame's border are ignored in training, pixels
 EVAL_EVERY = 8  # epochs between evaluations; the last epoch is always evaluated
 MIN_SCORE = 0.01  # detections below this score are dropped
 NMS_IOU = 0.45  # of two detections that overlap more, the lower-scored is dropped
 MAX_BOXES = 200  # detections kept in a frame
+TEST_FLIP = False  # detect in each frame and its mirror image, averaged: twice the time
+
+
+MAX_SKIPS = 20  # steps in a row that ON_NONFINITE = "skip" leaves out before it stops all the same
 
 
 def main() -> None:
@@ -130,10 +146,14 @@ def main() -> None:
     model.to(device, memory_format=torch.channels_last)
     loader = make_loader(config, frames, model, device, team)
     criterion = Criterion(model, config, team).to(device)
-    optimizer = make_optimizer(model, config)
-    run.restore({"model": model, "optimizer": optimizer, "criterion": criterion})
+    optimizer = make_optimizer(model, criterion, config)
+    average = MovingAverage(model, config["ema_decay"])
+    run.restore({"model": average.model, "optimizer": optimizer, "criterion": criterion}
+                | ({"raw_model": model} if average.model is not model else {}))  # fmt: skip
     run.terms = criterion.terms
     network = team.spread(model)
+    if config["compile"] == "on" or (config["compile"] == "auto" and device.type == "cuda"):
+        network = torch.compile(network, dynamic=False)
 
     if team.writes:
         run.begin()
@@ -144,13 +164,14 @@ def main() -> None:
     detections = None
     try:
         while run.epoch < config["epochs"]:
-            train_epoch(run, network, loader, criterion, optimizer, device, precision, team)
-            scores = {}
+            train_epoch(run, network, average, loader, criterion, optimizer, device, precision,
+                        team)  # fmt: skip
+            scores = criterion.learned_weights()
             if (run.epoch + 1) % config["eval_every"] == 0 or run.epoch + 1 == config["epochs"]:
                 detections, mask_ious = detect_frames(
-                    model, watched.loader, device, precision, config, team
+                    average.model, watched.loader, device, precision, config, team
                 )
-                scores = headline(evaluate(watched.people, detections)) | mask_ious
+                scores |= headline(evaluate(watched.people, detections)) | mask_ious
             with run.undivided():
                 run.end_epoch(scores, team.writes)
     except BaseException:
@@ -160,7 +181,7 @@ def main() -> None:
                   f"step {run.step + 1}")  # fmt: skip
         raise
     if detections is None or watched is not test:
-        detections, _ = detect_frames(model, test.loader, device, precision, config, team)
+        detections, _ = detect_frames(average.model, test.loader, device, precision, config, team)
     if team.writes:
         report(run.folder.name, test.people, detections, run.folder)
     team.close()
@@ -176,7 +197,8 @@ class Evaluation(NamedTuple):
 def train_epoch(
     run: Run,
     network: nn.Module,
-    loader: BatchLoader,
+    average: MovingAverage,
+    loader: BatchLoader | DeviceLoader,
     criterion: Criterion,
     optimizer: torch.optim.Optimizer,
     device: torch.device,
@@ -186,37 +208,48 @@ def train_epoch(
     """The rest of the run's epoch, step by step.
 
     Raises:
-        InputError: a loss is not finite. The batch's frames and loss terms are in the run's
-            folder.
+        InputError: a loss or a gradient is not finite, and ON_NONFINITE does not say to go on, or
+            `MAX_SKIPS` steps in a row were not. What the step saw is in the run's folder, and
+            `last.pt` is from before.
+        BadFrames: more than MAX_BAD_FRAMES frames cannot be read any more.
     """
     network.train()
     config, total_steps = run.config, len(loader) * run.config["epochs"]
+    skips = config["on_nonfinite"] == "skip"
+    first_step = run.epoch * len(loader) + run.step
     bar = tqdm(loader.epoch(run.epoch, skip=run.step), initial=run.step, total=len(loader),
                desc=f"epoch {run.epoch + 1}/{config['epochs']}", unit="step",
                disable=not team.writes)  # fmt: skip
-    started = time.perf_counter()
-    for batch in bar:
-        step = run.epoch * len(loader) + run.step
-        set_lr(optimizer, config, lr_factor(config, step, total_steps))
-        batch = batch.to(device)
-        with run.undivided():  # from here, because BatchNorm's statistics move in the forward pass
-            with autocast(device, precision):
-                predictions = network(batch.images)
-            losses = criterion(predictions, batch)
-            batch_losses = team.sum(losses.detach()) / team.size
-            if not batch_losses.isfinite().all():
-                raise nonfinite_error(
-                    run.save_evidence(batch.frame_ids, losses.detach(), team.rank)
-                )
-            optimizer.zero_grad()
-            losses[0].backward()
-            optimizer.step()
-            now = time.perf_counter()
-            run.add_step(batch_losses, now - started)
-        started = now
-        if team.writes:
-            run.save_when_due()
-        show_progress(bar, run, optimizer, total_steps - step - 1)
+    with StepLog(run, team.rank, patience=MAX_SKIPS if skips else 1) as log:
+        for step, batch in enumerate(bar, first_step):
+            if batch is None:  # none of its frames could be read
+                log.flush()
+                run.add_step(None, 0.0)
+                continue
+            set_lr(optimizer, config, lr_factor(config, step, total_steps))
+            batch = batch.to(device)
+            before = [buffer.clone() for buffer in network.buffers()] if skips else []
+            # Undivided from here, because BatchNorm's statistics move in the forward pass.
+            with run.undivided():
+                with autocast(device, precision):
+                    predictions = network(batch.images)
+                losses = criterion(predictions, batch)
+                batch_losses = team.sum(losses.detach()) / team.size
+                optimizer.zero_grad()
+                losses[0].backward()
+                team.average_gradients(criterion)
+                finite = batch_losses.isfinite().all() & gradient_norm(optimizer).isfinite()
+                update(optimizer, finite)
+                if skips:  # BatchNorm's statistics have seen what must not be
+                    for buffer, value in zip(network.buffers(), before, strict=True):
+                        buffer.copy_(torch.where(finite, buffer, value))
+                average.update(step)
+                log.add(torch.stack([batch_losses, losses.detach()]), finite, batch.frame_ids)
+            if team.writes and run.is_due():
+                log.flush()
+                run.save()
+            if run.step:
+                show_progress(bar, run, optimizer, total_steps - step - 1)
 
 
 def show_progress(
@@ -249,11 +282,16 @@ class Criterion(nn.Module):
             team=team,
         )  # fmt: skip
         self.segmentation = SegmentationLoss(
-            cells=config["seg_cells"], maps=config["seg_maps"], team=team
+            len(model.infused_maps), cells=config["seg_cells"], maps=config["seg_maps"], team=team
         )
         self.seg_weight = config["seg_weight"]
         of_maps = (f"seg_map{i + 1}" for i in model.infused_maps)
         self.terms = ("loss", "loc", "conf", "seg", *of_maps)
+
+    def learned_weights(self) -> dict[str, float]:
+        """"weight_map1", … of the maps' mask losses where SEG_MAPS learns them, else nothing."""
+        names = (term.replace("seg", "weight") for term in self.terms[4:])
+        return dict(zip(names, self.segmentation.weights(), strict=False))
 
     def forward(self, predictions: Predictions, batch: Batch) -> Tensor:
         loc, conf = self.multibox(predictions, batch.boxes, batch.labels)
@@ -278,12 +316,17 @@ def configure(argv: list[str] | None = None) -> dict[str, Any]:
     if config["experiment"]:
         config |= resolve_row(config["experiment"]) | flags
     check_config(config)
-    if config["pretrained"] != "none" and config["width"] != 1.0:
-        refuse("pretrained", config["pretrained"], "published weights need WIDTH = 1.0")
-    if config["pretrained"] == "coco" and (
-        config["batch_norm"] or config["priors"] != "ssd300-coco"
+    if config["loader"] == "device" and (reason := obstacle(config)):
+        refuse("loader", "device", reason)
+    check_pretrained(config["pretrained"], width=config["width"], batch_norm=config["batch_norm"])
+    if config["modality_dropout"] and not (
+        config["augment"] and len(MODALITIES[config["input_mode"]]) == 2
     ):
-        refuse("pretrained", "coco", 'it needs BATCH_NORM = False and PRIORS = "ssd300-coco"')
+        refuse("modality_dropout", config["modality_dropout"],
+               "it needs AUGMENT and an INPUT_MODE of both modalities")  # fmt: skip
+    name = config["name"]
+    if name.split("-")[0] in EXPERIMENTS or Path(name).name != name:
+        refuse("name", name, "choose a folder's name that does not begin with a row's")
     feature_map_sizes(config["input_size"])
     return config
 
@@ -292,8 +335,10 @@ def run_name(config: dict[str, Any]) -> str:
     """The lab book's name for a configuration: its row, or "demo" for the constants as they come.
 
     A seed of one's own is told in the name; a recipe that differs from its row in anything else,
-    and the demo row on other data than the demo set, is "custom".
+    and the demo row on other data than the demo set, is "custom", or what NAME says.
     """
+    if config["name"]:
+        return config["name"]
     row = config["experiment"] or "demo"
     book = resolve_row(row)
     changed = {name for name, value in book.items() if config[name] != value}
@@ -301,15 +346,6 @@ def run_name(config: dict[str, Any]) -> str:
     if changed - {"seed"} or elsewhere:
         return "custom"
     return f"{row}-seed{config['seed']}" if changed else row
-
-
-def model_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """SSD300's arguments."""
-    names = ("input_mode", "batch_norm", "width", "infusion", "infusion_conv")
-    return {name: config[name] for name in names} | {
-        "prior_set": config["priors"],
-        "size": config["input_size"],
-    }
 
 
 # ------------------------------------------------------------------------------ data
@@ -357,9 +393,10 @@ def make_loader(
     model: SSD300,
     device: torch.device,
     team: Team,
-) -> BatchLoader:
+) -> BatchLoader | DeviceLoader:
     """Training batches with masks for the infused maps."""
-    augmentation = Augmentation(config["zoom_out"], config["hue_saturation"])
+    names = ("zoom_out", "hue_saturation", "lwir_jitter", "copy_paste", "modality_dropout")
+    augmentation = Augmentation(**{name: config[name] for name in names})
     cache = None
     if config["cache"]:
         ids, source = [frame.id for frame in frames], Path(config["data_root"])
@@ -372,12 +409,21 @@ def make_loader(
         size=config["input_size"], augmentation=augmentation if config["augment"] else None,
         masks_follow=config["masks_follow"], seed=config["seed"], cache=cache,
     )  # fmt: skip
-    return BatchLoader(
-        dataset, batch_size=config["batch_size"], workers=config["workers"],
-        start_method=config["start_method"], shuffle=True,
-        map_sizes=[model.map_sizes[i] for i in model.infused_maps],
-        map_range=choose_range(config, model), pin_memory=device.type == "cuda", team=team,
-    )  # fmt: skip
+    settings = {
+        "batch_size": config["batch_size"], "workers": config["workers"], "team": team,
+        "start_method": config["start_method"],
+        "map_sizes": [model.map_sizes[i] for i in model.infused_maps],
+        "map_range": choose_range(config, model),
+    }  # fmt: skip
+    on_gpu = device.type == "cuda"
+    able = on_gpu and not obstacle(config)
+    if config["loader"] == "device" or (config["loader"] == "auto" and able):
+        loader = DeviceLoader(dataset, device=device, **settings)
+        if team.writes:
+            print(loader)
+        return loader
+    return BatchLoader(dataset, shuffle=True, pin_memory=on_gpu,
+                       max_bad=config["max_bad_frames"], **settings)  # fmt: skip
 
 
 def choose_range(config: dict[str, Any], model: SSD300) -> MapRange | None:

@@ -40,6 +40,9 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"DEVICE = {name!r} cannot be used ({reason})", "try auto") from None
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # shapes stay: the fastest kernel is worth a search
+        torch.set_float32_matmul_precision("high")
     return device
 
 

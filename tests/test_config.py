@@ -49,6 +49,10 @@ def test_flags_win_over_rows_and_rows_over_constants():
         (["--seed", "-1"], "SEED = -1"),
         (["--weight-decay", "-1"], "WEIGHT_DECAY = -1"),
         (["--min-score", "7"], "MIN_SCORE = 7"),
+        (["--ema-decay", "1"], "EMA_DECAY = 1.0"),
+        (["--modality-dropout", "1.5"], "MODALITY_DROPOUT = 1.5"),
+        (["--modality-dropout", "0.5", "--input-mode", "lwir"], "MODALITY_DROPOUT.*both modal"),
+        (["--modality-dropout", "0.5", "--no-augment"], "MODALITY_DROPOUT.*AUGMENT"),
         (["--input-size", "100,100"], r"INPUT_SIZE = \(100, 100\)"),
     ],
 )
@@ -95,6 +99,27 @@ def test_the_constants_as_they_come_are_the_demo_row():
 def test_rows_as_the_log_has_them(row, expected):
     resolved = resolve_row(row)
     assert {key: resolved[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "change"),
+    [
+        ("31", {"priors": "pedestrian"}),
+        ("32", {"input_size": (512, 640)}),
+        ("33", {"input_mode": "halfway"}),
+        ("34", {"input_mode": "halfway", "modality_dropout": 0.25}),
+        ("35", {"pretrained": "coco", "batch_norm": False, "priors": "ssd300-coco"}),
+        ("36", {"ema_decay": 0.999}),
+        ("37", {"schedule": "cosine"}),
+        ("38", {"test_flip": True}),
+        ("39", {"priors": "pedestrian", "input_size": (512, 640), "input_mode": "halfway",
+                "ema_decay": 0.999, "schedule": "cosine", "test_flip": True}),
+    ],
+)  # fmt: skip
+def test_rows_beyond_the_log_change_row_26_as_they_say(row, change):
+    before, after = resolve_row("26"), resolve_row(row)
+    assert {key: value for key, value in after.items() if value != before[key]} == change
+    train.configure(["--experiment", row])  # it can be trained
 
 
 def test_a_run_is_named_for_its_row_only_if_it_is_that_row():

@@ -8,29 +8,29 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from augment import (
     Augmentation,
     colour_matrix,
-    jitter,
+    distort,
+    draw_recipe,
+    frame_mean,
     mean_colour,
     random_window,
     resize,
     snap,
     view_boxes,
     view_pixels,
+    whole_frame,
 )
-from datasets import (
-    BatchLoader,
-    KaistPairs,
-    cache_frames,
-    check_images,
-    label_objects,
-    load_frames,
-)
-from datasets import read_frame as read
+from batches import BatchLoader
+from datasets import KaistPairs, label_objects, load_frames
 from errors import InputError
+from images import cache_frames, check_images
+from images import read_frame as read
 from kaist import image_path, make_objects, open_annotations, read_image_list
 
 SIZE = (300, 300)
@@ -205,16 +205,47 @@ def plain_window(rng, people, zoom_out):
                 return cx, cy, cx + cw, cy + ch
 
 
-def test_windows_have_the_recipes_distribution():
+def torchvision_window(people):
+    """The window of torchvision's zoom-out and IoU crop, from their parameters alone."""
+    x, y, w, h = 0, 0, 640, 512
+    if torch.rand(1) < 0.5:
+        left, top, right, bottom = v2.RandomZoomOut().make_params([image_of(w, h)])["padding"]
+        x, y, w, h = -left, -top, w + left + right, h + top + bottom
+    shifted = torch.tensor(people) - torch.tensor([x, y, x, y])
+    boxes = tv_tensors.BoundingBoxes(shifted, format="XYXY", canvas_size=(h, w))
+    crop = v2.RandomIoUCrop(trials=50).make_params([image_of(w, h), boxes])
+    if not crop:
+        return x, y, x + w, y + h
+    x, y = x + crop["left"], y + crop["top"]
+    return x, y, x + crop["width"], y + crop["height"]
+
+
+def image_of(width, height):
+    """An image of a size, without pixels."""
+    return tv_tensors.Image(torch.empty(1, 1, 1).expand(1, height, width))
+
+
+@pytest.mark.parametrize("recipe", ["the paper's", "torchvision's"])
+def test_windows_have_the_recipes_distribution(recipe):
+    """Kolmogorov-Smirnov distances of the edges, size and shape of thousands of windows."""
     people = np.array([[100.0, 100, 300, 480], [500, 200, 530, 280]])
+    n = 4000 if recipe == "the paper's" else 1200
     ours_rng, plain_rng = np.random.default_rng(2), np.random.default_rng(3)
-    ours = np.array([random_window(ours_rng, people, 4.0) for _ in range(4000)])
-    plain = np.array([plain_window(plain_rng, people, 4.0) for _ in range(4000)])
-    for k in range(4):
-        # Kolmogorov-Smirnov: the 0.1% point of the distance for 4000 against 4000 is 0.044.
-        both = np.sort(np.concatenate([ours[:, k], plain[:, k]]))
-        ranks = [np.searchsorted(np.sort(a[:, k]), both, "right") / 4000 for a in (ours, plain)]
-        assert np.abs(ranks[0] - ranks[1]).max() < 0.044
+    ours = np.array([random_window(ours_rng, people, 4.0) for _ in range(n)])
+    if recipe == "the paper's":
+        plain = np.array([plain_window(plain_rng, people, 4.0) for _ in range(n)])
+    else:
+        people = people[:1]  # of several, torchvision's overlap and centre are the same person's
+        torch.manual_seed(0)
+        ours = np.array([random_window(ours_rng, people, 4.0) for _ in range(n)])
+        plain = np.array([torchvision_window(people) for _ in range(n)])
+    size = ours[:, 2:] - ours[:, :2], plain[:, 2:] - plain[:, :2]
+    columns = [(ours[:, k], plain[:, k]) for k in range(4)]
+    columns += [[s.prod(1) ** 0.5 for s in size], [100 * s[:, 1] / s[:, 0] for s in size]]
+    for a, b in columns:
+        both = np.sort(np.concatenate([a, b]).round())  # torchvision's windows are whole pixels
+        ranks = [np.searchsorted(np.sort(x.round()), both, "right") / n for x in (a, b)]
+        assert np.abs(ranks[0] - ranks[1]).max() < 1.95 * (2 / n) ** 0.5  # the 0.1% point
 
 
 def test_frames_without_people_are_cropped_too():
@@ -259,46 +290,48 @@ def test_colour_steps_against_torchvision(kind):
     assert np.abs(ours - theirs.numpy()).mean() < (4.0 if kind == "hue" else 0.05)
 
 
-def test_jitter_keeps_modalities_apart():
+def draw(frame, rng):
+    return draw_recipe(rng, np.zeros((0, 4)), frame_mean(frame), Augmentation(), SIZE)
+
+
+def test_distortion_keeps_modalities_apart():
     frame = np.full((512, 640, 4), 100, np.uint8)
     frame[..., 3] = 200
     content = torch.from_numpy(frame[:30, :30].transpose(2, 0, 1).copy())
+    recipes = [draw(frame, np.random.default_rng(i)) for i in range(60)]
     changed = torch.stack([
-        jitter(content, frame, np.random.default_rng(i), True).flatten(1).float().mean(1)
-        for i in range(60)
+        distort(content, r.matrix, r.offset).flatten(1).float().mean(1) for r in recipes
     ])  # fmt: skip
     assert (changed[:, 3] != 200).float().mean() > 0.3
     ratios = changed[:, 3] / changed[:, 0]
     assert ratios.std() > 0.1  # not one draw for both
-    alone = jitter(content[3:], frame[..., 3:], np.random.default_rng(0), True)
-    assert alone.shape == (1, 30, 30)
+    alone = draw(frame[..., 3:], np.random.default_rng(0))
+    assert alone.matrix.shape == (1, 1) and alone.offset.shape == (1,)
 
 
 def test_undistorted_pixels_are_left_alone():
-    class Never:
-        """A generator that applies no distortion."""
-
-        permutation = staticmethod(lambda kinds: kinds)
-        random = staticmethod(lambda: 0.9)
-        uniform = staticmethod(lambda low, high: low)
-
-    frame = np.random.default_rng(0).integers(0, 256, (512, 640, 4), dtype=np.uint8)
-    content = torch.from_numpy(frame[:30, :30].transpose(2, 0, 1).copy())
-    assert torch.equal(jitter(content, frame, Never(), True), content)
+    content = torch.randint(256, (4, 30, 30), dtype=torch.uint8)
+    whole = whole_frame(4, SIZE)
+    assert distort(content, whole.matrix, whole.offset) is content
+    frame = np.full((512, 640, 1), 9, np.uint8)
+    alone = [draw(frame, np.random.default_rng(i)).matrix[0, 0] == 1 for i in range(100)]
+    assert 10 < sum(alone) < 45  # neither brightness nor contrast: a quarter
 
 
-def test_jitter_is_the_matrix_rounded_and_clipped():
+def test_distortion_is_the_matrix_rounded_and_clipped():
     frame = np.random.default_rng(0).integers(0, 256, (512, 640, 4), dtype=np.uint8)
     content = torch.from_numpy(frame[:30, :30].transpose(2, 0, 1).copy())
     for seed in range(20):
-        rng = np.random.default_rng(seed)
+        recipe = draw(frame, np.random.default_rng(seed))
+        rng = np.random.default_rng(seed)  # the window and the flip are drawn first
+        random_window(rng, np.zeros((0, 4)), 4.0), rng.random()
         mean = frame[::8, ::8].mean((0, 1))
         expected = []
         for part in (slice(0, 3), slice(3, 4)):
             matrix, offset = colour_matrix(rng, mean[part], True)
             expected.append(np.einsum("ij,jhw->ihw", matrix, content[part]) + offset[:, None, None])
         expected = np.concatenate(expected).clip(0, 255)
-        ours = jitter(content, frame, np.random.default_rng(seed), True).numpy()
+        ours = distort(content, recipe.matrix, recipe.offset).numpy()
         assert np.abs(ours - expected).max() < 0.51  # to the nearest
 
 

@@ -127,7 +127,7 @@ def test_every_form_is_found_in_a_root(tmp_path):
     assert visible.boxes[0].tolist() == [9, 9, 30, 60]
     annotations = open_annotations(tmp_path, "json")
     assert annotations.frames == (FRAME,)
-    assert annotations.path(FRAME).name == "KAIST_annotation.json"
+    assert annotations.path(FRAME) == str(tmp_path / "KAIST_annotation.json")
     check_objects(annotations.read(FRAME), 1)
 
 

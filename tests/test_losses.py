@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import box_convert, box_iou
 
-from losses import MultiBoxLoss, SegmentationLoss, match
+from losses import MultiBoxLoss, SegmentationLoss
+from matching import match, match_static
 from model import Predictions, encode, feature_map_sizes, make_priors, prior_shapes
+from plain import plain_multibox_loss
 
 PRIORS = make_priors(feature_map_sizes((300, 300)), prior_shapes("ssd300"))
 
@@ -91,11 +93,115 @@ def test_loss_and_gradient_equal_the_slow_implementation(seed):
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, slow, strict=True))
 
 
+def both_ways(boxes, labels, priors):
+    """Target and owner (where it means something) from each implementation, checked to be equal."""
+    target, owner = match(boxes, labels, priors, 0.5)
+    static_target, static_owner = match_static(boxes, labels, priors, 0.5)
+    assert target.dtype == static_target.dtype == torch.int8
+    assert torch.equal(target, static_target)
+    assert torch.equal(owner[target == 1], static_owner[target == 1])
+    return target, owner
+
+
+def person(*box):
+    return torch.tensor([box], dtype=torch.float32)
+
+
+SHIFTS = torch.rand(200, 4, generator=torch.Generator().manual_seed(0))
+CROWD = torch.tensor([0.4, 0.3, 0.85, 0.7]) + SHIFTS * torch.tensor([0.4, 0.2, 0.1, 0.3])
+ADVERSARIAL = {
+    "no object": (torch.zeros(0, 4), 1),
+    "all ignored": (CROWD[:9], -1),
+    "200 people": (CROWD, 1),
+    "50 ignored": (CROWD[:50], -1),
+    "duplicates": (CROWD[:1].expand(40, 4), 1),
+    "symmetric duplicates": (person(0.5 - 0.1, 0.5 - 0.1, 0.5 + 0.1, 0.5 + 0.1).expand(9, 4), 1),
+    "one pixel": (person(0.5, 0.5, 0.5 + 1 / 300, 0.5 + 1 / 300), 1),
+    "one pixel in a corner": (person(0, 0, 1 / 300, 1 / 300), 1),
+    "full frame": (person(0, 0, 1, 1), 1),
+    "full frame ignored": (person(0, 0, 1, 1), -1),
+}
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_hard_cases_equal_the_plain_loss(name):
+    objects, label = ADVERSARIAL[name]
+    boxes = torch.zeros(2, max(1, len(objects)), 4)
+    labels = torch.zeros(boxes.shape[:2], dtype=torch.int64)
+    boxes[0, : len(objects)], labels[0, : len(objects)] = objects, label
+    boxes[1, 0], labels[1, 0] = CROWD[3], 1  # another frame is not disturbed
+    torch.manual_seed(0)
+    loc = torch.randn(2, 8732, 4, requires_grad=True)
+    conf = torch.randn(2, 8732, 2, requires_grad=True)
+    predictions = Predictions(loc, conf, [])
+    criterion = MultiBoxLoss(PRIORS, loc_loss="smooth_l1", loc_reduction="sum")
+    plain = plain_multibox_loss(predictions, boxes, labels, PRIORS)
+    plain_gradient = torch.autograd.grad(plain, (loc, conf))
+    for way in (criterion.sparse, criterion.static):
+        *sums, positives = way(predictions, boxes, labels)
+        ours = sum(sums) / positives
+        assert torch.isclose(ours, plain, rtol=1e-5)
+        gradient = torch.autograd.grad(ours, (loc, conf))
+        for a, b in zip(gradient, plain_gradient, strict=True):
+            assert torch.allclose(a, b, atol=1e-6) and a.isfinite().all()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_both_ways_give_the_same_loss_and_gradient(seed):
+    torch.manual_seed(seed)
+    priors = PRIORS[torch.randperm(len(PRIORS))[: [8732, 300, 40, 3][seed % 4]]]
+    most = 7
+    boxes, labels = random_batch(5, most, seed, share_ignored=[0.3, 0.0, 1.0][seed % 3])
+    both_ways(boxes, labels, priors)
+    loc = torch.randn(5, len(priors), 4, requires_grad=True)
+    conf = torch.randn(5, len(priors), 2, requires_grad=True)
+    criterion = MultiBoxLoss(priors, loc_loss="l1", loc_reduction="sum")
+    ways = [way(Predictions(loc, conf, []), boxes, labels)
+            for way in (criterion.sparse, criterion.static)]  # fmt: skip
+    assert ways[0][2] == ways[1][2]
+    for term in (0, 1):
+        a, b = (way[term] for way in ways)
+        assert torch.isclose(a, b, rtol=1e-5)
+        a, b = (torch.autograd.grad(x, (loc, conf)[term], retain_graph=True)[0] for x in (a, b))
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_static_way_looks_at_no_value_and_keeps_its_shapes():
+    """Traced as a whole with fake tensors, where .item(), nonzero or an if on a value fail."""
+    priors = PRIORS[::29][:300]
+    criterion = MultiBoxLoss(priors, loc_loss="smooth_l1", loc_reduction="sum")
+
+    def step(loc, conf, boxes, labels):
+        loc_sum, conf_sum, count = criterion.static(Predictions(loc, conf, []), boxes, labels)
+        return (loc_sum + conf_sum) / count.clamp(min=1)
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=False, backend="aot_eager")
+    torch.manual_seed(0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed in range(3):  # other objects, no other graph
+            boxes, labels = random_batch(2, 4, seed)
+            inputs = [torch.randn(2, 300, n, requires_grad=True) for n in (4, 2)]
+            ours, plain = (f(*inputs, boxes, labels) for f in (compiled, step))
+            assert torch.isclose(ours, plain)
+            grads = (torch.autograd.grad(x, inputs) for x in (ours, plain))
+            assert all(torch.allclose(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_losses_of_a_broken_network_are_not_finite():
+    """A NaN in a prior that nothing matches must not go unnoticed."""
+    boxes, labels = random_batch(2, 4, seed=1)
+    criterion = MultiBoxLoss(PRIORS, loc_loss="l1", loc_reduction="sum")
+    conf = torch.zeros(2, 8732, 2)
+    conf[0, (match(boxes, labels, PRIORS, 0.5)[0][0] == 0).nonzero()[5], 1] = torch.nan
+    for way in (criterion.sparse, criterion.static):
+        assert way(Predictions(torch.zeros(2, 8732, 4), conf, []), boxes, labels)[1].isnan()
+
+
 def test_every_person_owns_a_prior_when_two_share_their_best():
     priors = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.8, 0.8, 0.2, 0.2]])
     twin = torch.tensor([0.4, 0.4, 0.6, 0.6])
     boxes = torch.stack([twin, twin + 0.01, torch.zeros(4)]).unsqueeze(0)
-    target, owner = match(boxes, torch.tensor([[1, 1, 0]]), priors, 0.5)
+    target, owner = both_ways(boxes, torch.tensor([[1, 1, 0]]), priors)
     assert target.tolist() == [[1, 1]] and owner.tolist() == [[0, 1]]
 
 
@@ -105,7 +211,7 @@ def test_refused_person_takes_a_prior_back_from_a_weaker_one():
     x = torch.tensor([0.30, 0.34, 0.47])
     cxcywh = torch.stack([x, torch.full((3,), 0.5), *torch.full((2, 3), 0.2)], -1)
     boxes = box_convert(cxcywh, "cxcywh", "xyxy")
-    target, owner = match(boxes.unsqueeze(0), torch.ones(1, 3).long(), priors, 0.5)
+    target, owner = both_ways(boxes.unsqueeze(0), torch.ones(1, 3).long(), priors)
     assert (target.tolist(), owner.tolist()) == tuple(
         [v] for v in slow_match(boxes, torch.ones(3), priors)
     )
@@ -119,7 +225,7 @@ def test_crowds_are_matched_greedily(seed):
     boxes = torch.tensor([0.4, 0.3, 0.6, 0.8]) + torch.rand(2, 12, 4, generator=g) * 0.03
     labels = torch.ones(2, 12, dtype=torch.int64)
     priors = PRIORS[torch.randperm(len(PRIORS), generator=g)[:60]]
-    target, owner = match(boxes, labels, priors, 0.5)
+    target, owner = both_ways(boxes, labels, priors)
     for image in range(2):
         slow_target, slow_owner = slow_match(boxes[image], labels[image], priors)
         assert target[image].tolist() == slow_target
@@ -129,7 +235,7 @@ def test_crowds_are_matched_greedily(seed):
 
 def test_ignored_objects_are_neither_positive_nor_mined():
     boxes = torch.tensor([[[0.2, 0.2, 0.6, 0.9]]])
-    target, _ = match(boxes, torch.tensor([[-1]]), PRIORS, 0.5)
+    target, _ = both_ways(boxes, torch.tensor([[-1]]), PRIORS)
     assert not (target == 1).any()
     iou = box_iou(boxes[0], box_convert(PRIORS, "cxcywh", "xyxy"))[0]
     assert (target[0, iou >= 0.5] == -1).all()
@@ -171,25 +277,41 @@ def test_segmentation_loss_by_hand():
     a, b = math.log(1 + math.exp(-2)), math.log(2)
     expected = {("mean", "sum"): a + b, ("mean", "mean"): (a + b) / 2}
     for (cells, maps), value in expected.items():
-        loss = SegmentationLoss(cells=cells, maps=maps)(seg, masks)[0]
+        loss = SegmentationLoss(2, cells=cells, maps=maps)(seg, masks)[0]
         assert loss.item() == pytest.approx(value, rel=1e-5)
     both = [torch.tensor([[[0, 1]]]), masks[1]]
-    loss = SegmentationLoss(cells="sum", maps="sum")(seg, both)[0]
+    loss = SegmentationLoss(2, cells="sum", maps="sum")(seg, both)[0]
     assert loss.item() == pytest.approx(a + 2 * b, rel=1e-5)
     doubled = [torch.cat([s, s]) for s in seg], [torch.cat([m, m]) for m in both]
-    assert SegmentationLoss(cells="sum", maps="sum")(*doubled)[0] == pytest.approx(loss)
+    assert SegmentationLoss(2, cells="sum", maps="sum")(*doubled)[0] == pytest.approx(loss)
+
+
+def test_learned_uncertainty_by_hand():
+    seg, masks = [torch.zeros(1, 2, 1, 1)] * 2, [torch.tensor([[[0]]]), torch.tensor([[[-1]]])]
+    criterion = SegmentationLoss(2, cells="mean", maps="uncertainty")
+    a = math.log(2)
+    loss, of_maps = criterion(seg, masks)
+    assert loss.item() == pytest.approx(a) and of_maps.tolist() == pytest.approx([a, 0])
+    with torch.no_grad():
+        criterion.log_variance[:] = torch.tensor([math.log(2 * a), 99.0])
+    loss, _ = criterion(seg, masks)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.5 + math.log(2 * a) / 2 + 2.5)  # 99 counts as 5
+    assert criterion.weights() == pytest.approx([1 / (2 * a), math.exp(-5)])
+    # exp(-s) L + s / 2 is lowest where exp(s) is twice the loss.
+    assert criterion.log_variance.grad.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
 
 
 def test_segmentation_loss_keeps_channels_apart_from_cells():
     """Perfect logits give no loss: the log's code scrambled the channel axis and could not."""
     mask = torch.randint(0, 2, (3, 5, 7))
     logits = F.one_hot(mask, 2).permute(0, 3, 1, 2) * 50.0
-    assert SegmentationLoss(cells="mean", maps="sum")([logits], [mask])[0] < 1e-6
+    assert SegmentationLoss(1, cells="mean", maps="sum")([logits], [mask])[0] < 1e-6
 
 
 def test_segmentation_loss_of_ignored_cells_alone_is_zero_and_finite():
     logits = torch.randn(2, 2, 3, 3, requires_grad=True)
     left_out = [torch.full((2, 3, 3), -1)]
-    loss, _ = SegmentationLoss(cells="mean", maps="sum")([logits], left_out)
+    loss, _ = SegmentationLoss(1, cells="mean", maps="sum")([logits], left_out)
     loss.backward()
     assert loss == 0 and (logits.grad == 0).all()

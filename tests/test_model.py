@@ -33,7 +33,8 @@ def make_model(**changes) -> SSD300:
 
 
 @pytest.mark.parametrize(
-    ("mode", "channels"), [("lwir", 1), ("visible", 3), ("mean", 4), ("early", 4)]
+    ("mode", "channels"),
+    [("lwir", 1), ("visible", 3), ("mean", 4), ("early", 4), ("halfway", 4)],
 )
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_output_shapes(mode, channels, batch_norm):
@@ -52,6 +53,19 @@ def test_masks_cost_nothing_at_inference():
     images = torch.zeros((1, 1, 300, 300), dtype=torch.uint8)
     assert model(images).seg == [] and not calls
     assert len(model(images, with_masks=True).seg) == 2 and len(calls) == 2
+
+
+def test_training_compiles_as_one_graph():
+    """What COMPILE compiles has no break in it, BatchNorm, averaged input and masks included."""
+    torch.manual_seed(0)
+    model = make_model(input_mode="mean", batch_norm=True, width=0.01).train()
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    images = torch.randint(256, (2, 4, 300, 300), dtype=torch.uint8)
+    theirs, ours = model(images), compiled(images)
+    pairs = zip([*theirs[:2], *theirs.seg], [*ours[:2], *ours.seg], strict=True)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+    sum(x.sum() for x in ours[:2]).backward()
+    assert all(p.grad.isfinite().all() for p in model.loc_heads.parameters())
 
 
 def test_mean_mode_averages_the_normalised_modalities():
@@ -187,6 +201,35 @@ def test_one_channel_conv1_1_is_the_mean_of_the_rgb_filters():
     assert torch.allclose(lwir.to_conv4_3[0].weight, rgb.mean(1, keepdim=True))
     assert torch.equal(early.to_conv4_3[0].weight[:, :3], rgb)
     assert torch.allclose(early.to_conv4_3[0].weight[:, 3:], rgb.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize(("batch_norm", "make_vgg"), [(False, vgg16), (True, vgg16_bn)])
+def test_both_streams_start_from_the_published_weights_and_are_joined_by_their_mean(
+    batch_norm, make_vgg
+):
+    theirs = make_vgg(weights=None).eval()
+    ours = make_model(input_mode="halfway", width=1.0, batch_norm=batch_norm).eval()
+    convert_torchvision_vgg(ours, theirs.state_dict())
+    x = torch.randn(1, 4, 64, 64)
+    grey = x[:, 3:] / 3  # on three equal channels RGB filters do what their mean does on their sum
+    conv4_3 = theirs.features[: 33 if batch_norm else 23]
+    with torch.no_grad():
+        streams = conv4_3(x[:, :3]), conv4_3(grey.expand(-1, 3, -1, -1))
+        assert torch.allclose(ours.to_conv4_3(x), sum(streams) / 2, atol=1e-5)
+        conv5_3 = theirs.features[len(conv4_3) : -1](ours.to_conv4_3(x))
+        assert torch.allclose(ours.to_conv5_3(ours.to_conv4_3(x)), conv5_3, atol=1e-5)
+
+
+def test_coco_weights_leave_the_heads_of_other_priors_alone():
+    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=91).state_dict()
+    ours = make_model(input_mode="halfway", width=1.0, prior_set="pedestrian")
+    heads = [p.clone() for p in (*ours.loc_heads.parameters(), *ours.conf_heads.parameters())]
+    convert_torchvision_ssd(ours, theirs)
+    after = [*ours.loc_heads.parameters(), *ours.conf_heads.parameters()]
+    assert all(map(torch.equal, heads, after))
+    for stream in (ours.to_conv4_3.visible, ours.to_conv4_3.lwir):
+        assert torch.equal(stream[2].bias, theirs["backbone.features.2.bias"])
+    assert torch.equal(ours.extras[3][2].bias, theirs["backbone.extra.4.2.bias"])
 
 
 def test_pretrained_weights_that_do_not_fit_are_refused():

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from datasets import EpochBatches
+from batches import EpochBatches
 from errors import InputError
 from parallel import ALONE, Team, join_team
 from utils import load_checkpoint
@@ -20,7 +20,7 @@ def run_training(folder, root, processes):
     flags = ["--data-root", root, "--epochs", 2, "--batch-size", 4, "--workers", 0,
              "--width", 0.0625,
              "--eval-every", 2, "--no-batch-norm", "--device", "cpu", "--precision", "fp32",
-             "--seg-weight", 0.5, "--lr", 1e-4, "--optimizer", "sgd",
+             "--seg-weight", 0.5, "--lr", 1e-4, "--optimizer", "sgd", "--ema-decay", 0.9,
              "--checkpoints", folder]  # fmt: skip
     command = [sys.executable]
     if processes > 1:

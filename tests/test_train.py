@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import signal
 import subprocess
@@ -70,8 +71,9 @@ def test_train_eval_detect_as_a_user_runs_them(demo_root, tmp_path):
     assert (tmp_path / "detections/set06_V000_I00000.png").stat().st_size > 10_000
 
 
-def test_interrupted_run_continues_to_the_same_weights(start, monkeypatch, tmp_path):
-    start("--checkpoints", "whole")
+@pytest.mark.parametrize("flags", [[], ["--ema-decay", "0.9"]])
+def test_interrupted_run_continues_to_the_same_weights(flags, start, monkeypatch):
+    start("--checkpoints", "whole", *flags)
     add_step, steps = Run.add_step, []
 
     def interrupt(self, *arguments):
@@ -82,12 +84,16 @@ def test_interrupted_run_continues_to_the_same_weights(start, monkeypatch, tmp_p
 
     monkeypatch.setattr(Run, "add_step", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        start("--checkpoints", "halves")
+        start("--checkpoints", "halves", *flags)
     half = load_checkpoint(Path("halves/custom/last.pt"))
     assert (half["epoch"], half["step"]) == (1, 1)
-    start("--checkpoints", "halves")
+    start("--checkpoints", "halves", *flags)
     whole, halves = (load_checkpoint(Path(f"{n}/custom/last.pt")) for n in ("whole", "halves"))
-    assert all(torch.equal(whole["model"][key], halves["model"][key]) for key in whole["model"])
+    parts = ("model", "raw_model") if flags else ("model",)  # averaged weights and the network's
+    for part in parts:
+        assert all(torch.equal(value, halves[part][key]) for key, value in whole[part].items())
+    weights = [whole[part]["loc_heads.0.weight"] for part in parts]
+    assert len(parts) == 1 or not torch.equal(*weights)
     assert len(halves["history"]) == 2
     for a, b in zip(whole["history"], halves["history"], strict=True):
         assert a["loss"] == b["loss"] and a["miss_rate"] == b["miss_rate"]
@@ -128,6 +134,16 @@ def test_a_cache_changes_no_number(start, tmp_path):
     assert len(list(Path("frames").iterdir())) == 1
 
 
+def test_batches_of_the_device_teach_the_same(start, tmp_path):
+    with pytest.raises(InputError, match="LOADER = 'device'.*CACHE"):
+        start("--loader", "device")
+    start("--checkpoints", "plain", "--epochs", "1")
+    start("--checkpoints", "device", "--epochs", "1", "--cache", "frames", "--loader", "device")
+    plain, device = (load_checkpoint(Path(f"{n}/custom/last.pt")) for n in ("plain", "device"))
+    for term in ("loc", "conf", "seg"):  # pixels differ by a tenth of a grey level
+        assert plain["history"][0][term] == pytest.approx(device["history"][0][term], rel=0.03)
+
+
 def test_a_finished_or_other_run_is_never_overwritten(start):
     start("--epochs", "1")
     before = Path("checkpoints/custom/last.pt").read_bytes()
@@ -146,6 +162,44 @@ def test_nonfinite_loss_stops_with_its_evidence(start, monkeypatch):
     [evidence] = Path("checkpoints/custom").glob("nonfinite-*.json")
     content = json.loads(evidence.read_text())
     assert len(content["frames"]) == 4 and content["losses"]["conf"] == "nan"
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_steps_that_are_not_finite_are_skipped_and_counted_on_request(start, monkeypatch, where):
+    forward, calls = train.Criterion.forward, []
+
+    def poison(*arguments):
+        losses = forward(*arguments)
+        calls.append(1)
+        if len(calls) != 2:
+            return losses
+        if where == "gradient":  # of a square root at 0
+            return losses + (0 * losses).sqrt()
+        return losses * float("inf")
+
+    monkeypatch.setattr(train.Criterion, "forward", poison)
+    start("--on-nonfinite", "skip")
+    state = load_checkpoint(Path("checkpoints/custom/last.pt"))
+    assert all(value.isfinite().all() for value in state["model"].values())
+    assert [row["skipped"] for row in state["history"]] == [1, 0]
+    assert all(math.isfinite(row["loss"]) for row in state["history"])
+    [evidence] = Path("checkpoints/custom").glob("nonfinite-*.json")
+    assert json.loads(evidence.read_text())["step"] == 2
+
+
+def test_skipping_ends_where_nothing_is_finite_any_more(start, monkeypatch):
+    forward = train.Criterion.forward
+    monkeypatch.setattr(train.Criterion, "forward", lambda *a: forward(*a) * float("nan"))
+    monkeypatch.setattr(train, "MAX_SKIPS", 2)
+    with pytest.raises(InputError, match="step2-rank0.json.*not a finite number"):
+        start("--on-nonfinite", "skip")
+
+
+def test_a_learning_rate_that_is_too_high_stops_before_the_weights_are_lost(start):
+    with pytest.raises(InputError, match="lower LR"):
+        start("--optimizer", "sgd", "--lr", "1e6", "--schedule", "constant", "--no-batch-norm")
+    state = load_checkpoint(Path("checkpoints/custom/last.pt"))
+    assert all(value.isfinite().all() for value in state["model"].values())
 
 
 def test_held_out_frames_choose_the_best_epoch_and_the_test_list_is_reported(

@@ -1,0 +1,281 @@
+"""What can be wrong with the files of a KAIST set: every fault of a file, by name."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from errors import InputError
+from files import load_json, read_text
+from kaist import (
+    FRAME_HEIGHT,
+    FRAME_WIDTH,
+    json_row,
+    line_row,
+    object_line,
+    parse_xml,
+    read_json,
+    xml_row,
+)
+
+FAULTS = {
+    "list-empty": "an image list without frames",
+    "list-bad-id": "a line that is not set00/V000/I00000",
+    "list-repeated-id": "a frame listed twice",
+    "list-overlap": "a frame of two lists, of which one is to test what the other taught",
+    "unknown-frame": "a listed frame with neither image nor annotation",
+    "missing-visible": "no visible image",
+    "missing-lwir": "no LWIR image",
+    "misnamed-image": "the image is there under another ending (.JPG, .png)",
+    "broken-link": "a link to a file that is not there",
+    "unreadable-file": "a file that may not be read, or that is no file",
+    "empty-file": "a file of 0 bytes",
+    "not-an-image": "content that is neither JPEG nor PNG",
+    "broken-image": "an image that cannot be decoded to its end",
+    "wrong-size": "an image that is not 640x512",
+    "huge-image": "a size that would fill the memory",
+    "constant-image": "one colour all over",
+    "grey-visible": "a visible image without colours",
+    "coloured-lwir": "an LWIR image with colours",
+    "swapped-modalities": "visible in the place of LWIR and the reverse",
+    "same-image": "visible and LWIR are the same picture",
+    "copied-image": "the same picture under two frame ids",
+    "missing-annotation": "no annotation",
+    "not-text": "an annotation that is not text",
+    "bad-header": "a text annotation that does not begin with '% bbGt version=3'",
+    "too-few-columns": "a line with too few columns",
+    "not-a-number": "a word where a number belongs",
+    "no-area": "a box without a positive, finite size",
+    "outside-frame": "a box wholly outside of the frame",
+    "leaves-frame": "a box less than half in the frame",
+    "odd-box": "a person or object of an impossible height or shape",
+    "repeated-box": "two objects with the same box",
+    "unknown-label": "a label other than person, people, cyclist and person?",
+    "unknown-occlusion": "an occlusion other than 0, 1 and 2",
+    "unpaired-objects": "visible and LWIR files of the paired form with other objects",
+    "broken-xml": "an XML that cannot be parsed, or is none of KAIST's",
+    "incomplete-object": "an XML or JSON object that lacks its name, box or other fields",
+    "contradicting-file": "a file that says it belongs to another frame or size",
+    "broken-json": "a JSON that cannot be parsed, or is none of KAIST's",
+    "json-repeated-id": "an id or frame that a JSON holds twice",
+    "json-unknown-image": "a JSON object of an image that is not in it",
+}
+# How the problems that readers tell of begin or end, and the fault each is.
+REFUSALS = {
+    "not a text file": "not-text",
+    "are wanted": "too-few-columns",
+    "is not a number": "not-a-number",
+    "with positive size": "no-area",
+    "is unknown": "unknown-occlusion",
+    "an object lacks": "incomplete-object",
+    "annotation ": "incomplete-object",
+    "broken XML": "broken-xml",
+    "an XML with a DOCTYPE": "broken-xml",
+    "is no KAIST annotation": "broken-xml",
+    "broken JSON": "broken-json",
+    "not a KAIST annotation JSON": "broken-json",
+}
+LABELS = {"person", "people", "cyclist", "person?", "__ignore__"}
+HEIGHTS = (10, 450)  # pixels; KAIST's objects have 20 to 309
+PERSON_ASPECTS = (0.08, 4.0)  # width / height
+ASPECTS = (0.08, 16.0)  # the same of other objects; KAIST's crowds reach 10.7
+OTHER_ENDINGS = (".JPG", ".jpeg", ".JPEG", ".png", ".PNG")
+HUGE = 16 * FRAME_WIDTH * FRAME_HEIGHT  # pixels
+GREY, COLOURED = 6, 10  # 99.5th percentile of max - min over the channels; KAIST's LWIR has 3
+FLAT = 1.0  # standard deviation of grey values; KAIST's darkest LWIR frames have 7
+
+
+class Fault(NamedTuple):
+    """One fault: its name in `FAULTS`, its file, its line (0: the file as a whole), in words."""
+
+    name: str
+    file: Path
+    line: int
+    problem: str
+
+
+class Look(NamedTuple):
+    """A decoded image: a digest of its pixels and how coloured it is (see `COLOURED`)."""
+
+    digest: bytes
+    colour: float
+
+
+def unreadable(path: Path, missing: str) -> Fault | None:
+    """Why a file's content cannot be had, if it cannot; `missing` is the fault of its absence."""
+    try:
+        if path.is_symlink() and not path.exists():
+            return Fault("broken-link", path, 0, f"a link to {path.readlink()}, which is not there")
+        if not path.exists():
+            for ending in OTHER_ENDINGS if path.suffix == ".jpg" else ():
+                if path.with_suffix(ending).exists():
+                    return Fault("misnamed-image", path.with_suffix(ending), 0, "name it .jpg")
+            return Fault(missing, path, 0, "no such file")
+        if not path.is_file():
+            return Fault("unreadable-file", path, 0, "it is no file")
+        with path.open("rb") as file:
+            if not file.read(1):
+                return Fault("empty-file", path, 0, "it holds nothing")
+    except OSError as error:
+        return Fault("unreadable-file", path, 0, str(error.strerror or error))
+    return None
+
+
+def check_image(path: Path, modality: str) -> Fault | Look:
+    """What is wrong with one image, or how it looks."""
+    if fault := unreadable(path, f"missing-{modality}"):
+        return fault
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=("JPEG", "PNG"))
+    except UnidentifiedImageError:
+        return Fault("not-an-image", path, 0, "its content is no JPEG or PNG")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        return Fault("huge-image", path, 0, str(error))
+    except Exception as error:  # whatever Pillow meets in broken data
+        return Fault("broken-image", path, 0, str(error))
+    with image:
+        size = "{}x{}".format(*image.size)
+        if image.width * image.height > HUGE:
+            return Fault("huge-image", path, 0, f"it declares {size} pixels")
+        if image.size != (FRAME_WIDTH, FRAME_HEIGHT):
+            return Fault("wrong-size", path, 0, f"{size}, not {FRAME_WIDTH}x{FRAME_HEIGHT}")
+        try:
+            pixels = np.asarray(image.convert("RGB"))
+        except Exception as error:
+            return Fault("broken-image", path, 0, str(error))
+    few = pixels[::4, ::4].astype(np.int16)
+    if few.mean(2).std() < FLAT:
+        return Fault("constant-image", path, 0, f"all of it is about {few.mean():.0f}")
+    colour = np.percentile(few.max(2) - few.min(2), 99.5)
+    return Look(hashlib.blake2b(pixels.tobytes(), digest_size=16).digest(), float(colour))
+
+
+def refusal(error: InputError, path: Path) -> Fault:
+    """What a reader refused, under its name."""
+    said = error.problem
+    name = next(name for words, name in REFUSALS.items()
+                if said.startswith(words) or said.endswith(words))  # fmt: skip
+    return Fault(name, path, error.line or 0, said)
+
+
+Rows = list[tuple[int, str, tuple[float, ...]]]  # line (or place), label, box x, y, w, h
+
+
+def check_text(path: Path, columns: int) -> tuple[list[Fault], Rows]:
+    """Faults of a text annotation, and its objects."""
+    faults, rows = [], []
+    try:
+        lines = read_text(path).splitlines()
+    except InputError as error:
+        return [refusal(error, path)], []
+    if not lines or not lines[0].startswith("%"):
+        faults.append(Fault("bad-header", path, 1, "it does not begin with '% bbGt version=3'"))
+    for number, line in enumerate(lines[1:], 2):
+        if line.strip():
+            try:
+                label, box, *_ = line_row(line, columns, path, number)
+                rows.append((number, label, tuple(box)))
+            except InputError as error:
+                faults.append(refusal(error, path))
+    return [*faults, *suspicions(rows, path)], rows
+
+
+def check_xml(path: Path, frame_id: str) -> tuple[list[Fault], Rows]:
+    """Faults of an XML annotation, and its objects."""
+    faults, rows = [], []
+    try:
+        tree = parse_xml(path)
+    except InputError as error:
+        return [refusal(error, path)], []
+    named = re.findall(r"set\d\d|V\d{3}|I\d{5}", tree.findtext("filename", ""))
+    if set(named) - set(frame_id.split("/")):
+        problem = f"its filename is {tree.findtext('filename')!r}"
+        faults.append(Fault("contradicting-file", path, 0, problem))
+    size = [tree.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
+    if any(size) and size != [str(FRAME_WIDTH), str(FRAME_HEIGHT)]:
+        faults.append(Fault("contradicting-file", path, 0, f"its size is {size[0]}x{size[1]}"))
+    for i, item in enumerate(tree.iter("object")):
+        try:
+            label, box, *_ = xml_row(item, path, None)
+            rows.append((i, label, tuple(box)))
+        except InputError as error:
+            faults.append(refusal(error, path)._replace(line=object_line(path, i)))
+    found = suspicions(rows, path)
+    return [*faults, *(f._replace(line=object_line(path, f.line)) for f in found)], rows
+
+
+def check_json(path: Path) -> tuple[list[Fault], set[str]]:
+    """Faults of a test JSON, and the frames it holds."""
+    faults: list[Fault] = []
+    frames: set[str] = set()
+    ids: set[Any] = set()
+    rows: dict[Any, Rows] = defaultdict(list)
+
+    def add(name: str, problem: str) -> None:
+        faults.append(Fault(name, path, 0, problem))
+
+    try:
+        content = load_json(read_text(path), path)
+        labels = {category["id"]: category["name"] for category in content["categories"]}
+        for image in content["images"]:
+            if image["id"] in ids or image["im_name"] in frames:
+                add("json-repeated-id", f"image {image['id']} or {image['im_name']} is there twice")
+            ids.add(image["id"])
+            frames.add(image["im_name"])
+            size = image.get("width", FRAME_WIDTH), image.get("height", FRAME_HEIGHT)
+            if size != (FRAME_WIDTH, FRAME_HEIGHT):
+                add("contradicting-file", f"{image['im_name']} is of size {size[0]}x{size[1]}")
+        used = Counter(item.get("id", number) for number, item in enumerate(content["annotations"]))
+        for repeated in (i for i, n in used.items() if n > 1):
+            add("json-repeated-id", f"annotation id {repeated} is there {used[repeated]} times")
+        for number, item in enumerate(content["annotations"]):
+            try:
+                label, box, *_ = json_row(item, number, labels, path)
+            except InputError as error:
+                faults.append(refusal(error, path))
+                continue
+            if item["image_id"] not in ids:
+                add("json-unknown-image", f"annotation {number} is of image {item['image_id']}")
+            rows[item["image_id"]].append((number, label, tuple(box)))
+        found = [fault for objects in rows.values() for fault in suspicions(objects, path)]
+        faults += [fault._replace(line=0, problem=f"annotation {fault.line}: {fault.problem}")
+                   for fault in found]  # fmt: skip
+        if not faults:
+            read_json(path)
+    except InputError as error:
+        faults.append(refusal(error, path))
+    except (AttributeError, KeyError, TypeError) as error:
+        add("broken-json", f"no KAIST annotation ({type(error).__name__}: {error})")
+    return faults, frames
+
+
+def suspicions(rows: Rows, path: Path) -> Iterator[Fault]:
+    """What is odd about well-formed objects of one frame."""
+    boxes = set()
+    for line, label, box in rows:
+        x, y, w, h = box
+        words = f"{label} x={x:g} y={y:g} w={w:g} h={h:g}"
+        if label not in LABELS:
+            yield Fault("unknown-label", path, line, f"{label[:40]!r} is no label of KAIST")
+        width = min(x + w, FRAME_WIDTH) - max(x, 0)
+        height = min(y + h, FRAME_HEIGHT) - max(y, 0)
+        if width <= 0 or height <= 0:
+            yield Fault("outside-frame", path, line, words)
+        elif width * height < 0.5 * w * h:
+            yield Fault("leaves-frame", path, line, words)
+        low, high = PERSON_ASPECTS if label == "person" else ASPECTS
+        if not (low <= w / h <= high and HEIGHTS[0] <= h <= HEIGHTS[1]):
+            yield Fault("odd-box", path, line, words)
+        if box in boxes:
+            yield Fault("repeated-box", path, line, words)
+        boxes.add(box)

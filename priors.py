@@ -1,0 +1,277 @@
+"""Which persons a set of priors can match at all, and where the pedestrian set comes from.
+
+    python priors.py                                # the demo set's training persons
+    python priors.py --data-root /data/kaist --image-list imageSets/train-all-02.txt
+    python priors.py --annotations /data/annotations-xml-new --image-list all
+    python priors.py --priors pedestrian --sizes 300x375 512x640
+    python priors.py … --derive 8                   # the pedestrian set, to paste into model.py
+
+A person whose best overlap with any prior is below IoU 0.5 is learned by a forced match alone.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from config import CHOICES, OneLineParser
+from datasets import load_frames
+from demo_data import open_root
+from errors import InputError, run_script
+from files import write_atomically
+from inference import find_annotations
+from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, find_file, read_image_list
+from model import feature_map_sizes, prior_shapes
+
+MATCH = 0.5  # IoU from which a prior learns a person
+BANDS = {"all": (0, np.inf), "< 55 px": (0, 55), "55 to 115": (55, 115),
+         ">= 115": (115, np.inf)}  # of person heights in pixels of the frame  # fmt: skip
+CELLS = (0.5, 3.0)  # of a map wide are the derived shapes it takes
+ANNOTATED = re.compile(r"(set\d\d)[/_](V\d{3})[/_](?:visible/|lwir/)?(I\d{5})\.(?:xml|txt)$")
+
+
+class Coverage(NamedTuple):
+    """Best overlaps of n persons: overlaps (6, n) IoU with the best prior of each map."""
+
+    name: str
+    size: tuple[int, int]
+    n_priors: int
+    overlaps: np.ndarray
+
+
+def main() -> None:
+    """Print the tables and draw the curve, or derive the pedestrian set."""
+    arguments = parse_arguments()
+    persons, heights = read_persons(arguments)
+    if arguments.derive:
+        print(derive(persons, arguments.derive, arguments.sizes[0]))
+        return
+    found = [cover(persons, name, size) for name in arguments.priors for size in arguments.sizes]
+    print(coverage_table(found, heights))
+    print("\n" + map_table(found))
+    write_atomically(arguments.out, lambda path: draw(found, heights, path))
+    print(f"\ncoverage over height: {arguments.out}")
+
+
+def parse_arguments() -> Namespace:
+    """The command line."""
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    names = CHOICES["priors"]
+    add("--data-root", default="data/demo", help="KAIST root (default: the demo set)")
+    add("--image-list", default="imageSets/train-all.txt",
+        help="frames to look at: below the root, any path, or all that are annotated")  # fmt: skip
+    add("--annotations", default="auto", help="a form, as of train.py, or a path")
+    add("--priors", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    add("--sizes", nargs="+", type=input_size, default=[(300, 300), (512, 640)], metavar="HxW",
+        help="inputs (default: 300x300 512x640)")  # fmt: skip
+    add("--min-height", type=float, default=12.0, help="lower persons are left out, pixels")
+    add("--margin", type=float, default=5.0, help="so are those closer to the border, pixels")
+    add("--derive", type=int, default=0, metavar="K",
+        help="print a set of K heights for the first of the sizes")  # fmt: skip
+    add("--out", type=Path, default=Path("priors.png"), help="the curve (default: %(default)s)")
+    arguments = parser.parse_args()
+    if arguments.derive == 1 or arguments.derive < 0:
+        parser.error("--derive takes a number of heights, from 2 up")
+    return arguments
+
+
+def input_size(text: str) -> tuple[int, int]:
+    """(height, width) of "300x375"."""
+    height, width = map(int, text.split("x"))
+    feature_map_sizes((height, width))
+    return height, width
+
+
+def read_persons(arguments: Namespace) -> tuple[np.ndarray, np.ndarray]:
+    """The persons that training learns: (n, 4) cxcywh fractions of the frame, and their heights
+    (n,) in pixels of it.
+
+    Raises:
+        InputError: there are none.
+    """
+    root = Path(arguments.data_root)
+    if not Path(arguments.annotations).exists():
+        root = open_root(root)
+    annotations = find_annotations(root, arguments.annotations, "lwir")
+    if arguments.image_list == "all":
+        frame_ids = annotated_frames(annotations)
+    else:
+        frame_ids = read_image_list(find_file(root, arguments.image_list))
+    frames = load_frames(
+        frame_ids, annotations, min_height=arguments.min_height, margin=arguments.margin
+    )
+    boxes = np.concatenate(
+        [np.zeros((0, 4)), *(frame.boxes_px[frame.labels == 1] for frame in frames)]
+    )
+    if not len(boxes):
+        raise InputError("no person to match", "choose another list", file=annotations.source)
+    print(f"{len(boxes):,} persons in {len(frames):,} frames of {annotations.source}, from "
+          f"{arguments.min_height:g} px, {arguments.margin:g} px inside the frame\n")  # fmt: skip
+    size = boxes[:, 2:] - boxes[:, :2]
+    persons = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, size], axis=1)
+    return persons / (FRAME_WIDTH, FRAME_HEIGHT, FRAME_WIDTH, FRAME_HEIGHT), size[:, 1]
+
+
+def annotated_frames(annotations: Annotations) -> list[str]:
+    """The ids of all frames that are annotated."""
+    if annotations.frames:
+        return list(annotations.frames)
+    paths = (path.as_posix() for path in annotations.source.rglob("*"))
+    return sorted({"/".join(match.groups()) for match in map(ANNOTATED.search, paths) if match})
+
+
+# ----------------------------------------------------------------------------------- coverage
+
+
+def cover(persons: np.ndarray, name: str, size: tuple[int, int]) -> Coverage:
+    """How well the priors of a set, on the maps of an input of (height, width), match persons."""
+    shapes, map_sizes = prior_shapes(name), feature_map_sizes(size)
+    n_priors = sum(h * w * len(s) for (h, w), s in zip(map_sizes, shapes, strict=True))
+    return Coverage(name, size, n_priors, best_overlaps(persons, shapes, map_sizes))
+
+
+def best_overlaps(
+    persons: np.ndarray,
+    shapes: list[list[tuple[float, float]]],
+    map_sizes: list[tuple[int, int]],
+) -> np.ndarray:
+    """(maps, n) IoU of each person with the best prior of each map.
+
+    Among priors of one shape the overlap falls with the distance along either axis: the best is
+    the one of the cell that a person's centre lies in, and no other has to be looked at.
+
+    Args:
+        persons: (n, 4) cxcywh fractions of the input.
+        shapes: (width, height) of each map's priors, as from `prior_shapes`.
+        map_sizes: (h, w) of each map.
+    """
+    centre, size = persons[:, None, :2], persons[:, None, 2:]
+    best = np.empty((len(shapes), len(persons)))
+    for i, (map_shapes, (h, w)) in enumerate(zip(shapes, map_sizes, strict=True)):
+        cells = np.array([w, h])
+        cell = np.clip(np.floor(centre * cells), 0, cells - 1)
+        distance = np.abs(centre - (cell + 0.5) / cells)
+        prior = np.minimum(map_shapes, 1.0)
+        shared = np.minimum(np.minimum(size, prior), (size + prior) / 2 - distance)
+        shared = shared.clip(0).prod(2)
+        best[i] = (shared / (size.prod(2) + prior.prod(1) - shared)).max(1)
+    return best
+
+
+def in_band(heights: np.ndarray, band: tuple[float, float]) -> np.ndarray:
+    """(n,) bool: which heights lie in a band, its lower end included."""
+    return (heights >= band[0]) & (heights < band[1])
+
+
+def coverage_table(found: list[Coverage], heights: np.ndarray) -> str:
+    """Share of persons with a prior of IoU >= 0.5, and mean best IoU, by height; in Markdown."""
+    counts = [f"{name} ({in_band(heights, band).sum():,})" for name, band in BANDS.items()]
+    lines = [f"| priors, % of persons matched (mean best IoU) | input | number | "
+             f"{' | '.join(counts)} |", "|---|---|---" + "|---" * len(BANDS) + "|"]  # fmt: skip
+    for c in found:
+        best, cells = c.overlaps.max(0), []
+        for band in BANDS.values():
+            inside = best[in_band(heights, band)]
+            cells.append(f"{100 * np.mean(inside >= MATCH):.1f} ({np.mean(inside):.2f})"
+                         if len(inside) else "–")  # fmt: skip
+        lines.append(f"| `{c.name}` | {show_size(c)} | {c.n_priors:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def map_table(found: list[Coverage]) -> str:
+    """For each map the share of persons whose best prior it holds, and the share it matches."""
+    n = len(found[0].overlaps)
+    lines = ["| by map: % whose best prior it holds / % it matches alone | input"
+             + "".join(f" | map {i + 1}" for i in range(n)) + " |", "|---|---" + "|---" * n + "|"]
+    for c in found:
+        holds = np.bincount(c.overlaps.argmax(0), minlength=n) / c.overlaps.shape[1]
+        alone = (c.overlaps >= MATCH).mean(1)
+        cells = [f"{100 * a:.1f} / {100 * b:.1f}" for a, b in zip(holds, alone, strict=True)]
+        lines.append(f"| `{c.name}` | {show_size(c)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def show_size(coverage: Coverage) -> str:
+    """The input as its user typed it."""
+    return "{}x{}".format(*coverage.size)
+
+
+def draw(found: list[Coverage], heights: np.ndarray, path: Path) -> None:
+    """Share of persons matched over their height, a line a set, above the persons' histogram."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axis = figure.subplots()
+    edges = np.geomspace(max(heights.min(), 1), heights.max() + 1, 31)
+    counts = np.histogram(heights, edges)[0]
+    axis.stairs(counts / counts.max(), edges, fill=True, color="0.9", label="persons (scaled)")
+    middle = np.sqrt(edges[1:] * edges[:-1])
+    sets, sizes = ([*dict.fromkeys(values)] for values in zip(*(c[:2] for c in found), strict=True))
+    for c in found:
+        hits = np.histogram(heights[c.overlaps.max(0) >= MATCH], edges)[0]
+        seen = counts > 0
+        axis.plot(middle[seen], hits[seen] / counts[seen], color=f"C{sets.index(c.name)}",
+                  linestyle=("-", "--", ":", "-.")[sizes.index(c.size) % 4],
+                  label=f"{c.name}, {show_size(c)}: {100 * hits.sum() / counts.sum():.1f}%",
+        )  # fmt: skip
+    axis.axvline(55, color="0.6", linewidth=0.8)
+    axis.set(xscale="log", xlabel="person height, pixels of the 640x512 frame", ylim=(0, 1.02),
+             ylabel="persons with a prior of IoU >= 0.5")  # fmt: skip
+    ticks = [tick for tick in (15, 20, 30, 55, 80, 115, 200, 400) if edges[0] <= tick <= edges[-1]]
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.set_xticks([], minor=True)
+    figure.legend(fontsize="small", loc="outside lower center", ncols=2)
+    figure.savefig(path, format="png", dpi=100)
+
+
+# --------------------------------------------------------------------------------- derivation
+
+
+def derive(persons: np.ndarray, count: int, size: tuple[int, int]) -> str:
+    """A set of upright priors as the lines of `prior_shapes` to hold it, with what it matches."""
+    ratio, heights = derive_heights(persons, count, size)
+    shapes = [[(ratio * h, h) for h in of_map] for of_map in heights]
+    best = best_overlaps(persons, shapes, feature_map_sizes(size)).max(0)
+    rows = "\n".join(f"            {tuple(of_map)}," for of_map in heights)
+    in_frame = ratio * FRAME_WIDTH / FRAME_HEIGHT
+    return (
+        f"width/height {ratio:g} in fractions of the input, {in_frame:.2f} in the frame; "
+        f"{100 * np.mean(best >= MATCH):.1f}% of the persons matched\n\n"
+        f"        heights = (\n{rows}\n        )\n"
+        f"        return [[({ratio:g} * h, h) for h in map_heights] for map_heights in heights]"
+    )
+
+
+def derive_heights(
+    persons: np.ndarray, count: int, size: tuple[int, int]
+) -> tuple[float, list[list[float]]]:
+    """The width/height and each map's heights, in fractions, of priors for upright persons.
+
+    The ratio is the persons' median. The heights go from the lowest percent of the persons to the
+    whole frame (which crops of the augmentation enlarge people to) by equal factors. A map takes
+    the shapes of half to three of its cells wide: as neighbouring maps share shapes, and their
+    cells' centres lie apart, a person between the centres of one map is near one of another's.
+    The finest map takes the narrower ones as well, and a map with none the largest.
+
+    Args:
+        persons: (n, 4) cxcywh fractions of the frame.
+        count: how many heights; size: (height, width) of the input.
+    """
+    ratio = round(float(np.median(persons[:, 2] / persons[:, 3])), 2)
+    lowest = np.percentile(persons[:, 3], 1)
+    heights = [round(float(h), 3) for h in np.geomspace(lowest, 1, count)]
+    maps = []
+    for i, (_, columns) in enumerate(feature_map_sizes(size)):
+        cells = [ratio * h * columns for h in heights]
+        fits = [c < CELLS[1] and (c >= CELLS[0] or i == 0) for c in cells]
+        maps.append([h for h, fit in zip(heights, fits, strict=True) if fit] or heights[-1:])
+    return ratio, maps
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,157 @@
+"""Frames that turn unreadable while a run is under way: left out, counted, never replaced."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from augment import Augmentation
+from batches import BadFrames, BatchLoader, EpochBatches
+from datasets import KaistPairs, load_frames
+from images import check_images
+from kaist import image_path, open_annotations, read_image_list
+from parallel import ALONE
+from utils import load_checkpoint
+
+QUICK = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--width", "0.0625",
+         "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture
+def root(demo_root, tmp_path):
+    """A copy of the demo set that may be damaged: 12 training and 6 test frames."""
+    return shutil.copytree(demo_root, tmp_path / "demo")
+
+
+def delete(root, frame_id):
+    image_path(root, frame_id, "lwir").unlink()
+
+
+def truncate(root, frame_id):
+    path = image_path(root, frame_id, "visible")
+    path.write_bytes(path.read_bytes()[:9000])
+
+
+def make_loader(root, workers=0, max_bad=0):
+    ids = read_image_list(root / "imageSets/train-all.txt")
+    check_images(root, ids, "early")
+    frames = load_frames(ids, open_annotations(root), min_height=12, margin=5)
+    dataset = KaistPairs(root, frames, input_mode="early", size=(300, 300), masks_follow=True,
+                         augmentation=Augmentation(), seed=7)  # fmt: skip
+    return BatchLoader(dataset, batch_size=4, workers=workers, shuffle=True, map_sizes=[(38, 38)],
+                       pin_memory=False, max_bad=max_bad)  # fmt: skip
+
+
+def samples(batches):
+    """Frame id -> its image, boxes and mask, of all batches."""
+    return {frame_id: (image, boxes[labels != 0], mask)
+            for batch in batches if batch is not None
+            for image, boxes, labels, mask, frame_id in
+            zip(batch.images, batch.boxes, batch.labels, batch.masks[0], batch.frame_ids,
+                strict=True)}  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_frames_are_left_out_and_named_once(demo_root, root, workers, capsys):
+    whole = [samples(make_loader(demo_root).epoch(epoch)) for epoch in (0, 1)]
+    loader = make_loader(root, workers, max_bad=2)
+    gone, cut = (frame.id for frame in loader.loader.dataset.frames[4:6])
+    delete(root, gone)
+    truncate(root, cut)
+    for epoch in (0, 1):
+        left = samples(loader.epoch(epoch))
+        assert left.keys() == whole[epoch].keys() - {gone, cut}  # nothing takes their place
+        for frame_id, parts in left.items():
+            for ours, theirs in zip(parts, whole[epoch][frame_id], strict=True):
+                assert torch.equal(ours, theirs)
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 2
+    assert f"{image_path(root, gone, 'lwir')}: image not found" in said
+    assert f"{image_path(root, cut, 'visible')}: broken image" in said
+
+
+def test_a_batch_of_bad_frames_alone_is_none(root):
+    loader = make_loader(root, max_bad=4)
+    ids = [loader.loader.dataset.frames[i].id for _, i in list(loader.batches)[1]]
+    for frame_id in ids:
+        delete(root, frame_id)
+    first, second, third = loader.epoch(0)
+    assert second is None and len(first.frame_ids) == len(third.frame_ids) == 4
+
+
+def test_too_many_bad_frames_are_named(root):
+    loader = make_loader(root, max_bad=1)
+    ids = [frame.id for frame in loader.loader.dataset.frames[:2]]
+    for frame_id in ids:
+        delete(root, frame_id)
+    with pytest.raises(BadFrames) as error:
+        list(loader.epoch(0))
+    assert all(frame_id in str(error.value) for frame_id in ids)
+
+
+@pytest.fixture
+def start(root, tmp_path, monkeypatch):
+    """Run train.main() on the set that may be damaged, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def start(*flags):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data-root", str(root), *QUICK, *flags])
+        train.main()
+
+    return start
+
+
+def test_a_run_passes_over_batches_without_frames_and_stops_with_its_checkpoint(
+    start, root, monkeypatch, capsys
+):
+    losses = []
+
+    def forward(self, predictions, batch, forward=train.Criterion.forward):
+        for path in (root / "images").glob("set0[0-5]/*/lwir/*.jpg"):
+            path.unlink()
+        losses.append(forward(self, predictions, batch))
+        return losses[-1]
+
+    monkeypatch.setattr(train.Criterion, "forward", forward)
+    with pytest.raises(BadFrames, match="all unreadable frames so far: set"):
+        start("--max-bad-frames", "7")  # the second batch's four, then another four
+    said = capsys.readouterr()
+    assert said.err.count("is left out") == 8 and "saved; the same command goes on" in said.out
+    kept = load_checkpoint(Path("checkpoints/custom/last.pt"))
+    assert (kept["epoch"], kept["step"]) == (0, 2)
+    assert kept["sums"] == pytest.approx(losses[0].tolist()) and kept["skipped"] == 1
+
+
+def test_a_bad_test_frame_stops_the_run_and_loses_nothing(start, demo_root, root):
+    truncate(root, read_image_list(root / "imageSets/test-all.txt")[2])
+    with pytest.raises(BadFrames, match="visible/.*broken image"):
+        start()
+    stopped = load_checkpoint(Path("checkpoints/custom/last.pt"))
+    assert (stopped["epoch"], stopped["step"]) == (0, 3)
+    shutil.copytree(demo_root, root, dirs_exist_ok=True)
+    start()  # all that is left to do is to evaluate
+    ended = load_checkpoint(Path("checkpoints/custom/last.pt"))
+    assert (ended["epoch"], ended["step"]) == (1, 0) and "miss_rate" in ended["history"][0]
+    for key, value in stopped["model"].items():
+        assert torch.equal(value, ended["model"][key])
+
+
+def test_two_processes_leave_out_the_same_frames_and_stop_together(root, tmp_path):
+    ids = read_image_list(root / "imageSets/train-all.txt")
+    first, _, third = EpochBatches(12, 4, seed=42, team=ALONE)
+    for _, index in (first[0], third[1]):  # one process's frame, then the other's
+        truncate(root, ids[index])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               train.__file__, "--data-root", str(root), *QUICK,
+               "--max-bad-frames", "1"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.stderr.count("is left out") == 2
+    assert done.stderr.count("all unreadable frames so far") == 2  # each process's last word
+    assert "saved; the same command goes on from epoch 1, step 3" in done.stdout
+    assert load_checkpoint(tmp_path / "checkpoints/custom/last.pt")["step"] == 2

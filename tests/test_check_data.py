@@ -1,0 +1,253 @@
+"""The data check: every kind of fault is found under its name and place, and nothing else is."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import check_data
+import datasets
+from errors import InputError
+from faults import FAULTS
+from kaist import image_path, open_annotations, read_image_list
+
+LINE = "person 100 200 30 80 0 0 0 0 0 0 0\n"
+HEADER = "% bbGt version=3\n"
+SIZE, HUGE = bytes.fromhex("02000280"), bytes.fromhex("75307530")  # 512x640, 30000x30000
+
+
+@pytest.fixture
+def root(demo_root, tmp_path):
+    """A demo set that holds every form of annotation."""
+    root = shutil.copytree(demo_root, tmp_path / "demo")
+    bbgt = open_annotations(root)
+    for name in ("train-all", "test-all"):
+        for frame_id in read_image_list(root / f"imageSets/{name}.txt"):
+            video, frame = frame_id.rsplit("/", 1)
+            for modality in ("visible", "lwir"):
+                path = root / "annotations_paired" / video / modality / f"{frame}.txt"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(bbgt.path(frame_id), path)
+            objects = bbgt.read(frame_id)
+            path = root / "annotations-xml-new" / f"{frame_id}.xml"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(xml(frame_id, zip(objects.labels, objects.boxes, strict=True)))
+    return root
+
+
+def xml(frame_id, rows, width=640):
+    items = (f"<object><name>{label}</name><bndbox><x>{x}</x><y>{y}</y><w>{w}</w><h>{h}</h>"
+             "</bndbox></object>" for label, (x, y, w, h) in rows)  # fmt: skip
+    return (f"<annotation><filename>{frame_id}</filename><size><width>{width}</width><height>512"
+            "</height></size>\n" + "\n".join(items) + "</annotation>")  # fmt: skip
+
+
+def run(monkeypatch, *arguments):
+    """Run the check as `python datasets.py` does; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["datasets.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        datasets.main()
+    return end.value.code
+
+
+def test_a_clean_set_has_no_fault(root, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "faults.csv"
+    lists = ("--list", "imageSets/train-all.txt", "--list", "imageSets/test-all.txt")
+    assert run(monkeypatch, "--check", root, *lists, "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "18 frames, visible and lwir; annotations bbgt, xml, paired, KAIST_ann" in said
+    assert out.read_text() == "fault,file,line,problem\n"
+
+
+def plant(root):
+    """Plant every kind of fault; returns (name, file below the root, line) of each."""
+    train = read_image_list(root / "imageSets/train-all.txt")
+    test = read_image_list(root / "imageSets/test-all.txt")
+    planted = []
+
+    def add(name, path, line=0):
+        planted.append((name, str(path.relative_to(root)), line))
+
+    # images
+    visible, lwir = ([image_path(root, f, m) for f in train] for m in ("visible", "lwir"))
+    visible[0].unlink()
+    add("missing-visible", visible[0])
+    lwir[1].unlink()
+    add("missing-lwir", lwir[1])
+    add("misnamed-image", visible[2].rename(visible[2].with_suffix(".JPG")))
+    lwir[3].unlink()
+    lwir[3].symlink_to("nowhere.jpg")
+    add("broken-link", lwir[3])
+    visible[4].unlink()
+    visible[4].mkdir()
+    add("unreadable-file", visible[4])
+    lwir[5].write_bytes(b"")
+    add("empty-file", lwir[5])
+    visible[6].write_bytes(b"no image")
+    add("not-an-image", visible[6])
+    lwir[7].write_bytes(lwir[7].read_bytes()[:-500])
+    add("broken-image", lwir[7])
+    Image.open(visible[8]).resize((320, 256)).save(visible[8])
+    add("wrong-size", visible[8])
+    lwir[9].write_bytes(lwir[9].read_bytes().replace(SIZE, HUGE, 1))
+    add("huge-image", lwir[9])
+    Image.new("RGB", (640, 512)).save(visible[10])
+    add("constant-image", visible[10])
+    Image.open(visible[11]).convert("L").save(visible[11])
+    add("grey-visible", visible[11])
+    visible, lwir = ([image_path(root, f, m) for f in test] for m in ("visible", "lwir"))
+    Image.open(visible[0]).rotate(180).save(lwir[0])
+    add("coloured-lwir", lwir[0])
+    visible[1].rename(root / "kept")
+    lwir[1].rename(visible[1])
+    (root / "kept").rename(lwir[1])
+    add("swapped-modalities", lwir[1])
+    shutil.copy(visible[2], lwir[2])
+    add("same-image", lwir[2])
+    for source, copy in ((visible[3], visible[4]), (lwir[3], lwir[4])):
+        shutil.copy(source, copy)
+        add("copied-image", copy)
+
+    # text, XML and paired annotations
+    bbgt = [root / "annotations" / f"{frame_id}.txt" for frame_id in train]
+    bbgt[0].unlink()
+    add("missing-annotation", bbgt[0])
+    for path, name, line, text in (
+        (bbgt[1], "not-text", 0, b"\xff\xfe\x00"),
+        (bbgt[2], "bad-header", 1, LINE + LINE),
+        (bbgt[3], "too-few-columns", 2, HEADER + "person 100 200 30 80\n" + LINE),
+        (bbgt[4], "not-a-number", 3, HEADER + LINE + LINE.replace("30", "3O")),
+        (bbgt[5], "no-area", 2, HEADER + LINE.replace("30", "0")),
+        (bbgt[6], "outside-frame", 2, HEADER + LINE.replace("100", "640")),
+        (bbgt[7], "leaves-frame", 4, HEADER + LINE + "\n" + LINE.replace("100", "630")),
+        (bbgt[8], "odd-box", 2, HEADER + LINE.replace("30", "500")),
+        (bbgt[9], "repeated-box", 3, HEADER + LINE + LINE.replace("person", "people")),
+        (bbgt[10], "unknown-label", 2, HEADER + LINE.replace("person", "persom")),
+        (bbgt[11], "unknown-occlusion", 2, HEADER + LINE.replace("80 0", "80 3")),
+    ):
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        add(name, path, line)
+    person = [("person", (100, 200, 30, 80))]
+    for i, name, line, text in (
+        (0, "broken-xml", 2, xml(train[0], person)[:-3]),
+        (1, "incomplete-object", 2, xml(train[1], person).replace("<x>100</x>", "")),
+        (2, "contradicting-file", 0, xml(train[3], person)),
+        (3, "contradicting-file", 0, xml(train[3], person, width=320)),
+        (4, "broken-xml", 0, "<!DOCTYPE x>" + xml(train[4], person)),
+        (5, "unknown-label", 3, xml(train[5], [*person, ("dog", (10, 200, 30, 80))])),
+    ):
+        path = root / "annotations-xml-new" / f"{train[i]}.xml"
+        path.write_text(text)
+        add(name, path, line)
+    for i, text in ((0, HEADER), (1, HEADER + LINE.replace("person", "cyclist"))):
+        paths = [paired_path(root, train[i], modality) for modality in ("visible", "lwir")]
+        paths[0].write_text(HEADER + LINE)
+        paths[1].write_text(text)
+        add("unpaired-objects", paths[1])
+
+    # JSON and lists
+    path = root / "KAIST_annotation.json"
+    content = json.loads(path.read_text())
+    items, images = content["annotations"], content["images"]
+    items[1]["id"] = items[0]["id"]
+    del items[2]["occlusion"]
+    items.append({**items[3], "id": 999, "image_id": 999})
+    images[5]["width"] = 320
+    images.append({**images[4], "id": 99})
+    path.write_text(json.dumps(content))
+    for name in ("json-repeated-id", "incomplete-object", "json-unknown-image",
+                 "contradicting-file", "json-repeated-id"):  # fmt: skip
+        add(name, path)
+    path = root / "annotations/KAIST_annotation.json"
+    path.write_text("[" * 100_000)
+    add("broken-json", path)
+    path = root / "imageSets/train-all.txt"
+    path.write_text("\n".join([*train, "set00/V000/I00000.jpg", train[0], "set00/V000/I99999"]))
+    for name, line in (("list-bad-id", 13), ("list-repeated-id", 14), ("unknown-frame", 15)):
+        add(name, path, line)
+    path = root / "imageSets/test-all.txt"
+    path.write_text("\n".join([*test, train[0]]))
+    add("list-overlap", path, 7)
+    (root / "imageSets/empty.txt").write_text("\n\n")
+    add("list-empty", root / "imageSets/empty.txt")
+    return planted
+
+
+def paired_path(root, frame_id, modality):
+    video, frame = frame_id.rsplit("/", 1)
+    return root / "annotations_paired" / video / modality / f"{frame}.txt"
+
+
+def test_every_kind_of_fault_is_found_and_nothing_else(root, tmp_path):
+    planted = plant(root)
+    assert {name for name, *_ in planted} == FAULTS.keys()
+    lists = [part for name in ("train-all", "test-all", "empty")
+             for part in ("--list", f"imageSets/{name}.txt")]  # fmt: skip
+    done = subprocess.run([sys.executable, datasets.__file__, "--check", root, *lists],
+                          cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    with (tmp_path / "faults.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = [(row["fault"], str(Path(row["file"]).relative_to(root)), int(row["line"]))
+             for row in rows]  # fmt: skip
+    assert sorted(found) == sorted(planted)
+    for name, file, line in planted:  # the table shows them too
+        assert any(name in row and f"{file}:{line}".removesuffix(":0") in row
+                   for row in done.stdout.splitlines())  # fmt: skip
+
+
+def test_only_what_training_needs_is_asked_for(root, tmp_path, monkeypatch, capsys):
+    for path in (root / "images").rglob("visible/*.jpg"):
+        path.unlink()
+    shutil.rmtree(root / "annotations-xml-new/set03")
+    flags = ("--check", root, "--list", "imageSets/train-all.txt", "--out", tmp_path / "x.csv")
+    assert run(monkeypatch, *flags, "--input-mode", "lwir", "--annotations", "bbgt") == 0
+    capsys.readouterr()
+    assert run(monkeypatch, *flags, "--input-mode", "lwir") == 1
+    assert capsys.readouterr().out.count("missing-annotation") == 2  # of set03, in the XML form
+    assert run(monkeypatch, *flags) == 1
+    said = capsys.readouterr().out
+    assert said.count("missing-visible") == 6 and "… and 7 more" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--check", "nowhere", "--list", "x.txt"], "nowhere: no such folder"),
+        (["--check", "{root}", "--list", "x.txt"], "x.txt: image list not found"),
+        (["--check", "{root}"], "required: --list"),
+        (["--check", "{root}", "--list", "imageSets/test-all.txt", "--annotations",
+          "xml-sanitized"], "looked for annotations-xml-new-sanitized"),
+        (["--check", "{root}", "--list", "imageSets/test-all.txt", "--out", "none/x.csv"],
+         "none: no such folder"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_checked_is_refused(demo_root, monkeypatch, flags, message):
+    flags = [flag.format(root=demo_root) for flag in flags]
+    monkeypatch.setattr(sys, "argv", ["datasets.py", *flags])
+    with pytest.raises(InputError, match=message):
+        datasets.main()
+
+
+@pytest.mark.parametrize(
+    ("names", "mode", "frames"),
+    [(["pairs"], "early", 8), (["lwir-train", "lwir-test"], "lwir", 134)],
+)
+def test_real_frames_raise_no_alarm(reference, tmp_path, monkeypatch, capsys, names, mode, frames):
+    lists = [part for name in names for part in ("--list", f"imageSets/{name}.txt")]
+    out = tmp_path / "faults.csv"
+    code = run(monkeypatch, "--check", reference / "mini", *lists, "--input-mode", mode,
+               "--out", out)  # fmt: skip
+    assert code == 0 and f"{frames} frames" in capsys.readouterr().out
+
+
+def test_help_explains_every_fault(monkeypatch, capsys):
+    assert run(monkeypatch, "--help") == 0
+    said = capsys.readouterr().out
+    assert all(name in said and words in said for name, words in FAULTS.items())
+    assert check_data.__doc__.strip() in said

@@ -1,0 +1,133 @@
+"""Finished runs beside each other, and studies that read them."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import eval as eval_script
+import study
+import train
+from errors import InputError
+from study import Outcome, Study, holm, paired_test
+
+
+@pytest.fixture(scope="module")
+def runs(demo_root, tmp_path_factory):
+    """Two short finished runs."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, lr in (("a", "1e-3"), ("b", "1e-4")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [
+                "train.py", "--data-root", str(demo_root), "--epochs", "1", "--batch-size", "4",
+                "--workers", "0", "--width", "0.03", "--device", "cpu", "--name", name,
+                "--checkpoints", str(folder), "--lr", lr,
+            ])  # fmt: skip
+            train.main()
+    return folder
+
+
+def compare(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--compare", *map(str, arguments)])
+    eval_script.main()
+
+
+def test_runs_are_compared_in_one_table_and_one_figure(runs, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "x.png"
+    compare(monkeypatch, runs / "a", runs / "b", "--bootstrap", "50", "--out", out)
+    said = capsys.readouterr().out
+    assert "\na " in said and "\nb " in said and said.count("95%: all [") == 2
+    assert "minus" in said and out.stat().st_size > 10_000
+
+
+def test_runs_that_cannot_be_compared_are_named(runs, monkeypatch, tmp_path):
+    with pytest.raises(InputError, match="nowhere: config.json is missing"):
+        compare(monkeypatch, runs / "a", "nowhere")
+    with pytest.raises(InputError, match="named twice"):
+        compare(monkeypatch, runs / "a", runs / "a")
+    other = tmp_path / "other"
+    shutil.copytree(runs / "b", other)
+    listing = other / "detections.frames.txt"
+    listing.write_text("".join(listing.read_text().splitlines(True)[1:]))
+    with pytest.raises(InputError, match="other: it was evaluated on other frames"):
+        compare(monkeypatch, runs / "a", other)
+
+
+# ---------------------------------------------------------------------------------- studies
+
+
+def test_paired_test_by_hand():
+    # Of 1, 2, 3: mean 2, standard error 1/sqrt(3), t = 2 sqrt(3), df 2: p = 1 - t / sqrt(t^2 + 2).
+    t = 2 * 3**0.5
+    found = paired_test(np.array([1.0, 2.0, 3.0]))
+    assert found.mean == 2 and found.p == pytest.approx(1 - t / (t**2 + 2) ** 0.5, abs=1e-6)
+    reach = 4.302653 / 3**0.5  # the 97.5% point of Student's distribution with 2 degrees of freedom
+    assert (found.low, found.high) == pytest.approx((2 - reach, 2 + reach), abs=1e-4)
+    # The 97.5% point with 4 degrees of freedom is 2.776445.
+    five = np.array([-1.0, 0.0, 1.0, 2.0, 3.0])
+    reach = 2.776445 * five.std(ddof=1) / 5**0.5
+    assert paired_test(five).high - 1 == pytest.approx(reach, abs=1e-4)
+    assert np.isnan(paired_test(np.array([1.0])).p)
+    assert paired_test(np.zeros(3)).mean == 0
+
+
+def test_holms_correction_by_hand():
+    assert holm({"a": 0.04, "b": 0.01, "c": 0.03}) == pytest.approx(
+        {"b": 0.03, "c": 0.06, "a": 0.06}
+    )
+
+
+def outcome(arm, seed, rate):
+    return Outcome(arm, seed, np.array([rate, rate, rate]), 90.0, {"map1": 0.5}, 1.0)
+
+
+def test_a_study_compares_seed_by_seed():
+    question = Study("Is it?", "12", {"19": ("19", {}), "26": ("26", {})}, seeds=3)
+    rates = {"12": (30, 40, 50), "19": (29, 39, 49.5), "26": (31, 40, 49)}
+    outcomes = [outcome(arm, seed, rate) for arm, own in rates.items()
+                for seed, rate in enumerate(own)]  # fmt: skip
+    table = study.report(question, outcomes + [outcome("19", 9, 5.0)])  # no such baseline
+    line = next(line for line in table.splitlines() if line.startswith("| 19"))
+    assert "-0.8 [-1.6, -0.1]" in line and "| 4 |" in line
+    with pytest.raises(InputError, match="no finished runs to compare"):
+        study.report(question, [outcome("19", 0, 1.0)])
+
+
+@pytest.fixture
+def one_study(monkeypatch, demo_root, tmp_path):
+    """Run study.main() on a study of two quick arms."""
+    quick = {"epochs": 1, "eval_every": 1, "width": 0.03, "batch_size": 4}
+    tiny = Study("Is it?", "12", {"26": ("26", {"lr": 1e-4})}, 1, quick)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, "STUDIES", {"tiny": tiny})
+
+    def main(*flags):
+        monkeypatch.setattr(sys, "argv", ["study.py", "tiny", *flags, "--data-root",
+                                          str(demo_root), "--workers", "0"])  # fmt: skip
+        study.main()
+
+    return main
+
+
+def test_a_study_runs_goes_on_and_reports(one_study, monkeypatch, capsys):
+    with pytest.raises(InputError, match="no finished runs"):
+        one_study("--report")
+    one_study("--jobs", "2")
+    said = capsys.readouterr().out
+    assert said.count("\n| 12") == 1 and Path("results/tiny.png").stat().st_size > 5000
+    assert Path("results/tiny.md").read_text().strip() in said
+    runs = sorted(p.name for p in Path("checkpoints/study-tiny").iterdir() if p.is_dir())
+    assert runs == ["small12-seed0", "small26-lr-0.0001-seed0"]
+
+    monkeypatch.setattr(study.subprocess, "run", pytest.fail)  # nothing is left to run
+    one_study()
+    with pytest.raises(InputError, match="it holds a run of other constants"):
+        one_study("--lr", "0.5")
+
+
+def test_a_studys_bad_flag_is_refused_before_any_run(one_study):
+    with pytest.raises(InputError, match="unrecognized arguments: --lrr"):
+        one_study("--lrr", "0.5")
+    assert not Path("checkpoints").exists()

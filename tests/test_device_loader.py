@@ -1,0 +1,154 @@
+"""Batches made on a device, here the CPU as one, are those of `BatchLoader`."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from augment import Augmentation
+from batches import BatchLoader, Collate, EpochBatches
+from datasets import KaistPairs, cache_frames, load_frames
+from device_loader import DeviceLoader, Recipes, make_images, obstacle, resize_weights
+from kaist import open_annotations, read_image_list
+from losses import IGNORE
+from model import SSD300
+from parallel import ALONE, Team
+from pseudo_gt import MapRange
+from workloads import MODEL
+
+MAPS = [(38, 38), (19, 19)]
+
+
+@pytest.fixture(scope="module")
+def dataset(demo_root, tmp_path_factory):
+    """A function that gives the demo set's training pairs from a cache."""
+    ids = read_image_list(demo_root / "imageSets/train-all.txt")
+    frames = load_frames(ids, open_annotations(demo_root), min_height=12, margin=5)
+    folder = tmp_path_factory.mktemp("frames")
+
+    def pairs(**changes):
+        settings = {"input_mode": "early", "size": (300, 300), "augmentation": Augmentation(),
+                    "masks_follow": True, "seed": 7} | changes  # fmt: skip
+        # The cache in another order than the frames: rows are not indices.
+        cache = cache_frames(folder, demo_root, ids[::-1], settings["input_mode"])
+        return KaistPairs(demo_root, frames, cache=cache, **settings)
+
+    return pairs
+
+
+def loaders(dataset, workers=0, team=ALONE, map_range=None):
+    settings = {"batch_size": 4, "map_sizes": MAPS, "map_range": map_range, "team": team}
+    plain = BatchLoader(dataset, workers=0, shuffle=True, pin_memory=False, **settings)
+    return plain, DeviceLoader(dataset, workers=workers, device=torch.device("cpu"), **settings)
+
+
+def check(plain, ours):
+    """All but the pixels is equal; returns each sample's mean difference of pixels."""
+    differences = []
+    for a, b in zip(plain, ours, strict=True):
+        assert a.frame_ids == b.frame_ids
+        n = a.labels.shape[1]
+        assert torch.equal(a.boxes, b.boxes[:, :n]) and not b.labels[:, n:].any()
+        assert torch.equal(a.labels, b.labels[:, :n]) and b.labels.shape[1] % 8 == 0
+        assert len(a.masks) == len(b.masks) and all(map(torch.equal, a.masks, b.masks))
+        assert b.images.dtype == torch.uint8 and a.images.shape == b.images.shape
+        difference = (a.images.float() - b.images.float()).abs()
+        differences.append(difference.flatten(1).mean(1))
+    return torch.cat(differences)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"input_mode": "visible", "size": (320, 272)}, {"input_mode": "lwir"},
+     {"augmentation": Augmentation(zoom_out=1.0, hue_saturation=False, lwir_jitter=False)},
+     {"augmentation": None}, {"masks_follow": False}],
+)  # fmt: skip
+def test_batches_equal_the_workers(dataset, changes):
+    plain, ours = loaders(dataset(**changes))
+    for epoch in range(2):
+        differences = check(plain.epoch(epoch), ours.epoch(epoch))
+        assert len(differences) == 12 and differences.mean() < 0.3 and differences.max() < 1
+
+
+def test_batches_depend_on_seed_epoch_and_frame_alone(dataset):
+    _, alone = loaders(dataset())
+    plain, ours = loaders(dataset(), workers=2)
+    whole = list(alone.epoch(3))
+    for got, skip in ((ours.epoch(3), 0), (alone.epoch(3, skip=2), 2), (ours.epoch(3, skip=1), 1)):
+        for a, b in zip(whole[skip:], got, strict=True):
+            assert torch.equal(a.images, b.images) and torch.equal(a.boxes, b.boxes)
+    assert len(ours) == len(plain) == 3
+
+
+def test_a_batch_is_split_by_rank(dataset):
+    pairs = dataset()
+    for team in (Team(0, 2), Team(1, 2)):
+        keys = EpochBatches(len(pairs), 4, pairs.seed, team)
+        plain = [Collate(MAPS)([pairs[key] for key in batch])[0] for batch in keys]
+        _, ours = loaders(pairs, team=team)
+        assert check(plain, ours.epoch(0)).max() < 1
+
+
+def test_masks_leave_out_who_is_out_of_range(dataset):
+    priors = SSD300(**(MODEL | {"width": 0.01})).map_priors()
+    plain, ours = loaders(dataset(), map_range=MapRange(priors, [0, 1], IGNORE))
+    check(plain.epoch(0), ours.epoch(0))
+    kept, _ = loaders(dataset())
+    pairs = zip(kept.epoch(0), ours.epoch(0), strict=True)
+    assert any(not torch.equal(a.masks[0], b.masks[0]) for a, b in pairs)
+
+
+def test_a_loader_that_is_left_halfway_can_start_again(dataset):
+    _, ours = loaders(dataset(), workers=1)
+    batches = ours.epoch(0)
+    first = next(batches)
+    batches.close()
+    assert torch.equal(first.images, next(ours.epoch(0)).images)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_resize_is_torchs(seed):
+    """Random crops of noise, where every weight shows, against F.interpolate in float32."""
+    rng = np.random.default_rng(seed)
+    x0, y0 = rng.integers(0, 300, 2).tolist()
+    x1, y1 = x0 + int(rng.integers(1, 340)), y0 + int(rng.integers(1, 212))
+    frames = torch.from_numpy(rng.integers(0, 256, (1, 512, 640, 1), dtype=np.uint8))
+    mirrored = bool(seed % 2)
+    edges = [x0, y0, x1, y1, 7, 20, 291, 203]
+    view = torch.tensor([[*edges, mirrored]], dtype=torch.float32)
+    nothing = torch.zeros(0)
+    recipes = Recipes(nothing, view, torch.eye(1)[None], torch.zeros(1, 1), *[nothing] * 4)
+    image = make_images(frames, recipes, (300, 300), torch.tensor([3], dtype=torch.uint8))
+    part = frames[:, y0:y1, x0:x1].permute(0, 3, 1, 2).float()
+    content = F.interpolate(part, (183, 284), mode="bilinear", antialias=True, align_corners=False)
+    expected = torch.full((1, 1, 300, 300), 3.0)
+    expected[:, :, 20:203, 7:291] = content
+    expected = expected.flip(3) if mirrored else expected
+    assert (image - expected).abs().max() <= 0.51  # to the nearest
+
+
+def test_every_place_of_the_target_has_weights_that_add_up_to_one():
+    source = torch.tensor([[0.0, 640], [5, 6], [600, 640]]).T
+    target = torch.tensor([[0.0, 300], [9, 10], [1, 299]]).T
+    mirrored = torch.tensor([True, False, True])
+    weights, inside = resize_weights(*source, *target, mirrored, 640, 300)
+    assert torch.allclose(weights.sum(2), inside.float())
+    assert inside.sum(1).tolist() == [300, 1, 298]
+    assert (weights[1].nonzero() == torch.tensor([[9, 5]])).all()
+
+
+def test_nothing_waits_for_a_value_on_the_device(dataset):
+    """Traced as a whole with fake tensors, where looking at a value fails."""
+    _, ours = loaders(dataset())
+    [_, recipes, frames], *_ = map(ours.send, ours.loader)
+    compiled = torch.compile(make_images, fullgraph=True, dynamic=False, backend="aot_eager")
+    images = compiled(frames, recipes, (300, 300), ours.filler)
+    assert torch.equal(images, make_images(frames, recipes, (300, 300), ours.filler))
+
+
+def test_what_keeps_batches_off_the_device_is_said():
+    config = {"cache": "folder", "augment": True, "copy_paste": 0.0}
+    assert not obstacle(config)
+    assert "CACHE" in obstacle(config | {"cache": ""})
+    assert "COPY_PASTE" in obstacle(config | {"copy_paste": 0.5})
+    assert not obstacle(config | {"copy_paste": 0.5, "augment": False})

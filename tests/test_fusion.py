@@ -1,0 +1,225 @@
+"""What the rows beyond the log are made of, as a user meets it: input sizes, fusion, a missing
+modality, averaged weights, test flip."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import detect as detect_script
+import eval as eval_script
+import train
+from augment import Augmentation, draw_recipe, mean_colour
+from datasets import KaistPairs, load_frames
+from errors import InputError
+from images import read_frame
+from inference import mirror, predict
+from kaist import image_path, open_annotations, read_image_list
+from model import SSD300, Predictions, decode, detect
+from optimisation import MovingAverage
+from utils import save_checkpoint
+
+QUICK = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--width", "0.0625",
+         "--device", "cpu"]  # fmt: skip
+
+
+def call(monkeypatch, script, *arguments):
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, arguments)])
+    script.main()
+
+
+@pytest.mark.parametrize(
+    ("size", "flags"),
+    [
+        ("300,375", ["--input-mode", "mean", "--no-batch-norm", "--priors", "ssd300"]),
+        ("512,640", ["--input-mode", "halfway", "--modality-dropout", "0.5", "--ema-decay", "0.9",
+                     "--test-flip"]),
+    ],
+)  # fmt: skip
+def test_any_input_through_the_three_commands(
+    size, flags, demo_root, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    call(monkeypatch, train, "--data-root", demo_root, "--input-size", size, *QUICK, *flags)
+    trained = [line for line in capsys.readouterr().out.splitlines() if line.startswith("custom")]
+    call(monkeypatch, eval_script)
+    evaluated = [line for line in capsys.readouterr().out.splitlines() if line.startswith("custom")]
+    assert trained == evaluated != []
+    images = demo_root / "images/set06/V000/lwir"
+    call(monkeypatch, detect_script, images, "--min-score", "0.001")
+    sizes = np.loadtxt("detections/detections.csv", delimiter=",", skiprows=1,
+                       usecols=(1, 2, 3, 4), ndmin=2)  # fmt: skip
+    assert len(sizes) and (sizes[:, 0] + sizes[:, 2] <= 640.001).all()
+    assert (sizes[:, 1] + sizes[:, 3] <= 512.001).all()
+
+
+# ------------------------------------------------------------------------------ a missing modality
+
+
+def test_dropout_blanks_one_modality_and_changes_no_other_draw(demo_root):
+    ids = read_image_list(demo_root / "imageSets/train-all.txt")
+    frames = load_frames(ids, open_annotations(demo_root), min_height=12, margin=5)
+
+    def samples(dropout):
+        pairs = KaistPairs(
+            demo_root, frames, input_mode="early", size=(60, 75),
+            augmentation=Augmentation(modality_dropout=dropout), masks_follow=True, seed=3,
+        )  # fmt: skip
+        return [pairs[epoch, i] for epoch in range(2) for i in range(len(frames))]
+
+    blank = mean_colour(4).view(4, 1, 1)
+    gone = []
+    for whole, half in zip(samples(0.0), samples(1.0), strict=True):
+        assert np.array_equal(whole.boxes, half.boxes) and len(whole.boxes) == len(half.boxes)
+        visible_gone = bool((half.image[:3] == blank[:3]).all())
+        kept, lost = (slice(3, 4), slice(0, 3)) if visible_gone else (slice(0, 3), slice(3, 4))
+        assert torch.equal(whole.image[kept], half.image[kept])
+        assert (half.image[lost] == blank[lost]).all()
+        gone.append(visible_gone)
+    assert 0.2 < np.mean(gone) < 0.8
+    assert all(map(torch.equal, *([s.image for s in samples(1.0)] for _ in "ab")))
+
+
+def test_dropout_is_as_probable_as_asked_for():
+    rng, mean = np.random.default_rng(0), np.full(4, 99.0)
+    augmentation = Augmentation(modality_dropout=0.3)
+    dropped = np.array([
+        (draw_recipe(rng, np.zeros((0, 4)), mean, augmentation, (60, 75)).matrix == 0).all(1)
+        for _ in range(3000)
+    ])  # fmt: skip
+    assert dropped[:, 0].mean() == pytest.approx(0.15, abs=0.02)
+    assert dropped[:, 3].mean() == pytest.approx(0.15, abs=0.02)
+    assert not (dropped[:, 0] & dropped[:, 3]).any()
+
+
+def test_a_blanked_modality_is_not_read(demo_root, tmp_path):
+    frame_id = read_image_list(demo_root / "imageSets/test-all.txt")[0]
+    path = image_path(tmp_path, frame_id, "lwir")
+    path.parent.mkdir(parents=True)
+    path.write_bytes(image_path(demo_root, frame_id, "lwir").read_bytes())
+    alone = read_frame(tmp_path, frame_id, "halfway", "visible")
+    both = read_frame(demo_root, frame_id, "halfway")
+    assert np.array_equal(alone[..., 3], both[..., 3])
+    assert (alone[..., :3] == mean_colour(3).numpy()).all()
+
+
+@pytest.fixture
+def save(tmp_path, demo_root):
+    """Save an untrained network's checkpoint."""
+
+    def save(*flags):
+        config = train.configure(["--width", "0.0625", "--data-root", str(demo_root), *flags])
+        model = SSD300(**train.model_arguments(config))
+        path = tmp_path / "run" / "last.pt"
+        path.parent.mkdir(exist_ok=True)
+        save_checkpoint(path, {"model_args": train.model_arguments(config), "config": config,
+                               "model": model.state_dict()})  # fmt: skip
+        return path
+
+    return save
+
+
+@pytest.mark.parametrize("modality", ["visible", "lwir"])
+def test_a_lone_image_is_enough_after_modality_dropout_alone(
+    save, modality, demo_root, tmp_path, monkeypatch, capsys
+):
+    source = demo_root / f"images/set06/V000/{modality}/I00000.jpg"
+    alone = tmp_path / modality / "I00000.jpg"
+    alone.parent.mkdir()
+    alone.write_bytes(source.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    path = save("--input-mode", "halfway", "--modality-dropout", "0.5")
+    call(monkeypatch, detect_script, alone, "--checkpoint", path)
+    assert "note: 1 without the other modality" in capsys.readouterr().out
+    with pytest.raises(InputError, match="is missing.*MODALITY_DROPOUT"):
+        call(monkeypatch, detect_script, alone, "--checkpoint", save("--input-mode", "halfway"))
+
+
+def test_evaluation_without_a_modality(save, demo_root, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = save("--input-mode", "early", "--modality-dropout", "0.5", "--workers", "0")
+    for name in ("visible", "lwir"):
+        call(monkeypatch, eval_script, "--checkpoint", path, "--without", name)
+        assert path.with_name(f"detections-without-{name}.txt").exists()
+    assert "warning: it was not trained" not in capsys.readouterr().out
+    files = [path.with_name(f"detections-without-{name}.txt") for name in ("visible", "lwir")]
+    assert files[0].read_text() != files[1].read_text()
+    call(monkeypatch, eval_script, "--checkpoint", save("--workers", "0"), "--without", "lwir")
+    assert "warning: it was not trained to do without lwir" in capsys.readouterr().out
+    with pytest.raises(InputError, match="'lwir' cannot do without"):
+        call(monkeypatch, eval_script, "--checkpoint", save("--input-mode", "lwir"), "--without",
+             "lwir")  # fmt: skip
+    with pytest.raises(InputError, match="--without evaluates a checkpoint"):
+        call(monkeypatch, eval_script, "--detections", files[0], "--annotations", demo_root,
+             "--without", "lwir")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ averaged weights
+
+
+def test_averaged_weights_by_hand():
+    network = torch.nn.BatchNorm1d(1)
+    average = MovingAverage(network, 0.5)
+    expected = None
+    for step, weight in enumerate((3.0, 5.0, 9.0, -2.0)):
+        network.weight.data.fill_(weight)
+        network.running_mean.fill_(weight)
+        average.update(step)
+        decay = min(0.5, step / (step + 10))
+        expected = weight if step == 0 else decay * expected + (1 - decay) * weight
+        assert average.model.weight.item() == pytest.approx(expected)
+        assert average.model.running_mean.item() == weight
+    assert network.weight.item() == -2.0 and average.model.weight.item() != -2.0
+    off = MovingAverage(network, 0.0)
+    off.update(0)
+    assert off.model is network
+
+
+# ------------------------------------------------------------------------------ test flip
+
+
+def make_model():
+    torch.manual_seed(0)
+    return SSD300(
+        input_mode="early", batch_norm=False, width=0.0625, infusion=(0,) * 6, infusion_conv=False,
+        prior_set="pedestrian", size=(300, 375),
+    ).eval()  # fmt: skip
+
+
+def test_mirrored_predictions_decode_to_mirrored_boxes():
+    model = make_model()
+    n = len(model.priors)
+    predictions = Predictions(torch.randn(2, n, 4), torch.randn(2, n, 2), [])
+    mirrored = mirror(model, predictions)
+    boxes = decode(predictions.loc, model.priors) * torch.tensor([-1, 1, 1, 1])
+    boxes = boxes + torch.tensor([1.0, 0, 0, 0])
+    counts = [len(p) for p in model.map_priors()]
+    values = torch.cat([boxes, predictions.conf], dim=-1).split(counts, dim=1)
+    found = torch.cat([decode(mirrored.loc, model.priors), mirrored.conf], dim=-1)
+    for (h, w), ours, theirs in zip(model.map_sizes, values, found.split(counts, dim=1),
+                                    strict=True):  # fmt: skip
+        ours = ours.reshape(2, h, w, -1, 6).flip(2)
+        assert torch.allclose(ours, theirs.view(2, h, w, -1, 6), atol=1e-5)
+
+
+def test_test_flip_treats_left_and_right_alike():
+    model = make_model()
+    for head in (*model.loc_heads, *model.conf_heads):
+        torch.nn.init.normal_(head.weight, std=0.02)  # scores short of 1: no ties
+    images = torch.randint(256, (1, 4, 300, 375), dtype=torch.uint8)
+    limits = {"min_score": 0.5, "nms_iou": 0.5, "max_boxes": 50}
+
+    def found(flip, images):
+        with torch.inference_mode():
+            predictions = predict(model, images, torch.float32, {"test_flip": flip})
+        return detect(predictions, model.priors, **limits)[0]
+
+    def difference(flip):
+        (boxes, scores), (mirrored, same) = found(flip, images), found(flip, images.flip(3))
+        mirrored = torch.stack([1 - mirrored[:, 2], mirrored[:, 1], 1 - mirrored[:, 0],
+                                mirrored[:, 3]], dim=1)  # fmt: skip
+        assert len(boxes) == len(mirrored) == 50
+        return (boxes - mirrored).abs().max() + (scores - same).abs().max()
+
+    assert difference(True) < 1e-4 < difference(False)

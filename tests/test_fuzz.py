@@ -1,0 +1,116 @@
+"""Broken input: what once ended in a traceback, and a few thousand inputs of fuzz.py."""
+
+import math
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+
+import pytest
+
+import fuzz
+from errors import InputError
+
+NINES = b"9" * 400
+ANNOTATIONS = b"""{"categories": [{"id": 1, "name": "person"}],
+ "images": [{"id": 0, "im_name": "set06/V000/I00000"}],
+ "annotations": [{"image_id": 0, "category_id": 1, "bbox": [1, 2, 3, 4], "occlusion": 0,
+                  "ignore": 0}]}"""
+RESULT = b'[{"image_id": 0, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]'
+
+
+def png(header):
+    """A PNG of nothing but its header chunk."""
+    chunk = b"IHDR" + header
+    return (b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk
+            + struct.pack(">I", zlib.crc32(chunk)))  # fmt: skip
+
+
+REGRESSIONS = [
+    ("annotation-json", b"[" * 100_000),  # RecursionError
+    ("annotation-json", ANNOTATIONS.replace(b"[1, 2", b"[" + b"9" * 5000 + b", 2")),  # ValueError
+    ("annotation-json", ANNOTATIONS.replace(b"[1, 2", b"[" + NINES + b", 2")),  # OverflowError
+    ("annotation-json", ANNOTATIONS.replace(b"[1, 2, 3, 4]", b'"1234"')),  # taken for a box
+    ("annotation-json", ANNOTATIONS.replace(b'"set06/V000/I00000"', b"{}")),
+    ("annotation-json", ANNOTATIONS.replace(b'"person"', b'["person"]')),
+    ("result-json", b'[{"image_id": ' + b"[" * 100_000),
+    ("result-json", RESULT.replace(b"0.5", b"9" * 5000)),
+    ("result-json", RESULT.replace(b"0.5", NINES)),
+    ("png", png(b"")),  # ValueError
+    ("png", png(struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0))),  # a bomb
+    ("xml", b"<!DOCTYPE a [<!ENTITY a 'x'><!ENTITY b '&a;&a;'>]><annotation>&b;</annotation>"),
+    ("xml", b'<?xml version="1.0" encoding="utf-16"?><annotation/>'.decode().encode("utf-16")),
+    ("image-list", "set٠٦/V٠٠٠/I٠٠٠٠٠".encode()),  # digits, but not 0 to 9
+    ("companion", b"set06/V000/I00000\x00"),
+    ("checkpoint", b"PK\x03\x04"),
+    ("train-flags", b"--lr\n1e400"),
+    ("train-flags", b"--input-size\n" + b"9" * 5000 + b",300"),
+]
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory):
+    return fuzz.make_readers(fuzz.draw_seeds(tmp_path_factory.mktemp("seeds")))
+
+
+@pytest.mark.parametrize(("name", "data"), REGRESSIONS)
+def test_what_once_ended_in_a_traceback_is_refused(readers, tmp_path, name, data):
+    assert fuzz.feed(readers[name], data, tmp_path)
+
+
+def test_what_is_valid_is_taken(readers, tmp_path):
+    for name, data in (("annotation-json", ANNOTATIONS), ("result-json", RESULT)):
+        assert not fuzz.feed(readers[name], data, tmp_path)
+    for name, reader in readers.items():
+        assert not fuzz.feed(reader, reader.seeds[0], tmp_path), name
+
+
+def test_a_few_thousand_inputs(readers, tmp_path):
+    assert math.isclose(sum(reader.share for reader in readers.values()), 1, abs_tol=0.01)
+    for name, reader in readers.items():
+        n = math.ceil(3000 * reader.share)
+        count, refused, _, failures = fuzz.feed_many(name, reader, range(n), 1, tmp_path)
+        assert not failures, failures[0]
+        assert count == n and refused > 0
+
+
+def test_failures_and_hangs_are_told(readers, tmp_path, monkeypatch):
+    def read(path):
+        raise [KeyError("x"), InputError("x", "y")][path.read_bytes().count(b"a") % 2]
+
+    def spin(path):
+        while True:
+            pass
+
+    monkeypatch.setattr(fuzz, "LIMIT", 0.1)
+    inputs = iter([b"", b"a", b"", b"aaa"])
+    reader = fuzz.Reader(read, "x", [], lambda *_: next(inputs), 1)
+    n, refused, _, failures = fuzz.feed_many("x", reader, range(4), 0, tmp_path)
+    assert (n, refused) == (4, 2)
+    assert [(number, data) for number, data, _ in failures] == [(0, b""), (2, b"")]
+    assert "KeyError: 'x'" in failures[0][2]
+    reader = fuzz.Reader(spin, "x", [], lambda *_: b"z", 1)
+    *_, [(_, data, trace)] = fuzz.feed_many("x", reader, [0], 0, tmp_path)
+    assert data == b"z" and "Hang: more than 0.1 s" in trace
+    assert signal.getitimer(signal.ITIMER_PROF)[0] == 0
+
+
+def test_a_refused_file_that_the_check_calls_clean_is_a_failure(tmp_path):
+    def read(path):
+        raise InputError("no", "never")
+
+    with pytest.raises(AssertionError, match="the data check finds nothing, but: no"):
+        fuzz.with_check(read, lambda path: [], tmp_path)
+    with pytest.raises(InputError):
+        fuzz.with_check(read, lambda path: ["fault"], tmp_path)
+
+
+def test_script_counts_its_inputs(tmp_path):
+    command = [sys.executable, fuzz.__file__, "--inputs", "400", "--workers", "2",
+               "--reader", "bbgt", "--reader", "image-list"]  # fmt: skip
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "bbgt" in done.stdout and "xml" not in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("40") and "0 failures" in done.stdout
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,98 @@
+"""State files of one's own: taken where they fit, named by what is wrong where they do not."""
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18, vgg16, vgg16_bn
+from torchvision.models.detection import ssd300_vgg16
+
+import train
+from errors import InputError
+from model import SSD300
+from pretrained import load_pretrained
+
+WIDE = ["--width", "1.0"]
+PLAIN = [*WIDE, "--no-batch-norm"]
+
+
+def state_of(make, **arguments):
+    """A state of a torchvision network, every tensor a number of its own: little to save."""
+    with torch.device("meta"):
+        wanted = make(weights=None, **arguments).state_dict()
+    return {key: torch.tensor(0.01 * i).expand(value.shape)
+            for i, (key, value) in enumerate(wanted.items())}  # fmt: skip
+
+
+def save(tmp_path, state):
+    path = tmp_path / "weights.pth"
+    torch.save(state, path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "flags"), [(vgg16, PLAIN), (vgg16_bn, [*WIDE, "--batch-norm"])]
+)
+def test_a_vgg_state_file_fills_the_backbone(make, flags, tmp_path):
+    state = state_of(make)
+    path = save(tmp_path, state)
+    config = train.configure(["--pretrained", path, *flags])
+    model = SSD300(**train.model_arguments(config))
+    load_pretrained(model, config["pretrained"])
+    assert (model.to_conv4_3[0].weight == state["features.0.weight"][0, 0, 0, 0]).all()
+    assert (model.conv6_7[3].bias == state["classifier.3.bias"][0]).all()
+
+
+def test_an_ssd_state_file_fills_everything(tmp_path):
+    state = state_of(ssd300_vgg16, weights_backbone=None, num_classes=91)
+    path = save(tmp_path, state)
+    config = train.configure(["--pretrained", path, *PLAIN, "--priors", "ssd300-coco"])
+    model = SSD300(**train.model_arguments(config))
+    load_pretrained(model, path)
+    assert (model.conv4_3_norm.scale == state["backbone.scale_weight"]).all()
+    head = "head.classification_head.module_list.0.weight"
+    assert (model.conf_heads[0].weight == state[head][0, 0, 0, 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "flags", "message"),
+    [
+        (vgg16, {}, WIDE, "weights of VGG16 for a network with BATCH_NORM = True; set BATCH_NORM"),
+        (vgg16_bn, {}, PLAIN, "weights of VGG16-BN for a network with BATCH_NORM = False"),
+        (vgg16, {}, [], "WIDTH = 1.0"),
+        (vgg16, {"classifier.3.weight": None}, PLAIN, "lacks classifier.3.weight.*1 of 32"),
+        (vgg16, {"features.28.bias": torch.zeros(7)}, PLAIN, r"features.28.bias has shape \(7,\)"),
+        (resnet18, {}, PLAIN, "lacks features.0.weight.*VGG16"),
+        (ssd300_vgg16, {}, WIDE, "an SSD300's weights need BATCH_NORM = False"),
+        (ssd300_vgg16, {"backbone.scale_weight": None}, PLAIN, "lacks backbone.scale_weight"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_before_any_data(make, change, flags, message,
+                                                             tmp_path):  # fmt: skip
+    state = state_of(make, **({"weights_backbone": None} if make is ssd300_vgg16 else {})) | change
+    path = save(tmp_path, {key: value for key, value in state.items() if value is not None})
+    if make is resnet18 and "--batch-norm" not in flags:
+        flags = [*WIDE, "--batch-norm"]  # it has running means
+    with pytest.raises(InputError, match=message):
+        train.configure(["--pretrained", path, *flags, "--data-root", "nowhere"])
+
+
+def test_what_is_no_state_file_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no such file of weights"):
+        train.configure(["--pretrained", "imagnet", *PLAIN])
+    path = tmp_path / "x.pth"
+    path.write_bytes(b"nonsense")
+    with pytest.raises(InputError, match="x.pth: not a readable file of weights"):
+        train.configure(["--pretrained", str(path), *PLAIN])
+    torch.save(nn.Linear(1, 1), path)  # a pickled object
+    with pytest.raises(InputError, match="not a readable file of weights"):
+        train.configure(["--pretrained", str(path), *PLAIN])
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(InputError, match="not a state dictionary"):
+        train.configure(["--pretrained", str(path), *PLAIN])
+
+
+def test_a_file_written_before_zip_archives_is_read(tmp_path):
+    """As torchvision's VGG16 files are."""
+    path = tmp_path / "old.pth"
+    torch.save(state_of(vgg16), path, _use_new_zipfile_serialization=False)
+    assert train.configure(["--pretrained", str(path), *PLAIN])["pretrained"] == str(path)

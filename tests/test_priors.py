@@ -1,0 +1,125 @@
+"""The coverage of prior sets against a brute-force reference, and the derived pedestrian set."""
+
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torchvision.ops import box_convert, box_iou
+
+import priors
+from errors import InputError
+from kaist import open_annotations
+from model import feature_map_sizes, make_priors, prior_shapes
+
+XML = """<annotation><object><name>{}</name><bndbox><x>{}</x><y>{}</y><w>{}</w><h>{}</h></bndbox>
+<occlusion>0</occlusion></object></annotation>"""
+
+
+def random_persons(n):
+    rng = np.random.default_rng(0)
+    height = rng.uniform(0.03, 1.0, n)
+    size = np.stack([height * rng.uniform(0.2, 0.7, n), height], axis=1)
+    return np.concatenate([size / 2 + rng.random((n, 2)) * (1 - size), size], axis=1)
+
+
+@pytest.mark.parametrize("name", ["ssd300", "pedestrian"])
+@pytest.mark.parametrize("size", [(300, 300), (300, 375)])
+def test_best_overlaps_are_those_of_all_priors(name, size):
+    persons = random_persons(200)
+    shapes, map_sizes = prior_shapes(name), feature_map_sizes(size)
+    everything = box_convert(make_priors(map_sizes, shapes), "cxcywh", "xyxy")
+    corners = box_convert(torch.from_numpy(persons), "cxcywh", "xyxy")
+    overlaps = box_iou(corners, everything.double())
+    counts = [h * w * len(s) for (h, w), s in zip(map_sizes, shapes, strict=True)]
+    expected = torch.stack([x.amax(1) for x in overlaps.split(counts, dim=1)])
+    found = priors.best_overlaps(persons, shapes, map_sizes)
+    assert np.allclose(found, expected.numpy(), atol=1e-6)
+    assert priors.cover(persons, name, size).n_priors == len(everything)
+
+
+def test_tables_by_hand():
+    overlaps = np.array([[0.5, 0.2, 0.1, 0.6], [0.49, 0.3, 0.1, 0.7]])
+    found = [priors.Coverage("x", (300, 375), 7, overlaps)]
+    heights = np.array([54.9, 55, 115, 200])
+    *_, line = priors.coverage_table(found, heights).splitlines()
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == ["`x`", "300x375", "7", "50.0 (0.40)", "100.0 (0.50)", "0.0 (0.30)",
+                     "50.0 (0.40)"]  # fmt: skip
+    *_, line = priors.map_table(found).splitlines()
+    # A tie goes to the finer map.
+    assert line == "| `x` | 300x375 | 50.0 / 50.0 | 50.0 / 25.0 |"
+
+
+def test_derived_set_by_hand():
+    persons = np.array([[0.5, 0.5, 0.05, 0.1]] * 3 + [[0.5, 0.5, 0.1, 0.2]])
+    ratio, heights = priors.derive_heights(persons, 2, (300, 300))
+    # 0.5 wide a height: 0.1 is 1.9 cells of the 38 and 0.95 of the 19, 0.5 of the 10; 1.0 is 5 of
+    # the 10, 2.5 of the 5 and 1.5 of the 3; a map with nothing else takes the largest.
+    assert ratio == 0.5
+    assert heights == [[0.1], [0.1], [0.1], [1.0], [1.0], [1.0]]
+
+
+def test_pedestrian_is_what_the_real_annotations_give(reference, tmp_path):
+    archive = reference / "annotations/annotations-xml-new_set00-05.tar.xz"
+    if not archive.exists():
+        pytest.skip("no archive of the training annotations")
+    frames = reference / "imageSets/train-all-20.txt"
+    names = "".join(f"annotations-xml-new/{line}.xml\n" for line in frames.read_text().split())
+    subprocess.run(["tar", "xJf", archive, "-C", tmp_path, "-T", "-"], input=names, text=True,
+                   check=True)  # fmt: skip
+    persons, heights = priors.read_persons(Namespace(
+        data_root=tmp_path, annotations="auto", image_list=str(frames), min_height=12.0, margin=5.0,
+    ))  # fmt: skip
+    assert len(persons) == len(heights) == 1955
+    ratio, derived = priors.derive_heights(persons, 8, (300, 300))
+    assert ratio == pytest.approx(0.35, abs=0.01)  # of a tenth of the frames
+    for ours, stored in zip(derived, prior_shapes("pedestrian"), strict=True):
+        assert ours == pytest.approx([h for _, h in stored], abs=0.005)
+    matched = [(priors.cover(persons, name, (300, 300)).overlaps.max(0) >= 0.5).mean()
+               for name in ("ssd300", "pedestrian")]  # fmt: skip
+    assert matched[0] < 0.65 and matched[1] > 0.93
+
+
+@pytest.mark.parametrize("layout", ["set00/V000/I00007.xml", "visible"])
+def test_every_annotated_frame_of_a_bare_folder(tmp_path, layout, capsys):
+    folder = tmp_path / "anything"
+    path = folder / layout
+    if layout == "visible":
+        path = folder / "set00/V000/lwir/I00007.txt"
+        text = "% bbGt version=3\nperson 100 100 40 100\npeople 300 100 40 100\n"
+    else:
+        text = XML.format("person", 100, 100, 40, 100)
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert priors.annotated_frames(open_annotations(folder)) == ["set00/V000/I00007"]
+    arguments = Namespace(data_root="nowhere", annotations=str(folder), image_list="all",
+                          min_height=12.0, margin=5.0)  # fmt: skip
+    persons, heights = priors.read_persons(arguments)
+    assert np.allclose(persons, [[120 / 640, 150 / 512, 40 / 640, 100 / 512]])
+    assert heights.tolist() == [100]
+    arguments.min_height = 101.0
+    with pytest.raises(InputError, match="no person to match"):
+        priors.read_persons(arguments)
+
+
+def test_script_as_a_user_runs_it(demo_root, tmp_path):
+    command = [sys.executable, priors.__file__, "--data-root", demo_root, "--sizes", "300x375"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| `pedestrian` | 300x375 |") == 2
+    assert Path(tmp_path / "priors.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--sizes", "300"], "invalid input_size value"), (["--derive", "1"], "from 2 up"),
+     (["--sizes", "100x100"], "INPUT_SIZE"), (["--priors", "vgg"], "invalid choice")],
+)  # fmt: skip
+def test_bad_flags_are_refused(flags, message, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["priors.py", *flags])
+    with pytest.raises(InputError, match=message):
+        priors.parse_arguments()
