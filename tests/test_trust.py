@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 
 import detect
-from datasets import read_image
 from error_sheet import draw_errors
 from errors import InputError
 from files import MAX_TEXT
+from images import read_image
 from kaist import image_path, read_image_list, read_json, read_xml
 from miss_rate import load_ground_truth
 from pretrained import load_pretrained
