@@ -50,7 +50,7 @@ from miss_rate import SETUPS, evaluate, load_ground_truth
 from model import SSD300, Predictions, detect
 from plain import plain_detect, plain_miss_rates, plain_multibox_loss, recipe_sample
 from result_files import read_detections
-from utils import autocast, choose_device, choose_precision
+from utils import autocast, choose_device, choose_precision, make_deterministic
 from workloads import (
     MODEL,
     added_memory,
@@ -157,6 +157,21 @@ def bench_step(bench: Bench) -> Iterator[Row]:
         yield faster(work, ours, theirs, "torchvision fp32", 2.5 if name == "bf16" else 1.1)
         yield share(f"all of the step that is not convolution, {name}", f"{ours:.4g} ms",
                     f"bare trunk: {bare:.4g} ms", ours / bare, 1.05)  # fmt: skip
+
+
+def bench_deterministic(bench: Bench) -> Iterator[Row]:
+    """What --deterministic costs a training step, of the demo's width on a CPU."""
+    width = 1.0 if bench.device.type == "cuda" else 0.125
+    step = our_step(bench.device, bench.precision, 8, width=width, batch_norm=True)
+
+    def same_numbers() -> None:
+        make_deterministic()
+        step()
+        torch.use_deterministic_algorithms(False)
+
+    ours, usual = interleave(bench, same_numbers, step)
+    yield share(f"training step, --deterministic, width {width:g}, batch 8", f"{ours:.4g} ms",
+                f"without: {usual:.4g} ms", ours / usual, 1.1)  # fmt: skip
 
 
 def bench_training(bench: Bench) -> Iterator[Row]:
@@ -378,7 +393,8 @@ def bench_annotations(bench: Bench) -> Iterator[Row]:
 BENCHMARKS = {
     "loss": bench_loss, "detect": bench_detect, "sample": bench_sample,
     "evaluation": bench_evaluation, "annotations": bench_annotations, "image": bench_image,
-    "step": bench_step, "training": bench_training, "memory": bench_memory,
+    "step": bench_step, "training": bench_training, "deterministic": bench_deterministic,
+    "memory": bench_memory,
 }  # fmt: skip
 
 

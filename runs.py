@@ -195,10 +195,10 @@ class Run:
         names = ("SIGINT", "SIGTERM", "SIGHUP")
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
         handlers = [signal.signal(n, lambda number, _: waiting.append(number)) for n in numbers]
-        self.whole = False
+        before, self.whole = self.whole, False
         try:
             yield
-            self.whole = True
+            self.whole = before
         finally:
             for number, handler in zip(numbers, handlers, strict=True):
                 signal.signal(number, handler)

@@ -67,8 +67,9 @@ class StepLog:
 
     def flush(self) -> None:
         """Count every step so far."""
-        while self.waiting:
-            self.count(self.waiting.popleft())
+        with self.run.undivided():
+            while self.waiting:
+                self.count(self.waiting.popleft())
 
     def count(self, outcome: Outcome) -> None:
         """Tell the run."""

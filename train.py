@@ -224,7 +224,8 @@ def train_epoch(
         for step, batch in enumerate(bar, first_step):
             if batch is None:  # none of its frames could be read
                 log.flush()
-                run.add_step(None, 0.0)
+                with run.undivided():
+                    run.add_step(None, 0.0)
                 continue
             set_lr(optimizer, config, lr_factor(config, step, total_steps))
             batch = batch.to(device)
