@@ -22,10 +22,9 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,6 +49,7 @@ from miss_rate import SETUPS, evaluate, load_ground_truth
 from model import SSD300, Predictions, detect
 from plain import plain_detect, plain_miss_rates, plain_multibox_loss, recipe_sample
 from result_files import read_detections
+from timing import Bench, Row, faster, interleave, lap, share
 from utils import autocast, choose_device, choose_precision, make_deterministic
 from workloads import (
     MODEL,
@@ -67,75 +67,6 @@ from workloads import (
 
 LIMITS = {"min_score": 0.01, "nms_iou": 0.45, "max_boxes": 200}  # of detection, as in training
 KAIST_FRAMES = 25_086  # of the training set, cleaned of none
-
-
-@dataclass(frozen=True)
-class Bench:
-    """What every row needs: the device and its precision, a folder, and how long to measure.
-
-    seconds, rounds: of measuring a row, at least; demo: a small demo set.
-    """
-
-    device: torch.device
-    precision: torch.dtype
-    folder: Path
-    quick: bool
-    seconds: float
-    rounds: int = 3
-
-    @property
-    def demo(self) -> Path:
-        root = self.folder / "demo"
-        if not root.exists():
-            draw_demo(root, train_frames=16, test_frames=8, progress=False)
-        return root
-
-
-class Row(NamedTuple):
-    """A line of the table; `met` is None where there is nothing to reach."""
-
-    work: str
-    ours: str
-    reference: str
-    ratio: str
-    target: str
-    met: bool | None
-
-    def __str__(self) -> str:
-        verdict = {None: "", True: "met", False: "missed"}[self.met]
-        return f"| {' | '.join(self[:5])} | {verdict} |"
-
-
-def faster(work: str, ours: float, reference: float, name: str, target: float) -> Row:
-    """A row of two times in milliseconds; the target is how many times faster ours has to be."""
-    ratio = reference / ours
-    return Row(work, f"{ours:.4g} ms", f"{name}: {reference:.4g} ms", f"{ratio:.3g}x faster",
-               f">= {target:g}x", ratio >= target)  # fmt: skip
-
-
-def share(work: str, ours: str, reference: str, ratio: float, target: float) -> Row:
-    """A row in which ours has to stay below a share of the reference."""
-    return Row(work, ours, reference, f"{ratio:.3g} of it", f"<= {target:g}", ratio <= target)
-
-
-def interleave(bench: Bench, *functions: Callable[[], object]) -> list[float]:
-    """Median milliseconds of each function: a warm-up, then rounds in turns."""
-    for function in functions:
-        lap(function, bench.device)
-    end = time.perf_counter() + bench.seconds
-    rounds: list[list[float]] = []
-    while len(rounds) < bench.rounds or time.perf_counter() < end:
-        rounds.append([1e3 * lap(function, bench.device) for function in functions])
-    return [statistics.median(times) for times in zip(*rounds, strict=True)]
-
-
-def lap(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, until the device is done with it."""
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 # ------------------------------------------------------------------------------ training step

@@ -178,7 +178,7 @@ def missing_annotations(
     for frame_id, row in rows.items():
         for i, (counts_here, there) in enumerate(zip(counts, row, strict=True)):
             if counts_here and not there:
-                path = forms[i].path(frame_id) if i < len(forms) else jsons[i - len(forms)]
+                path = Path(forms[i].path(frame_id)) if i < len(forms) else jsons[i - len(forms)]
                 yield Fault("missing-annotation", path, 0, f"{frame_id} is not annotated")
 
 
@@ -247,7 +247,7 @@ def compare_modalities(looks: dict[str, Look], paths: dict[str, Path]) -> Iterat
 def check_annotation(form: Annotations, frame_id: str) -> tuple[list[Fault], bool]:
     """Faults of a frame's annotation, and whether it is there; its absence is no fault yet."""
     modalities = ("visible", "lwir") if form.form == "paired" else (form.modality,)
-    paths = [Annotations(form.source, form.form, m).path(frame_id) for m in modalities]
+    paths = [Path(Annotations(form.source, form.form, m).path(frame_id)) for m in modalities]
     absent = [unreadable(path, "missing-annotation") for path in paths]
     if all(fault and fault.name == "missing-annotation" for fault in absent):
         return [], False

@@ -379,21 +379,27 @@ def detect(
         descending score. An image without detections has k = 0.
     """
     scores = torch.sigmoid(predictions.conf[..., 1] - predictions.conf[..., 0])
-    results = []
-    for image_scores, image_loc in zip(scores, predictions.loc, strict=True):
-        candidates = (image_scores >= min_score).nonzero().squeeze(1)
-        order = image_scores[candidates].argsort(descending=True, stable=True)
-        candidates = candidates[order]
-        # Greedy NMS decides on a box from the higher-scored ones alone, so NMS of a prefix keeps
-        # just what NMS of everything keeps of it: decode and suppress until that is enough.
-        prefix = 2 * max_boxes
-        while True:
-            top = candidates[:prefix]
-            boxes = box_convert(decode(image_loc[top], priors[top]), "cxcywh", "xyxy")
-            boxes = clip_boxes_to_image(boxes, (1, 1))
-            kept = nms(boxes, image_scores[top], nms_iou)[:max_boxes]
-            if len(kept) == max_boxes or prefix >= len(candidates):
-                break
-            prefix *= 2
-        results.append((boxes[kept], image_scores[top[kept]]))
-    return results
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    # Greedy NMS decides on a box from the higher-scored ones alone, so NMS of a prefix keeps
+    # just what NMS of everything keeps of it: decode and suppress until that is enough.
+    prefix = 2 * max_boxes
+    waiting = torch.arange(len(scores), device=scores.device)
+    while len(waiting):
+        own = scores[waiting]
+        longest = min(prefix, own.shape[1])
+        lowest = own.topk(longest, dim=1).values[:, -1:].clamp(min=min_score)
+        image, prior = (own >= lowest).nonzero(as_tuple=True)
+        boxes = decode(predictions.loc[waiting[image], prior], priors[prior])
+        boxes = clip_boxes_to_image(box_convert(boxes, "cxcywh", "xyxy"), (1, 1))
+        lengths = image.bincount(minlength=len(own)).tolist()
+        parts = zip(boxes.split(lengths), own[image, prior].split(lengths), strict=True)
+        unfinished = []
+        for i, (own_boxes, own_scores) in zip(waiting.tolist(), parts, strict=True):
+            kept = nms(own_boxes, own_scores, nms_iou)[:max_boxes]
+            if len(kept) < max_boxes and len(own_scores) >= prefix:
+                unfinished.append(i)  # there may be more below
+            else:
+                results[i] = own_boxes[kept], own_scores[kept]
+        waiting = waiting.new_tensor(unfinished)
+        prefix *= 2
+    return [results[i] for i in range(len(scores))]

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from runs import Run, nonfinite_error
 
+MAX_SKIPS = 20  # steps in a row that ON_NONFINITE = "skip" leaves out before it stops all the same
+
 
 class Outcome(NamedTuple):
     """A step's losses of the whole batch and of this process, (2, terms); whether it was finite;

@@ -47,7 +47,7 @@ from pretrained import check_pretrained, load_pretrained
 from pseudo_gt import MapRange
 from report import headline, report
 from runs import Run
-from step_log import StepLog
+from step_log import MAX_SKIPS, StepLog
 from utils import autocast, choose_device, choose_precision, make_deterministic
 
 # Where things are, and which machine runs them.
@@ -109,9 +109,6 @@ MIN_SCORE = 0.01  # detections below this score are dropped
 NMS_IOU = 0.45  # of two detections that overlap more, the lower-scored is dropped
 MAX_BOXES = 200  # detections kept in a frame
 TEST_FLIP = False  # detect in each frame and its mirror image, averaged: twice the time
-
-
-MAX_SKIPS = 20  # steps in a row that ON_NONFINITE = "skip" leaves out before it stops all the same
 
 
 def main() -> None:

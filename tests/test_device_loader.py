@@ -7,8 +7,9 @@ import torch.nn.functional as F
 
 from augment import Augmentation
 from batches import BatchLoader, Collate, EpochBatches
-from datasets import KaistPairs, cache_frames, load_frames
+from datasets import KaistPairs, load_frames
 from device_loader import DeviceLoader, Recipes, make_images, obstacle, resize_weights
+from images import cache_frames
 from kaist import open_annotations, read_image_list
 from losses import IGNORE
 from model import SSD300

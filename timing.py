@@ -1,0 +1,83 @@
+"""How benchmark.py measures: work in turns in one process, medians, and the rows of its table."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from demo_data import draw_demo
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every row needs: the device and its precision, a folder, and how long to measure.
+
+    seconds, rounds: of measuring a row, at least; demo: a small demo set.
+    """
+
+    device: torch.device
+    precision: torch.dtype
+    folder: Path
+    quick: bool
+    seconds: float
+    rounds: int = 3
+
+    @property
+    def demo(self) -> Path:
+        root = self.folder / "demo"
+        if not root.exists():
+            draw_demo(root, train_frames=16, test_frames=8, progress=False)
+        return root
+
+
+class Row(NamedTuple):
+    """A line of the table; `met` is None where there is nothing to reach."""
+
+    work: str
+    ours: str
+    reference: str
+    ratio: str
+    target: str
+    met: bool | None
+
+    def __str__(self) -> str:
+        verdict = {None: "", True: "met", False: "missed"}[self.met]
+        return f"| {' | '.join(self[:5])} | {verdict} |"
+
+
+def faster(work: str, ours: float, reference: float, name: str, target: float) -> Row:
+    """A row of two times in milliseconds; the target is how many times faster ours has to be."""
+    ratio = reference / ours
+    return Row(work, f"{ours:.4g} ms", f"{name}: {reference:.4g} ms", f"{ratio:.3g}x faster",
+               f">= {target:g}x", ratio >= target)  # fmt: skip
+
+
+def share(work: str, ours: str, reference: str, ratio: float, target: float) -> Row:
+    """A row in which ours has to stay below a share of the reference."""
+    return Row(work, ours, reference, f"{ratio:.3g} of it", f"<= {target:g}", ratio <= target)
+
+
+def interleave(bench: Bench, *functions: Callable[[], object]) -> list[float]:
+    """Median milliseconds of each function: a warm-up, then rounds in turns."""
+    for function in functions:
+        lap(function, bench.device)
+    end = time.perf_counter() + bench.seconds
+    rounds: list[list[float]] = []
+    while len(rounds) < bench.rounds or time.perf_counter() < end:
+        rounds.append([1e3 * lap(function, bench.device) for function in functions])
+    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+def lap(function: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, until the device is done with it."""
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
