@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from augment import mean_colour
 from errors import InputError
 from frame_cache import FrameCache, open_cache
 from kaist import FRAME_HEIGHT, FRAME_WIDTH, image_path
@@ -86,6 +85,9 @@ def read_image(path: Path, modality: str) -> np.ndarray:
 
 def join_modalities(images: dict[str, np.ndarray], input_mode: str) -> np.ndarray:
     """(512, 640, C) uint8, visible first; a modality that `images` lacks is its mean colour."""
+    # Here, because pictures of errors are drawn without torch.
+    from augment import mean_colour
+
     blank = np.broadcast_to(mean_colour(4).numpy(), (FRAME_HEIGHT, FRAME_WIDTH, 4))
     blanks = {"visible": blank[..., :3], "lwir": blank[..., 3:]}
     return np.concatenate([images.get(m, blanks[m]) for m in MODALITIES[input_mode]], axis=2)
