@@ -1,6 +1,7 @@
 """What several test files share: a small demo set, and where the real KAIST files may lie."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ PROJECT = Path(__file__).parent.parent
 def own_cache_folder(tmp_path_factory):
     """What tests remember of files stays out of the user's cache folder."""
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def signals() -> None:
+    """Ctrl-C and hang-ups are heard, also where the tests run in the background or under nohup."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
