@@ -27,7 +27,7 @@ import traceback
 import warnings
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
@@ -242,6 +242,7 @@ def work(
 ) -> None:
     """Feed every `workers`-th input; puts (reader, inputs, refused, seconds, failures)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process has inherited another answer
     torch.set_num_threads(1)
     folder.mkdir()
     readers = make_readers(seeds)
@@ -311,7 +312,7 @@ def run(
     queue: multiprocessing.Queue = multiprocessing.Queue()
     workers = [
         multiprocessing.Process(target=work, args=(rank, arguments.workers, counts, seeds,
-                                arguments.seed, folder / str(rank), queue))
+                                arguments.seed, folder / str(rank), queue), daemon=True)
         for rank in range(arguments.workers)
     ]  # fmt: skip
     for worker in workers:
@@ -319,36 +320,48 @@ def run(
     rows = {name: [0, 0, 0.0, 0] for name in counts}
     kept: Counter[str] = Counter()
     bar = tqdm(total=sum(counts.values()), unit="input")
+    try:
+        for name, n, refused, seconds, failures in messages(queue, workers):
+            bar.update(n)
+            new = n, refused, seconds, len(failures)
+            rows[name] = [a + b for a, b in zip(rows[name], new, strict=True)]
+            for number, data, trace in failures:
+                kind = name + re.sub(r"\d+", "0", trace.splitlines()[-1])[:80]
+                kept[kind] += 1
+                if kept[kind] <= 3:
+                    keep(arguments.out / f"{name}-{number}", data, trace)
+    finally:  # Ctrl-C leaves the table of what was fed
+        bar.close()
+        print_table(rows)
+    died = [rank for rank, worker in enumerate(workers) if worker.join() or worker.exitcode]
+    for rank in died:
+        newest = max((folder / str(rank)).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        keep(arguments.out / f"died-{newest.name}", newest.read_bytes(), "the process died\n")
+    return sum(row[3] for row in rows.values()) + len(died)
+
+
+def messages(queue: multiprocessing.Queue, workers: list) -> Iterator[tuple]:
+    """What the processes put, until all have ended."""
     running = len(workers)
     while running:
         try:
             message = queue.get(timeout=1)
         except Empty:
             if not any(worker.is_alive() for worker in workers) and queue.empty():
-                break
+                return
             continue
         if message is None:
             running -= 1
-            continue
-        name, n, refused, seconds, failures = message
-        bar.update(n)
-        new = n, refused, seconds, len(failures)
-        rows[name] = [a + b for a, b in zip(rows[name], new, strict=True)]
-        for number, data, trace in failures:
-            kind = name + re.sub(r"\d+", "0", trace.splitlines()[-1])[:80]
-            kept[kind] += 1
-            if kept[kind] <= 3:
-                keep(arguments.out / f"{name}-{number}", data, trace)
-    bar.close()
-    died = [rank for rank, worker in enumerate(workers) if worker.join() or worker.exitcode]
-    for rank in died:
-        newest = max((folder / str(rank)).iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        keep(arguments.out / f"died-{newest.name}", newest.read_bytes(), "the process died\n")
+        else:
+            yield message
+
+
+def print_table(rows: dict[str, list]) -> None:
+    """How many inputs of each reader were refused, taken and failed, and the time they took."""
     print(f"{'reader':16} {'inputs':>9} {'refused':>9} {'taken':>9} {'failed':>6} {'us each':>8}")
     for name, (n, refused, seconds, failed) in rows.items():
         print(f"{name:16} {n:9,} {refused:9,} {n - refused - failed:9,} {failed:6} "
               f"{1e6 * seconds / max(1, n):8.0f}")  # fmt: skip
-    return sum(row[3] for row in rows.values()) + len(died)
 
 
 def keep(path: Path, data: bytes, trace: str) -> None:
