@@ -295,20 +295,16 @@ def main() -> None:
         share = sum(readers[name].share for name in chosen)
         counts = {name: math.ceil(arguments.inputs * readers[name].share / share)
                   for name in chosen}  # fmt: skip
-        failed = run(counts, seeds, readers, arguments, Path(folder))
-    print(f"{sum(counts.values()):,} inputs in {time.perf_counter() - started:.0f} s, "
+        fed, failed = run(counts, seeds, arguments, Path(folder))
+    print(f"{fed:,} inputs in {time.perf_counter() - started:.0f} s, "
           f"{failed} failures" + f", kept in {arguments.out}" * bool(failed))  # fmt: skip
     sys.exit(bool(failed))
 
 
 def run(
-    counts: dict[str, int],
-    seeds: dict[str, list[bytes]],
-    readers: dict[str, Reader],
-    arguments: Namespace,
-    folder: Path,
-) -> int:
-    """Run the processes, keep what fails, print a table; returns the number of failures."""
+    counts: dict[str, int], seeds: dict[str, list[bytes]], arguments: Namespace, folder: Path
+) -> tuple[int, int]:
+    """Run the processes, keep what fails, print a table; returns how many were fed and failed."""
     queue: multiprocessing.Queue = multiprocessing.Queue()
     workers = [
         multiprocessing.Process(target=work, args=(rank, arguments.workers, counts, seeds,
@@ -337,7 +333,7 @@ def run(
     for rank in died:
         newest = max((folder / str(rank)).iterdir(), key=lambda path: path.stat().st_mtime_ns)
         keep(arguments.out / f"died-{newest.name}", newest.read_bytes(), "the process died\n")
-    return sum(row[3] for row in rows.values()) + len(died)
+    return sum(row[0] for row in rows.values()), sum(row[3] for row in rows.values()) + len(died)
 
 
 def messages(queue: multiprocessing.Queue, workers: list) -> Iterator[tuple]:

@@ -12,6 +12,7 @@ import re
 import struct
 import zipfile
 import zlib
+from copy import deepcopy
 
 LAUGHS = b'<!DOCTYPE a [<!ENTITY a "ha">' + b"".join(
     b'<!ENTITY %c "%s">' % (ord("b") + i, b"&%c;" % (ord("a") + i) * 10) for i in range(9)
@@ -122,11 +123,11 @@ def mutate_json(rng: random.Random, seeds: list[bytes]) -> bytes:
             case 0:
                 del parent[key]
             case 1 if isinstance(parent, list):
-                parent.insert(key, parent[key])
+                parent.insert(key, deepcopy(parent[key]))
             case 2 if isinstance(parent, dict):
-                parent[rng.choice(list(parent))] = parent[key]
+                parent[rng.choice(list(parent))] = deepcopy(parent[key])
             case _:
-                parent[key] = rng.choice(JSON_VALUES)
+                parent[key] = deepcopy(rng.choice(JSON_VALUES))
     text = json.dumps(content)
     for word, value in UNWRITABLE.items():
         text = text.replace(word, value)

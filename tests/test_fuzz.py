@@ -106,6 +106,14 @@ def test_a_refused_file_that_the_check_calls_clean_is_a_failure(tmp_path):
         fuzz.with_check(read, lambda path: ["fault"], tmp_path)
 
 
+def test_an_input_depends_on_its_number_and_seed_alone(readers):
+    for name, reader in readers.items():
+        once = [fuzz.make_input(name, reader, number, 5) for number in range(200)]
+        again = [fuzz.make_input(name, reader, number, 5) for number in reversed(range(200))]
+        assert once == again[::-1]
+        assert fuzz.make_input(name, reader, 0, 6) != once[0] or name.endswith("flags")
+
+
 def test_script_counts_its_inputs(tmp_path):
     command = [sys.executable, fuzz.__file__, "--inputs", "400", "--workers", "2",
                "--reader", "bbgt", "--reader", "image-list"]  # fmt: skip
