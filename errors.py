@@ -35,7 +35,8 @@ class InputError(Exception):
 def run_script(main: Callable[[], None]) -> None:
     """Run an entry script's main(); an InputError becomes one line on stderr and exit code 2.
 
-    Ctrl-C, SIGTERM and a closed terminal unwind main() as exceptions (exit code 128 + signal).
+    So does what the system says of a file, where nobody has foreseen it. Ctrl-C, SIGTERM and a
+    closed terminal unwind main() as exceptions (exit code 128 + signal).
     """
 
     def stop(number: int, _: object) -> None:
@@ -51,6 +52,11 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a name too long, a folder that may not be entered, a failing disk
+        if error.filename is None:
+            raise
+        print(f"error: {str(error.filename)[:200]}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

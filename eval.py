@@ -15,6 +15,7 @@ Finished runs are compared in one table and one figure:
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,10 +109,10 @@ def parse_arguments() -> Namespace:
     if arguments.without and (arguments.detections or arguments.compare):
         parser.error("--without evaluates a checkpoint: leave --detections and --compare away")
     for path in arguments.detections or []:
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path's own, it takes any name
             raise InputError("result file not found", "check --detections", file=path)
     for path in (arguments.out, arguments.json, arguments.errors_out):
-        if path and not path.parent.is_dir():
+        if path and not os.path.isdir(path.parent):
             raise InputError("no such folder", "make it first", file=path.parent)
     if arguments.detections and arguments.show_errors and not arguments.data_root:
         parser.error("--show-errors needs --data-root, the folder with images/")

@@ -262,7 +262,7 @@ def feature_map_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
     """(height, width) of the six feature maps for an input of (height, width) pixels.
 
     Raises:
-        InputError: the input is too small for six maps.
+        InputError: the input is too small for six maps, or larger than any use of it.
     """
 
     def chain(n: int) -> list[int]:
@@ -273,6 +273,8 @@ def feature_map_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
             sizes.append((sizes[-1] + 2 * padding - 3) // stride + 1)
         return sizes
 
+    if max(size) > 10_000:
+        raise InputError("INPUT_SIZE is beyond 10,000 pixels a side", "KAIST frames are 512,640")
     sizes = list(zip(chain(size[0]), chain(size[1]), strict=True))
     if min(sizes[-1]) < 1:
         raise InputError(

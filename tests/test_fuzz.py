@@ -46,6 +46,9 @@ REGRESSIONS = [
     ("checkpoint", b"PK\x03\x04"),
     ("train-flags", b"--lr\n1e400"),
     ("train-flags", b"--input-size\n" + b"9" * 5000 + b",300"),
+    ("train-flags", b"--input-size\n" + NINES + b",300"),  # OverflowError
+    ("eval-flags", b"--annotations\nx.json\n--detections\n" + b"A" * 5000),  # OSError
+    ("eval-flags", b"--json\n" + b"A" * 5000 + b"/x.json"),
 ]
 
 
@@ -112,6 +115,14 @@ def test_an_input_depends_on_its_number_and_seed_alone(readers):
         again = [fuzz.make_input(name, reader, number, 5) for number in reversed(range(200))]
         assert once == again[::-1]
         assert fuzz.make_input(name, reader, 0, 6) != once[0] or name.endswith("flags")
+
+
+def test_a_name_that_the_system_refuses_is_told_in_one_line(tmp_path):
+    flags = ["--detections", fuzz.__file__, "--annotations", "A" * 5000]
+    done = subprocess.run([sys.executable, fuzz.eval_script.__file__, *flags], cwd=tmp_path,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: AAA") and done.stderr.endswith(": File name too long\n")
 
 
 def test_script_counts_its_inputs(tmp_path):
