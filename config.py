@@ -176,6 +176,23 @@ def model_arguments(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_infusion(config: dict[str, Any]) -> None:
+    """Refuse maps that are neither infused nor not, and options of masks where no map has any.
+
+    Raises:
+        InputError: the constant, its value and what it needs.
+    """
+    if not set(config["infusion"]) <= {0, 1}:
+        refuse("infusion", config["infusion"], "write 1 for a map with a segmentation head, else 0")
+    if any(config["infusion"]):
+        return
+    plain = {"infusion_conv": (False,), "seg_maps": ("mean", "sum"), "out_of_range": ("keep",),
+             "seg_weight": (1.0, 0.0)}  # fmt: skip
+    for name, values in plain.items():
+        if config[name] not in values:
+            refuse(name, config[name], "there is no mask without a map to infuse: set INFUSION")
+
+
 def refuse(name: str, value: Any, remedy: str) -> None:
     """Raise the InputError for a constant."""
     raise InputError(f"{name.upper()} = {value!r} cannot be used", remedy)

@@ -24,6 +24,7 @@ import demo_data
 from batches import Batch, BatchLoader
 from config import (
     check_config,
+    check_infusion,
     lab_book,
     model_arguments,
     parse_flags,
@@ -314,6 +315,7 @@ def configure(argv: list[str] | None = None) -> dict[str, Any]:
     if config["experiment"]:
         config |= resolve_row(config["experiment"]) | flags
     check_config(config)
+    check_infusion(config)
     if config["loader"] == "device" and (reason := obstacle(config)):
         refuse("loader", "device", reason)
     check_pretrained(config["pretrained"], width=config["width"], batch_norm=config["batch_norm"])

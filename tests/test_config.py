@@ -8,6 +8,8 @@ from errors import InputError
 from experiments import BASE, EXPERIMENTS
 from optimisation import lr_factor
 
+NO_MAPS = ["--infusion", "0,0,0,0,0,0"]
+
 
 def defaults():
     return {name: value for name, (value, _) in read_constants(train.__file__).items()}
@@ -53,12 +55,24 @@ def test_flags_win_over_rows_and_rows_over_constants():
         (["--modality-dropout", "1.5"], "MODALITY_DROPOUT = 1.5"),
         (["--modality-dropout", "0.5", "--input-mode", "lwir"], "MODALITY_DROPOUT.*both modal"),
         (["--modality-dropout", "0.5", "--no-augment"], "MODALITY_DROPOUT.*AUGMENT"),
+        (["--infusion", "2,0,0,0,0,0"], r"INFUSION = \(2, 0, 0, 0, 0, 0\)"),
+        ([*NO_MAPS, "--seg-weight", "2"], "SEG_WEIGHT = 2.0.*set INFUSION"),
+        ([*NO_MAPS, "--seg-maps", "uncertainty"], "SEG_MAPS = 'uncertainty'.*set INFUSION"),
+        ([*NO_MAPS, "--out-of-range", "ignore"], "OUT_OF_RANGE = 'ignore'.*set INFUSION"),
+        ([*NO_MAPS, "--infusion-conv"], "INFUSION_CONV = True.*set INFUSION"),
         (["--input-size", "100,100"], r"INPUT_SIZE = \(100, 100\)"),
     ],
 )
 def test_what_cannot_be_used_is_refused(flags, message):
     with pytest.raises(InputError, match=message):
         train.configure(flags)
+
+
+def test_a_row_with_a_wrong_key_is_refused(monkeypatch):
+    row = {"based_on": "26", "change": {"lrr": 1.0}, "words": "", "logged": ""}
+    monkeypatch.setitem(EXPERIMENTS, "77", row)
+    with pytest.raises(InputError, match="row 77 changes lrr, which no recipe has"):
+        train.configure(["--experiment", "77", "--data-root", "nowhere"])
 
 
 def test_every_row_resolves_to_known_constants():
