@@ -33,7 +33,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert
 
-from augment import Augmentation, resize, snap, view_pixels
+from augment import Augmentation, resize, view_pixels, whole_frame
 from batches import Collate
 from config import OneLineParser, model_arguments, resolve_row
 from datasets import KaistPairs, load_frames
@@ -43,7 +43,7 @@ from errors import run_script
 from experiments import EXPERIMENTS
 from images import cache_frames, read_frame, read_image
 from inference import detect_image
-from kaist import FRAME_HEIGHT, FRAME_WIDTH, image_path, open_annotations, read_image_list
+from kaist import image_path, open_annotations, read_image_list
 from losses import MultiBoxLoss
 from miss_rate import SETUPS, evaluate, load_ground_truth
 from model import SSD300, Predictions, detect
@@ -221,7 +221,7 @@ def bench_image(bench: Bench) -> Iterator[Row]:
     model = model.to(bench.device, memory_format=torch.channels_last).eval()
     theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2)
     theirs = theirs.to(bench.device).eval()
-    whole = snap((0, 0, FRAME_WIDTH, FRAME_HEIGHT), model.size, flip=False)
+    whole = whole_frame(3, model.size).view
 
     @torch.inference_mode()
     def ours() -> list:

@@ -31,10 +31,10 @@ from kaist import FRAME_HEIGHT, FRAME_WIDTH
 from model import SSD300
 from utils import (
     build_model,
+    choose_checkpoint,
     choose_device,
     choose_precision,
     load_checkpoint,
-    newest_checkpoint,
 )
 
 CHECKPOINTS = "checkpoints"  # the newest run here is used unless --checkpoint names one
@@ -51,8 +51,7 @@ def main() -> None:
         raise InputError(f"--min-score {arguments.min_score}", "it is a share, from 0 to 1")
     device = choose_device(arguments.device)
     make_folder(arguments.out)
-    path = arguments.checkpoint or newest_checkpoint(Path(CHECKPOINTS))
-    path = path / "last.pt" if path.is_dir() else path
+    path = choose_checkpoint(arguments.checkpoint, Path(CHECKPOINTS))
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"]
     pairs = [find_pair(image, config) for image in list_images(arguments.images)]

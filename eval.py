@@ -139,15 +139,13 @@ def evaluate_checkpoint(arguments: Namespace) -> tuple[str, Path, GroundTruth, P
     """
     # Here, because result files are evaluated without torch.
     from inference import run_checkpoint
-    from utils import newest_checkpoint
+    from utils import choose_checkpoint
 
-    path = arguments.checkpoint or newest_checkpoint(Path(CHECKPOINTS))
+    path = choose_checkpoint(arguments.checkpoint, Path(CHECKPOINTS))
     settings = {"data_root": arguments.data_root, "test_list": arguments.image_list,
                 "test_annotations": arguments.annotations,
                 "device": arguments.device}  # fmt: skip
     given = {key: str(value) for key, value in settings.items() if value}
-    if path.is_dir():
-        path = path / "last.pt"
     print(f"weights of {path}")
     config, ground_truth, detections, mask_ious = run_checkpoint(path, given, arguments.without)
     if mask_ious:

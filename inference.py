@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from augment import resize, snap, view_pixels
+from augment import resize, view_pixels, whole_frame
 from batches import BatchLoader
 from datasets import Frame, KaistPairs, label_objects
 from demo_data import open_root
@@ -199,7 +199,7 @@ def detect_image(
     model: SSD300, frame: np.ndarray, precision: torch.dtype, config: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Boxes (k, 4) xywh pixels and scores (k,), best first, of a frame as from `read_frame`."""
-    whole = snap((0, 0, FRAME_WIDTH, FRAME_HEIGHT), model.size, flip=False)
+    whole = whole_frame(frame.shape[2], model.size).view
     image = view_pixels(resize(frame, whole), whole, model.size).unsqueeze(0)
     with torch.inference_mode():
         predictions = predict(model, image.to(model.priors.device), precision, config)

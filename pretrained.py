@@ -65,27 +65,29 @@ def check_pretrained(source: str, *, width: float, batch_norm: bool) -> None:
         return
     if width != 1.0:
         refuse("pretrained", source, "published weights need WIDTH = 1.0")
-    file = None if source in ("imagenet", "coco") else Path(source)
-    if file:
-        state = read_state(file)
-        ssd = is_ssd(state)
-        if ssd:
-            wanted, kind = ssd300_vgg16, "SSD300"
-        else:
-            has_bn = any(key.endswith("running_mean") for key in state)
-            wanted, kind = (vgg16_bn, "VGG16-BN") if has_bn else (vgg16, "VGG16")
-            if has_bn != batch_norm:
-                raise InputError(
-                    f"weights of {kind} for a network with BATCH_NORM = {batch_norm}",
-                    f"set BATCH_NORM = {has_bn}, or take the other VGG16", file=file,
-                )  # fmt: skip
-        check_state(file, state, kind, wanted)
-    elif source == "imagenet":
-        ssd = False
+    if source in ("imagenet", "coco"):
+        ssd = source == "coco"
     else:
-        ssd = True
+        ssd = check_file(Path(source), batch_norm)
     if ssd and batch_norm:
         refuse("pretrained", source, "an SSD300's weights need BATCH_NORM = False")
+
+
+def check_file(file: Path, batch_norm: bool) -> bool:
+    """Check a state file, see `check_pretrained`; whether it is an SSD300's."""
+    state = read_state(file)
+    if is_ssd(state):
+        check_state(file, state, "SSD300", ssd300_vgg16)
+        return True
+    has_bn = any(key.endswith("running_mean") for key in state)
+    make, kind = (vgg16_bn, "VGG16-BN") if has_bn else (vgg16, "VGG16")
+    if has_bn != batch_norm:
+        raise InputError(
+            f"weights of {kind} for a network with BATCH_NORM = {batch_norm}",
+            f"set BATCH_NORM = {has_bn}, or take the other VGG16", file=file,
+        )  # fmt: skip
+    check_state(file, state, kind, make)
+    return False
 
 
 def is_ssd(state: dict[str, Tensor]) -> bool:

@@ -179,6 +179,12 @@ def build_model(checkpoint: dict[str, Any]) -> SSD300:
     return model
 
 
+def choose_checkpoint(named: Path | None, runs: Path) -> Path:
+    """The checkpoint named, the `last.pt` of a run's folder named, or the newest among `runs`."""
+    path = named or newest_checkpoint(runs)
+    return path / LAST if path.is_dir() else path
+
+
 def newest_checkpoint(folder: Path) -> Path:
     """The `last.pt` that was written last among a folder's runs."""
     found = sorted(folder.glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
