@@ -46,7 +46,7 @@ class Study:
     """A question: what it compares, and with what.
 
     baseline: the row that all are compared with; arms: name -> (row, changes to it); small: what
-    takes the place of SMALL's values.
+    takes the place of SMALL's values, None what the rows themselves say.
     """
 
     question: str
@@ -63,6 +63,13 @@ STUDIES = {
         {row: (row, {}) for row in ("18", "19", "20", "21", "22", "26", "27", "28")}
         | {"26, SEG_WEIGHT 10": ("26", {"seg_weight": 10.0})},
         seeds=5,
+    ),
+    "beyond": Study(
+        "What do the changes beyond the log bring, each by itself?",
+        "26",
+        {row: (row, {}) for row in ("31", "32", "33", "34", "36", "37", "38")},
+        seeds=3,
+        small={"schedule": None, "epochs": 12, "eval_every": 12},
     ),
 }
 
@@ -127,7 +134,8 @@ def plan(study: Study, folder: Path, seeds: int, more: list[str]) -> list[StudyR
             changed = "".join(f"-{key}-{show(value)}" for key, value in changes.items())
             name = f"small{row}{changed}-seed{seed}"
             values = SMALL | study.small | changes | {"seed": seed}
-            flags = ["--experiment", row, *as_flags(values), *more]
+            said = {key: value for key, value in values.items() if value is not None}
+            flags = ["--experiment", row, *as_flags(said), *more]
             flags += ["--checkpoints", str(folder), "--name", name]
             runs.append(StudyRun(arm, seed, folder / name, flags, train.configure(flags)))
     for run in runs:
