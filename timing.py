@@ -1,4 +1,4 @@
-"""How benchmark.py measures: work in turns in one process, medians, and the rows of its table."""
+"""How benchmark.py measures: work in turns, medians, and the rows of its table."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,6 +74,36 @@ def interleave(bench: Bench, *functions: Callable[[], object]) -> list[float]:
     while len(rounds) < bench.rounds or time.perf_counter() < end:
         rounds.append([1e3 * lap(function, bench.device) for function in functions])
     return [statistics.median(times) for times in zip(*rounds, strict=True)]
+
+
+class Apart:
+    """A function in a process of its own, which ends when this object is gone.
+
+    make(*arguments) is called there and gives the function; a call runs it and returns what it
+    returns. All of them have to be picklable.
+    """
+
+    def __init__(self, make: Callable[..., Callable[[], object]], *arguments: object) -> None:
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        context.Process(target=serve, args=(theirs, make, arguments), daemon=True).start()
+        theirs.close()
+
+    def __call__(self) -> object:
+        """Raises EOFError or OSError where the process has died; it has said why on stderr."""
+        self.pipe.send(None)
+        return self.pipe.recv()
+
+
+def serve(pipe: Connection, make: Callable, arguments: tuple) -> None:
+    """Run make(*arguments)() whenever asked, as long as there is somebody to ask."""
+    function = make(*arguments)
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        pipe.send(function())
 
 
 def lap(function: Callable[[], object], device: torch.device) -> float:

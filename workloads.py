@@ -24,7 +24,7 @@ from miss_rate import GroundTruth
 from model import SSD300, Predictions
 from pseudo_gt import box_masks
 from result_files import Detections, write_detections
-from utils import autocast
+from utils import autocast, keep_memory
 
 MODEL = {"input_mode": "early", "batch_norm": False, "width": 1.0, "infusion": (1, 1, 0, 0, 0, 0),
          "infusion_conv": False, "prior_set": "ssd300", "size": (300, 300)}  # fmt: skip
@@ -143,9 +143,16 @@ def torchvision_step(device: torch.device, n: int) -> Callable:
     return step
 
 
-def added_memory(name: str, device: torch.device, precision: torch.dtype) -> int:
-    """Bytes by which the peak of this process's first step of batch 8 rises above what it held."""
-    step = our_step(device, precision, 8) if name == "ours" else torchvision_step(device, 8)
+def keeping(make: Callable, *arguments: object) -> Callable:
+    """make(*arguments), with freed memory kept as train.py keeps it."""
+    keep_memory()
+    return make(*arguments)
+
+
+def added_memory(device: torch.device, make: Callable[..., Callable], *arguments: object) -> int:
+    """Bytes by which the peak of this process rises above what it held in the first step of
+    make(device, *arguments)."""
+    step = make(device, *arguments)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         step()

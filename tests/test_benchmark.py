@@ -1,7 +1,11 @@
 """The benchmark: its references agree with what they are held against, and its script runs."""
 
+import os
+import platform
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,8 @@ from miss_rate import SETUPS, evaluate
 from model import SSD300, detect
 from plain import plain_detect, plain_miss_rates, recipe_sample
 from result_files import read_detections
-from workloads import MODEL, draw_annotations, random_predictions, synthetic_result
+from timing import Apart
+from workloads import MODEL, draw_annotations, keeping, random_predictions, synthetic_result
 
 
 def run(*arguments):
@@ -42,6 +47,37 @@ def test_rounds_go_in_turns():
     bench = benchmark.Bench(torch.device("cpu"), torch.float32, Path(), quick=True, seconds=0.0)
     times = benchmark.interleave(bench, lambda: calls.append("a"), lambda: calls.append("b"))
     assert calls == ["a", "b"] * 4 and len(times) == 2
+
+
+def test_a_function_apart_has_its_own_process():
+    counting = Apart(partial, os.getpid)
+    assert counting() == counting() != os.getpid()
+
+
+def test_a_function_apart_that_fails_is_not_waited_for(capfd):
+    with pytest.raises((EOFError, OSError)):
+        Apart(partial, os.listdir, "/no/such/folder")()
+    assert "/no/such/folder" in capfd.readouterr().err
+
+
+def new_pages() -> Callable[[], int]:
+    """A function that takes and frees 96 MiB, and counts the pages the system had to make."""
+    import resource
+
+    def count() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        [torch.zeros(24 * 2**20, dtype=torch.uint8) for _ in range(4)]
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    return count
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is asked to keep memory")
+def test_freed_memory_is_kept():
+    usual, kept = Apart(new_pages), Apart(keeping, new_pages)
+    for count in (usual, kept):
+        count(), count()
+    assert kept() < usual() / 10
 
 
 def test_rows_say_whether_the_target_is_met():
