@@ -227,9 +227,9 @@ def bench_image(bench: Bench) -> Iterator[Row]:
     whole = whole_frame(3, model.size).view
 
     @torch.inference_mode()
-    def ours() -> list:
+    def ours(precision: torch.dtype) -> list:
         image = view_pixels(resize(read_image(path, "visible"), whole), whole, model.size)
-        with autocast(bench.device, bench.precision):
+        with autocast(bench.device, precision):
             predictions = model(image.unsqueeze(0).to(bench.device))
         assert not predictions.seg  # masks cost nothing here
         return detect(predictions, model.priors, **LIMITS)
@@ -239,9 +239,10 @@ def bench_image(bench: Bench) -> Iterator[Row]:
         image = decode_image(path, ImageReadMode.RGB).to(bench.device)
         return theirs([image / 255])
 
-    target = 2.2 if bench.precision == torch.bfloat16 else 1.2
-    times = interleave(bench, ours, torchvisions)
-    yield faster("one image, file to boxes", *times, "torchvision", target)
+    for precision in dict.fromkeys([bench.precision, torch.float32]):
+        name, target = ("bf16", 2.2) if precision == torch.bfloat16 else ("fp32", 1.2)
+        times = interleave(bench, partial(ours, precision), torchvisions)
+        yield faster(f"one image, file to boxes, {name}", *times, "torchvision", target)
 
 
 # ------------------------------------------------------------------------------ data

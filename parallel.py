@@ -46,10 +46,7 @@ class Team:
 
     def any(self, flag: bool) -> bool:
         """Whether a flag is set in any process."""
-        if self.size == 1:
-            return flag
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        return bool(self.sum(torch.tensor(float(flag), device=device)))
+        return bool(self.sum(torch.tensor(float(flag))))  # on the host: no wait for a GPU
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank, on every process."""
@@ -96,8 +93,8 @@ ALONE = Team()
 def join_team(device: torch.device, batch_size: int) -> tuple[Team, torch.device]:
     """The team that torchrun's environment describes, and this process's device.
 
-    Without torchrun: a team of one. On CUDA each process takes the GPU of its local rank and
-    talks over NCCL, else they talk over gloo.
+    Without torchrun: a team of one. On CUDA each process takes the GPU of its local rank, and what
+    lies there goes over NCCL; all else goes over gloo.
 
     Raises:
         InputError: the global batch cannot be split evenly.
@@ -113,5 +110,5 @@ def join_team(device: torch.device, batch_size: int) -> tuple[Team, torch.device
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return Team(dist.get_rank(), size), device
