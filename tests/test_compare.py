@@ -10,6 +10,7 @@ import pytest
 import eval as eval_script
 import study
 import train
+from config import resolve_row
 from errors import InputError
 from study import Outcome, Study, holm, paired_test
 
@@ -91,8 +92,22 @@ def test_a_study_compares_seed_by_seed():
     table = study.report(question, outcomes + [outcome("19", 9, 5.0)])  # no such baseline
     line = next(line for line in table.splitlines() if line.startswith("| 19"))
     assert "-0.8 [-1.6, -0.1]" in line and "| 4 |" in line
+    table = study.report(question, [outcome("12", 0, 30), outcome("26", 0, 29)])
+    assert "| -1.0 |  |  |" in table and "nan" not in table  # one seed has no interval
     with pytest.raises(InputError, match="no finished runs to compare"):
         study.report(question, [outcome("19", 0, 1.0)])
+
+
+def test_the_kaist_study_leaves_rows_as_they_are(tmp_path):
+    for run in study.plan(study.STUDIES["kaist"], tmp_path, 1, []):
+        row = resolve_row(run.arm) | {"seed": 0}
+        assert {key: run.config[key] for key in row} == row
+
+
+def test_small_studies_keep_what_the_question_is_about():
+    runs = study.plan(study.STUDIES["beyond"], Path("none"), 1, [])
+    schedules = {run.arm: run.config["schedule"] for run in runs}
+    assert schedules.pop("37") == "cosine" and set(schedules.values()) == {"step"}
 
 
 @pytest.fixture
@@ -119,7 +134,7 @@ def test_a_study_runs_goes_on_and_reports(one_study, monkeypatch, capsys):
     assert said.count("\n| 12") == 1 and Path("results/tiny.png").stat().st_size > 5000
     assert Path("results/tiny.md").read_text().strip() in said
     runs = sorted(p.name for p in Path("checkpoints/study-tiny").iterdir() if p.is_dir())
-    assert runs == ["small12-seed0", "small26-lr-0.0001-seed0"]
+    assert runs == ["row12-seed0", "row26-lr-0.0001-seed0"]
 
     monkeypatch.setattr(study.subprocess, "run", pytest.fail)  # nothing is left to run
     one_study()
