@@ -16,12 +16,12 @@ from parallel import ALONE, Team, join_team
 from utils import load_checkpoint
 
 
-def run_training(folder, root, processes):
+def run_training(folder, root, processes, more):
     flags = ["--data-root", root, "--epochs", 2, "--batch-size", 4, "--workers", 0,
              "--width", 0.0625,
              "--eval-every", 2, "--no-batch-norm", "--device", "cpu", "--precision", "fp32",
              "--seg-weight", 0.5, "--lr", 1e-4, "--optimizer", "sgd", "--ema-decay", 0.9,
-             "--checkpoints", folder]  # fmt: skip
+             "--checkpoints", folder, *more]  # fmt: skip
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -33,9 +33,11 @@ def run_training(folder, root, processes):
     return load_checkpoint(folder / "custom" / "last.pt")["model"], log, done.stdout
 
 
-def test_two_processes_train_as_one(demo_root, tmp_path):
-    one, log_one, said_one = run_training(tmp_path / "one", demo_root, 1)
-    two, log_two, said_two = run_training(tmp_path / "two", demo_root, 2)
+@pytest.mark.parametrize("loader", ["workers", "device"])
+def test_two_processes_train_as_one(loader, demo_root, tmp_path):
+    flags = ["--loader", loader, "--cache", tmp_path / "cache"]
+    one, log_one, said_one = run_training(tmp_path / "one", demo_root, 1, flags)
+    two, log_two, said_two = run_training(tmp_path / "two", demo_root, 2, flags)
     for key, value in one.items():
         assert torch.allclose(value, two[key], atol=1e-5), key
     for a, b in zip(log_one, log_two, strict=True):
