@@ -280,6 +280,13 @@ EXPERIMENTS = {
         "words": "rows 31, 32, 33, 36, 37 and 38 together (35 excludes BatchNorm)",
         "logged": "",
     },
+    "40": {
+        "based_on": "33",
+        "change": {"priors": "pedestrian", "test_flip": True},
+        "words": "rows 31, 33 and 38 together: what helped on the demo set at no larger an input "
+        "(python study.py beyond)",
+        "logged": "",
+    },
     "demo": {
         "based_on": "26",
         "change": {

@@ -67,14 +67,21 @@ STUDIES = {
     "beyond": Study(
         "What do the changes beyond the log bring, each by itself?",
         "26",
-        {row: (row, {}) for row in ("12", "19", "31", "32", "33", "34", "36", "37", "38")},
+        {row: (row, {}) for row in ("31", "32", "33", "34", "36", "37", "38", "40", "12", "19")},
         seeds=3,
         small={"schedule": None, "epochs": 12, "eval_every": 12},
+    ),
+    "lwir": Study(
+        "Do the changes that need no visible image help on a handful of LWIR frames?",
+        "26",
+        {"31 and 38": ("31", {"test_flip": True})},
+        seeds=5,
+        small={"schedule": None, "epochs": 36, "eval_every": 36},
     ),
     "kaist": Study(
         "What does each row reach as the lab book has it, at full size?",
         "26",
-        {row: (row, {}) for row in ("12", "19", *map(str, range(31, 40)))},
+        {row: (row, {}) for row in ("12", "19", *map(str, range(31, 41)))},
         seeds=1,
         small=dict.fromkeys(SMALL),
     ),

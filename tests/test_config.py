@@ -128,6 +128,7 @@ def test_rows_as_the_log_has_them(row, expected):
         ("38", {"test_flip": True}),
         ("39", {"priors": "pedestrian", "input_size": (512, 640), "input_mode": "halfway",
                 "ema_decay": 0.999, "schedule": "cosine", "test_flip": True}),
+        ("40", {"priors": "pedestrian", "input_mode": "halfway", "test_flip": True}),
     ],
 )  # fmt: skip
 def test_rows_beyond_the_log_change_row_26_as_they_say(row, change):
