@@ -27,11 +27,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert
 
-from augment import Augmentation, resize, view_pixels, whole_frame
+from augment import Augmentation
 from batches import Collate
 from config import OneLineParser, model_arguments, resolve_row
 from datasets import KaistPairs, load_frames
@@ -39,7 +38,7 @@ from demo_data import draw_demo
 from device_loader import DeviceLoader
 from errors import run_script
 from experiments import EXPERIMENTS
-from images import cache_frames, read_frame, read_image
+from images import cache_frames, read_frame
 from inference import detect_image
 from kaist import image_path, open_annotations, read_image_list
 from losses import MultiBoxLoss
@@ -48,18 +47,20 @@ from model import SSD300, Predictions, detect
 from plain import plain_detect, plain_miss_rates, plain_multibox_loss, recipe_sample
 from result_files import read_detections
 from timing import Apart, Bench, Row, faster, interleave, lap, share
-from utils import autocast, choose_device, choose_precision, make_deterministic
+from utils import choose_device, choose_precision, make_deterministic
 from workloads import (
     MODEL,
-    added_memory,
     describe_machine,
     draw_annotations,
     keeping,
+    measured,
+    our_image,
     our_loss,
     our_step,
     random_objects,
     random_predictions,
     synthetic_result,
+    torchvision_image,
     torchvision_step,
     trunk_step,
 )
@@ -68,25 +69,24 @@ LIMITS = {"min_score": 0.01, "nms_iou": 0.45, "max_boxes": 200}  # of detection,
 KAIST_FRAMES = 25_086  # of the training set, cleaned of none
 
 
+def start(make: Callable[..., Callable], device: torch.device, *arguments: object) -> Callable:
+    """What make(device, …) gives, on a CPU in a process of its own: what ours asks of the C
+    library's allocator (`keep_memory`) is not for its rivals."""
+    return Apart(make, device, *arguments) if device.type == "cpu" else make(device, *arguments)
+
+
 # ------------------------------------------------------------------------------ training step
 
 
 def bench_step(bench: Bench) -> Iterator[Row]:
-    """The whole training step, and how much of it is not convolution.
-
-    On a CPU each has a process of its own: what train.py asks of the allocator is for ours alone.
-    """
+    """The whole training step, and how much of it is not convolution."""
     on_gpu = bench.device.type == "cuda"
     n = 32 if on_gpu else 2 if bench.quick else 8
-
-    def start(make: Callable[..., Callable], *arguments: object) -> Callable:
-        return make(*arguments) if on_gpu else Apart(make, *arguments)
-
     reference = start(torchvision_step, bench.device, n)
     for precision in dict.fromkeys([bench.precision, torch.float32]):
         name = "bf16" if precision == torch.bfloat16 else "fp32"
-        ours = start(keeping, our_step, bench.device, precision, n)
-        trunk = start(keeping, trunk_step, bench.device, precision, n)
+        ours = start(keeping, bench.device, our_step, precision, n)
+        trunk = start(keeping, bench.device, trunk_step, precision, n)
         ours, bare, theirs = interleave(bench, ours, trunk, reference)
         work = f"training step with masks, batch {n}, {name}"
         if on_gpu:
@@ -161,9 +161,8 @@ def bench_memory(bench: Bench) -> Iterator[Row]:
     """Peak memory that a step of batch 8 adds, each in a process of its own."""
     if bench.quick:
         return
-    measure = partial, added_memory, bench.device
-    ours = Apart(keeping, *measure, our_step, bench.precision, 8)() / 2**20
-    theirs = Apart(*measure, torchvision_step, 8)() / 2**20
+    ours = Apart(keeping, bench.device, measured, our_step, bench.precision, 8)() / 2**20
+    theirs = Apart(measured, bench.device, torchvision_step, 8)() / 2**20
     yield share("memory added by a batch-8 step", f"{ours:.0f} MB",
                 f"torchvision: {theirs:.0f} MB", ours / theirs, 0.8)  # fmt: skip
 
@@ -220,29 +219,12 @@ def bench_image(bench: Bench) -> Iterator[Row]:
     """One visible image's file to boxes."""
     ids = read_image_list(bench.demo / "imageSets/test-all.txt")
     path = image_path(bench.demo, ids[0], "visible")
-    model = SSD300(**(MODEL | {"input_mode": "visible"}))
-    model = model.to(bench.device, memory_format=torch.channels_last).eval()
-    theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2)
-    theirs = theirs.to(bench.device).eval()
-    whole = whole_frame(3, model.size).view
-
-    @torch.inference_mode()
-    def ours(precision: torch.dtype) -> list:
-        image = view_pixels(resize(read_image(path, "visible"), whole), whole, model.size)
-        with autocast(bench.device, precision):
-            predictions = model(image.unsqueeze(0).to(bench.device))
-        assert not predictions.seg  # masks cost nothing here
-        return detect(predictions, model.priors, **LIMITS)
-
-    @torch.inference_mode()
-    def torchvisions() -> list:
-        image = decode_image(path, ImageReadMode.RGB).to(bench.device)
-        return theirs([image / 255])
-
+    reference = start(torchvision_image, bench.device, path)
     for precision in dict.fromkeys([bench.precision, torch.float32]):
         name, target = ("bf16", 2.2) if precision == torch.bfloat16 else ("fp32", 1.2)
-        times = interleave(bench, partial(ours, precision), torchvisions)
-        yield faster(f"one image, file to boxes, {name}", *times, "torchvision", target)
+        ours = start(keeping, bench.device, our_image, precision, path, LIMITS)
+        yield faster(f"one image, file to boxes, {name}", *interleave(bench, ours, reference),
+                     "torchvision", target)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ data

@@ -10,14 +10,18 @@ import platform
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.models.detection import ssd300_vgg16
 
 from batches import Batch
+from images import read_image
+from inference import detect_image
 from kaist import FRAME_HEIGHT, FRAME_WIDTH
 from losses import MultiBoxLoss, SegmentationLoss
 from miss_rate import GroundTruth
@@ -143,16 +147,44 @@ def torchvision_step(device: torch.device, n: int) -> Callable:
     return step
 
 
-def keeping(make: Callable, *arguments: object) -> Callable:
-    """make(*arguments), with freed memory kept as train.py keeps it."""
+def our_image(
+    device: torch.device, precision: torch.dtype, path: Path, limits: dict[str, float]
+) -> Callable:
+    """Detection in a visible image's file, as detect.py makes it."""
+    model = SSD300(**(MODEL | {"input_mode": "visible"}))
+    model = model.to(device, memory_format=torch.channels_last).eval()
+
+    def run() -> None:
+        detect_image(model, read_image(path, "visible"), precision, limits)
+
+    return run
+
+
+def torchvision_image(device: torch.device, path: Path) -> Callable:
+    """The same by torchvision's SSD300 in fp32."""
+    model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2).to(device).eval()
+
+    @torch.inference_mode()
+    def run() -> None:
+        model([decode_image(path, ImageReadMode.RGB).to(device) / 255])
+
+    return run
+
+
+def keeping(device: torch.device, make: Callable, *arguments: object) -> Callable:
+    """make(device, …) with freed memory kept, as train.py and detect.py keep it."""
     keep_memory()
-    return make(*arguments)
+    return make(device, *arguments)
 
 
-def added_memory(device: torch.device, make: Callable[..., Callable], *arguments: object) -> int:
-    """Bytes by which the peak of this process rises above what it held in the first step of
-    make(device, *arguments)."""
-    step = make(device, *arguments)
+def measured(device: torch.device, make: Callable, *arguments: object) -> Callable[[], int]:
+    """A function that gives the bytes by which this process's peak rises above what it held in the
+    first step of make(device, …)."""
+    return partial(added_memory, make(device, *arguments), device)
+
+
+def added_memory(step: Callable[[], object], device: torch.device) -> int:
+    """Bytes by which the peak of this process rises above what it held, in a step."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         step()

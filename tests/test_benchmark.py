@@ -60,7 +60,7 @@ def test_a_function_apart_that_fails_is_not_waited_for(capfd):
     assert "/no/such/folder" in capfd.readouterr().err
 
 
-def new_pages() -> Callable[[], int]:
+def new_pages(_: torch.device) -> Callable[[], int]:
     """A function that takes and frees 96 MiB, and counts the pages the system had to make."""
     import resource
 
@@ -74,7 +74,8 @@ def new_pages() -> Callable[[], int]:
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is asked to keep memory")
 def test_freed_memory_is_kept():
-    usual, kept = Apart(new_pages), Apart(keeping, new_pages)
+    cpu = torch.device("cpu")
+    usual, kept = Apart(new_pages, cpu), Apart(keeping, cpu, new_pages)
     for count in (usual, kept):
         count(), count()
     assert kept() < usual() / 10
