@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import statistics
 import tempfile
 import time
 from argparse import Namespace
@@ -49,11 +48,12 @@ from result_files import read_detections
 from timing import Apart, Bench, Row, faster, interleave, lap, share
 from utils import choose_device, choose_precision, make_deterministic
 from workloads import (
+    LIMITS,
     MODEL,
+    added_memory,
     describe_machine,
     draw_annotations,
     keeping,
-    measured,
     our_image,
     our_loss,
     our_step,
@@ -65,7 +65,6 @@ from workloads import (
     trunk_step,
 )
 
-LIMITS = {"min_score": 0.01, "nms_iou": 0.45, "max_boxes": 200}  # of detection, as in training
 KAIST_FRAMES = 25_086  # of the training set, cleaned of none
 
 
@@ -161,8 +160,8 @@ def bench_memory(bench: Bench) -> Iterator[Row]:
     """Peak memory that a step of batch 8 adds, each in a process of its own."""
     if bench.quick:
         return
-    ours = Apart(keeping, bench.device, measured, our_step, bench.precision, 8)() / 2**20
-    theirs = Apart(measured, bench.device, torchvision_step, 8)() / 2**20
+    ours = Apart(keeping, bench.device, added_memory, our_step, bench.precision, 8)() / 2**20
+    theirs = Apart(added_memory, bench.device, torchvision_step, 8)() / 2**20
     yield share("memory added by a batch-8 step", f"{ours:.0f} MB",
                 f"torchvision: {theirs:.0f} MB", ours / theirs, 0.8)  # fmt: skip
 
@@ -208,11 +207,10 @@ def bench_detect(bench: Bench) -> Iterator[Row]:
         torchvisions = partial(ssd.postprocess_detections, outputs, anchors, [(300, 300)] * 8)
         for mine, theirs in zip(ours(), loop(), strict=True):
             assert torch.equal(mine[0], theirs[0]) and torch.equal(mine[1], theirs[1])
-        mine, theirs = interleave(bench, ours, torchvisions)
+        mine, theirs, slow = interleave(bench, ours, torchvisions, loop)
         work = f"decode + NMS, batch 8, {candidates.sum() // 8} candidates each"
         yield faster(work, mine, theirs, "torchvision", target)
-        slow = statistics.median(lap(loop, bench.device) for _ in range(1 if bench.quick else 3))
-        yield faster(work, mine, 1e3 * slow, "loop", loop_target)
+        yield faster(work, mine, slow, "loop", loop_target)
 
 
 def bench_image(bench: Bench) -> Iterator[Row]:
@@ -222,7 +220,7 @@ def bench_image(bench: Bench) -> Iterator[Row]:
     reference = start(torchvision_image, bench.device, path)
     for precision in dict.fromkeys([bench.precision, torch.float32]):
         name, target = ("bf16", 2.2) if precision == torch.bfloat16 else ("fp32", 1.2)
-        ours = start(keeping, bench.device, our_image, precision, path, LIMITS)
+        ours = start(keeping, bench.device, our_image, precision, path)
         yield faster(f"one image, file to boxes, {name}", *interleave(bench, ours, reference),
                      "torchvision", target)  # fmt: skip
 

@@ -55,8 +55,9 @@ def keep_memory() -> None:
     """Have the C library keep what is freed for the next step; by glibc alone, else a no-op.
 
     What glibc gives back to the system comes again page by page, each filled with zeros first: for
-    a training step's feature maps a tenth of its time. 32 MiB is as far as glibc's own threshold
-    grows; larger blocks are taken from what is kept where they fit, which holds the peak down.
+    a training step's feature maps about a tenth of its time. 32 MiB is as far as glibc's own
+    threshold grows; larger blocks are taken from what is kept where they fit, which holds the peak
+    down.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

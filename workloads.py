@@ -10,7 +10,6 @@ import platform
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +31,7 @@ from utils import autocast, keep_memory
 
 MODEL = {"input_mode": "early", "batch_norm": False, "width": 1.0, "infusion": (1, 1, 0, 0, 0, 0),
          "infusion_conv": False, "prior_set": "ssd300", "size": (300, 300)}  # fmt: skip
+LIMITS = {"min_score": 0.01, "nms_iou": 0.45, "max_boxes": 200}  # of detection, as in training
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in ru_maxrss
 
 
@@ -147,15 +147,13 @@ def torchvision_step(device: torch.device, n: int) -> Callable:
     return step
 
 
-def our_image(
-    device: torch.device, precision: torch.dtype, path: Path, limits: dict[str, float]
-) -> Callable:
+def our_image(device: torch.device, precision: torch.dtype, path: Path) -> Callable:
     """Detection in a visible image's file, as detect.py makes it."""
     model = SSD300(**(MODEL | {"input_mode": "visible"}))
     model = model.to(device, memory_format=torch.channels_last).eval()
 
     def run() -> None:
-        detect_image(model, read_image(path, "visible"), precision, limits)
+        detect_image(model, read_image(path, "visible"), precision, LIMITS)
 
     return run
 
@@ -177,23 +175,29 @@ def keeping(device: torch.device, make: Callable, *arguments: object) -> Callabl
     return make(device, *arguments)
 
 
-def measured(device: torch.device, make: Callable, *arguments: object) -> Callable[[], int]:
-    """A function that gives the bytes by which this process's peak rises above what it held in the
-    first step of make(device, …)."""
-    return partial(added_memory, make(device, *arguments), device)
+def added_memory(device: torch.device, make: Callable, *arguments: object) -> Callable[[], int]:
+    """A function that gives the bytes by which the peak of this process rises above what it held
+    in the first step of make(device, …)."""
+    step = make(device, *arguments)
 
-
-def added_memory(step: Callable[[], object], device: torch.device) -> int:
-    """Bytes by which the peak of this process rises above what it held, in a step."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
+    def measure() -> int:
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated(device)
+            step()
+            return torch.cuda.max_memory_allocated(device) - before
+        held = Path("/proc/self/statm")  # Linux; elsewhere the peak so far has to do
+        before = peak_memory()
+        if held.exists():
+            before = int(held.read_text().split()[1]) * resource.getpagesize()
         step()
-        return torch.cuda.max_memory_allocated(device) - before
-    held = Path("/proc/self/statm")  # Linux; elsewhere the peak so far has to do
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-    before = int(held.read_text().split()[1]) * resource.getpagesize() if held.exists() else peak
-    step()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT - before
+        return peak_memory() - before
+
+    return measure
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 
 def synthetic_result(folder: Path, n_frames: int) -> tuple[GroundTruth, Path]:
