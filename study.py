@@ -245,15 +245,19 @@ def report(study: Study, outcomes: list[Outcome]) -> str:
         if arm == study.baseline:
             cells += ["baseline", "", ""]
         else:
-            test = compared[arm]
-            cells += [f"{test.mean:+.1f}", "", ""]
-            if np.isfinite(test.p):
-                cells[-3] += f" [{test.low:+.1f}, {test.high:+.1f}]"
-                cells[-2:] = [f"{test.p:.3f}", f"{adjusted[arm]:.3f}"]
+            cells += comparison_cells(compared[arm], adjusted[arm])
         ious = [f"{np.mean([o.mask_ious[name] for o in own]):.2f}" for name in own[0].mask_ious]
         lines.append(f"| {' | '.join([*cells, ', '.join(ious)])} |")
     minutes = np.median([outcome.minutes for outcome in outcomes])
     return "\n".join([*lines, "", f"Median training time of a run: {minutes:.1f} minutes."])
+
+
+def comparison_cells(test: PairedTest, adjusted: float) -> list[str]:
+    """A test's difference with its interval, p, and corrected p; of one pair the difference."""
+    if np.isnan(test.p):
+        return [f"{test.mean:+.1f}", "", ""]
+    interval = f"{test.mean:+.1f} [{test.low:+.1f}, {test.high:+.1f}]"
+    return [interval, f"{test.p:.3f}", f"{adjusted:.3f}"]
 
 
 def group(study: Study, outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
