@@ -185,19 +185,24 @@ def added_memory(device: torch.device, make: Callable, *arguments: object) -> Ca
             before = torch.cuda.memory_allocated(device)
             step()
             return torch.cuda.max_memory_allocated(device) - before
-        held = Path("/proc/self/statm")  # Linux; elsewhere the peak so far has to do
-        before = peak_memory()
-        if held.exists():
-            before = int(held.read_text().split()[1]) * resource.getpagesize()
+        before = memory("VmRSS")
         step()
-        return peak_memory() - before
+        return memory("VmHWM") - before
 
     return measure
 
 
-def peak_memory() -> int:
-    """The most bytes that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+def memory(field: str) -> int:
+    """Bytes that this process holds ("VmRSS") or held at most ("VmHWM"), as Linux tells; elsewhere
+    the most so far has to do for both.
+
+    Not `resource` where there is better: on Linux a process begins with its parent's peak there.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
+    [line] = [line for line in status.read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) * 1024
 
 
 def synthetic_result(folder: Path, n_frames: int) -> tuple[GroundTruth, Path]:

@@ -20,7 +20,14 @@ from model import SSD300, detect
 from plain import plain_detect, plain_miss_rates, recipe_sample
 from result_files import read_detections
 from timing import Apart
-from workloads import MODEL, draw_annotations, keeping, random_predictions, synthetic_result
+from workloads import (
+    MODEL,
+    added_memory,
+    draw_annotations,
+    keeping,
+    random_predictions,
+    synthetic_result,
+)
 
 
 def run(*arguments):
@@ -79,6 +86,22 @@ def test_freed_memory_is_kept():
     for count in (usual, kept):
         count(), count()
     assert kept() < usual() / 10
+
+
+def takes(_: torch.device, megabytes: int) -> Callable[[], None]:
+    """A function that takes so much memory, and gives it back."""
+
+    def take() -> None:
+        torch.ones(megabytes * 2**20, dtype=torch.uint8)
+
+    return take
+
+
+def test_added_memory_is_the_steps_own():
+    held = torch.ones(600 * 2**20, dtype=torch.uint8)  # by the parent, of which it knows nothing
+    add = Apart(added_memory, torch.device("cpu"), takes, 100)
+    assert 99 * 2**20 < add() < 200 * 2**20
+    del held
 
 
 def test_rows_say_whether_the_target_is_met():
