@@ -388,9 +388,10 @@ def detect(
     waiting = torch.arange(len(scores), device=scores.device)
     while len(waiting):
         own = scores[waiting]
-        longest = min(prefix, own.shape[1])
-        lowest = own.topk(longest, dim=1).values[:, -1:].clamp(min=min_score)
-        image, prior = (own >= lowest).nonzero(as_tuple=True)
+        candidates = own >= min_score
+        if candidates.sum(dim=1).max() > prefix:
+            candidates &= own >= own.topk(prefix, dim=1).values[:, -1:]
+        image, prior = candidates.nonzero(as_tuple=True)
         boxes = decode(predictions.loc[waiting[image], prior], priors[prior])
         boxes = clip_boxes_to_image(box_convert(boxes, "cxcywh", "xyxy"), (1, 1))
         lengths = image.bincount(minlength=len(own)).tolist()
