@@ -402,7 +402,8 @@ def detect(
             if len(kept) < max_boxes and len(own_scores) >= prefix:
                 unfinished.append(i)  # there may be more below
             else:
-                results[i] = own_boxes[kept], own_scores[kept]
+                # For so few rows half of the time that own_boxes[kept] takes.
+                results[i] = own_boxes.index_select(0, kept), own_scores.index_select(0, kept)
         waiting = waiting.new_tensor(unfinished)
         prefix *= 2
     return [results[i] for i in range(len(scores))]
