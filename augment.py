@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from images import MEAN_COLOUR
 from kaist import FRAME_HEIGHT, FRAME_WIDTH
-from model import MEAN
 
 CROP_OVERLAPS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # None: no crop
 CROP_TRIALS = 50
@@ -165,8 +165,8 @@ def view_pixels(content: Tensor, view: View, size: tuple[int, int]) -> Tensor:
 
 def mean_colour(channels: int) -> Tensor:
     """(C,) uint8: the colour that normalisation turns into zero."""
-    colour = torch.tensor(MEAN if channels == 4 else MEAN[:3] if channels == 3 else MEAN[3:])
-    return (colour * 255).round().to(torch.uint8)
+    part = {4: slice(0, 4), 3: slice(0, 3), 1: slice(3, 4)}[channels]
+    return torch.from_numpy(MEAN_COLOUR[part])
 
 
 def resize(frame: np.ndarray, view: View) -> Tensor:

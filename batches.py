@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from copy_paste import MOST as MOST_PASTED
@@ -97,6 +97,25 @@ class Collate:
         return Batch(images, boxes, labels, masks, [s.frame_id for s in samples]), bad
 
 
+def batch_loader(
+    dataset: KaistPairs,
+    *,
+    map_sizes: list[tuple[int, int]],
+    map_range: MapRange | None = None,
+    pin_memory: bool,
+    **settings: Any,
+) -> BatchLoader:
+    """A BatchLoader of pairs with masks for feature maps of the given (h, w) sizes.
+
+    Args:
+        map_range: as in `Collate`; settings: as of `BatchLoader`.
+    """
+    # A GPU wants shapes that stay; a CPU nothing to do for padding.
+    objects = most_objects(dataset) if pin_memory else 1
+    collate = Collate(map_sizes, map_range, objects)
+    return BatchLoader(dataset, collate, pin_memory=pin_memory, **settings)
+
+
 class EpochBatches(Sampler):
     """Batches of keys (epoch, index) of one epoch.
 
@@ -137,11 +156,12 @@ class BatchLoader:
     dies ends the epoch with an InputError.
 
     Args:
+        dataset: indexed by (epoch, index), with a `seed`.
+        collate_fn: a list of its items -> a batch (None if no frame could be read) and BadFrames.
         batch_size: frames a batch, of all processes of the team together.
         start_method: of the workers: "fork", "spawn", "forkserver", or "auto" for Python's choice.
         shuffle: training order: another permutation each epoch, an incomplete last batch is left
             out (unless it is the only one). False: the frames in their order, all of them.
-        map_sizes, map_range: of the feature maps that masks are wanted for, as in `Collate`.
         max_bad: frames that may turn out to be unreadable; they are left out, with a warning each.
 
     Attributes:
@@ -150,15 +170,14 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: KaistPairs,
+        dataset: Dataset,
+        collate_fn: Callable[[list], Any],
         *,
         batch_size: int,
         workers: int,
         start_method: str = "auto",
         shuffle: bool,
-        map_sizes: list[tuple[int, int]],
         pin_memory: bool,
-        map_range: MapRange | None = None,
         max_bad: int = 0,
         team: Team = ALONE,
     ) -> None:
@@ -169,8 +188,7 @@ class BatchLoader:
         self.loader = DataLoader(
             dataset,
             batch_sampler=self.batches,
-            # A GPU wants shapes that stay; a CPU nothing to do for padding.
-            collate_fn=Collate(map_sizes, map_range, most_objects(dataset) if pin_memory else 1),
+            collate_fn=collate_fn,
             pin_memory=pin_memory,
             **worker_settings(workers, start_method),
         )
@@ -179,7 +197,7 @@ class BatchLoader:
         """Batches an epoch."""
         return len(self.batches)
 
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch | None]:
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         """The batches of one epoch, without the first `skip`.
 
         None stands for a batch of which no frame can be read, or none of one process's share: so

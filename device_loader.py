@@ -117,7 +117,7 @@ class DeviceLoader:
         self.map_range = map_range and dataclasses.replace(
             map_range, priors=[priors.to(device) for priors in map_range.priors]
         )
-        self.frames, means = load_frames(dataset.cache, device)
+        self.frames, means = load_cache(dataset.cache, device)
         self.filler = mean_colour(self.frames.shape[3]).to(device)
         self.batches = EpochBatches(len(dataset), batch_size, dataset.seed, team)
         self.loader = DataLoader(
@@ -172,7 +172,7 @@ def obstacle(config: dict[str, Any]) -> str:
     return ""
 
 
-def load_frames(cache: FrameCache, device: torch.device) -> tuple[Tensor, np.ndarray]:
+def load_cache(cache: FrameCache, device: torch.device) -> tuple[Tensor, np.ndarray]:
     """All frames (F, 512, 640, C) uint8 of a cache, on a CUDA device if they fit into `SHARE` of
     its free memory, else mapped; and their mean colours (F, C)."""
     mapped = torch.from_numpy(cache.all())

@@ -19,15 +19,18 @@ import os
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from compare import compare_runs
 from config import OneLineParser
+from demo_data import open_root
 from error_sheet import FORMATS, draw_errors
 from errors import InputError, run_script
+from images import MODALITIES
 from kaist import read_image_list, scene, time_of_day
 from miss_rate import GroundTruth, load_ground_truth, select_frames
 from report import draw_curves, print_scores, score, write_json
-from result_files import frames_path, read_detections, write_detections
+from result_files import Detections, frames_path, read_detections, write_detections
 
 CHECKPOINTS = "checkpoints"  # where the newest run is looked for
 ANNOTATIONS = ""  # KAIST_annotation.json, an annotation folder or a KAIST root
@@ -138,7 +141,6 @@ def evaluate_checkpoint(arguments: Namespace) -> tuple[str, Path, GroundTruth, P
         The run's name, the result file, the people of its frames, and the root of its images.
     """
     # Here, because result files are evaluated without torch.
-    from inference import run_checkpoint
     from utils import choose_checkpoint
 
     path = choose_checkpoint(arguments.checkpoint, Path(CHECKPOINTS))
@@ -158,6 +160,50 @@ def evaluate_checkpoint(arguments: Namespace) -> tuple[str, Path, GroundTruth, P
     result = path.parent / f"detections{suffix}.txt"
     write_detections(result, detections, ground_truth.frames)
     return path.resolve().parent.name + suffix, result, ground_truth, Path(config["data_root"])
+
+
+def run_checkpoint(
+    path: Path, settings: dict[str, Any], without: str = ""
+) -> tuple[dict[str, Any], GroundTruth, Detections, dict[str, float]]:
+    """A checkpoint's network over its test list.
+
+    Args:
+        settings: override the checkpoint's own configuration (`data_root`, `test_list`,
+            `test_annotations`, `device`, …).
+        without: a modality that is blanked, of a network that takes both.
+
+    Returns:
+        The configuration used, the people of the test list, the detections, and the masks' IoU.
+    """
+    # Here, because result files are evaluated without torch.
+    import torch
+
+    from inference import detect_frames, frame_loader, open_test_set
+    from utils import build_model, choose_device, choose_precision, load_checkpoint
+
+    checkpoint = load_checkpoint(path)
+    config = checkpoint["config"] | settings
+    if without:
+        check_missing(config, without)
+    root = open_root(config["data_root"])
+    device = choose_device(config["device"])
+    precision = choose_precision(config["precision"], device)
+    ground_truth = open_test_set(root, config["test_list"], config["test_annotations"])
+    loader = frame_loader(root, ground_truth, config, device, without=without)
+    model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
+    return config, ground_truth, *detect_frames(model, loader, device, precision, config)
+
+
+def check_missing(config: dict[str, Any], without: str) -> None:
+    """Refuse to leave a modality out of a network that takes no other, and warn where it was
+    never trained to do without."""
+    if len(MODALITIES[config["input_mode"]]) == 1:
+        raise InputError(
+            f"a network with input {config['input_mode']!r} cannot do without a modality",
+            "leave --without away",
+        )
+    if not config.get("modality_dropout"):
+        print(f"warning: it was not trained to do without {without} (MODALITY_DROPOUT)")
 
 
 def open_ground_truth(arguments: Namespace) -> GroundTruth:

@@ -14,6 +14,9 @@ from frame_cache import FrameCache, open_cache
 from kaist import FRAME_HEIGHT, FRAME_WIDTH, image_path
 from remember import remember
 
+# Visible R, G, B, then LWIR: the colour that normalisation by ImageNet's mean turns into zero.
+MEAN_COLOUR = np.array([124, 116, 104, 114], np.uint8)
+
 MODALITIES = {"lwir": ("lwir",), "visible": ("visible",),
               "mean": ("visible", "lwir"), "early": ("visible", "lwir"),
               "halfway": ("visible", "lwir")}  # fmt: skip
@@ -85,10 +88,7 @@ def read_image(path: Path, modality: str) -> np.ndarray:
 
 def join_modalities(images: dict[str, np.ndarray], input_mode: str) -> np.ndarray:
     """(512, 640, C) uint8, visible first; a modality that `images` lacks is its mean colour."""
-    # Here, because pictures of errors are drawn without torch.
-    from augment import mean_colour
-
-    blank = np.broadcast_to(mean_colour(4).numpy(), (FRAME_HEIGHT, FRAME_WIDTH, 4))
+    blank = np.broadcast_to(MEAN_COLOUR, (FRAME_HEIGHT, FRAME_WIDTH, 4))
     blanks = {"visible": blank[..., :3], "lwir": blank[..., 3:]}
     return np.concatenate([images.get(m, blanks[m]) for m in MODALITIES[input_mode]], axis=2)
 

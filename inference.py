@@ -12,11 +12,9 @@ from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from augment import resize, view_pixels, whole_frame
-from batches import BatchLoader
+from batches import BatchLoader, batch_loader
 from datasets import Frame, KaistPairs, label_objects
-from demo_data import open_root
-from errors import InputError
-from images import MODALITIES, check_images
+from images import check_images
 from kaist import (
     FOLDERS,
     FRAME_HEIGHT,
@@ -32,7 +30,7 @@ from miss_rate import GroundTruth, load_ground_truth
 from model import SSD300, Predictions, detect, feature_map_sizes
 from parallel import ALONE, Team
 from result_files import Detections
-from utils import autocast, build_model, choose_device, choose_precision, load_checkpoint
+from utils import autocast
 
 
 def find_annotations(root: Path, where: str, modality: str) -> Annotations:
@@ -77,7 +75,7 @@ def frame_loader(
         root, frames, input_mode=config["input_mode"], size=config["input_size"], augmentation=None,
         masks_follow=True, seed=config["seed"], without=without,
     )  # fmt: skip
-    return BatchLoader(
+    return batch_loader(
         dataset, batch_size=config["batch_size"], workers=config["workers"],
         start_method=config.get("start_method", "auto"),  # older checkpoints have none
         shuffle=False,
@@ -216,41 +214,3 @@ def to_pixels(boxes: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
     boxes = box_convert(boxes, "xyxy", "xywh").cpu().double().numpy() * pixels
     keep = (boxes[:, 2:] >= 0.01).all(1)
     return boxes[keep], scores.cpu().double().numpy()[keep]
-
-
-def run_checkpoint(
-    path: Path, settings: dict[str, Any], without: str = ""
-) -> tuple[dict[str, Any], GroundTruth, Detections, dict[str, float]]:
-    """A checkpoint's network over its test list.
-
-    Args:
-        settings: override the checkpoint's own configuration (`data_root`, `test_list`,
-            `test_annotations`, `device`, …).
-        without: a modality that is blanked, of a network that takes both.
-
-    Returns:
-        The configuration used, the people of the test list, the detections, and the masks' IoU.
-    """
-    checkpoint = load_checkpoint(path)
-    config = checkpoint["config"] | settings
-    if without:
-        check_missing(config, without)
-    root = open_root(config["data_root"])
-    device = choose_device(config["device"])
-    precision = choose_precision(config["precision"], device)
-    ground_truth = open_test_set(root, config["test_list"], config["test_annotations"])
-    loader = frame_loader(root, ground_truth, config, device, without=without)
-    model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
-    return config, ground_truth, *detect_frames(model, loader, device, precision, config)
-
-
-def check_missing(config: dict[str, Any], without: str) -> None:
-    """Refuse to leave a modality out of a network that takes no other, and warn where it was
-    never trained to do without."""
-    if len(MODALITIES[config["input_mode"]]) == 1:
-        raise InputError(
-            f"a network with input {config['input_mode']!r} cannot do without a modality",
-            "leave --without away",
-        )
-    if not config.get("modality_dropout"):
-        print(f"warning: it was not trained to do without {without} (MODALITY_DROPOUT)")

@@ -9,11 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model import SSD300
-
 
 def make_optimizer(
-    model: SSD300, criterion: nn.Module, config: dict[str, Any]
+    model: nn.Module, criterion: nn.Module, config: dict[str, Any]
 ) -> torch.optim.Optimizer:
     """SGD with momentum 0.9, or Adam, in groups: weights, biases with their own rate, and what the
     criterion learns, which is not decayed."""
@@ -68,7 +66,7 @@ class MovingAverage:
     network's. With a decay of 0 it is the network itself.
     """
 
-    def __init__(self, network: SSD300, decay: float) -> None:
+    def __init__(self, network: nn.Module, decay: float) -> None:
         self.network = network
         self.decay = decay
         self.model = copy.deepcopy(network).requires_grad_(False) if decay else network

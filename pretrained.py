@@ -18,13 +18,12 @@ from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
 
 from config import refuse
 from errors import InputError
-from model import SSD300, HalfwayFusion
 from utils import unpickling_problem
 
 STATES = "take a state file of torchvision's VGG16, VGG16-BN or SSD300"
 
 
-def load_pretrained(model: SSD300, source: str) -> None:
+def load_pretrained(model: nn.Module, source: str) -> None:
     """Fill a network of width 1.0 with published weights, in place; downloads them once.
 
     Args:
@@ -163,7 +162,7 @@ def download(weights: VGG16_Weights | VGG16_BN_Weights | SSD300_VGG16_Weights) -
         ) from error
 
 
-def convert_torchvision_vgg(model: SSD300, state: dict[str, Tensor]) -> None:
+def convert_torchvision_vgg(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy a torchvision VGG16 or VGG16-BN classifier's state into a model's backbone.
 
     The fully connected fc6 (4096 x 512 x 7 x 7) and fc7 (4096 x 4096) become conv6 (3x3) and
@@ -191,14 +190,14 @@ def convert_torchvision_vgg(model: SSD300, state: dict[str, Tensor]) -> None:
     copy_layer(conv7, {"weight": fc7, "bias": state["classifier.3.bias"][::4]})
 
 
-def backbones(model: SSD300) -> list[list[nn.Module]]:
+def backbones(model: nn.Module) -> list[list[nn.Module]]:
     """The layers up to conv5_3, once for each stream that has layers of its own up to conv4_3."""
     first = model.to_conv4_3
-    streams = [first.visible, first.lwir] if isinstance(first, HalfwayFusion) else [first]
+    streams = [first.visible, first.lwir] if model.input_mode == "halfway" else [first]
     return [[*stream, *model.to_conv5_3] for stream in streams]
 
 
-def convert_torchvision_ssd(model: SSD300, state: dict[str, Tensor]) -> None:
+def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy the state of torchvision's `ssd300_vgg16` into a model, keeping the person class.
 
     The heads belong to COCO's priors: a model with others keeps its own, untrained.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import demo_data
-from batches import Batch, BatchLoader
+from batches import BatchLoader, batch_loader
 from config import (
     check_config,
     check_infusion,
@@ -143,7 +144,10 @@ def main() -> None:
         load_pretrained(model, config["pretrained"])  # the others get them from this process
     model.to(device, memory_format=torch.channels_last)
     loader = make_loader(config, frames, model, device, team)
-    criterion = Criterion(model, config, team).to(device)
+    terms = ("loc_loss", "loc_reduction", "seg_cells", "seg_maps", "seg_weight")
+    criterion = Criterion(
+        model.priors, model.infused_maps, team=team, **{name: config[name] for name in terms}
+    ).to(device)
     optimizer = make_optimizer(model, criterion, config)
     average = MovingAverage(model, config["ema_decay"])
     run.restore({"model": average.model, "optimizer": optimizer, "criterion": criterion}
@@ -232,7 +236,7 @@ def train_epoch(
             with run.undivided():
                 with autocast(device, precision):
                     predictions = network(batch.images)
-                losses = criterion(predictions, batch)
+                losses = criterion(predictions, batch.boxes, batch.labels, batch.masks)
                 batch_losses = team.sum(losses.detach()) / team.size
                 optimizer.zero_grad()
                 losses[0].backward()
@@ -265,26 +269,41 @@ def show_progress(
 
 
 class Criterion(nn.Module):
-    """The total that is minimised: loc + conf + SEG_WEIGHT x seg.
+    """The total that is minimised: loc + conf + `seg_weight` x seg.
 
-    Called with predictions and batch; returns the float32 `terms`.
+    Called with predictions and a batch's boxes, labels and masks; returns the float32 `terms`.
+
+    Args:
+        priors, loc_loss, loc_reduction: as in `MultiBoxLoss`; seg_cells, seg_maps: as `cells` and
+            `maps` in `SegmentationLoss`; team: as in both.
+        infused_maps: indices of the feature maps with a segmentation head.
 
     Attributes:
         terms: names of the losses: the total, loc, conf, seg, and seg of each infused map (map 1
             is the finest).
     """
 
-    def __init__(self, model: SSD300, config: dict[str, Any], team: Team) -> None:
+    def __init__(
+        self,
+        priors: Tensor,
+        infused_maps: Sequence[int],
+        *,
+        loc_loss: str,
+        loc_reduction: str,
+        seg_cells: str,
+        seg_maps: str,
+        seg_weight: float,
+        team: Team,
+    ) -> None:
         super().__init__()
         self.multibox = MultiBoxLoss(
-            model.priors, loc_loss=config["loc_loss"], loc_reduction=config["loc_reduction"],
-            team=team,
-        )  # fmt: skip
-        self.segmentation = SegmentationLoss(
-            len(model.infused_maps), cells=config["seg_cells"], maps=config["seg_maps"], team=team
+            priors, loc_loss=loc_loss, loc_reduction=loc_reduction, team=team
         )
-        self.seg_weight = config["seg_weight"]
-        of_maps = (f"seg_map{i + 1}" for i in model.infused_maps)
+        self.segmentation = SegmentationLoss(
+            len(infused_maps), cells=seg_cells, maps=seg_maps, team=team
+        )
+        self.seg_weight = seg_weight
+        of_maps = (f"seg_map{i + 1}" for i in infused_maps)
         self.terms = ("loss", "loc", "conf", "seg", *of_maps)
 
     def learned_weights(self) -> dict[str, float]:
@@ -292,9 +311,11 @@ class Criterion(nn.Module):
         names = (term.replace("seg", "weight") for term in self.terms[4:])
         return dict(zip(names, self.segmentation.weights(), strict=False))
 
-    def forward(self, predictions: Predictions, batch: Batch) -> Tensor:
-        loc, conf = self.multibox(predictions, batch.boxes, batch.labels)
-        seg, of_maps = self.segmentation(predictions.seg, batch.masks)
+    def forward(
+        self, predictions: Predictions, boxes: Tensor, labels: Tensor, masks: Sequence[Tensor]
+    ) -> Tensor:
+        loc, conf = self.multibox(predictions, boxes, labels)
+        seg, of_maps = self.segmentation(predictions.seg, masks)
         total = loc + conf + self.seg_weight * seg.to(loc.device)
         return torch.stack([total, loc, conf, seg.to(loc.device), *of_maps])
 
@@ -303,14 +324,28 @@ class Criterion(nn.Module):
 
 
 def configure(argv: list[str] | None = None) -> dict[str, Any]:
-    """The run's configuration: this file's constants, a row of the lab book over them, flags
+    """The run's configuration, as from `read_config`, of a network that can be built.
+
+    Raises:
+        InputError: an unknown row or flag, or values that cannot be used.
+    """
+    config = read_config(__file__, __doc__, argv)
+    check_pretrained(config["pretrained"], width=config["width"], batch_norm=config["batch_norm"])
+    feature_map_sizes(config["input_size"])
+    return config
+
+
+def read_config(
+    script: str, description: str, argv: list[str] | None = None
+) -> dict[str, Any]:
+    """A run's configuration: the script's constants, a row of the lab book over them, flags
     over both; lower-case name -> value.
 
     Raises:
         InputError: an unknown row or flag, or values that cannot be used.
     """
-    constants = read_constants(__file__)
-    flags = parse_flags(__doc__, constants, argv)
+    constants = read_constants(script)
+    flags = parse_flags(description, constants, argv)
     config = {name: value for name, (value, _) in constants.items()} | flags
     if config["experiment"]:
         config |= resolve_row(config["experiment"]) | flags
@@ -318,7 +353,6 @@ def configure(argv: list[str] | None = None) -> dict[str, Any]:
     check_infusion(config)
     if config["loader"] == "device" and (reason := obstacle(config)):
         refuse("loader", "device", reason)
-    check_pretrained(config["pretrained"], width=config["width"], batch_norm=config["batch_norm"])
     if config["modality_dropout"] and not (
         config["augment"] and len(MODALITIES[config["input_mode"]]) == 2
     ):
@@ -327,7 +361,6 @@ def configure(argv: list[str] | None = None) -> dict[str, Any]:
     name = config["name"]
     if name.split("-")[0] in EXPERIMENTS or Path(name).name != name:
         refuse("name", name, "choose a folder's name that does not begin with a row's")
-    feature_map_sizes(config["input_size"])
     return config
 
 
@@ -422,7 +455,7 @@ def make_loader(
         if team.writes:
             print(loader)
         return loader
-    return BatchLoader(dataset, shuffle=True, pin_memory=on_gpu,
+    return batch_loader(dataset, shuffle=True, pin_memory=on_gpu,
                        max_bad=config["max_bad_frames"], **settings)  # fmt: skip
 
 

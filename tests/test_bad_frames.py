@@ -11,7 +11,7 @@ import torch
 
 import train
 from augment import Augmentation
-from batches import BadFrames, BatchLoader, EpochBatches
+from batches import BadFrames, EpochBatches, batch_loader
 from datasets import KaistPairs, load_frames
 from images import check_images
 from kaist import image_path, open_annotations, read_image_list
@@ -43,7 +43,7 @@ def make_loader(root, workers=0, max_bad=0):
     frames = load_frames(ids, open_annotations(root), min_height=12, margin=5)
     dataset = KaistPairs(root, frames, input_mode="early", size=(300, 300), masks_follow=True,
                          augmentation=Augmentation(), seed=7)  # fmt: skip
-    return BatchLoader(dataset, batch_size=4, workers=workers, shuffle=True, map_sizes=[(38, 38)],
+    return batch_loader(dataset, batch_size=4, workers=workers, shuffle=True, map_sizes=[(38, 38)],
                        pin_memory=False, max_bad=max_bad)  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from augment import (
     view_pixels,
     whole_frame,
 )
-from batches import BatchLoader
+from batches import batch_loader
 from datasets import KaistPairs, label_objects, load_frames
 from errors import InputError
 from images import cache_frames, check_images
@@ -46,7 +46,7 @@ def pairs(root, frames=None, **changes):
 
 
 def batches(dataset, workers=0, epoch=0, skip=0, shuffle=True, maps=((38, 38),)):
-    loader = BatchLoader(dataset, batch_size=4, workers=workers, shuffle=shuffle,
+    loader = batch_loader(dataset, batch_size=4, workers=workers, shuffle=shuffle,
                          map_sizes=list(maps), pin_memory=False)  # fmt: skip
     return list(loader.epoch(epoch, skip))
 

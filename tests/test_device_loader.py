@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from augment import Augmentation
-from batches import BatchLoader, Collate, EpochBatches
+from batches import Collate, EpochBatches, batch_loader
 from datasets import KaistPairs, load_frames
 from device_loader import DeviceLoader, Recipes, make_images, obstacle, resize_weights
 from images import cache_frames
@@ -39,7 +39,7 @@ def dataset(demo_root, tmp_path_factory):
 
 def loaders(dataset, workers=0, team=ALONE, map_range=None):
     settings = {"batch_size": 4, "map_sizes": MAPS, "map_range": map_range, "team": team}
-    plain = BatchLoader(dataset, workers=0, shuffle=True, pin_memory=False, **settings)
+    plain = batch_loader(dataset, workers=0, shuffle=True, pin_memory=False, **settings)
     return plain, DeviceLoader(dataset, workers=workers, device=torch.device("cpu"), **settings)
 
 
