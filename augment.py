@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from images import MEAN_COLOUR
-from kaist import FRAME_HEIGHT, FRAME_WIDTH
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
+from kaist.images import MEAN_COLOUR
 
 CROP_OVERLAPS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # None: no crop
 CROP_TRIALS = 50

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from copy_paste import MOST as MOST_PASTED
 from datasets import BadFrame, KaistPairs, Sample
-from errors import InputError
+from kaist.files import InputError
 from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks
 from workers import items_of, share_memory, worker_settings

@@ -33,18 +33,18 @@ from augment import Augmentation
 from batches import Collate
 from config import OneLineParser, model_arguments, resolve_row
 from datasets import KaistPairs, load_frames
-from demo_data import draw_demo
 from device_loader import DeviceLoader
-from errors import run_script
 from experiments import EXPERIMENTS
-from images import cache_frames, read_frame
 from inference import detect_image
-from kaist import image_path, open_annotations, read_image_list
+from kaist.annotations import image_path, open_annotations, read_image_list
+from kaist.demo import draw_demo
+from kaist.files import run_script
+from kaist.images import cache_frames, read_frame
+from kaist.miss_rate import SETUPS, evaluate, load_ground_truth
+from kaist.results import read_detections
 from losses import MultiBoxLoss
-from miss_rate import SETUPS, evaluate, load_ground_truth
 from model import SSD300, Predictions, detect
 from plain import plain_detect, plain_miss_rates, plain_multibox_loss, recipe_sample
-from result_files import read_detections
 from timing import Apart, Bench, Row, faster, interleave, lap, share
 from utils import choose_device, choose_precision, make_deterministic
 from workloads import (

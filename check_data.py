@@ -23,7 +23,6 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from config import OneLineParser
-from errors import InputError
 from faults import (
     COLOURED,
     FAULTS,
@@ -36,9 +35,7 @@ from faults import (
     check_xml,
     unreadable,
 )
-from files import read_text, write_atomically
-from images import MODALITIES
-from kaist import (
+from kaist.annotations import (
     FOLDERS,
     FRAME_ID,
     JSON_NAME,
@@ -49,6 +46,8 @@ from kaist import (
     open_annotations,
     read_image_list,
 )
+from kaist.files import InputError, read_text, write_atomically
+from kaist.images import MODALITIES
 
 OUT = "faults.csv"
 SHOWN = 5  # faults of a kind in the table; the file has all

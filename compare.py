@@ -11,12 +11,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from bootstrap import interval
-from errors import InputError
-from files import read_text, write_atomically
-from miss_rate import GroundTruth
-from report import HEADLINE, Scores, headline, percent, print_scores, score, show_interval
-from result_files import read_detections
+from kaist.bootstrap import interval
+from kaist.files import InputError, read_text, write_atomically
+from kaist.miss_rate import GroundTruth
+from kaist.report import HEADLINE, Scores, headline, percent, print_scores, score, show_interval
+from kaist.results import read_detections
 
 RESAMPLES = 1000  # of the bootstrap, where no other number is asked for
 
@@ -33,7 +32,7 @@ def compare_runs(folders: Sequence[Path], resamples: int, out: Path) -> None:
         InputError: a folder is not that of a finished run, or was evaluated on other frames.
     """
     # Here, because result files are evaluated without torch.
-    from inference import open_test_set
+    from kaist.miss_rate import open_test_set
 
     configs = [read_config(folder) for folder in folders]
     names = run_names(folders)

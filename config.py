@@ -9,8 +9,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from errors import InputError
 from experiments import BASE, EXPERIMENTS
+from kaist.files import InputError
 
 # Constants that take one of a few words.
 CHOICES = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kaist import FRAME_HEIGHT, FRAME_WIDTH
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 
 MOST = 3  # people pasted into a frame
 TRIALS = 10  # places tried for each

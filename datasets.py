@@ -29,10 +29,10 @@ from augment import (
     whole_frame,
 )
 from copy_paste import paste_people
-from errors import InputError, run_script
-from frame_cache import FrameCache
-from images import read_frame
-from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, time_of_day
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations, time_of_day
+from kaist.files import InputError, run_script
+from kaist.frame_cache import FrameCache
+from kaist.images import read_frame
 
 # ------------------------------------------------------------------------- frames
 
@@ -219,7 +219,7 @@ class KaistPairs(Dataset):
 
 def main() -> None:
     """`python datasets.py --check ROOT --list LIST` looks for faults in a data set."""
-    from check_data import main as check  # here, because it needs what is above
+    from check_data import main as check
 
     sys.exit(check())
 

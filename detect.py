@@ -23,19 +23,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from config import OneLineParser
-from errors import InputError, run_script
-from files import make_folder, write_atomically
-from images import MODALITIES, join_modalities, read_image
 from inference import detect_image
-from kaist import FRAME_HEIGHT, FRAME_WIDTH
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
+from kaist.files import InputError, make_folder, run_script, write_atomically
+from kaist.images import MODALITIES, join_modalities, read_image
 from model import SSD300
-from utils import (
-    build_model,
-    choose_checkpoint,
-    choose_device,
-    choose_precision,
-    load_checkpoint,
-)
+from utils import build_model, choose_checkpoint, choose_device, choose_precision, load_checkpoint
 
 CHECKPOINTS = "checkpoints"  # the newest run here is used unless --checkpoint names one
 MIN_SCORE = 0.3  # draw and print detections from this score up

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from augment import frame_mean, mean_colour, whole_frame
 from batches import Batch, EpochBatches, most_objects, pad
 from datasets import KaistPairs
-from frame_cache import FrameCache
+from kaist.frame_cache import FrameCache
 from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks
 from workers import items_of, worker_settings

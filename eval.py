@@ -23,14 +23,14 @@ from typing import Any
 
 from compare import compare_runs
 from config import OneLineParser
-from demo_data import open_root
-from error_sheet import FORMATS, draw_errors
-from errors import InputError, run_script
-from images import MODALITIES
-from kaist import read_image_list, scene, time_of_day
-from miss_rate import GroundTruth, load_ground_truth, select_frames
-from report import draw_curves, print_scores, score, write_json
-from result_files import Detections, frames_path, read_detections, write_detections
+from kaist.annotations import read_image_list, scene, time_of_day
+from kaist.demo import open_root
+from kaist.error_sheet import FORMATS, draw_errors
+from kaist.files import InputError, run_script
+from kaist.images import MODALITIES
+from kaist.miss_rate import GroundTruth, load_ground_truth, select_frames
+from kaist.report import draw_curves, print_scores, score, write_json
+from kaist.results import Detections, frames_path, read_detections, write_detections
 
 CHECKPOINTS = "checkpoints"  # where the newest run is looked for
 ANNOTATIONS = ""  # KAIST_annotation.json, an annotation folder or a KAIST root
@@ -178,7 +178,8 @@ def run_checkpoint(
     # Here, because result files are evaluated without torch.
     import torch
 
-    from inference import detect_frames, frame_loader, open_test_set
+    from inference import detect_frames, frame_loader
+    from kaist.miss_rate import open_test_set
     from utils import build_model, choose_device, choose_precision, load_checkpoint
 
     checkpoint = load_checkpoint(path)

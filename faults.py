@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from errors import InputError
-from files import load_json, read_text
-from kaist import (
+from kaist.annotations import (
     FRAME_HEIGHT,
     FRAME_WIDTH,
     json_row,
@@ -25,6 +23,7 @@ from kaist import (
     read_json,
     xml_row,
 )
+from kaist.files import InputError, load_json, read_text
 
 FAULTS = {
     "list-empty": "an image list without frames",

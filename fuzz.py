@@ -42,12 +42,12 @@ import detect
 import eval as eval_script
 import train
 from config import OneLineParser, read_constants
-from demo_data import draw_demo
-from errors import InputError, run_script
 from faults import Fault, check_image, check_json, check_text, check_xml
-from files import make_folder
-from images import read_image
-from kaist import read_bbgt, read_image_list, read_json, read_paired, read_xml
+from kaist.annotations import read_bbgt, read_image_list, read_json, read_paired, read_xml
+from kaist.demo import draw_demo
+from kaist.files import InputError, make_folder, run_script
+from kaist.images import read_image
+from kaist.results import read_detections
 from mutations import (
     WORDS,
     XML_WORDS,
@@ -57,7 +57,6 @@ from mutations import (
     mutate_text,
     mutate_zip,
 )
-from result_files import read_detections
 from utils import load_checkpoint, save_checkpoint
 
 INPUTS, SEED = 1_000_000, 0

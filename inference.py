@@ -14,45 +14,17 @@ from tqdm import tqdm
 from augment import resize, view_pixels, whole_frame
 from batches import BatchLoader, batch_loader
 from datasets import Frame, KaistPairs, label_objects
-from images import check_images
-from kaist import (
-    FOLDERS,
+from kaist.annotations import (
     FRAME_HEIGHT,
     FRAME_WIDTH,
-    Annotations,
-    find_file,
-    open_annotations,
-    open_test_annotations,
-    read_image_list,
 )
+from kaist.images import check_images
+from kaist.miss_rate import GroundTruth
+from kaist.results import Detections
 from losses import IGNORE, PERSON
-from miss_rate import GroundTruth, load_ground_truth
 from model import SSD300, Predictions, detect, feature_map_sizes
 from parallel import ALONE, Team
-from result_files import Detections
 from utils import autocast
-
-
-def find_annotations(root: Path, where: str, modality: str) -> Annotations:
-    """Annotations named by a constant: "auto", a form within the root, or a path."""
-    if where in ("auto", "json", *FOLDERS):
-        return open_annotations(root, where, modality)
-    return open_annotations(find_file(root, where), "auto", modality)
-
-
-def open_test_set(root: Path, test_list: str, where: str) -> GroundTruth:
-    """The people of a test list.
-
-    Args:
-        test_list: an image list below the root, or any path.
-        where: TEST_ANNOTATIONS: "auto" (see `kaist.open_test_annotations`), a form, or a path.
-    """
-    frame_ids = read_image_list(find_file(root, test_list))
-    if where == "auto":
-        annotations = open_test_annotations(root, frame_ids)
-    else:
-        annotations = find_annotations(root, where, "lwir")
-    return load_ground_truth(annotations, frame_ids)
 
 
 def frame_loader(

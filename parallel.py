@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import InputError
+from kaist.files import InputError
 
 
 @dataclass(frozen=True)

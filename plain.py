@@ -19,8 +19,8 @@ from torchvision.ops import box_convert, box_iou, clip_boxes_to_image
 from torchvision.transforms import v2
 
 from datasets import Frame
-from kaist import FRAME_HEIGHT, FRAME_WIDTH, image_path
-from miss_rate import FPPI_POINTS, GroundTruth, Setup
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
+from kaist.miss_rate import FPPI_POINTS, GroundTruth, Setup
 from model import Predictions, decode, encode
 from pseudo_gt import box_masks
 

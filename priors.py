@@ -20,11 +20,16 @@ import numpy as np
 
 from config import CHOICES, OneLineParser
 from datasets import load_frames
-from demo_data import open_root
-from errors import InputError, run_script
-from files import write_atomically
-from inference import find_annotations
-from kaist import FRAME_HEIGHT, FRAME_WIDTH, Annotations, find_file, read_image_list
+from kaist.annotations import (
+    FRAME_HEIGHT,
+    FRAME_WIDTH,
+    Annotations,
+    find_annotations,
+    find_file,
+    read_image_list,
+)
+from kaist.demo import open_root
+from kaist.files import InputError, run_script, write_atomically
 from model import feature_map_sizes, prior_shapes
 
 MATCH = 0.5  # IoU from which a prior learns a person

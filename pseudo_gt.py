@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
-from errors import InputError, run_script
-from files import write_atomically
+from kaist.files import InputError, run_script, write_atomically
 
 if TYPE_CHECKING:
     from batches import Batch
@@ -117,10 +116,9 @@ def main() -> None:
     from batches import Collate
     from config import check_config, parse_flags, read_constants
     from datasets import Augmentation, KaistPairs, load_frames
-    from demo_data import open_root
-    from images import check_images
-    from inference import find_annotations
-    from kaist import find_file, read_image_list
+    from kaist.annotations import find_annotations, find_file, read_image_list
+    from kaist.demo import open_root
+    from kaist.images import check_images
     from model import feature_map_sizes
 
     constants = read_constants(__file__)

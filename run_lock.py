@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TextIO
 
-from errors import InputError
+from kaist.files import InputError
 
 try:
     import fcntl

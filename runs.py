@@ -14,9 +14,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from errors import InputError
 from experiments import BASE
-from files import make_folder, write_atomically
+from kaist.files import InputError, make_folder, write_atomically
 from run_lock import lock_folder
 from utils import LAST, PREVIOUS, load_checkpoint, save_checkpoint
 

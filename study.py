@@ -28,9 +28,8 @@ from tqdm import tqdm
 
 import train
 from config import OneLineParser, as_flags, show
-from errors import InputError, run_script
 from experiments import EXPERIMENTS
-from files import make_folder, write_atomically
+from kaist.files import InputError, make_folder, run_script, write_atomically
 from runs import same_recipe
 
 CHECKPOINTS = "checkpoints"  # the runs are kept in a folder of the study's name below it

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from demo_data import draw_demo
+from kaist.demo import draw_demo
 
 
 @dataclass(frozen=True)

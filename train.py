@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import demo_data
 from batches import BatchLoader, batch_loader
 from config import (
     check_config,
@@ -35,19 +34,20 @@ from config import (
 )
 from datasets import Augmentation, Frame, KaistPairs, load_frames
 from device_loader import DeviceLoader, obstacle
-from errors import InputError, run_script
 from experiments import EXPERIMENTS
-from images import MODALITIES, cache_frames, check_images
-from inference import detect_frames, find_annotations, frame_loader, open_test_set
-from kaist import Annotations, find_file, read_image_list
+from inference import detect_frames, frame_loader
+from kaist import demo as demo_data
+from kaist.annotations import Annotations, find_annotations, find_file, read_image_list
+from kaist.files import InputError, run_script
+from kaist.images import MODALITIES, cache_frames, check_images
+from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth, open_test_set
+from kaist.report import headline, report
 from losses import BACKGROUND, IGNORE, MultiBoxLoss, SegmentationLoss
-from miss_rate import GroundTruth, evaluate, load_ground_truth
 from model import SSD300, Predictions, feature_map_sizes
 from optimisation import MovingAverage, gradient_norm, lr_factor, make_optimizer, set_lr, update
 from parallel import Team, join_team
 from pretrained import check_pretrained, load_pretrained
 from pseudo_gt import MapRange
-from report import headline, report
 from runs import Run
 from step_log import MAX_SKIPS, StepLog
 from utils import autocast, choose_device, choose_precision, make_deterministic

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errors import InputError
-from files import write_atomically
+from kaist.files import InputError, write_atomically
 from model import SSD300
 from seal import check_seal, seal
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from errors import InputError
+from kaist.files import InputError
 
 
 def worker_settings(workers: int, start_method: str) -> dict[str, Any]:

@@ -19,14 +19,14 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.models.detection import ssd300_vgg16
 
 from batches import Batch
-from images import read_image
 from inference import detect_image
-from kaist import FRAME_HEIGHT, FRAME_WIDTH
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
+from kaist.images import read_image
+from kaist.miss_rate import GroundTruth
+from kaist.results import Detections, write_detections
 from losses import MultiBoxLoss, SegmentationLoss
-from miss_rate import GroundTruth
 from model import SSD300, Predictions
 from pseudo_gt import box_masks
-from result_files import Detections, write_detections
 from utils import autocast, keep_memory
 
 MODEL = {"input_mode": "early", "batch_norm": False, "width": 1.0, "infusion": (1, 1, 0, 0, 0, 0),

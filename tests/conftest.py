@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from demo_data import draw_demo
+from kaist.demo import draw_demo
 
 PROJECT = Path(__file__).parent.parent
 

@@ -13,8 +13,8 @@ import train
 from augment import Augmentation
 from batches import BadFrames, EpochBatches, batch_loader
 from datasets import KaistPairs, load_frames
-from images import check_images
-from kaist import image_path, open_annotations, read_image_list
+from kaist.annotations import image_path, open_annotations, read_image_list
+from kaist.images import check_images
 from parallel import ALONE
 from utils import load_checkpoint
 

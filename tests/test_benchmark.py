@@ -14,11 +14,11 @@ import torch
 
 import benchmark
 from datasets import load_frames
-from kaist import open_annotations, read_image_list
-from miss_rate import SETUPS, evaluate
+from kaist.annotations import open_annotations, read_image_list
+from kaist.miss_rate import SETUPS, evaluate
+from kaist.results import read_detections
 from model import SSD300, detect
 from plain import plain_detect, plain_miss_rates, recipe_sample
-from result_files import read_detections
 from timing import Apart
 from workloads import (
     MODEL,

@@ -12,9 +12,9 @@ from PIL import Image
 
 import check_data
 import datasets
-from errors import InputError
 from faults import FAULTS
-from kaist import image_path, open_annotations, read_image_list
+from kaist.annotations import image_path, open_annotations, read_image_list
+from kaist.files import InputError
 
 LINE = "person 100 200 30 80 0 0 0 0 0 0 0\n"
 HEADER = "% bbGt version=3\n"

@@ -11,7 +11,7 @@ import eval as eval_script
 import study
 import train
 from config import resolve_row
-from errors import InputError
+from kaist.files import InputError
 from study import Outcome, Study, holm, paired_test
 
 

@@ -4,8 +4,8 @@ import pytest
 
 import train
 from config import CHOICES, parse_flags, read_constants, resolve_row
-from errors import InputError
 from experiments import BASE, EXPERIMENTS
+from kaist.files import InputError
 from optimisation import lr_factor
 
 NO_MAPS = ["--infusion", "0,0,0,0,0,0"]

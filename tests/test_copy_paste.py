@@ -7,7 +7,7 @@ from augment import Augmentation
 from batches import Collate
 from copy_paste import MOST, paste_people
 from datasets import KaistPairs, load_frames
-from kaist import open_annotations, read_image_list, time_of_day
+from kaist.annotations import open_annotations, read_image_list, time_of_day
 
 BLACK, WHITE = np.zeros((512, 640, 4), np.uint8), np.full((512, 640, 4), 255, np.uint8)
 NOBODY = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)

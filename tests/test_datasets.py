@@ -28,10 +28,10 @@ from augment import (
 )
 from batches import batch_loader
 from datasets import KaistPairs, label_objects, load_frames
-from errors import InputError
-from images import cache_frames, check_images
-from images import read_frame as read
-from kaist import image_path, make_objects, open_annotations, read_image_list
+from kaist.annotations import image_path, make_objects, open_annotations, read_image_list
+from kaist.files import InputError
+from kaist.images import cache_frames, check_images
+from kaist.images import read_frame as read
 
 SIZE = (300, 300)
 

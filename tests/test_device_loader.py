@@ -9,8 +9,8 @@ from augment import Augmentation
 from batches import Collate, EpochBatches, batch_loader
 from datasets import KaistPairs, load_frames
 from device_loader import DeviceLoader, Recipes, make_images, obstacle, resize_weights
-from images import cache_frames
-from kaist import open_annotations, read_image_list
+from kaist.annotations import open_annotations, read_image_list
+from kaist.images import cache_frames
 from losses import IGNORE
 from model import SSD300
 from parallel import ALONE, Team

@@ -12,10 +12,10 @@ import eval as eval_script
 import train
 from augment import Augmentation, draw_recipe, mean_colour
 from datasets import KaistPairs, load_frames
-from errors import InputError
-from images import read_frame
 from inference import mirror, predict
-from kaist import image_path, open_annotations, read_image_list
+from kaist.annotations import image_path, open_annotations, read_image_list
+from kaist.files import InputError
+from kaist.images import read_frame
 from model import SSD300, Predictions, decode, detect
 from optimisation import MovingAverage
 from utils import save_checkpoint

@@ -10,7 +10,7 @@ import zlib
 import pytest
 
 import fuzz
-from errors import InputError
+from kaist.files import InputError
 
 NINES = b"9" * 400
 ANNOTATIONS = b"""{"categories": [{"id": 1, "name": "person"}],

@@ -3,7 +3,7 @@
 import torch
 
 from inference import frames_of, shared_cells
-from miss_rate import load_ground_truth
+from kaist.miss_rate import load_ground_truth
 
 
 def test_shared_cells_by_hand():

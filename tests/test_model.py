@@ -9,7 +9,7 @@ from torchvision.models import vgg16, vgg16_bn
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert, nms
 
-from errors import InputError
+from kaist.files import InputError
 from model import (
     SSD300,
     L2Norm,

@@ -11,7 +11,7 @@ import torch
 
 import train
 from batches import EpochBatches
-from errors import InputError
+from kaist.files import InputError
 from parallel import ALONE, Team, join_team
 from utils import load_checkpoint
 

@@ -7,7 +7,7 @@ from torchvision.models import resnet18, vgg16, vgg16_bn
 from torchvision.models.detection import ssd300_vgg16
 
 import train
-from errors import InputError
+from kaist.files import InputError
 from model import SSD300
 from pretrained import load_pretrained
 

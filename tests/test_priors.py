@@ -11,8 +11,8 @@ import torch
 from torchvision.ops import box_convert, box_iou
 
 import priors
-from errors import InputError
-from kaist import open_annotations
+from kaist.annotations import open_annotations
+from kaist.files import InputError
 from model import feature_map_sizes, make_priors, prior_shapes
 
 XML = """<annotation><object><name>{}</name><bndbox><x>{}</x><y>{}</y><w>{}</w><h>{}</h></bndbox>

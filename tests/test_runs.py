@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import train
-from errors import InputError
+from kaist.files import InputError
 from seal import check_seal
 from utils import load_checkpoint, save_checkpoint
 

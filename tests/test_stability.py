@@ -4,15 +4,7 @@ import pytest
 import torch
 
 from losses import MultiBoxLoss, SegmentationLoss
-from model import (
-    SSD300,
-    L2Norm,
-    Predictions,
-    encode,
-    feature_map_sizes,
-    make_priors,
-    prior_shapes,
-)
+from model import SSD300, L2Norm, Predictions, encode, feature_map_sizes, make_priors, prior_shapes
 from pseudo_gt import box_masks
 from utils import autocast
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from config import read_constants
-from errors import InputError
+from kaist.files import InputError
 from model import SSD300
 from optimisation import make_optimizer, update
 from step_log import StepLog

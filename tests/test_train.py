@@ -15,7 +15,7 @@ import torch
 import detect
 import eval as eval_script
 import train
-from errors import InputError
+from kaist.files import InputError
 from runs import Run
 from utils import build_model, load_checkpoint, newest_checkpoint, save_checkpoint
 

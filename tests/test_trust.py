@@ -14,14 +14,13 @@ import torch
 from PIL import Image
 
 import detect
-from error_sheet import draw_errors
-from errors import InputError
-from files import MAX_TEXT
-from images import read_image
-from kaist import image_path, read_image_list, read_json, read_xml
-from miss_rate import load_ground_truth
+from kaist.annotations import image_path, read_image_list, read_json, read_xml
+from kaist.error_sheet import draw_errors
+from kaist.files import MAX_TEXT, InputError
+from kaist.images import read_image
+from kaist.miss_rate import load_ground_truth
+from kaist.results import Detections, read_detections
 from pretrained import load_pretrained
-from result_files import Detections, read_detections
 from utils import load_checkpoint
 
 

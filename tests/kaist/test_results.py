@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 import eval as eval_script
-from errors import InputError
-from kaist import image_path
-from miss_rate import evaluate, load_ground_truth
-from report import as_dict, draw_curves, headline, print_scores, report, score
-from result_files import Detections, frames_path, read_detections, write_detections
+from kaist.annotations import image_path
+from kaist.files import InputError
+from kaist.miss_rate import evaluate, load_ground_truth
+from kaist.report import as_dict, draw_curves, headline, print_scores, report, score
+from kaist.results import Detections, frames_path, read_detections, write_detections
 
-PROJECT = Path(__file__).parents[1]
+PROJECT = Path(__file__).parents[2]
 FRAMES = ("set06/V000/I00000", "set06/V000/I00001", "set09/V000/I00000", "set09/V000/I00001")
 BOX = [100, 100, 40, 100]
 

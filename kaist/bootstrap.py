@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from miss_rate import (
+from kaist.miss_rate import (
     BLOCK,
     SETUPS,
     GroundTruth,
@@ -18,7 +18,7 @@ from miss_rate import (
     rank,
     share,
 )
-from result_files import Detections
+from kaist.results import Detections
 
 
 def bootstrap(

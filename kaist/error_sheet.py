@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from errors import InputError
-from files import write_atomically
-from images import decode
-from kaist import image_path
-from miss_rate import (
+from kaist.annotations import image_path
+from kaist.files import InputError, write_atomically
+from kaist.images import decode
+from kaist.miss_rate import (
     SETUPS,
     GroundTruth,
     Matching,
@@ -20,7 +19,7 @@ from miss_rate import (
     match_setups,
     rank,
 )
-from result_files import Detections
+from kaist.results import Detections
 
 SETUP = "Reasonable-all"
 OPERATING_FPPI = 0.1  # who is not found at this rate of false positives counts as missed

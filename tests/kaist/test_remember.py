@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import images
-import remember
 from datasets import load_frames
-from errors import InputError
-from images import check_images
-from kaist import READERS, image_path, open_annotations, read_image_list
-from miss_rate import load_ground_truth
+from kaist import images, remember
+from kaist.annotations import READERS, image_path, open_annotations, read_image_list
+from kaist.files import InputError
+from kaist.images import check_images
+from kaist.miss_rate import load_ground_truth
 
 IDS = [f"set0{i % 3}/V00{i % 2}/I{i:05d}" for i in range(12)]
 XML = ("<annotation>{}</annotation>",

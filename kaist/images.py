@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from errors import InputError
-from frame_cache import FrameCache, open_cache
-from kaist import FRAME_HEIGHT, FRAME_WIDTH, image_path
-from remember import remember
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
+from kaist.files import InputError
+from kaist.frame_cache import FrameCache, open_cache
+from kaist.remember import remember
 
 # Visible R, G, B, then LWIR: the colour that normalisation by ImageNet's mean turns into zero.
 MEAN_COLOUR = np.array([124, 116, 104, 114], np.uint8)

@@ -10,17 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
-from bootstrap import bootstrap, interval
-from files import write_atomically
-from miss_rate import (
-    SCENE_SETUPS,
-    SETUPS,
-    GroundTruth,
-    Result,
-    evaluate,
-    id_shift,
-)
-from result_files import Detections, read_detections, write_detections
+from kaist.bootstrap import bootstrap, interval
+from kaist.files import write_atomically
+from kaist.miss_rate import SCENE_SETUPS, SETUPS, GroundTruth, Result, evaluate, id_shift
+from kaist.results import Detections, read_detections, write_detections
 
 HEADLINE = ("Reasonable-all", "Reasonable-day", "Reasonable-night")
 TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of the miss rate

@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 
-from errors import InputError
-from files import load_json, read_text, write_atomically
-from kaist import read_image_list
+from kaist.annotations import read_image_list
+from kaist.files import InputError, load_json, read_text, write_atomically
 
 PEDESTRIAN = 1  # the category_id that counts
 

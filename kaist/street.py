@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
-from kaist import FRAME_HEIGHT
+from kaist.annotations import FRAME_HEIGHT
 
 SCENE_WIDTH = 800  # pixels; wider than the frame, so that the camera can pan within a video
 FOCAL, EYE = 700.0, 1.9  # pixels; metres, the camera's height

@@ -1,9 +1,9 @@
 """Draws the demo set: paired street scenes, visible and LWIR, in KAIST's exact layout.
 
-Each video is a street of its own (demo_street.py); figures walk through it from frame to frame and
+Each video is a street of its own (street.py); figures walk through it from frame to frame and
 are annotated as on KAIST: persons, crowds, cyclists, unsure figures, and how far each is covered.
 
-    python demo_data.py --root data/demo
+    python -m kaist.demo --root data/demo
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ import numpy as np
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from demo_street import (
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
+from kaist.files import InputError, abandoned, run_script
+from kaist.street import (
     FOCAL,
     ROAD,
     SCENE_WIDTH,
@@ -35,9 +37,6 @@ from demo_street import (
     draw_figure,
     paint,
 )
-from errors import InputError, run_script
-from files import abandoned
-from kaist import FRAME_HEIGHT, FRAME_WIDTH
 
 ROOT = Path("data/demo")
 TRAIN_FRAMES, TEST_FRAMES = 480, 180  # over set00-05 and over set06-11

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bootstrap import bootstrap, interval
-from errors import InputError
-from kaist import scene, time_of_day
-from miss_rate import (
+from kaist.annotations import scene, time_of_day
+from kaist.bootstrap import bootstrap, interval
+from kaist.files import InputError
+from kaist.miss_rate import (
     FPPI_POINTS,
     SETUPS,
     GroundTruth,
@@ -25,7 +25,7 @@ from miss_rate import (
     rank,
     select_frames,
 )
-from result_files import Detections, read_detections
+from kaist.results import Detections, read_detections
 
 ANYONE = {"anyone": Setup((1, np.inf), (0, 1, 2))}
 RESULTS = ("MLPD_result.txt", "MLPD_result.json", "MBNet_result.txt", "MSDS-RCNN_result.txt",

@@ -26,16 +26,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from errors import InputError
-from kaist import (
+from kaist.annotations import (
     FRAME_HEIGHT,
     FRAME_WIDTH,
     Annotations,
+    find_annotations,
+    find_file,
     open_test_annotations,
+    read_image_list,
     scene,
     time_of_day,
 )
-from result_files import Detections, frame_places, move_frames
+from kaist.files import InputError
+from kaist.results import Detections, frame_places, move_frames
 
 OVERLAP = 0.5  # least overlap of a match
 MARGIN = 5  # pixels; people that come closer to the frame's border are ignored
@@ -411,3 +414,19 @@ def id_shift(ground_truth: GroundTruth, detections: Detections) -> int:
         fits[shift] = len(np.unique(find_overlaps(ground_truth, moved).object))
     best = max(fits, key=fits.__getitem__)
     return best if fits[best] >= max(20, 1.5 * fits[0]) else 0
+
+
+
+def open_test_set(root: Path, test_list: str, where: str) -> GroundTruth:
+    """The people of a test list.
+
+    Args:
+        test_list: an image list below the root, or any path.
+        where: TEST_ANNOTATIONS: "auto" (see `kaist.open_test_annotations`), a form, or a path.
+    """
+    frame_ids = read_image_list(find_file(root, test_list))
+    if where == "auto":
+        annotations = open_test_annotations(root, frame_ids)
+    else:
+        annotations = find_annotations(root, where, "lwir")
+    return load_ground_truth(annotations, frame_ids)

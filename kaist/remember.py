@@ -15,8 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from errors import InputError
-from files import write_atomically
+from kaist.files import InputError, write_atomically
 
 VERSION = 1  # of what is remembered; a change of meaning needs another
 LEAST = 500  # files; fewer are read as soon as they are looked up

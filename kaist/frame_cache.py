@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from errors import InputError
-from files import abandoned, write_atomically
-from kaist import FRAME_HEIGHT, FRAME_WIDTH, image_path
-from remember import fingerprint
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
+from kaist.files import InputError, abandoned, write_atomically
+from kaist.remember import fingerprint
 
 BLOCK = 64  # frames decoded before they are written
 

@@ -21,9 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from errors import InputError
-from files import load_json, read_text
-from remember import remember
+from kaist.files import InputError, load_json, read_text
+from kaist.remember import remember
 
 FRAME_WIDTH, FRAME_HEIGHT = 640, 512
 FRAME_ID = re.compile(r"set(0\d|1[01])/V\d{3}/I\d{5}", re.ASCII)
@@ -447,3 +446,11 @@ def guess_form(folder: Path) -> str | None:
     if first.suffix == ".xml":
         return "xml"
     return "paired" if first.parent.name in ("visible", "lwir") else "bbgt"
+
+
+
+def find_annotations(root: Path, where: str, modality: str) -> Annotations:
+    """Annotations named by a constant: "auto", a form within the root, or a path."""
+    if where in ("auto", "json", *FOLDERS):
+        return open_annotations(root, where, modality)
+    return open_annotations(find_file(root, where), "auto", modality)

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from errors import InputError
-from kaist import (
+from kaist.annotations import (
     image_path,
     open_annotations,
     open_test_annotations,
@@ -17,8 +16,9 @@ from kaist import (
     scene,
     time_of_day,
 )
-from miss_rate import evaluate, load_ground_truth
-from result_files import read_detections
+from kaist.files import InputError
+from kaist.miss_rate import evaluate, load_ground_truth
+from kaist.results import read_detections
 
 FRAME = "set06/V001/I00019"
 BBGT = """% bbGt version=3
