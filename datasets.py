@@ -6,7 +6,6 @@ any number of workers gives the same samples.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +29,7 @@ from augment import (
 )
 from copy_paste import paste_people
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations, time_of_day
-from kaist.files import InputError, run_script
+from kaist.files import InputError
 from kaist.frame_cache import FrameCache
 from kaist.images import read_frame
 
@@ -217,12 +216,5 @@ class KaistPairs(Dataset):
         return read_frame(self.root, frame_id, self.input_mode, self.without)
 
 
-def main() -> None:
-    """`python datasets.py --check ROOT --list LIST` looks for faults in a data set."""
-    from check_data import main as check
-
-    sys.exit(check())
-
-
 if __name__ == "__main__":
-    run_script(main)
+    raise SystemExit("it checks nothing itself any more: python -m tools.check_data ROOT")

@@ -224,7 +224,7 @@ EXPERIMENTS = {
     "31": {
         "based_on": "26",
         "change": {"priors": "pedestrian"},
-        "words": "beyond the log: priors of a person's shape (python priors.py shows why)",
+        "words": "beyond the log: priors of a person's shape (python -m tools.priors shows why)",
         "logged": "",
     },
     "32": {
@@ -284,7 +284,7 @@ EXPERIMENTS = {
         "based_on": "33",
         "change": {"priors": "pedestrian", "test_flip": True},
         "words": "rows 31, 33 and 38 together: what helped on the demo set at no larger an input "
-        "(python study.py beyond)",
+        "(python -m tools.study beyond)",
         "logged": "",
     },
     "demo": {

@@ -14,10 +14,7 @@ from tqdm import tqdm
 from augment import resize, view_pixels, whole_frame
 from batches import BatchLoader, batch_loader
 from datasets import Frame, KaistPairs, label_objects
-from kaist.annotations import (
-    FRAME_HEIGHT,
-    FRAME_WIDTH,
-)
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.images import check_images
 from kaist.miss_rate import GroundTruth
 from kaist.results import Detections

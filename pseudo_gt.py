@@ -1,33 +1,17 @@
-"""Box-shaped masks: what the segmentation infusion heads learn to predict.
-
-As a script, `python pseudo_gt.py` draws augmented training samples with their boxes and every
-feature map's mask into one picture, so that masks which do not follow the boxes are seen at once.
-"""
+"""Box-shaped masks: what the segmentation infusion heads learn to predict."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
 
-from kaist.files import InputError, run_script, write_atomically
-
 if TYPE_CHECKING:
-    from batches import Batch
+    pass
 
-DATA_ROOT = "data/demo"  # KAIST root; the demo set is drawn here if it is absent
-IMAGE_LIST = "imageSets/train-all.txt"  # frames to draw: below DATA_ROOT, or any path
-ANNOTATIONS = "auto"  # auto, bbgt, xml, xml-sanitized, paired or json
-INPUT_MODE = "early"  # what to show: lwir, visible or early (both)
-ZOOM_OUT = 4.0  # largest zoomed-out canvas, in frames a side
-MASKS_FOLLOW = True  # False draws the logged mistake: masks of the unaugmented frame
-SAMPLES = 5  # rows of the picture, each with a random frame and a random augmentation
-SEED = 0  # of both
-OUT = "pseudo_gt.png"  # where the picture goes
 
 
 def box_masks(
@@ -107,76 +91,5 @@ def cell_under(point: Tensor, cells: int) -> Tensor:
     return torch.arange(cells, device=point.device) == index.unsqueeze(-1)
 
 
-# ------------------------------------------------------------------------- the script
-
-
-def main() -> None:
-    """Draw random samples of an image list."""
-    # Here, because datasets.py itself needs the masks above.
-    from batches import Collate
-    from config import check_config, parse_flags, read_constants
-    from datasets import Augmentation, KaistPairs, load_frames
-    from kaist.annotations import find_annotations, find_file, read_image_list
-    from kaist.demo import open_root
-    from kaist.images import check_images
-    from model import feature_map_sizes
-
-    constants = read_constants(__file__)
-    config = {name: value for name, (value, _) in constants.items()}
-    config |= parse_flags(__doc__.splitlines()[0], constants, None)
-    check_config(config)
-    root = open_root(config["data_root"])
-    frame_ids = read_image_list(find_file(root, config["image_list"]))
-    order = torch.randperm(len(frame_ids), generator=torch.manual_seed(config["seed"]))
-    annotations = find_annotations(root, config["annotations"], "lwir")
-    frames = load_frames([frame_ids[i] for i in order], annotations, min_height=12, margin=5)
-    frames = [frame for frame in frames if (frame.labels == 1).any()][: config["samples"]]
-    if not frames:
-        raise InputError("no frame has a person to draw", "choose another IMAGE_LIST", file=root)
-    check_images(root, [frame.id for frame in frames], config["input_mode"])
-    dataset = KaistPairs(
-        root, frames, input_mode=config["input_mode"], size=(300, 300),
-        augmentation=Augmentation(config["zoom_out"]), masks_follow=config["masks_follow"],
-        seed=config["seed"],
-    )  # fmt: skip
-    collate = Collate(feature_map_sizes((300, 300)))
-    batch, bad = collate([dataset[0, i] for i in range(len(frames))])
-    if bad:
-        raise bad[0].error
-    write_atomically(Path(config["out"]), lambda path: draw_masks(batch, path))
-    print(f"{config['out']}: {len(frames)} augmented samples, green persons, red ignored objects")
-
-
-def draw_masks(batch: Batch, path: Path) -> None:
-    """Draw a batch: its visible and LWIR images with boxes, then every mask."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    channels = batch.images.shape[1]
-    panels = {1: [[0]], 3: [[0, 1, 2]], 4: [[0, 1, 2], [3]]}[channels]
-    columns = len(panels) + len(batch.masks)
-    figure = Figure(figsize=(1.7 * columns, 1.75 * len(batch.images)), layout="constrained")
-    axes = figure.subplots(len(batch.images), columns, squeeze=False)
-    for row, image, boxes, labels, frame_id, *masks in zip(
-        axes, batch.images, batch.boxes, batch.labels, batch.frame_ids, *batch.masks, strict=True
-    ):
-        height, width = image.shape[1:]
-        row[0].set_title(frame_id, fontsize=7)
-        for axis, panel in zip(row, panels, strict=False):
-            axis.imshow(image[panel].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
-            for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist(), strict=True):
-                if label:
-                    size = (x1 - x0) * width, (y1 - y0) * height
-                    colour = "lime" if label == 1 else "red"
-                    outline = Rectangle((x0 * width, y0 * height), *size, fill=False, color=colour)
-                    axis.add_patch(outline)
-        for axis, mask in zip(row[len(panels) :], masks, strict=True):
-            axis.imshow(mask.numpy(), cmap="RdYlGn", vmin=-1, vmax=1)
-            axis.set_title("{} x {}".format(*mask.shape), fontsize=7)
-        for axis in row:
-            axis.set_axis_off()
-    figure.savefig(path, format="png", dpi=130)
-
-
 if __name__ == "__main__":
-    run_script(main)
+    raise SystemExit("it draws nothing itself any more: python -m tools.show_masks")

@@ -18,6 +18,12 @@ def own_cache_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def tools_everywhere() -> None:
+    """`python -m tools.x` finds the project from any folder that a test starts it in."""
+    os.environ["PYTHONPATH"] = str(PROJECT)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def signals() -> None:
     """Ctrl-C and hang-ups are heard, also where the tests run in the background or under nohup."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -15,7 +15,7 @@ from losses import IGNORE
 from model import SSD300
 from parallel import ALONE, Team
 from pseudo_gt import MapRange
-from workloads import MODEL
+from tools.workloads import MODEL
 
 MAPS = [(38, 38), (19, 19)]
 

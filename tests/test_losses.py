@@ -10,7 +10,7 @@ from torchvision.ops import box_convert, box_iou
 from losses import MultiBoxLoss, SegmentationLoss
 from matching import match, match_static
 from model import Predictions, encode, feature_map_sizes, make_priors, prior_shapes
-from plain import plain_multibox_loss
+from tools.reference import plain_multibox_loss
 
 PRIORS = make_priors(feature_map_sizes((300, 300)), prior_shapes("ssd300"))
 

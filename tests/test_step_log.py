@@ -11,7 +11,7 @@ from kaist.files import InputError
 from model import SSD300
 from optimisation import make_optimizer, update
 from step_log import StepLog
-from workloads import MODEL
+from tools.workloads import MODEL
 
 
 class FakeRun:

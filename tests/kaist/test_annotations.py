@@ -53,7 +53,7 @@ def make_json(path, annotations, frames=(FRAME,)):
 
 @pytest.fixture(scope="module")
 def reference():
-    default = Path(__file__).parents[2] / "shared" / "kaist"
+    default = Path(__file__).parents[3] / "shared" / "kaist"
     root = Path(os.environ.get("KAIST_REFERENCE", default))
     if not (root / "annotations" / "KAIST_annotation.json").is_file():
         pytest.skip("KAIST_REFERENCE names no folder with annotations/KAIST_annotation.json")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,6 @@ from kaist import street as demo_street
 from kaist.files import InputError
 
 SCRIPT = [sys.executable, "-m", "kaist.demo"]
-PYTHONPATH = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
 
 
 @pytest.fixture(scope="module")
@@ -238,13 +236,13 @@ def test_script(tmp_path: Path) -> None:
     """As a user runs it: draws, then refuses in one line to draw again."""
     command = [*SCRIPT, "--root", "set", "--train-frames", "6", "--test-frames", "6"]
     first, second = (
-        subprocess.run(command, cwd=tmp_path, env=PYTHONPATH, capture_output=True, text=True)
+        subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         for _ in range(2)
     )
     assert first.returncode == 0 and (tmp_path / "set" / "KAIST_annotation.json").is_file()
     assert second.returncode == 2 and second.stderr.count("\n") == 1
     few = subprocess.run(
         [*SCRIPT, "--root", "few", "--test-frames", "5"],
-        cwd=tmp_path, env=PYTHONPATH, capture_output=True, text=True,
+        cwd=tmp_path, capture_output=True, text=True,
     )  # fmt: skip
     assert few.returncode == 2 and "ask for 6 or more" in few.stderr

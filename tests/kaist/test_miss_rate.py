@@ -440,7 +440,7 @@ def test_bootstrap_is_repeatable_and_surrounds_the_rate():
 
 @pytest.fixture(scope="module")
 def reference():
-    default = Path(__file__).parents[2] / "shared" / "kaist"
+    default = Path(__file__).parents[3] / "shared" / "kaist"
     root = Path(os.environ.get("KAIST_REFERENCE", default))
     if not (root / "results" / "reference.json").is_file():
         pytest.skip("KAIST_REFERENCE names no folder with results/reference.json")

@@ -37,7 +37,7 @@ def annotations(tmp_path):
 
 @pytest.fixture(scope="module")
 def reference():
-    default = Path(__file__).parents[2] / "shared" / "kaist"
+    default = Path(__file__).parents[3] / "shared" / "kaist"
     root = Path(os.environ.get("KAIST_REFERENCE", default))
     if not (root / "results" / "reference.json").is_file():
         pytest.skip("KAIST_REFERENCE names no folder with results/reference.json")

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torchvision.ops import box_convert, box_iou
 
-import priors
 from kaist.annotations import open_annotations
 from kaist.files import InputError
 from model import feature_map_sizes, make_priors, prior_shapes
+from tools import priors
 
 XML = """<annotation><object><name>{}</name><bndbox><x>{}</x><y>{}</y><w>{}</w><h>{}</h></bndbox>
 <occlusion>0</occlusion></object></annotation>"""
@@ -107,7 +107,7 @@ def test_every_annotated_frame_of_a_bare_folder(tmp_path, layout, capsys):
 
 
 def test_script_as_a_user_runs_it(demo_root, tmp_path):
-    command = [sys.executable, priors.__file__, "--data-root", demo_root, "--sizes", "300x375"]
+    command = [sys.executable, "-m", "tools.priors", "--data-root", demo_root, "--sizes", "300x375"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| `pedestrian` | 300x375 |") == 2

@@ -1,6 +1,6 @@
 """Feeds broken input to everything that reads a user's files and flags.
 
-    python fuzz.py --inputs 1000000 --seed 0
+    python -m tools.fuzz --inputs 1000000 --seed 0
 
 Inputs are valid files and command lines, mutated with a knowledge of their structure. A reader may
 take one or refuse it with an InputError; any other exception, a hang, or a file that training
@@ -42,13 +42,13 @@ import detect
 import eval as eval_script
 import train
 from config import OneLineParser, read_constants
-from faults import Fault, check_image, check_json, check_text, check_xml
 from kaist.annotations import read_bbgt, read_image_list, read_json, read_paired, read_xml
 from kaist.demo import draw_demo
 from kaist.files import InputError, make_folder, run_script
 from kaist.images import read_image
 from kaist.results import read_detections
-from mutations import (
+from tools.faults import Fault, check_image, check_json, check_text, check_xml
+from tools.mutations import (
     WORDS,
     XML_WORDS,
     mutate_bytes,

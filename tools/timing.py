@@ -1,4 +1,4 @@
-"""How benchmark.py measures: work in turns, medians, and the rows of its table."""
+"""How tools/benchmark.py measures: work in turns, medians, and the rows of its table."""
 
 from __future__ import annotations
 

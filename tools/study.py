@@ -1,8 +1,8 @@
 """Does a change help, and how much? Rows of the lab book made small, over several seeds.
 
-    python study.py infusion                    # runs what is not there yet, then reports
-    python study.py infusion --report           # reports on the runs that are there
-    python study.py kaist --data-root /data/kaist …    # the rows at full size
+    python -m tools.study infusion                    # runs what is not there yet, then reports
+    python -m tools.study infusion --report           # reports on the runs that are there
+    python -m tools.study kaist --data-root /data/kaist …    # the rows at full size
 
 Each run is `train.py --experiment ROW` with the constants of SMALL over the row's, but for "kaist":
 a narrow network from scratch that trains on the demo set in minutes. Arms share their seeds, and
@@ -99,7 +99,7 @@ def main() -> None:
     outcomes = [read_outcome(run) for run in runs if is_finished(run)]
     table = report(study, outcomes)
     make_folder(Path(OUT))
-    command = " ".join(["python study.py", arguments.study, *more])
+    command = " ".join(["python -m tools.study", arguments.study, *more])
     text = f"`{command}`: {study.question}\n\n{table}\n"
     write_atomically(Path(OUT) / f"{arguments.study}.md", lambda path: path.write_text(text))
     write_atomically(Path(OUT) / f"{arguments.study}.png",

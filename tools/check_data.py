@@ -1,7 +1,7 @@
 """Looks at every image and annotation of image lists, and reports all that is missing, broken or
 suspicious.
 
-    python datasets.py --check ROOT --list imageSets/train-all-02.txt
+    python -m tools.check_data ROOT --list imageSets/train-all-02.txt
 
 All that training would refuse is found, and what it would learn from without a word: copies,
 black frames, swapped modalities, boxes outside of the frame. Ends with 0 if nothing was found,
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import signal
+import sys
 from argparse import RawDescriptionHelpFormatter
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -23,18 +24,6 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from config import OneLineParser
-from faults import (
-    COLOURED,
-    FAULTS,
-    GREY,
-    Fault,
-    Look,
-    check_image,
-    check_json,
-    check_text,
-    check_xml,
-    unreadable,
-)
 from kaist.annotations import (
     FOLDERS,
     FRAME_ID,
@@ -46,8 +35,20 @@ from kaist.annotations import (
     open_annotations,
     read_image_list,
 )
-from kaist.files import InputError, read_text, write_atomically
+from kaist.files import InputError, read_text, run_script, write_atomically
 from kaist.images import MODALITIES
+from tools.faults import (
+    COLOURED,
+    FAULTS,
+    GREY,
+    Fault,
+    Look,
+    check_image,
+    check_json,
+    check_text,
+    check_xml,
+    unreadable,
+)
 
 OUT = "faults.csv"
 SHOWN = 5  # faults of a kind in the table; the file has all
@@ -69,11 +70,12 @@ class FrameReport(NamedTuple):
 def main() -> int:
     """Check what the command line names; returns the exit code."""
     parser = OneLineParser(
-        prog="datasets.py", description=__doc__, formatter_class=RawDescriptionHelpFormatter,
+        prog="python -m tools.check_data", description=__doc__,
+        formatter_class=RawDescriptionHelpFormatter,
         epilog="faults:\n" + "\n".join(f"  {name:20} {text}" for name, text in FAULTS.items()),
     )  # fmt: skip
     add = parser.add_argument
-    add("--check", type=Path, required=True, metavar="ROOT", help="folder with images/")
+    add("root", type=Path, metavar="ROOT", help="folder with images/")
     add("--list", action="append", required=True, metavar="FILE", help="an image list, below ROOT "
         "or any path; give several if they should share no frame")  # fmt: skip
     add("--input-mode", choices=MODALITIES, default="early",
@@ -82,7 +84,7 @@ def main() -> int:
         help="bbgt, xml, xml-sanitized, paired, json, a path, or all that ROOT holds")  # fmt: skip
     add("--out", type=Path, default=Path(OUT), help="all faults as CSV (%(default)s)")
     arguments = parser.parse_args()
-    root, out = arguments.check, arguments.out
+    root, out = arguments.root, arguments.out
     for folder in (root, out.parent):
         if not folder.is_dir():
             raise InputError("no such folder", "name another, or make it first", file=folder)
@@ -293,3 +295,7 @@ def write_faults(faults: list[Fault], path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(("fault", "file", "line", "problem"))
         writer.writerows(faults)
+
+
+if __name__ == "__main__":
+    run_script(lambda: sys.exit(main()))

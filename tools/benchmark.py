@@ -1,14 +1,14 @@
 """How fast this project is on this machine, against the plain way of doing the same.
 
-    python benchmark.py --quick                 # under three minutes on two cores
-    python benchmark.py --only loss detect      # some rows
-    python benchmark.py --device cuda           # the rows of a GPU
-    python benchmark.py --growth                # how cost grows with people, batch, input, frames
-    python benchmark.py --rows                  # detection by every row of the lab book
+    python -m tools.benchmark --quick                 # under three minutes on two cores
+    python -m tools.benchmark --only loss detect      # some rows
+    python -m tools.benchmark --device cuda           # the rows of a GPU
+    python -m tools.benchmark --growth                # how cost grows with people, batch, frames
+    python -m tools.benchmark --rows                  # detection by every row of the lab book
 
 A row is two functions that do the same work, run in turns; the table shows the medians. Where
 both have to agree, that is checked before they are timed. The references are torchvision's, or the
-plain way of plain.py.
+plain way of reference.py.
 """
 
 from __future__ import annotations
@@ -44,10 +44,9 @@ from kaist.miss_rate import SETUPS, evaluate, load_ground_truth
 from kaist.results import read_detections
 from losses import MultiBoxLoss
 from model import SSD300, Predictions, detect
-from plain import plain_detect, plain_miss_rates, plain_multibox_loss, recipe_sample
-from timing import Apart, Bench, Row, faster, interleave, lap, share
-from utils import choose_device, choose_precision, make_deterministic
-from workloads import (
+from tools.reference import plain_detect, plain_miss_rates, plain_multibox_loss, recipe_sample
+from tools.timing import Apart, Bench, Row, faster, interleave, lap, share
+from tools.workloads import (
     LIMITS,
     MODEL,
     added_memory,
@@ -64,6 +63,7 @@ from workloads import (
     torchvision_step,
     trunk_step,
 )
+from utils import choose_device, choose_precision, make_deterministic
 
 KAIST_FRAMES = 25_086  # of the training set, cleaned of none
 

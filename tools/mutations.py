@@ -1,4 +1,4 @@
-"""Valid files turned into bad ones, with a knowledge of their structure. For fuzz.py.
+"""Valid files turned into bad ones, with a knowledge of their structure. For tools/fuzz.py.
 
 Every function takes a generator and valid contents (seeds), and returns one mutated content.
 """

@@ -1,4 +1,4 @@
-"""The plain way: what benchmark.py measures this project's fast paths against.
+"""The plain way: what tools/benchmark.py measures this project's fast paths against.
 
 Written as a tutorial would, one image, one box, one file at a time; whatever comes with
 torchvision is called.

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import check_data
-import datasets
-from faults import FAULTS
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.files import InputError
+from tools import check_data
+from tools.faults import FAULTS
 
 LINE = "person 100 200 30 80 0 0 0 0 0 0 0\n"
 HEADER = "% bbGt version=3\n"
@@ -48,17 +47,18 @@ def xml(frame_id, rows, width=640):
 
 
 def run(monkeypatch, *arguments):
-    """Run the check as `python datasets.py` does; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["datasets.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        datasets.main()
-    return end.value.code
+    """Run the check as `python -m tools.check_data` does; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["check_data.py", *map(str, arguments)])
+    try:
+        return check_data.main()
+    except SystemExit as end:
+        return end.code
 
 
 def test_a_clean_set_has_no_fault(root, tmp_path, monkeypatch, capsys):
     out = tmp_path / "faults.csv"
     lists = ("--list", "imageSets/train-all.txt", "--list", "imageSets/test-all.txt")
-    assert run(monkeypatch, "--check", root, *lists, "--out", out) == 0
+    assert run(monkeypatch, root, *lists, "--out", out) == 0
     said = capsys.readouterr().out
     assert "18 frames, visible and lwir; annotations bbgt, xml, paired, KAIST_ann" in said
     assert out.read_text() == "fault,file,line,problem\n"
@@ -188,7 +188,7 @@ def test_every_kind_of_fault_is_found_and_nothing_else(root, tmp_path):
     assert {name for name, *_ in planted} == FAULTS.keys()
     lists = [part for name in ("train-all", "test-all", "empty")
              for part in ("--list", f"imageSets/{name}.txt")]  # fmt: skip
-    done = subprocess.run([sys.executable, datasets.__file__, "--check", root, *lists],
+    done = subprocess.run([sys.executable, "-m", "tools.check_data", root, *lists],
                           cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     with (tmp_path / "faults.csv").open() as file:
@@ -205,7 +205,7 @@ def test_only_what_training_needs_is_asked_for(root, tmp_path, monkeypatch, caps
     for path in (root / "images").rglob("visible/*.jpg"):
         path.unlink()
     shutil.rmtree(root / "annotations-xml-new/set03")
-    flags = ("--check", root, "--list", "imageSets/train-all.txt", "--out", tmp_path / "x.csv")
+    flags = (root, "--list", "imageSets/train-all.txt", "--out", tmp_path / "x.csv")
     assert run(monkeypatch, *flags, "--input-mode", "lwir", "--annotations", "bbgt") == 0
     capsys.readouterr()
     assert run(monkeypatch, *flags, "--input-mode", "lwir") == 1
@@ -218,20 +218,20 @@ def test_only_what_training_needs_is_asked_for(root, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--check", "nowhere", "--list", "x.txt"], "nowhere: no such folder"),
-        (["--check", "{root}", "--list", "x.txt"], "x.txt: image list not found"),
-        (["--check", "{root}"], "required: --list"),
-        (["--check", "{root}", "--list", "imageSets/test-all.txt", "--annotations",
+        (["nowhere", "--list", "x.txt"], "nowhere: no such folder"),
+        (["{root}", "--list", "x.txt"], "x.txt: image list not found"),
+        (["{root}"], "required: --list"),
+        (["{root}", "--list", "imageSets/test-all.txt", "--annotations",
           "xml-sanitized"], "looked for annotations-xml-new-sanitized"),
-        (["--check", "{root}", "--list", "imageSets/test-all.txt", "--out", "none/x.csv"],
+        (["{root}", "--list", "imageSets/test-all.txt", "--out", "none/x.csv"],
          "none: no such folder"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_checked_is_refused(demo_root, monkeypatch, flags, message):
     flags = [flag.format(root=demo_root) for flag in flags]
-    monkeypatch.setattr(sys, "argv", ["datasets.py", *flags])
+    monkeypatch.setattr(sys, "argv", ["check_data.py", *flags])
     with pytest.raises(InputError, match=message):
-        datasets.main()
+        check_data.main()
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_what_cannot_be_checked_is_refused(demo_root, monkeypatch, flags, messag
 def test_real_frames_raise_no_alarm(reference, tmp_path, monkeypatch, capsys, names, mode, frames):
     lists = [part for name in names for part in ("--list", f"imageSets/{name}.txt")]
     out = tmp_path / "faults.csv"
-    code = run(monkeypatch, "--check", reference / "mini", *lists, "--input-mode", mode,
+    code = run(monkeypatch, reference / "mini", *lists, "--input-mode", mode,
                "--out", out)  # fmt: skip
     assert code == 0 and f"{frames} frames" in capsys.readouterr().out
 

@@ -1,10 +1,10 @@
 """Which persons a set of priors can match at all, and where the pedestrian set comes from.
 
-    python priors.py                                # the demo set's training persons
-    python priors.py --data-root /data/kaist --image-list imageSets/train-all-02.txt
-    python priors.py --annotations /data/annotations-xml-new --image-list all
-    python priors.py --priors pedestrian --sizes 300x375 512x640
-    python priors.py … --derive 8                   # the pedestrian set, to paste into model.py
+    python -m tools.priors                                # the demo set's training persons
+    python -m tools.priors --data-root /data/kaist --image-list imageSets/train-all-02.txt
+    python -m tools.priors --annotations /data/annotations-xml-new --image-list all
+    python -m tools.priors --priors pedestrian --sizes 300x375 512x640
+    python -m tools.priors … --derive 8                   # the pedestrian set, to paste
 
 A person whose best overlap with any prior is below IoU 0.5 is learned by a forced match alone.
 """

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-import benchmark
 from datasets import load_frames
 from kaist.annotations import open_annotations, read_image_list
 from kaist.miss_rate import SETUPS, evaluate
 from kaist.results import read_detections
 from model import SSD300, detect
-from plain import plain_detect, plain_miss_rates, recipe_sample
-from timing import Apart
-from workloads import (
+from tools import benchmark
+from tools.reference import plain_detect, plain_miss_rates, recipe_sample
+from tools.timing import Apart
+from tools.workloads import (
     MODEL,
     added_memory,
     draw_annotations,
@@ -31,8 +31,7 @@ from workloads import (
 
 
 def run(*arguments):
-    script = Path(benchmark.__file__)
-    command = [sys.executable, str(script), *arguments]
+    command = [sys.executable, "-m", "tools.benchmark", *arguments]
     return subprocess.run(command, capture_output=True, text=True)
 
 

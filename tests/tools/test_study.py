@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import eval as eval_script
-import study
 import train
 from config import resolve_row
 from kaist.files import InputError
-from study import Outcome, Study, holm, paired_test
+from tools import study
+from tools.study import Outcome, Study, holm, paired_test
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
-"""Synthetic work for benchmark.py: batches, training steps, result files, annotations; its memory
-and the machine it runs on.
+"""Synthetic work for tools/benchmark.py: batches, training steps, result files, annotations; its
+memory and the machine it runs on.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import zlib
 
 import pytest
 
-import fuzz
 from kaist.files import InputError
+from tools import fuzz
 
 NINES = b"9" * 400
 ANNOTATIONS = b"""{"categories": [{"id": 1, "name": "person"}],
@@ -126,7 +126,7 @@ def test_a_name_that_the_system_refuses_is_told_in_one_line(tmp_path):
 
 
 def test_script_counts_its_inputs(tmp_path):
-    command = [sys.executable, fuzz.__file__, "--inputs", "400", "--workers", "2",
+    command = [sys.executable, "-m", "tools.fuzz", "--inputs", "400", "--workers", "2",
                "--reader", "bbgt", "--reader", "image-list"]  # fmt: skip
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
