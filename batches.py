@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
 from copy_paste import MOST as MOST_PASTED
-from datasets import BadFrame, KaistPairs, Sample
+from datasets import KaistPairs, Sample
+from engine.loader import (
+    BadFrame,
+    BatchLoader,
+    share_memory,
+)
 from kaist.files import InputError
-from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks
-from workers import items_of, share_memory, worker_settings
-
-
-class BadFrames(InputError):
-    """Frames that went bad under a run's way; what the run has learned so far is sound."""
 
 
 class Batch(NamedTuple):
@@ -116,115 +112,5 @@ def batch_loader(
     return BatchLoader(dataset, collate, pin_memory=pin_memory, **settings)
 
 
-class EpochBatches(Sampler):
-    """Batches of keys (epoch, index) of one epoch.
-
-    epoch: which epoch comes next; skip: batches at its start that are left out.
-
-    Args:
-        seed: order frames by (seed, epoch) and leave out an incomplete last batch (unless it is
-            the only one); None keeps their order and all of them.
-        team: of each batch this process gets every `team.size`-th frame.
-    """
-
-    def __init__(self, length: int, batch_size: int, seed: int | None, team: Team) -> None:
-        self.length = length
-        self.batch_size = batch_size
-        self.seed = seed
-        self.team = team
-        self.epoch = self.skip = 0
-
-    def __len__(self) -> int:
-        if self.seed is None:
-            return math.ceil(self.length / self.batch_size)
-        return max(1, self.length // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.arange(self.length)
-        if self.seed is not None:
-            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
-        for start in range(self.skip * self.batch_size, len(self) * self.batch_size,
-                           self.batch_size):  # fmt: skip
-            batch = order[start : start + self.batch_size][self.team.rank :: self.team.size]
-            yield [(self.epoch, index) for index in batch.tolist()]
 
 
-class BatchLoader:
-    """Batches of a data set, epoch by epoch, with worker processes kept between epochs.
-
-    A worker process is deaf to Ctrl-C, which the main process answers, and ends with it. One that
-    dies ends the epoch with an InputError.
-
-    Args:
-        dataset: indexed by (epoch, index), with a `seed`.
-        collate_fn: a list of its items -> a batch (None if no frame could be read) and BadFrames.
-        batch_size: frames a batch, of all processes of the team together.
-        start_method: of the workers: "fork", "spawn", "forkserver", or "auto" for Python's choice.
-        shuffle: training order: another permutation each epoch, an incomplete last batch is left
-            out (unless it is the only one). False: the frames in their order, all of them.
-        max_bad: frames that may turn out to be unreadable; they are left out, with a warning each.
-
-    Attributes:
-        bad: the unreadable frames met so far, by their id, in this process or another of the team.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        collate_fn: Callable[[list], Any],
-        *,
-        batch_size: int,
-        workers: int,
-        start_method: str = "auto",
-        shuffle: bool,
-        pin_memory: bool,
-        max_bad: int = 0,
-        team: Team = ALONE,
-    ) -> None:
-        self.max_bad = max_bad
-        self.bad: dict[str, InputError] = {}
-        seed = dataset.seed if shuffle else None
-        self.batches = EpochBatches(len(dataset), batch_size, seed, team)
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=self.batches,
-            collate_fn=collate_fn,
-            pin_memory=pin_memory,
-            **worker_settings(workers, start_method),
-        )
-
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return len(self.batches)
-
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Any]:
-        """The batches of one epoch, without the first `skip`.
-
-        None stands for a batch of which no frame can be read, or none of one process's share: so
-        all processes keep in step. It can come only where `max_bad` allows it.
-
-        Raises:
-            BadFrames: more than `max_bad` frames turned out to be unreadable, at the same batch
-                in every process.
-            InputError: a loader process died, or shared memory is too small.
-        """
-        self.batches.epoch, self.batches.skip = epoch, skip
-        team = self.batches.team
-        for batch, bad in items_of(self.loader):
-            if team.any(bool(bad)):
-                self.note([frame for frames in team.gather(bad) for frame in frames])
-                batch = None if team.any(batch is None) else batch
-            yield batch
-
-    def note(self, frames: list[BadFrame]) -> None:
-        """Warn of frames that went bad, once each, or stop if they are too many."""
-        for frame_id, error in frames:
-            if frame_id not in self.bad and self.max_bad and self.batches.team.writes:
-                tqdm.write(f"warning: {error}; {frame_id} is left out", file=sys.stderr)
-            self.bad.setdefault(frame_id, error)
-        if len(self.bad) > self.max_bad:
-            first = next(iter(self.bad.values()))
-            raise BadFrames(
-                f"{first.problem}; all unreadable frames so far: {', '.join(self.bad)}",
-                "copy them again and give the same command", file=first.file,
-            )  # fmt: skip

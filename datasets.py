@@ -28,6 +28,7 @@ from augment import (
     whole_frame,
 )
 from copy_paste import paste_people
+from engine.loader import BadFrame
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations, time_of_day
 from kaist.files import InputError
 from kaist.frame_cache import FrameCache
@@ -94,11 +95,6 @@ class Sample(NamedTuple):
     frame_id: str
 
 
-class BadFrame(NamedTuple):
-    """What comes in a sample's place when its frame cannot be read."""
-
-    frame_id: str
-    error: InputError
 
 
 class KaistPairs(Dataset):

@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from augment import frame_mean, mean_colour, whole_frame
-from batches import Batch, EpochBatches, most_objects, pad
+from batches import Batch, most_objects, pad
 from datasets import KaistPairs
+from engine.distributed import ALONE, Team
+from engine.loader import EpochBatches, items_of, worker_settings
 from kaist.frame_cache import FrameCache
-from parallel import ALONE, Team
 from pseudo_gt import MapRange, box_masks
-from workers import items_of, worker_settings
 
 BLOCK = 64  # frames that go into the device's memory at a time
 SHARE = 0.5  # of the device's free memory that frames may take; the rest is for training
@@ -163,13 +163,6 @@ class DeviceLoader:
         return ids, sent, self.frames[sent.rows]
 
 
-def obstacle(config: dict[str, Any]) -> str:
-    """What keeps a configuration's batches from being made on the device; nothing: ""."""
-    if not config["cache"]:
-        return "it needs a folder for decoded frames: set CACHE"
-    if config["augment"] and config["copy_paste"]:
-        return "it cannot paste people: set COPY_PASTE = 0"
-    return ""
 
 
 def load_cache(cache: FrameCache, device: torch.device) -> tuple[Tensor, np.ndarray]:

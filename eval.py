@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compare import compare_runs
-from config import OneLineParser
+from engine.compare import compare_runs
+from engine.config import OneLineParser
 from kaist.annotations import read_image_list, scene, time_of_day
 from kaist.demo import open_root
 from kaist.error_sheet import FORMATS, draw_errors
@@ -141,7 +141,7 @@ def evaluate_checkpoint(arguments: Namespace) -> tuple[str, Path, GroundTruth, P
         The run's name, the result file, the people of its frames, and the root of its images.
     """
     # Here, because result files are evaluated without torch.
-    from utils import choose_checkpoint
+    from engine.checkpoint import choose_checkpoint
 
     path = choose_checkpoint(arguments.checkpoint, Path(CHECKPOINTS))
     settings = {"data_root": arguments.data_root, "test_list": arguments.image_list,
@@ -178,9 +178,11 @@ def run_checkpoint(
     # Here, because result files are evaluated without torch.
     import torch
 
+    from engine.checkpoint import load_checkpoint
     from inference import detect_frames, frame_loader
     from kaist.miss_rate import open_test_set
-    from utils import build_model, choose_device, choose_precision, load_checkpoint
+    from model import build_model
+    from utils import choose_device, choose_precision
 
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"] | settings

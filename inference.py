@@ -12,15 +12,16 @@ from torchvision.ops import box_convert
 from tqdm import tqdm
 
 from augment import resize, view_pixels, whole_frame
-from batches import BatchLoader, batch_loader
+from batches import batch_loader
 from datasets import Frame, KaistPairs, label_objects
+from engine.distributed import ALONE, Team
+from engine.loader import BatchLoader
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.images import check_images
 from kaist.miss_rate import GroundTruth
 from kaist.results import Detections
 from losses import IGNORE, PERSON
 from model import SSD300, Predictions, detect, feature_map_sizes
-from parallel import ALONE, Team
 from utils import autocast
 
 

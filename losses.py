@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
+from engine.distributed import ALONE, Team
 from matching import BACKGROUND, IGNORE, PERSON, match, match_static
 from model import Predictions, encode
-from parallel import ALONE, Team
 
 LOG_VARIANCE_LIMIT = 5.0  # learned weights stay between exp(-5) and exp(5)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -407,3 +407,21 @@ def detect(
         waiting = waiting.new_tensor(unfinished)
         prefix *= 2
     return [results[i] for i in range(len(scores))]
+
+
+
+def build_model(checkpoint: dict[str, Any]) -> SSD300:
+    """The network of a checkpoint, rebuilt from its own arguments; no weights are downloaded.
+
+    Raises:
+        InputError: the weights are not those of such a network.
+    """
+    try:
+        model = SSD300(**checkpoint["model_args"])
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise InputError(
+            f"the checkpoint's weights do not fit its own model_args ({reason})", "choose another"
+        ) from None
+    return model

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torchvision.models import VGG16_BN_Weights, VGG16_Weights, vgg16, vgg16_bn
 from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
 
-from config import refuse
+from engine.checkpoint import unpickling_problem
+from engine.config import refuse
 from kaist.files import InputError
-from utils import unpickling_problem
 
 STATES = "take a state file of torchvision's VGG16, VGG16-BN or SSD300"
 

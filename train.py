@@ -21,35 +21,33 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from batches import BatchLoader, batch_loader
-from config import (
-    check_config,
-    check_infusion,
+from batches import batch_loader
+from datasets import Augmentation, Frame, KaistPairs, load_frames
+from device_loader import DeviceLoader
+from engine.config import (
     lab_book,
     model_arguments,
-    parse_flags,
-    read_constants,
+    obstacle,
+    read_config,
     refuse,
-    resolve_row,
+    run_name,
 )
-from datasets import Augmentation, Frame, KaistPairs, load_frames
-from device_loader import DeviceLoader, obstacle
-from experiments import EXPERIMENTS
+from engine.distributed import Team, join_team
+from engine.loader import BatchLoader
+from engine.monitor import MAX_SKIPS, StepLog
+from engine.optim import MovingAverage, gradient_norm, lr_factor, make_optimizer, set_lr, update
+from engine.run import Run
 from inference import detect_frames, frame_loader
 from kaist import demo as demo_data
 from kaist.annotations import Annotations, find_annotations, find_file, read_image_list
 from kaist.files import InputError, run_script
-from kaist.images import MODALITIES, cache_frames, check_images
+from kaist.images import cache_frames, check_images
 from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth, open_test_set
 from kaist.report import headline, report
 from losses import BACKGROUND, IGNORE, MultiBoxLoss, SegmentationLoss
 from model import SSD300, Predictions, feature_map_sizes
-from optimisation import MovingAverage, gradient_norm, lr_factor, make_optimizer, set_lr, update
-from parallel import Team, join_team
 from pretrained import check_pretrained, load_pretrained
 from pseudo_gt import MapRange
-from runs import Run
-from step_log import MAX_SKIPS, StepLog
 from utils import autocast, choose_device, choose_precision, make_deterministic
 
 # Where things are, and which machine runs them.
@@ -335,50 +333,8 @@ def configure(argv: list[str] | None = None) -> dict[str, Any]:
     return config
 
 
-def read_config(
-    script: str, description: str, argv: list[str] | None = None
-) -> dict[str, Any]:
-    """A run's configuration: the script's constants, a row of the lab book over them, flags
-    over both; lower-case name -> value.
-
-    Raises:
-        InputError: an unknown row or flag, or values that cannot be used.
-    """
-    constants = read_constants(script)
-    flags = parse_flags(description, constants, argv)
-    config = {name: value for name, (value, _) in constants.items()} | flags
-    if config["experiment"]:
-        config |= resolve_row(config["experiment"]) | flags
-    check_config(config)
-    check_infusion(config)
-    if config["loader"] == "device" and (reason := obstacle(config)):
-        refuse("loader", "device", reason)
-    if config["modality_dropout"] and not (
-        config["augment"] and len(MODALITIES[config["input_mode"]]) == 2
-    ):
-        refuse("modality_dropout", config["modality_dropout"],
-               "it needs AUGMENT and an INPUT_MODE of both modalities")  # fmt: skip
-    name = config["name"]
-    if name.split("-")[0] in EXPERIMENTS or Path(name).name != name:
-        refuse("name", name, "choose a folder's name that does not begin with a row's")
-    return config
 
 
-def run_name(config: dict[str, Any]) -> str:
-    """The lab book's name for a configuration: its row, or "demo" for the constants as they come.
-
-    A seed of one's own is told in the name; a recipe that differs from its row in anything else,
-    and the demo row on other data than the demo set, is "custom", or what NAME says.
-    """
-    if config["name"]:
-        return config["name"]
-    row = config["experiment"] or "demo"
-    book = resolve_row(row)
-    changed = {name for name, value in book.items() if config[name] != value}
-    elsewhere = row == "demo" and Path(config["data_root"]) != demo_data.ROOT
-    if changed - {"seed"} or elsewhere:
-        return "custom"
-    return f"{row}-seed{config['seed']}" if changed else row
 
 
 # ------------------------------------------------------------------------------ data

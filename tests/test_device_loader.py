@@ -6,14 +6,16 @@ import torch
 import torch.nn.functional as F
 
 from augment import Augmentation
-from batches import Collate, EpochBatches, batch_loader
+from batches import Collate, batch_loader
 from datasets import KaistPairs, load_frames
-from device_loader import DeviceLoader, Recipes, make_images, obstacle, resize_weights
+from device_loader import DeviceLoader, Recipes, make_images, resize_weights
+from engine.config import obstacle
+from engine.distributed import ALONE, Team
+from engine.loader import EpochBatches
 from kaist.annotations import open_annotations, read_image_list
 from kaist.images import cache_frames
 from losses import IGNORE
 from model import SSD300
-from parallel import ALONE, Team
 from pseudo_gt import MapRange
 from tools.workloads import MODEL
 

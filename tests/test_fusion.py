@@ -12,13 +12,13 @@ import eval as eval_script
 import train
 from augment import Augmentation, draw_recipe, mean_colour
 from datasets import KaistPairs, load_frames
+from engine.checkpoint import save_checkpoint
+from engine.optim import MovingAverage
 from inference import mirror, predict
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.files import InputError
 from kaist.images import read_frame
 from model import SSD300, Predictions, decode, detect
-from optimisation import MovingAverage
-from utils import save_checkpoint
 
 QUICK = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--width", "0.0625",
          "--device", "cpu"]  # fmt: skip

@@ -15,9 +15,10 @@ import torch
 import detect
 import eval as eval_script
 import train
+from engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from engine.run import Run
 from kaist.files import InputError
-from runs import Run
-from utils import build_model, load_checkpoint, newest_checkpoint, save_checkpoint
+from model import build_model
 
 PROJECT = Path(train.__file__).parent
 QUICK = ["--epochs", "2", "--batch-size", "4", "--workers", "0", "--width", "0.0625",

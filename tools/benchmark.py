@@ -31,10 +31,10 @@ from torchvision.ops import box_convert
 
 from augment import Augmentation
 from batches import Collate
-from config import OneLineParser, model_arguments, resolve_row
 from datasets import KaistPairs, load_frames
 from device_loader import DeviceLoader
-from experiments import EXPERIMENTS
+from engine.config import OneLineParser, model_arguments, resolve_row
+from engine.experiments import EXPERIMENTS
 from inference import detect_image
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.demo import draw_demo

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from config import OneLineParser
+from engine.config import OneLineParser
 from kaist.annotations import (
     FOLDERS,
     FRAME_ID,

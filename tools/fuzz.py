@@ -41,7 +41,8 @@ from tqdm import tqdm
 import detect
 import eval as eval_script
 import train
-from config import OneLineParser, read_constants
+from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.config import OneLineParser, read_constants
 from kaist.annotations import read_bbgt, read_image_list, read_json, read_paired, read_xml
 from kaist.demo import draw_demo
 from kaist.files import InputError, make_folder, run_script
@@ -57,7 +58,6 @@ from tools.mutations import (
     mutate_text,
     mutate_zip,
 )
-from utils import load_checkpoint, save_checkpoint
 
 INPUTS, SEED = 1_000_000, 0
 LIMIT = 10.0  # seconds of the processor that one input may take

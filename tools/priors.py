@@ -18,8 +18,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from config import CHOICES, OneLineParser
 from datasets import load_frames
+from engine.config import CHOICES, OneLineParser
 from kaist.annotations import (
     FRAME_HEIGHT,
     FRAME_WIDTH,

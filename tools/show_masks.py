@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from batches import Batch, Collate
-from config import check_config, parse_flags, read_constants
 from datasets import Augmentation, KaistPairs, load_frames
+from engine.config import check_config, parse_flags, read_constants
 from kaist.annotations import find_annotations, find_file, read_image_list
 from kaist.demo import open_root
 from kaist.files import InputError, run_script, write_atomically

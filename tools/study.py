@@ -27,10 +27,10 @@ import numpy as np
 from tqdm import tqdm
 
 import train
-from config import OneLineParser, as_flags, show
-from experiments import EXPERIMENTS
+from engine.config import OneLineParser, as_flags, show
+from engine.experiments import EXPERIMENTS
+from engine.run import same_recipe
 from kaist.files import InputError, make_folder, run_script, write_atomically
-from runs import same_recipe
 
 CHECKPOINTS = "checkpoints"  # the runs are kept in a folder of the study's name below it
 OUT = "results"  # where the report's table and figure go

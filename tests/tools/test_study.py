@@ -9,7 +9,7 @@ import pytest
 
 import eval as eval_script
 import train
-from config import resolve_row
+from engine.config import resolve_row
 from kaist.files import InputError
 from tools import study
 from tools.study import Outcome, Study, holm, paired_test

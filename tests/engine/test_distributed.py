@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import train
-from batches import EpochBatches
+from engine.checkpoint import load_checkpoint
+from engine.distributed import ALONE, Team, join_team
+from engine.loader import EpochBatches
 from kaist.files import InputError
-from parallel import ALONE, Team, join_team
-from utils import load_checkpoint
 
 
 def run_training(folder, root, processes, more):

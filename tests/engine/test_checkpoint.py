@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 import detect
+from engine.checkpoint import load_checkpoint
 from kaist.annotations import image_path, read_image_list, read_json, read_xml
 from kaist.error_sheet import draw_errors
 from kaist.files import MAX_TEXT, InputError
@@ -21,7 +22,6 @@ from kaist.images import read_image
 from kaist.miss_rate import load_ground_truth
 from kaist.results import Detections, read_detections
 from pretrained import load_pretrained
-from utils import load_checkpoint
 
 
 class Attack:

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import train
-from config import resolve_row
-from experiments import EXPERIMENTS
-from utils import load_checkpoint
+from engine.checkpoint import load_checkpoint
+from engine.config import resolve_row
+from engine.experiments import EXPERIMENTS
 
 # The log, read afresh: input, optimiser, lr, batch, epochs, schedule, loc loss, validation,
 # augmentation, BatchNorm, evaluation interval.

@@ -3,10 +3,10 @@
 import pytest
 
 import train
-from config import CHOICES, parse_flags, read_constants, resolve_row
-from experiments import BASE, EXPERIMENTS
+from engine.config import CHOICES, parse_flags, read_constants, resolve_row
+from engine.experiments import BASE, EXPERIMENTS
+from engine.optim import lr_factor
 from kaist.files import InputError
-from optimisation import lr_factor
 
 NO_MAPS = ["--infusion", "0,0,0,0,0,0"]
 

@@ -11,12 +11,13 @@ import torch
 
 import train
 from augment import Augmentation
-from batches import BadFrames, EpochBatches, batch_loader
+from batches import batch_loader
 from datasets import KaistPairs, load_frames
+from engine.checkpoint import load_checkpoint
+from engine.distributed import ALONE
+from engine.loader import BadFrames, EpochBatches
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.images import check_images
-from parallel import ALONE
-from utils import load_checkpoint
 
 QUICK = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--width", "0.0625",
          "--device", "cpu"]  # fmt: skip

@@ -9,8 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from experiments import BASE, EXPERIMENTS
+from engine.experiments import BASE, EXPERIMENTS
+from kaist import demo as demo_data
 from kaist.files import InputError
+from kaist.images import MODALITIES
 
 # Constants that take one of a few words.
 CHOICES = {
@@ -196,3 +198,60 @@ def check_infusion(config: dict[str, Any]) -> None:
 def refuse(name: str, value: Any, remedy: str) -> None:
     """Raise the InputError for a constant."""
     raise InputError(f"{name.upper()} = {value!r} cannot be used", remedy)
+
+
+
+def obstacle(config: dict[str, Any]) -> str:
+    """What keeps a configuration's batches from being made on the device; nothing: ""."""
+    if not config["cache"]:
+        return "it needs a folder for decoded frames: set CACHE"
+    if config["augment"] and config["copy_paste"]:
+        return "it cannot paste people: set COPY_PASTE = 0"
+    return ""
+
+
+
+def read_config(
+    script: str, description: str, argv: list[str] | None = None
+) -> dict[str, Any]:
+    """A run's configuration: the script's constants, a row of the lab book over them, flags
+    over both; lower-case name -> value.
+
+    Raises:
+        InputError: an unknown row or flag, or values that cannot be used.
+    """
+    constants = read_constants(script)
+    flags = parse_flags(description, constants, argv)
+    config = {name: value for name, (value, _) in constants.items()} | flags
+    if config["experiment"]:
+        config |= resolve_row(config["experiment"]) | flags
+    check_config(config)
+    check_infusion(config)
+    if config["loader"] == "device" and (reason := obstacle(config)):
+        refuse("loader", "device", reason)
+    if config["modality_dropout"] and not (
+        config["augment"] and len(MODALITIES[config["input_mode"]]) == 2
+    ):
+        refuse("modality_dropout", config["modality_dropout"],
+               "it needs AUGMENT and an INPUT_MODE of both modalities")  # fmt: skip
+    name = config["name"]
+    if name.split("-")[0] in EXPERIMENTS or Path(name).name != name:
+        refuse("name", name, "choose a folder's name that does not begin with a row's")
+    return config
+
+
+def run_name(config: dict[str, Any]) -> str:
+    """The lab book's name for a configuration: its row, or "demo" for the constants as they come.
+
+    A seed of one's own is told in the name; a recipe that differs from its row in anything else,
+    and the demo row on other data than the demo set, is "custom", or what NAME says.
+    """
+    if config["name"]:
+        return config["name"]
+    row = config["experiment"] or "demo"
+    book = resolve_row(row)
+    changed = {name for name, value in book.items() if config[name] != value}
+    elsewhere = row == "demo" and Path(config["data_root"]) != demo_data.ROOT
+    if changed - {"seed"} or elsewhere:
+        return "custom"
+    return f"{row}-seed{config['seed']}" if changed else row

@@ -14,9 +14,8 @@ import pytest
 import torch
 
 import train
+from engine.checkpoint import check_seal, load_checkpoint, save_checkpoint
 from kaist.files import InputError
-from seal import check_seal
-from utils import load_checkpoint, save_checkpoint
 
 PROJECT = Path(train.__file__).parent
 QUICK = ["--batch-size", "2", "--workers", "0", "--width", "0.0625", "--device", "cpu",
@@ -27,7 +26,7 @@ MOMENTS = ["step"] * 4 + ["write"] * 3 + ["start", "evaluation"] * 2  # in which
 # has ended, how; torch is imported only once, which is most of the time that such a start takes.
 NURSERY = """
 import os, sys, traceback, train
-from errors import run_script
+from kaist.files import run_script
 for line in sys.stdin:
     child = os.fork()
     if child:

@@ -6,11 +6,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-from config import read_constants
+from engine.config import read_constants
+from engine.monitor import StepLog
+from engine.optim import make_optimizer, update
 from kaist.files import InputError
 from model import SSD300
-from optimisation import make_optimizer, update
-from step_log import StepLog
 from tools.workloads import MODEL
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
+import platform
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from torch import Tensor
 
-from experiments import BASE
+from engine.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint
+from engine.experiments import BASE
 from kaist.files import InputError, make_folder, write_atomically
-from run_lock import lock_folder
-from utils import LAST, PREVIOUS, load_checkpoint, save_checkpoint
 
 # Constants that may differ between a run and its continuation: they change no number.
 MACHINE_CONSTANTS = ("experiment", "checkpoints", "name", "device", "workers", "cache",
@@ -330,3 +332,47 @@ def nonfinite_error(path: Path) -> InputError:
         "from last.pt, which is from before this step",
         file=path,
     )
+
+
+
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not locked there
+    fcntl = None
+
+
+LOCK = ".lock"
+
+
+def lock_folder(folder: Path) -> TextIO:
+    """Lock a folder for this process; the lock lasts as long as the file returned is open.
+
+    It is a POSIX record lock: the kernel gives it back when the process ends, killed or not, so
+    that there are no stale ones; forked children do not hold it; and it reaches from host to host
+    on file systems that pass locks on, as NFS does.
+
+    Raises:
+        InputError: another process holds it; the line tells which, where and since when.
+    """
+    try:
+        file = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise InputError(
+            f"cannot be written to ({error.strerror})", "choose another place", file=folder
+        ) from None
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            raise InputError(
+                f"another process is at this run ({file.read().strip() or 'it just began'})",
+                "wait for its end, or stop it", file=folder,
+            ) from None  # fmt: skip
+        print(f"warning: {folder} cannot be locked ({error.strerror}); do not start it twice")
+    file.truncate(0)
+    now = datetime.now().isoformat(sep=" ", timespec="seconds")
+    file.write(f"pid {os.getpid()} on {platform.node()} since {now}\n")
+    file.flush()
+    return file

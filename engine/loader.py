@@ -1,0 +1,235 @@
+"""Loader processes that start, end and fail without leaving anyone waiting."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from tqdm import tqdm
+
+from engine.distributed import ALONE, Team
+from kaist.files import InputError
+
+
+def worker_settings(workers: int, start_method: str) -> dict[str, Any]:
+    """What a DataLoader is told of its processes.
+
+    Args:
+        start_method: "fork", "spawn", "forkserver", or "auto" for Python's choice.
+
+    Raises:
+        InputError: this system has no such start method.
+    """
+    if start_method not in ("auto", *multiprocessing.get_all_start_methods()):
+        raise InputError(f"START_METHOD = {start_method!r} is not for this system", "use auto")
+    return {
+        "num_workers": workers,
+        "persistent_workers": workers > 0,
+        "multiprocessing_context": start_method if workers and start_method != "auto" else None,
+        "worker_init_fn": begin_worker,
+    }
+
+
+def items_of(loader: DataLoader) -> Iterator[Any]:
+    """What a loader made with `worker_settings` yields.
+
+    Its processes are deaf to Ctrl-C, which the main process answers, and end with it.
+
+    Raises:
+        InputError: a process died, or came with an InputError in place of an item.
+    """
+    try:
+        with calm_start():
+            items = iter(loader)
+        for item in items:
+            if isinstance(item, InputError):
+                raise item
+            yield item
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        raise InputError(
+            f"a loader process died ({error})",
+            "often memory ran out: lower WORKERS or BATCH_SIZE, or enlarge /dev/shm",
+        ) from None
+
+
+def share_memory(tensors: Sequence[Tensor]) -> InputError | None:
+    """Move a loader process's tensors to where the main process can see them, if this is one.
+
+    Here, because where multiprocessing does it a failure would be waited for forever. Returns what
+    went wrong.
+    """
+    if get_worker_info() is None:
+        return None
+    try:
+        for tensor in tensors:
+            tensor.share_memory_()
+    except RuntimeError as error:
+        return InputError(
+            f"too little shared memory for a batch ({str(error).splitlines()[0]})",
+            "enlarge /dev/shm (docker run --shm-size=8g), or lower WORKERS or BATCH_SIZE",
+        )  # fmt: skip
+    return None
+
+
+@contextmanager
+def calm_start() -> Iterator[None]:
+    """Start worker processes without a signal in the midst of it.
+
+    Ctrl-C waits until all have started, and they inherit that they do not hear it. torch's
+    handler for ended processes, which raises wherever the main process happens to be, is taken
+    back: the loader looks after its workers too whenever it waits for a batch.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    handler = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # another could set none
+            signal.signal(signal.SIGCHLD, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def begin_worker(_: int) -> None:
+    """End at once when told to: a forked worker has inherited what the main process would do."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+
+class BadFrame(NamedTuple):
+    """What comes in a sample's place when its frame cannot be read."""
+
+    frame_id: str
+    error: InputError
+
+
+
+class BadFrames(InputError):
+    """Frames that went bad under a run's way; what the run has learned so far is sound."""
+
+
+class EpochBatches(Sampler):
+    """Batches of keys (epoch, index) of one epoch.
+
+    epoch: which epoch comes next; skip: batches at its start that are left out.
+
+    Args:
+        seed: order frames by (seed, epoch) and leave out an incomplete last batch (unless it is
+            the only one); None keeps their order and all of them.
+        team: of each batch this process gets every `team.size`-th frame.
+    """
+
+    def __init__(self, length: int, batch_size: int, seed: int | None, team: Team) -> None:
+        self.length = length
+        self.batch_size = batch_size
+        self.seed = seed
+        self.team = team
+        self.epoch = self.skip = 0
+
+    def __len__(self) -> int:
+        if self.seed is None:
+            return math.ceil(self.length / self.batch_size)
+        return max(1, self.length // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.arange(self.length)
+        if self.seed is not None:
+            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
+        for start in range(self.skip * self.batch_size, len(self) * self.batch_size,
+                           self.batch_size):  # fmt: skip
+            batch = order[start : start + self.batch_size][self.team.rank :: self.team.size]
+            yield [(self.epoch, index) for index in batch.tolist()]
+
+
+class BatchLoader:
+    """Batches of a data set, epoch by epoch, with worker processes kept between epochs.
+
+    A worker process is deaf to Ctrl-C, which the main process answers, and ends with it. One that
+    dies ends the epoch with an InputError.
+
+    Args:
+        dataset: indexed by (epoch, index), with a `seed`.
+        collate_fn: a list of its items -> a batch (None if no frame could be read) and BadFrames.
+        batch_size: frames a batch, of all processes of the team together.
+        start_method: of the workers: "fork", "spawn", "forkserver", or "auto" for Python's choice.
+        shuffle: training order: another permutation each epoch, an incomplete last batch is left
+            out (unless it is the only one). False: the frames in their order, all of them.
+        max_bad: frames that may turn out to be unreadable; they are left out, with a warning each.
+
+    Attributes:
+        bad: the unreadable frames met so far, by their id, in this process or another of the team.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        collate_fn: Callable[[list], Any],
+        *,
+        batch_size: int,
+        workers: int,
+        start_method: str = "auto",
+        shuffle: bool,
+        pin_memory: bool,
+        max_bad: int = 0,
+        team: Team = ALONE,
+    ) -> None:
+        self.max_bad = max_bad
+        self.bad: dict[str, InputError] = {}
+        seed = dataset.seed if shuffle else None
+        self.batches = EpochBatches(len(dataset), batch_size, seed, team)
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=self.batches,
+            collate_fn=collate_fn,
+            pin_memory=pin_memory,
+            **worker_settings(workers, start_method),
+        )
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self.batches)
+
+    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Any]:
+        """The batches of one epoch, without the first `skip`.
+
+        None stands for a batch of which no frame can be read, or none of one process's share: so
+        all processes keep in step. It can come only where `max_bad` allows it.
+
+        Raises:
+            BadFrames: more than `max_bad` frames turned out to be unreadable, at the same batch
+                in every process.
+            InputError: a loader process died, or shared memory is too small.
+        """
+        self.batches.epoch, self.batches.skip = epoch, skip
+        team = self.batches.team
+        for batch, bad in items_of(self.loader):
+            if team.any(bool(bad)):
+                self.note([frame for frames in team.gather(bad) for frame in frames])
+                batch = None if team.any(batch is None) else batch
+            yield batch
+
+    def note(self, frames: list[BadFrame]) -> None:
+        """Warn of frames that went bad, once each, or stop if they are too many."""
+        for frame_id, error in frames:
+            if frame_id not in self.bad and self.max_bad and self.batches.team.writes:
+                tqdm.write(f"warning: {error}; {frame_id} is left out", file=sys.stderr)
+            self.bad.setdefault(frame_id, error)
+        if len(self.bad) > self.max_bad:
+            first = next(iter(self.bad.values()))
+            raise BadFrames(
+                f"{first.problem}; all unreadable frames so far: {', '.join(self.bad)}",
+                "copy them again and give the same command", file=first.file,
+            )  # fmt: skip
