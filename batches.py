@@ -11,15 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from copy_paste import MOST as MOST_PASTED
 from datasets import KaistPairs, Sample
-from engine.loader import (
-    BadFrame,
-    BatchLoader,
-    share_memory,
-)
+from engine.loader import BadFrame, BatchLoader, share_memory
 from kaist.files import InputError
 from pseudo_gt import MapRange, box_masks
+from ssd.augment import MOST as MOST_PASTED
 
 
 class Batch(NamedTuple):

@@ -15,24 +15,24 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from augment import (
+from engine.loader import BadFrame
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations, time_of_day
+from kaist.files import InputError
+from kaist.frame_cache import FrameCache
+from kaist.images import read_frame
+from ssd.augment import (
     Augmentation,
     Recipe,
     View,
     distort,
     draw_recipe,
     frame_mean,
+    paste_people,
     resize,
     view_boxes,
     view_pixels,
     whole_frame,
 )
-from copy_paste import paste_people
-from engine.loader import BadFrame
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations, time_of_day
-from kaist.files import InputError
-from kaist.frame_cache import FrameCache
-from kaist.images import read_frame
 
 # ------------------------------------------------------------------------- frames
 

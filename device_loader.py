@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from augment import frame_mean, mean_colour, whole_frame
 from batches import Batch, most_objects, pad
 from datasets import KaistPairs
 from engine.distributed import ALONE, Team
 from engine.loader import EpochBatches, items_of, worker_settings
 from kaist.frame_cache import FrameCache
 from pseudo_gt import MapRange, box_masks
+from ssd.augment import frame_mean, mean_colour, whole_frame
 
 BLOCK = 64  # frames that go into the device's memory at a time
 SHARE = 0.5  # of the device's free memory that frames may take; the rest is for training

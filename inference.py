@@ -11,7 +11,6 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from augment import resize, view_pixels, whole_frame
 from batches import batch_loader
 from datasets import Frame, KaistPairs, label_objects
 from engine.distributed import ALONE, Team
@@ -20,8 +19,10 @@ from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.images import check_images
 from kaist.miss_rate import GroundTruth
 from kaist.results import Detections
-from losses import IGNORE, PERSON
-from model import SSD300, Predictions, detect, feature_map_sizes
+from model import SSD300
+from ssd.augment import resize, view_pixels, whole_frame
+from ssd.boxes import Predictions, detect, feature_map_sizes
+from ssd.losses import IGNORE, PERSON
 from utils import autocast
 
 

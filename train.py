@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,20 +17,13 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from batches import batch_loader
 from datasets import Augmentation, Frame, KaistPairs, load_frames
 from device_loader import DeviceLoader
-from engine.config import (
-    lab_book,
-    model_arguments,
-    obstacle,
-    read_config,
-    refuse,
-    run_name,
-)
+from engine.config import lab_book, model_arguments, obstacle, read_config, refuse, run_name
 from engine.distributed import Team, join_team
 from engine.loader import BatchLoader
 from engine.monitor import MAX_SKIPS, StepLog
@@ -44,10 +36,11 @@ from kaist.files import InputError, run_script
 from kaist.images import cache_frames, check_images
 from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth, open_test_set
 from kaist.report import headline, report
-from losses import BACKGROUND, IGNORE, MultiBoxLoss, SegmentationLoss
-from model import SSD300, Predictions, feature_map_sizes
-from pretrained import check_pretrained, load_pretrained
+from model import SSD300
 from pseudo_gt import MapRange
+from ssd.boxes import feature_map_sizes
+from ssd.losses import BACKGROUND, IGNORE, Criterion
+from ssd.pretrained import check_pretrained, load_pretrained
 from utils import autocast, choose_device, choose_precision, make_deterministic
 
 # Where things are, and which machine runs them.
@@ -266,56 +259,6 @@ def show_progress(
     )  # fmt: skip
 
 
-class Criterion(nn.Module):
-    """The total that is minimised: loc + conf + `seg_weight` x seg.
-
-    Called with predictions and a batch's boxes, labels and masks; returns the float32 `terms`.
-
-    Args:
-        priors, loc_loss, loc_reduction: as in `MultiBoxLoss`; seg_cells, seg_maps: as `cells` and
-            `maps` in `SegmentationLoss`; team: as in both.
-        infused_maps: indices of the feature maps with a segmentation head.
-
-    Attributes:
-        terms: names of the losses: the total, loc, conf, seg, and seg of each infused map (map 1
-            is the finest).
-    """
-
-    def __init__(
-        self,
-        priors: Tensor,
-        infused_maps: Sequence[int],
-        *,
-        loc_loss: str,
-        loc_reduction: str,
-        seg_cells: str,
-        seg_maps: str,
-        seg_weight: float,
-        team: Team,
-    ) -> None:
-        super().__init__()
-        self.multibox = MultiBoxLoss(
-            priors, loc_loss=loc_loss, loc_reduction=loc_reduction, team=team
-        )
-        self.segmentation = SegmentationLoss(
-            len(infused_maps), cells=seg_cells, maps=seg_maps, team=team
-        )
-        self.seg_weight = seg_weight
-        of_maps = (f"seg_map{i + 1}" for i in infused_maps)
-        self.terms = ("loss", "loc", "conf", "seg", *of_maps)
-
-    def learned_weights(self) -> dict[str, float]:
-        """"weight_map1", … of the maps' mask losses where SEG_MAPS learns them, else nothing."""
-        names = (term.replace("seg", "weight") for term in self.terms[4:])
-        return dict(zip(names, self.segmentation.weights(), strict=False))
-
-    def forward(
-        self, predictions: Predictions, boxes: Tensor, labels: Tensor, masks: Sequence[Tensor]
-    ) -> Tensor:
-        loc, conf = self.multibox(predictions, boxes, labels)
-        seg, of_maps = self.segmentation(predictions.seg, masks)
-        total = loc + conf + self.seg_weight * seg.to(loc.device)
-        return torch.stack([total, loc, conf, seg.to(loc.device), *of_maps])
 
 
 # ------------------------------------------------------------------------------ configuration

@@ -12,7 +12,13 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from augment import (
+from batches import batch_loader
+from datasets import KaistPairs, label_objects, load_frames
+from kaist.annotations import image_path, make_objects, open_annotations, read_image_list
+from kaist.files import InputError
+from kaist.images import cache_frames, check_images
+from kaist.images import read_frame as read
+from ssd.augment import (
     Augmentation,
     colour_matrix,
     distort,
@@ -26,12 +32,6 @@ from augment import (
     view_pixels,
     whole_frame,
 )
-from batches import batch_loader
-from datasets import KaistPairs, label_objects, load_frames
-from kaist.annotations import image_path, make_objects, open_annotations, read_image_list
-from kaist.files import InputError
-from kaist.images import cache_frames, check_images
-from kaist.images import read_frame as read
 
 SIZE = (300, 300)
 

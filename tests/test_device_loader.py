@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from augment import Augmentation
 from batches import Collate, batch_loader
 from datasets import KaistPairs, load_frames
 from device_loader import DeviceLoader, Recipes, make_images, resize_weights
@@ -14,9 +13,10 @@ from engine.distributed import ALONE, Team
 from engine.loader import EpochBatches
 from kaist.annotations import open_annotations, read_image_list
 from kaist.images import cache_frames
-from losses import IGNORE
 from model import SSD300
 from pseudo_gt import MapRange
+from ssd.augment import Augmentation
+from ssd.losses import IGNORE
 from tools.workloads import MODEL
 
 MAPS = [(38, 38), (19, 19)]

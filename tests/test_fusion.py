@@ -10,7 +10,6 @@ import torch
 import detect as detect_script
 import eval as eval_script
 import train
-from augment import Augmentation, draw_recipe, mean_colour
 from datasets import KaistPairs, load_frames
 from engine.checkpoint import save_checkpoint
 from engine.optim import MovingAverage
@@ -18,7 +17,9 @@ from inference import mirror, predict
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.files import InputError
 from kaist.images import read_frame
-from model import SSD300, Predictions, decode, detect
+from model import SSD300
+from ssd.augment import Augmentation, draw_recipe, mean_colour
+from ssd.boxes import Predictions, decode, detect
 
 QUICK = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--width", "0.0625",
          "--device", "cpu"]  # fmt: skip

@@ -10,9 +10,8 @@ from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert, nms
 
 from kaist.files import InputError
-from model import (
-    SSD300,
-    L2Norm,
+from model import SSD300, L2Norm
+from ssd.boxes import (
     Predictions,
     decode,
     detect,
@@ -21,7 +20,7 @@ from model import (
     make_priors,
     prior_shapes,
 )
-from pretrained import convert_torchvision_ssd, convert_torchvision_vgg, load_pretrained
+from ssd.pretrained import convert_torchvision_ssd, convert_torchvision_vgg, load_pretrained
 
 
 def make_model(**changes) -> SSD300:

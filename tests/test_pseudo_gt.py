@@ -2,8 +2,8 @@
 
 import torch
 
-from model import feature_map_sizes, make_priors, prior_shapes
 from pseudo_gt import MapRange, box_masks
+from ssd.boxes import feature_map_sizes, make_priors, prior_shapes
 
 
 def mask_of(box, size, label=1):

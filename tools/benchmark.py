@@ -29,7 +29,6 @@ from torch import Tensor
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert
 
-from augment import Augmentation
 from batches import Collate
 from datasets import KaistPairs, load_frames
 from device_loader import DeviceLoader
@@ -42,8 +41,10 @@ from kaist.files import run_script
 from kaist.images import cache_frames, read_frame
 from kaist.miss_rate import SETUPS, evaluate, load_ground_truth
 from kaist.results import read_detections
-from losses import MultiBoxLoss
-from model import SSD300, Predictions, detect
+from model import SSD300
+from ssd.augment import Augmentation
+from ssd.boxes import Predictions, detect
+from ssd.losses import MultiBoxLoss
 from tools.reference import plain_detect, plain_miss_rates, plain_multibox_loss, recipe_sample
 from tools.timing import Apart, Bench, Row, faster, interleave, lap, share
 from tools.workloads import (

@@ -30,7 +30,7 @@ from kaist.annotations import (
 )
 from kaist.demo import open_root
 from kaist.files import InputError, run_script, write_atomically
-from model import feature_map_sizes, prior_shapes
+from ssd.boxes import feature_map_sizes, prior_shapes
 
 MATCH = 0.5  # IoU from which a prior learns a person
 BANDS = {"all": (0, np.inf), "< 55 px": (0, 55), "55 to 115": (55, 115),

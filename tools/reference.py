@@ -21,8 +21,8 @@ from torchvision.transforms import v2
 from datasets import Frame
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
 from kaist.miss_rate import FPPI_POINTS, GroundTruth, Setup
-from model import Predictions, decode, encode
 from pseudo_gt import box_masks
+from ssd.boxes import Predictions, decode, encode
 
 
 def plain_multibox_loss(

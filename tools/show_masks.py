@@ -17,7 +17,7 @@ from kaist.annotations import find_annotations, find_file, read_image_list
 from kaist.demo import open_root
 from kaist.files import InputError, run_script, write_atomically
 from kaist.images import check_images
-from model import feature_map_sizes
+from ssd.boxes import feature_map_sizes
 
 DATA_ROOT = "data/demo"  # KAIST root; the demo set is drawn here if it is absent
 IMAGE_LIST = "imageSets/train-all.txt"  # frames to draw: below DATA_ROOT, or any path

@@ -24,9 +24,10 @@ from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.images import read_image
 from kaist.miss_rate import GroundTruth
 from kaist.results import Detections, write_detections
-from losses import MultiBoxLoss, SegmentationLoss
-from model import SSD300, Predictions
+from model import SSD300
 from pseudo_gt import box_masks
+from ssd.boxes import Predictions
+from ssd.losses import MultiBoxLoss, SegmentationLoss
 from utils import autocast, keep_memory
 
 MODEL = {"input_mode": "early", "batch_norm": False, "width": 1.0, "infusion": (1, 1, 0, 0, 0, 0),

@@ -21,7 +21,7 @@ from kaist.files import MAX_TEXT, InputError
 from kaist.images import read_image
 from kaist.miss_rate import load_ground_truth
 from kaist.results import Detections, read_detections
-from pretrained import load_pretrained
+from ssd.pretrained import load_pretrained
 
 
 class Attack:

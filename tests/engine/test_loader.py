@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import train
-from augment import Augmentation
 from batches import batch_loader
 from datasets import KaistPairs, load_frames
 from engine.checkpoint import load_checkpoint
@@ -18,6 +17,7 @@ from engine.distributed import ALONE
 from engine.loader import BadFrames, EpochBatches
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.images import check_images
+from ssd.augment import Augmentation
 
 QUICK = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--width", "0.0625",
          "--device", "cpu"]  # fmt: skip

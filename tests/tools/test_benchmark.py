@@ -16,7 +16,8 @@ from datasets import load_frames
 from kaist.annotations import open_annotations, read_image_list
 from kaist.miss_rate import SETUPS, evaluate
 from kaist.results import read_detections
-from model import SSD300, detect
+from model import SSD300
+from ssd.boxes import detect
 from tools import benchmark
 from tools.reference import plain_detect, plain_miss_rates, recipe_sample
 from tools.timing import Apart

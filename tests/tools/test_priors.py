@@ -12,7 +12,7 @@ from torchvision.ops import box_convert, box_iou
 
 from kaist.annotations import open_annotations
 from kaist.files import InputError
-from model import feature_map_sizes, make_priors, prior_shapes
+from ssd.boxes import feature_map_sizes, make_priors, prior_shapes
 from tools import priors
 
 XML = """<annotation><object><name>{}</name><bndbox><x>{}</x><y>{}</y><w>{}</w><h>{}</h></bndbox>

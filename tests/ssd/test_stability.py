@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from losses import MultiBoxLoss, SegmentationLoss
-from model import SSD300, L2Norm, Predictions, encode, feature_map_sizes, make_priors, prior_shapes
+from model import SSD300, L2Norm
 from pseudo_gt import box_masks
+from ssd.boxes import Predictions, encode, feature_map_sizes, make_priors, prior_shapes
+from ssd.losses import MultiBoxLoss, SegmentationLoss
 from utils import autocast
 
 FRAMES = 2

@@ -9,7 +9,7 @@ from torchvision.models.detection import ssd300_vgg16
 import train
 from kaist.files import InputError
 from model import SSD300
-from pretrained import load_pretrained
+from ssd.pretrained import load_pretrained
 
 WIDE = ["--width", "1.0"]
 PLAIN = [*WIDE, "--no-batch-norm"]

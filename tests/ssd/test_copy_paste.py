@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 
-from augment import Augmentation
 from batches import Collate
-from copy_paste import MOST, paste_people
 from datasets import KaistPairs, load_frames
 from kaist.annotations import open_annotations, read_image_list, time_of_day
+from ssd.augment import MOST, Augmentation, paste_people
 
 BLACK, WHITE = np.zeros((512, 640, 4), np.uint8), np.full((512, 640, 4), 255, np.uint8)
 NOBODY = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)

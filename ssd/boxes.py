@@ -1,0 +1,181 @@
+"""SSD's priors, box coding, and detections from predictions: decoding and NMS.
+
+Source: Liu et al., "SSD: Single Shot MultiBox Detector" (ECCV 2016).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.ops import box_convert, clip_boxes_to_image, nms
+
+from kaist.files import InputError
+
+MIN_SIZE = 1e-5  # of a box that is encoded, as a fraction: no logarithm of zero
+VARIANCES = (0.1, 0.2)  # SSD's scaling of centre and size offsets
+MAX_LOG_SCALE = math.log(1000 / 16)  # a decoded box is at most this many e-folds its prior
+# Extra layers as (1x1 width, 3x3 width, stride, padding).
+EXTRA_LAYERS = ((256, 512, 2, 1), (128, 256, 2, 1), (128, 256, 1, 0), (128, 256, 1, 0))
+
+
+class Predictions(NamedTuple):
+    """What the network says of a batch.
+
+    loc: (N, P, 4) encoded offsets of each prior; conf: (N, P, 2) logits of background and person;
+    seg: per infused map (N, 2, h, w) mask logits; empty unless asked for.
+    """
+
+    loc: Tensor
+    conf: Tensor
+    seg: list[Tensor]
+
+
+def feature_map_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
+    """(height, width) of the six feature maps for an input of (height, width) pixels.
+
+    Raises:
+        InputError: the input is too small for six maps, or larger than any use of it.
+    """
+
+    def chain(n: int) -> list[int]:
+        for _ in range(3):
+            n = math.ceil(n / 2)
+        sizes = [n, math.ceil(n / 2)]
+        for _, _, stride, padding in EXTRA_LAYERS:
+            sizes.append((sizes[-1] + 2 * padding - 3) // stride + 1)
+        return sizes
+
+    if max(size) > 10_000:
+        raise InputError("INPUT_SIZE is beyond 10,000 pixels a side", "KAIST frames are 512,640")
+    sizes = list(zip(chain(size[0]), chain(size[1]), strict=True))
+    if min(sizes[-1]) < 1:
+        raise InputError(
+            f"INPUT_SIZE = {tuple(size)} is too small for six feature maps",
+            "use at least 257 pixels a side",
+        )
+    return sizes
+
+
+def prior_shapes(prior_set: str) -> list[list[tuple[float, float]]]:
+    """(width, height) of each map's priors, as fractions of the input.
+
+    "ssd300": the paper's scales for VOC (0.1, then 0.2 to 0.9); "ssd300-coco": torchvision's for
+    COCO (0.07, then 0.15 to 0.87). Their shapes come in torchvision's order: a square of the map's
+    scale, a square of the geometric mean with the next scale, then ratio r and 1/r for each r.
+
+    "pedestrian": upright boxes alone, of the median person's shape (width/height 0.44 in a 640x512
+    frame, so 0.35 in its fractions) and eight heights from 0.062 to 1, each on the maps whose cells
+    suit its width; as `python -m tools.priors --derive 8` prints it for KAIST's train-all-02 list.
+    """
+    if prior_set == "pedestrian":
+        heights = (
+            (0.062, 0.093, 0.138, 0.205),
+            (0.093, 0.138, 0.205, 0.305),
+            (0.205, 0.305, 0.453, 0.673),
+            (0.305, 0.453, 0.673, 1.0),
+            (0.673, 1.0),
+            (1.0,),
+        )
+        return [[(0.35 * h, h) for h in map_heights] for map_heights in heights]
+    scales = {
+        "ssd300": (0.1, 0.2, 0.375, 0.55, 0.725, 0.9, 1.075),
+        "ssd300-coco": (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05),
+    }[prior_set]
+    ratios = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))
+    shapes = []
+    for i, map_ratios in enumerate(ratios):
+        s = scales[i]
+        between = math.sqrt(s * scales[i + 1])
+        shapes.append([(s, s), (between, between)])
+        for root in map(math.sqrt, map_ratios):
+            shapes[-1] += [(s * root, s / root), (s / root, s * root)]
+    return shapes
+
+
+def make_priors(
+    map_sizes: list[tuple[int, int]], shapes: list[list[tuple[float, float]]]
+) -> Tensor:
+    """(P, 4) float32 cxcywh priors as fractions of the input, widths and heights at most 1.
+
+    A cell's priors share its centre ((column + 0.5) / w, (row + 0.5) / h). Priors may cross the
+    border: 2,740 of SSD300's 8,732 do.
+    """
+    priors = []
+    for (h, w), map_shapes in zip(map_sizes, shapes, strict=True):
+        rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        centres = torch.stack([(columns + 0.5) / w, (rows + 0.5) / h], dim=-1)
+        wh = torch.tensor(map_shapes).clamp(max=1.0).expand(h, w, -1, 2)
+        centres = centres.unsqueeze(2).expand_as(wh)
+        priors.append(torch.cat([centres, wh], dim=-1).reshape(-1, 4))
+    return torch.cat(priors)
+
+
+def encode(boxes: Tensor, priors: Tensor) -> Tensor:
+    """Offsets (…, 4) that turn priors (…, 4) cxcywh into boxes (…, 4) cxcywh (SSD, eq. 2).
+
+    A box without width or height counts as `MIN_SIZE` wide or high, so that its offsets are finite.
+    """
+    centre = (boxes[..., :2] - priors[..., :2]) / (priors[..., 2:] * VARIANCES[0])
+    size = torch.log(boxes[..., 2:].clamp(min=MIN_SIZE) / priors[..., 2:]) / VARIANCES[1]
+    return torch.cat([centre, size], dim=-1)
+
+
+def decode(loc: Tensor, priors: Tensor) -> Tensor:
+    """The inverse of `encode`; sizes are clamped so that no offset overflows to infinity."""
+    centre = priors[..., :2] + loc[..., :2] * VARIANCES[0] * priors[..., 2:]
+    size = priors[..., 2:] * torch.exp((loc[..., 2:] * VARIANCES[1]).clamp(max=MAX_LOG_SCALE))
+    return torch.cat([centre, size], dim=-1)
+
+
+@torch.no_grad()
+def detect(
+    predictions: Predictions,
+    priors: Tensor,
+    *,
+    min_score: float,
+    nms_iou: float,
+    max_boxes: int,
+) -> list[tuple[Tensor, Tensor]]:
+    """Boxes and scores of each image: decode, clip to the frame, drop overlaps.
+
+    Args:
+        predictions: loc (N, P, 4) and conf (N, P, 2).
+        priors: (P, 4) cxcywh fractions.
+        min_score: candidates below this person probability are dropped.
+        nms_iou: of two boxes that overlap by more than this IoU the lower-scored one is dropped.
+        max_boxes: keep at most so many boxes an image.
+
+    Returns:
+        For each image xyxy boxes (k, 4) as fractions of the frame and their scores (k,), by
+        descending score. An image without detections has k = 0.
+    """
+    scores = torch.sigmoid(predictions.conf[..., 1] - predictions.conf[..., 0])
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    # Greedy NMS decides on a box from the higher-scored ones alone, so NMS of a prefix keeps
+    # just what NMS of everything keeps of it: decode and suppress until that is enough.
+    prefix = 2 * max_boxes
+    waiting = torch.arange(len(scores), device=scores.device)
+    while len(waiting):
+        own = scores[waiting]
+        candidates = own >= min_score
+        if candidates.sum(dim=1).max() > prefix:
+            candidates &= own >= own.topk(prefix, dim=1).values[:, -1:]
+        image, prior = candidates.nonzero(as_tuple=True)
+        boxes = decode(predictions.loc[waiting[image], prior], priors[prior])
+        boxes = clip_boxes_to_image(box_convert(boxes, "cxcywh", "xyxy"), (1, 1))
+        lengths = image.bincount(minlength=len(own)).tolist()
+        parts = zip(boxes.split(lengths), own[image, prior].split(lengths), strict=True)
+        unfinished = []
+        for i, (own_boxes, own_scores) in zip(waiting.tolist(), parts, strict=True):
+            kept = nms(own_boxes, own_scores, nms_iou)[:max_boxes]
+            if len(kept) < max_boxes and len(own_scores) >= prefix:
+                unfinished.append(i)  # there may be more below
+            else:
+                # For so few rows half of the time that own_boxes[kept] takes.
+                results[i] = own_boxes.index_select(0, kept), own_scores.index_select(0, kept)
+        waiting = waiting.new_tensor(unfinished)
+        prefix *= 2
+    return [results[i] for i in range(len(scores))]
