@@ -24,12 +24,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from engine.checkpoint import choose_checkpoint, load_checkpoint
 from engine.config import OneLineParser
-from inference import detect_image
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError, make_folder, run_script, write_atomically
 from kaist.images import MODALITIES, join_modalities, read_image
 from model import SSD300, build_model
-from utils import choose_device, choose_precision
+from utils import choose_device, choose_precision, detect_image
 
 CHECKPOINTS = "checkpoints"  # the newest run here is used unless --checkpoint names one
 MIN_SCORE = 0.3  # draw and print detections from this score up

@@ -178,11 +178,11 @@ def run_checkpoint(
     # Here, because result files are evaluated without torch.
     import torch
 
+    from datasets import frame_loader
     from engine.checkpoint import load_checkpoint
-    from inference import detect_frames, frame_loader
     from kaist.miss_rate import open_test_set
     from model import build_model
-    from utils import choose_device, choose_precision
+    from utils import choose_device, choose_precision, detect_frames
 
     checkpoint = load_checkpoint(path)
     config = checkpoint["config"] | settings

@@ -1,8 +1,9 @@
 """SSD300 on VGG16 with segmentation infusion heads.
 
-Sources: Liu et al., "SSD: Single Shot MultiBox Detector" (ECCV 2016); Brazil et al., "Illuminating Pedestrians via Simultaneous Detection &
-Segmentation" (ICCV 2017) for segmentation infusion: heads that learn box-shaped masks from the
-same feature maps, supervise the backbone during training, and are left out at inference.
+Sources: Liu et al., "SSD: Single Shot MultiBox Detector" (ECCV 2016); Brazil et al., "Illuminating
+Pedestrians via Simultaneous Detection & Segmentation" (ICCV 2017) for segmentation infusion: heads
+that learn box-shaped masks from the same feature maps, supervise the backbone during training, and
+are left out at inference.
 """
 
 from __future__ import annotations
@@ -15,13 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kaist.files import InputError
-from ssd.boxes import (
-    EXTRA_LAYERS,
-    Predictions,
-    feature_map_sizes,
-    make_priors,
-    prior_shapes,
-)
+from ssd.boxes import EXTRA_LAYERS, Predictions, feature_map_sizes, make_priors, prior_shapes
 
 # What a batch carries.
 INPUT_CHANNELS = {"lwir": 1, "visible": 3, "mean": 4, "early": 4, "halfway": 4}
@@ -265,3 +260,20 @@ def build_model(checkpoint: dict[str, Any]) -> SSD300:
             f"the checkpoint's weights do not fit its own model_args ({reason})", "choose another"
         ) from None
     return model
+
+
+
+def mirror(model: SSD300, predictions: Predictions) -> Predictions:
+    """What predictions of mirror images say of the images themselves, prior by prior; no masks.
+
+    Each prior's mirror image is the prior of the same shape in the column counted from the other
+    side, and its offset to the right becomes one to the left.
+    """
+    order, first = [], 0
+    for priors, (h, w) in zip(model.map_priors(), model.map_sizes, strict=True):
+        places = torch.arange(first, first + len(priors), device=priors.device)
+        order.append(places.view(h, w, -1).flip(1).flatten())
+        first += len(priors)
+    order = torch.cat(order)
+    loc = predictions.loc[:, order] * predictions.loc.new_tensor((-1, 1, 1, 1))
+    return Predictions(loc, predictions.conf[:, order], [])

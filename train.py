@@ -20,28 +20,30 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from batches import batch_loader
-from datasets import Augmentation, Frame, KaistPairs, load_frames
-from device_loader import DeviceLoader
-from engine.config import lab_book, model_arguments, obstacle, read_config, refuse, run_name
+from datasets import (
+    DeviceLoader,
+    Frame,
+    frame_loader,
+    load_frames,
+    make_loader,
+)
+from engine.config import lab_book, model_arguments, read_config, refuse, run_name
 from engine.distributed import Team, join_team
 from engine.loader import BatchLoader
 from engine.monitor import MAX_SKIPS, StepLog
 from engine.optim import MovingAverage, gradient_norm, lr_factor, make_optimizer, set_lr, update
 from engine.run import Run
-from inference import detect_frames, frame_loader
 from kaist import demo as demo_data
 from kaist.annotations import Annotations, find_annotations, find_file, read_image_list
 from kaist.files import InputError, run_script
-from kaist.images import cache_frames, check_images
+from kaist.images import check_images
 from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth, open_test_set
 from kaist.report import headline, report
 from model import SSD300
-from pseudo_gt import MapRange
 from ssd.boxes import feature_map_sizes
-from ssd.losses import BACKGROUND, IGNORE, Criterion
+from ssd.losses import Criterion
 from ssd.pretrained import check_pretrained, load_pretrained
-from utils import autocast, choose_device, choose_precision, make_deterministic
+from utils import autocast, choose_device, choose_precision, detect_frames, make_deterministic
 
 # Where things are, and which machine runs them.
 DATA_ROOT = "data/demo"  # KAIST root with images/; the demo set is drawn here if it is absent
@@ -319,51 +321,8 @@ def open_evaluation(
     return Evaluation(ground_truth, frame_loader(root, ground_truth, config, device, team))
 
 
-def make_loader(
-    config: dict[str, Any],
-    frames: list[Frame],
-    model: SSD300,
-    device: torch.device,
-    team: Team,
-) -> BatchLoader | DeviceLoader:
-    """Training batches with masks for the infused maps."""
-    names = ("zoom_out", "hue_saturation", "lwir_jitter", "copy_paste", "modality_dropout")
-    augmentation = Augmentation(**{name: config[name] for name in names})
-    cache = None
-    if config["cache"]:
-        ids, source = [frame.id for frame in frames], Path(config["data_root"])
-        if team.writes:
-            cache_frames(config["cache"], source, ids, config["input_mode"])
-        team.wait()
-        cache = cache_frames(config["cache"], source, ids, config["input_mode"])
-    dataset = KaistPairs(
-        Path(config["data_root"]), frames, input_mode=config["input_mode"],
-        size=config["input_size"], augmentation=augmentation if config["augment"] else None,
-        masks_follow=config["masks_follow"], seed=config["seed"], cache=cache,
-    )  # fmt: skip
-    settings = {
-        "batch_size": config["batch_size"], "workers": config["workers"], "team": team,
-        "start_method": config["start_method"],
-        "map_sizes": [model.map_sizes[i] for i in model.infused_maps],
-        "map_range": choose_range(config, model),
-    }  # fmt: skip
-    on_gpu = device.type == "cuda"
-    able = on_gpu and not obstacle(config)
-    if config["loader"] == "device" or (config["loader"] == "auto" and able):
-        loader = DeviceLoader(dataset, device=device, **settings)
-        if team.writes:
-            print(loader)
-        return loader
-    return batch_loader(dataset, shuffle=True, pin_memory=on_gpu,
-                       max_bad=config["max_bad_frames"], **settings)  # fmt: skip
 
 
-def choose_range(config: dict[str, Any], model: SSD300) -> MapRange | None:
-    """Which persons belong into a map's mask: None for all of them."""
-    if config["out_of_range"] == "keep":
-        return None
-    outside = {"background": BACKGROUND, "ignore": IGNORE}[config["out_of_range"]]
-    return MapRange([p.cpu() for p in model.map_priors()], model.infused_maps, outside)
 
 
 if __name__ == "__main__":

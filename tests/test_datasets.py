@@ -12,8 +12,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from batches import batch_loader
-from datasets import KaistPairs, label_objects, load_frames
+from datasets import KaistPairs, batch_loader, label_objects, load_frames
 from kaist.annotations import image_path, make_objects, open_annotations, read_image_list
 from kaist.files import InputError
 from kaist.images import cache_frames, check_images

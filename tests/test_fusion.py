@@ -13,13 +13,13 @@ import train
 from datasets import KaistPairs, load_frames
 from engine.checkpoint import save_checkpoint
 from engine.optim import MovingAverage
-from inference import mirror, predict
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.files import InputError
 from kaist.images import read_frame
-from model import SSD300
+from model import SSD300, mirror
 from ssd.augment import Augmentation, draw_recipe, mean_colour
 from ssd.boxes import Predictions, decode, detect
+from utils import predict
 
 QUICK = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--width", "0.0625",
          "--device", "cpu"]  # fmt: skip

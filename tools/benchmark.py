@@ -29,12 +29,9 @@ from torch import Tensor
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert
 
-from batches import Collate
-from datasets import KaistPairs, load_frames
-from device_loader import DeviceLoader
+from datasets import Collate, DeviceLoader, KaistPairs, load_frames
 from engine.config import OneLineParser, model_arguments, resolve_row
 from engine.experiments import EXPERIMENTS
-from inference import detect_image
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.demo import draw_demo
 from kaist.files import run_script
@@ -64,7 +61,7 @@ from tools.workloads import (
     torchvision_step,
     trunk_step,
 )
-from utils import choose_device, choose_precision, make_deterministic
+from utils import choose_device, choose_precision, detect_image, make_deterministic
 
 KAIST_FRAMES = 25_086  # of the training set, cleaned of none
 

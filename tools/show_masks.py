@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 
-from batches import Batch, Collate
-from datasets import Augmentation, KaistPairs, load_frames
+from datasets import Augmentation, Batch, Collate, KaistPairs, load_frames
 from engine.config import check_config, parse_flags, read_constants
 from kaist.annotations import find_annotations, find_file, read_image_list
 from kaist.demo import open_root

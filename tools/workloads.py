@@ -18,8 +18,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.models.detection import ssd300_vgg16
 
-from batches import Batch
-from inference import detect_image
+from datasets import Batch
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.images import read_image
 from kaist.miss_rate import GroundTruth
@@ -28,7 +27,7 @@ from model import SSD300
 from pseudo_gt import box_masks
 from ssd.boxes import Predictions
 from ssd.losses import MultiBoxLoss, SegmentationLoss
-from utils import autocast, keep_memory
+from utils import autocast, detect_image, keep_memory
 
 MODEL = {"input_mode": "early", "batch_norm": False, "width": 1.0, "infusion": (1, 1, 0, 0, 0, 0),
          "infusion_conv": False, "prior_set": "ssd300", "size": (300, 300)}  # fmt: skip

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import train
-from batches import batch_loader
-from datasets import KaistPairs, load_frames
+from datasets import KaistPairs, batch_loader, load_frames
 from engine.checkpoint import load_checkpoint
 from engine.distributed import ALONE
 from engine.loader import BadFrames, EpochBatches

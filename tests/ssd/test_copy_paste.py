@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from batches import Collate
-from datasets import KaistPairs, load_frames
+from datasets import Collate, KaistPairs, load_frames
 from kaist.annotations import open_annotations, read_image_list, time_of_day
 from ssd.augment import MOST, Augmentation, paste_people
 

@@ -5,9 +5,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from batches import Collate, batch_loader
-from datasets import KaistPairs, load_frames
-from device_loader import DeviceLoader, Recipes, make_images, resize_weights
+from datasets import (
+    Collate,
+    DeviceLoader,
+    KaistPairs,
+    Recipes,
+    batch_loader,
+    load_frames,
+    make_images,
+    resize_weights,
+)
 from engine.config import obstacle
 from engine.distributed import ALONE, Team
 from engine.loader import EpochBatches

@@ -2,8 +2,9 @@
 
 import torch
 
-from inference import frames_of, shared_cells
+from datasets import frames_of
 from kaist.miss_rate import load_ground_truth
+from utils import shared_cells
 
 
 def test_shared_cells_by_hand():
