@@ -23,20 +23,8 @@ from tqdm import tqdm
 
 from engine.config import obstacle
 from engine.distributed import ALONE, Team
-from engine.loader import (
-    BadFrame,
-    BatchLoader,
-    EpochBatches,
-    items_of,
-    share_memory,
-    worker_settings,
-)
-from kaist.annotations import (
-    FRAME_HEIGHT,
-    FRAME_WIDTH,
-    Annotations,
-    time_of_day,
-)
+from engine.loader import BadFrame, BatchLoader, EpochBatches, items_of, share_memory, worker_settings
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations, time_of_day
 from kaist.files import InputError
 from kaist.frame_cache import FrameCache
 from kaist.images import cache_frames, check_images, read_frame
@@ -73,9 +61,7 @@ class Frame:
     labels: np.ndarray
 
 
-def label_objects(
-    boxes: np.ndarray, is_person: np.ndarray, min_height: float, margin: float
-) -> np.ndarray:
+def label_objects(boxes: np.ndarray, is_person: np.ndarray, min_height: float, margin: float) -> np.ndarray:
     """(n,) int64 labels: 1 for a person to learn, -1 for an object to ignore.
 
     Ignored are objects that are not plainly a person, persons lower than `min_height` pixels, and
@@ -100,8 +86,10 @@ def load_frames(
     labels = label_objects(objects.boxes, objects.is_person, min_height, margin)
     ends = counts.cumsum().tolist()
     starts = [0, *ends[:-1]]
-    return [Frame(frame_id, boxes[start:end], labels[start:end])
-            for frame_id, start, end in zip(frame_ids, starts, ends, strict=True)]  # fmt: skip
+    return [
+        Frame(frame_id, boxes[start:end], labels[start:end])
+        for frame_id, start, end in zip(frame_ids, starts, ends, strict=True)
+    ]
 
 
 # ------------------------------------------------------------------------- samples
@@ -197,9 +185,7 @@ class KaistPairs(Dataset):
         people = frame.boxes_px[frame.labels == 1]
         return draw_recipe(rng, people, mean, self.augmentation, self.size)
 
-    def place(
-        self, frame: Frame, view: View
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    def place(self, frame: Frame, view: View) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """A sample's boxes, labels, mask boxes and mask labels."""
         boxes, labels = view_boxes(frame.boxes_px, frame.labels, view, self.size)
         if self.masks_follow:
@@ -207,18 +193,15 @@ class KaistPairs(Dataset):
         whole = whole_frame(1, self.size).view
         return boxes, labels, *view_boxes(frame.boxes_px, frame.labels, whole, self.size)
 
-    def paste(
-        self, rng: np.random.Generator, frame: Frame, pixels: np.ndarray
-    ) -> tuple[Frame, np.ndarray]:
+    def paste(self, rng: np.random.Generator, frame: Frame, pixels: np.ndarray) -> tuple[Frame, np.ndarray]:
         """The frame, by chance with people of another one of the same time of day."""
         donors = self.donors[time_of_day(frame.id)]
         if not len(donors) or rng.random() >= self.augmentation.copy_paste:
             return frame, pixels
         donor = self.frames[rng.choice(donors)]
         pixels, *objects = paste_people(
-            rng, pixels, frame.boxes_px, frame.labels,
-            self.read(donor.id), donor.boxes_px[donor.labels == 1],
-        )  # fmt: skip
+            rng, pixels, frame.boxes_px, frame.labels, self.read(donor.id), donor.boxes_px[donor.labels == 1]
+        )
         return Frame(frame.id, *objects), pixels
 
     @cached_property
@@ -254,23 +237,30 @@ def frame_loader(
     check_images(root, [frame.id for frame in frames], config["input_mode"], without)
     map_sizes = feature_map_sizes(config["input_size"])
     dataset = KaistPairs(
-        root, frames, input_mode=config["input_mode"], size=config["input_size"], augmentation=None,
-        masks_follow=True, seed=config["seed"], without=without,
-    )  # fmt: skip
+        root,
+        frames,
+        input_mode=config["input_mode"],
+        size=config["input_size"],
+        augmentation=None,
+        masks_follow=True,
+        seed=config["seed"],
+        without=without,
+    )
     return batch_loader(
-        dataset, batch_size=config["batch_size"], workers=config["workers"],
+        dataset,
+        batch_size=config["batch_size"],
+        workers=config["workers"],
         start_method=config.get("start_method", "auto"),  # older checkpoints have none
         shuffle=False,
-        map_sizes=[map_sizes[i] for i in infused_maps(config)], pin_memory=device.type == "cuda",
-    )  # fmt: skip
+        map_sizes=[map_sizes[i] for i in infused_maps(config)],
+        pin_memory=device.type == "cuda",
+    )
 
 
 def frames_of(ground_truth: GroundTruth, config: dict[str, Any]) -> list[Frame]:
     """A test list's frames, with the labels that training would give their objects."""
     first = np.searchsorted(ground_truth.frame, np.arange(1, len(ground_truth.frames)))
-    labels = label_objects(
-        ground_truth.boxes, ~ground_truth.ignore, config["min_height"], config["margin"]
-    )
+    labels = label_objects(ground_truth.boxes, ~ground_truth.ignore, config["min_height"], config["margin"])
     corners = ground_truth.boxes.astype(np.float32)
     corners[:, 2:] += corners[:, :2]
     objects = zip(np.split(corners, first), np.split(labels, first), strict=True)
@@ -280,7 +270,6 @@ def frames_of(ground_truth: GroundTruth, config: dict[str, Any]) -> list[Frame]:
 def infused_maps(config: dict[str, Any]) -> list[int]:
     """Indices of the feature maps with a segmentation head."""
     return [i for i, infused in enumerate(config["infusion"]) if infused]
-
 
 
 class Batch(NamedTuple):
@@ -307,9 +296,7 @@ def most_objects(dataset: KaistPairs) -> int:
     return max(8, math.ceil(most / 8) * 8)
 
 
-def pad(
-    boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], least: int
-) -> tuple[Tensor, Tensor]:
+def pad(boxes: Sequence[np.ndarray], labels: Sequence[np.ndarray], least: int) -> tuple[Tensor, Tensor]:
     """Lists of (n, 4) and (n,) to (N, M, 4) and (N, M), M the largest n but at least `least`."""
     most = max(least, *(len(b) for b in boxes))
     padded = torch.zeros((len(boxes), most, 4))
@@ -334,16 +321,12 @@ class Collate:
     map_range: MapRange | None = None
     objects: int = 1
 
-    def __call__(
-        self, items: list[Sample | BadFrame]
-    ) -> tuple[Batch | None, list[BadFrame]] | InputError:
+    def __call__(self, items: list[Sample | BadFrame]) -> tuple[Batch | None, list[BadFrame]] | InputError:
         bad = [item for item in items if isinstance(item, BadFrame)]
         samples = [item for item in items if isinstance(item, Sample)]
         if not samples:
             return None, bad
-        boxes, labels = pad(
-            [s.boxes for s in samples], [s.labels for s in samples], self.objects
-        )
+        boxes, labels = pad([s.boxes for s in samples], [s.labels for s in samples], self.objects)
         mask_boxes, mask_labels = pad(
             [s.mask_boxes for s in samples], [s.mask_labels for s in samples], self.objects
         )
@@ -373,13 +356,8 @@ def batch_loader(
     return BatchLoader(dataset, collate, pin_memory=pin_memory, **settings)
 
 
-
 def make_loader(
-    config: dict[str, Any],
-    frames: list[Frame],
-    model: SSD300,
-    device: torch.device,
-    team: Team,
+    config: dict[str, Any], frames: list[Frame], model: SSD300, device: torch.device, team: Team
 ) -> BatchLoader | DeviceLoader:
     """Training batches with masks for the infused maps."""
     names = ("zoom_out", "hue_saturation", "lwir_jitter", "copy_paste", "modality_dropout")
@@ -392,16 +370,23 @@ def make_loader(
         team.wait()
         cache = cache_frames(config["cache"], source, ids, config["input_mode"])
     dataset = KaistPairs(
-        Path(config["data_root"]), frames, input_mode=config["input_mode"],
-        size=config["input_size"], augmentation=augmentation if config["augment"] else None,
-        masks_follow=config["masks_follow"], seed=config["seed"], cache=cache,
-    )  # fmt: skip
+        Path(config["data_root"]),
+        frames,
+        input_mode=config["input_mode"],
+        size=config["input_size"],
+        augmentation=augmentation if config["augment"] else None,
+        masks_follow=config["masks_follow"],
+        seed=config["seed"],
+        cache=cache,
+    )
     settings = {
-        "batch_size": config["batch_size"], "workers": config["workers"], "team": team,
+        "batch_size": config["batch_size"],
+        "workers": config["workers"],
+        "team": team,
         "start_method": config["start_method"],
         "map_sizes": [model.map_sizes[i] for i in model.infused_maps],
         "map_range": choose_range(config, model),
-    }  # fmt: skip
+    }
     on_gpu = device.type == "cuda"
     able = on_gpu and not obstacle(config)
     if config["loader"] == "device" or (config["loader"] == "auto" and able):
@@ -409,8 +394,9 @@ def make_loader(
         if team.writes:
             print(loader)
         return loader
-    return batch_loader(dataset, shuffle=True, pin_memory=on_gpu,
-                       max_bad=config["max_bad_frames"], **settings)  # fmt: skip
+    return batch_loader(
+        dataset, shuffle=True, pin_memory=on_gpu, max_bad=config["max_bad_frames"], **settings
+    )
 
 
 def choose_range(config: dict[str, Any], model: SSD300) -> MapRange | None:
@@ -473,9 +459,13 @@ def collate_recipes(draws: list[tuple], most: int) -> tuple[list[str], Recipes]:
     views = [(*view.source, *view.target, view.flip) for view, _, _ in recipes]
     matrices, offsets = (np.stack([recipe[k] for recipe in recipes]) for k in (1, 2))
     return list(ids), Recipes(
-        torch.tensor(rows), torch.tensor(views, dtype=torch.float32), torch.from_numpy(matrices),
-        torch.from_numpy(offsets), *pad(*objects[:2], most), *pad(*objects[2:], most),
-    )  # fmt: skip
+        torch.tensor(rows),
+        torch.tensor(views, dtype=torch.float32),
+        torch.from_numpy(matrices),
+        torch.from_numpy(offsets),
+        *pad(*objects[:2], most),
+        *pad(*objects[2:], most),
+    )
 
 
 class DeviceLoader:
@@ -535,9 +525,7 @@ class DeviceLoader:
         self.batches.epoch, self.batches.skip = epoch, skip
         for ids, recipes, frames in ahead(map(self.send, items_of(self.loader)), self.device):
             images = make_images(frames, recipes, self.size, self.filler)
-            masks = box_masks(
-                recipes.mask_boxes, recipes.mask_labels, self.map_sizes, self.map_range
-            )
+            masks = box_masks(recipes.mask_boxes, recipes.mask_labels, self.map_sizes, self.map_range)
             yield Batch(images, recipes.boxes, recipes.labels, masks, ids)
 
     def send(self, drawn: tuple[list[str], Recipes]) -> tuple[list[str], Recipes, Tensor]:
@@ -551,8 +539,7 @@ class DeviceLoader:
 
         sent = Recipes(*map(copy, recipes))
         if self.frames.device.type == "cpu":
-            chosen = torch.empty((len(ids), *self.frames.shape[1:]), dtype=torch.uint8,
-                                 pin_memory=on_gpu)  # fmt: skip
+            chosen = torch.empty((len(ids), *self.frames.shape[1:]), dtype=torch.uint8, pin_memory=on_gpu)
             torch.index_select(self.frames, 0, recipes.rows, out=chosen)
             return ids, sent, copy(chosen)
         return ids, sent, self.frames[sent.rows]
@@ -586,9 +573,7 @@ def ahead(items: Iterator, device: torch.device) -> Iterator:
             yield item
 
 
-def make_images(
-    frames: Tensor, recipes: Recipes, size: tuple[int, int], filler: Tensor
-) -> Tensor:
+def make_images(frames: Tensor, recipes: Recipes, size: tuple[int, int], filler: Tensor) -> Tensor:
     """Cut, resize (antialiased), mirror and distort a batch: (N, C, *size) uint8.
 
     The resize is two products with matrices that hold the weights of a triangle filter, one for
@@ -603,10 +588,12 @@ def make_images(
     dtype = torch.float16 if frames.is_cuda else torch.float32
     views = recipes.views
     mirrored = views[:, 8].bool()
-    rows, in_rows = resize_weights(views[:, 1], views[:, 3], views[:, 5], views[:, 7],
-                                   torch.zeros_like(mirrored), height, size[0])  # fmt: skip
-    columns, in_columns = resize_weights(views[:, 0], views[:, 2], views[:, 4], views[:, 6],
-                                         mirrored, width, size[1])  # fmt: skip
+    rows, in_rows = resize_weights(
+        views[:, 1], views[:, 3], views[:, 5], views[:, 7], torch.zeros_like(mirrored), height, size[0]
+    )
+    columns, in_columns = resize_weights(
+        views[:, 0], views[:, 2], views[:, 4], views[:, 6], mirrored, width, size[1]
+    )
     pixels = torch.bmm(rows.to(dtype), frames.view(n, height, -1).to(dtype))
     pixels = pixels.view(n, size[0], width, channels).permute(0, 3, 1, 2)
     pixels = torch.matmul(pixels, columns.to(dtype).transpose(1, 2).unsqueeze(1))
@@ -652,7 +639,6 @@ def resize_weights(
     in_source = (pixel > source_start.unsqueeze(1)) & (pixel < source_end.unsqueeze(1))
     weights = weights.clamp_(min=0) * (in_source.unsqueeze(1) & inside.unsqueeze(2))
     return weights / weights.sum(2, keepdim=True).clamp_(min=1e-6), inside
-
 
 
 if __name__ == "__main__":

@@ -88,9 +88,7 @@ def list_images(paths: list[Path]) -> Iterator[Path]:
         if path.is_dir():
             found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
             if not found:
-                raise InputError(
-                    "no images in this folder", "name a visible/ or lwir/ folder", file=path
-                )
+                raise InputError("no images in this folder", "name a visible/ or lwir/ folder", file=path)
             yield from found
         elif path.suffix.lower() not in IMAGE_ENDINGS:
             raise InputError("not an image", f"name one of {', '.join(IMAGE_ENDINGS)}", file=path)
@@ -114,16 +112,17 @@ def find_pair(path: Path, config: dict[str, Any]) -> dict[str, Path]:
             return {needed[0]: path}
         raise InputError(
             f"a network with input {input_mode!r} needs visible and LWIR",
-            "keep them in …/visible/ and …/lwir/ under the same name", file=path,
-        )  # fmt: skip
+            "keep them in …/visible/ and …/lwir/ under the same name",
+            file=path,
+        )
     pair = {m: path.parent.parent / m / path.name for m in ("visible", "lwir")}
     for modality in needed:
         if not pair[modality].exists() and not config.get("modality_dropout"):
             raise InputError(
-                f"the {modality} image is missing, which a network with input {input_mode!r} "
-                "needs", "add it, or use a network trained without it or with MODALITY_DROPOUT",
+                f"the {modality} image is missing, which a network with input {input_mode!r} needs",
+                "add it, or use a network trained without it or with MODALITY_DROPOUT",
                 file=pair[modality],
-            )  # fmt: skip
+            )
     return {m: p for m, p in pair.items() if p.exists()}
 
 
@@ -158,8 +157,14 @@ def draw_pair(pair: dict[str, Path], boxes: np.ndarray, scores: np.ndarray) -> I
         draw = ImageDraw.Draw(panel)
         for (x, y, w, h), score in zip(boxes.tolist(), scores.tolist(), strict=True):
             draw.rectangle((x, y, x + w, y + h), outline="lime", width=2)
-            draw.text((x, max(0, y - 17)), f"{score:.2f}", fill="lime", font=font,
-                      stroke_width=1, stroke_fill="black")  # fmt: skip
+            draw.text(
+                (x, max(0, y - 17)),
+                f"{score:.2f}",
+                fill="lime",
+                font=font,
+                stroke_width=1,
+                stroke_fill="black",
+            )
         panels.append(panel)
     sheet = Image.new("RGB", (FRAME_WIDTH * len(panels), FRAME_HEIGHT))
     for i, panel in enumerate(panels):

@@ -86,22 +86,34 @@ def parse_arguments() -> Namespace:
     add = parser.add_argument
     add("--detections", nargs="+", type=Path, metavar="FILE", help="result files, text or JSON")
     add("--checkpoint", type=Path, help="a checkpoint instead; default: the newest run's")
-    add("--annotations", type=Path, default=ANNOTATIONS or None,
-        help="KAIST_annotation.json, an annotation folder or a KAIST root")  # fmt: skip
+    add(
+        "--annotations",
+        type=Path,
+        default=ANNOTATIONS or None,
+        help="KAIST_annotation.json, an annotation folder or a KAIST root",
+    )
     add("--compare", nargs="+", type=Path, metavar="RUN", help="folders of finished runs instead")
-    add("--image-list", type=Path,
-        help="frames to evaluate; ids of files without a companion count along it")  # fmt: skip
+    add("--image-list", type=Path, help="frames to evaluate; ids of files without a companion count along it")
     add("--subset", help="evaluate only day, night, campus, road, downtown, or an image list")
     add("--all-setups", action="store_true", help="also print the nine setups and the scenes")
     add("--bootstrap", type=int, default=0, metavar="N", help="95%% intervals from N resamples")
     add("--by-video", action="store_true", help="resample whole videos instead of frames")
     add("--out", type=picture, help=f"picture of the curves ({OUT}, in a checkpoint's folder)")
-    add("--without", choices=("visible", "lwir"), default="",
-        help="a modality to blank, as if it were missing")  # fmt: skip
+    add(
+        "--without",
+        choices=("visible", "lwir"),
+        default="",
+        help="a modality to blank, as if it were missing",
+    )
     add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
     add("--json", type=Path, metavar="FILE", help="write all numbers and curves at full precision")
-    add("--show-errors", type=int, default=0, metavar="N",
-        help="picture the N worst false positives and the N largest missed people")  # fmt: skip
+    add(
+        "--show-errors",
+        type=int,
+        default=0,
+        metavar="N",
+        help="picture the N worst false positives and the N largest missed people",
+    )
     add("--errors-out", type=picture, default=Path(ERRORS), help="where to (%(default)s)")
     add("--data-root", type=Path, default=DATA_ROOT or None, help="folder with images/")
     arguments = parser.parse_args()
@@ -144,9 +156,12 @@ def evaluate_checkpoint(arguments: Namespace) -> tuple[str, Path, GroundTruth, P
     from engine.checkpoint import choose_checkpoint
 
     path = choose_checkpoint(arguments.checkpoint, Path(CHECKPOINTS))
-    settings = {"data_root": arguments.data_root, "test_list": arguments.image_list,
-                "test_annotations": arguments.annotations,
-                "device": arguments.device}  # fmt: skip
+    settings = {
+        "data_root": arguments.data_root,
+        "test_list": arguments.image_list,
+        "test_annotations": arguments.annotations,
+        "device": arguments.device,
+    }
     given = {key: str(value) for key, value in settings.items() if value}
     print(f"weights of {path}")
     config, ground_truth, detections, mask_ious = run_checkpoint(path, given, arguments.without)

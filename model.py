@@ -26,10 +26,7 @@ NORM_FLOOR = 1e-3  # length below which conv4_3's features are not scaled to uni
 
 # VGG16 up to conv5_3: convolutions' widths, "M" a 2x2 max-pool. The third pool rounds up
 # (75 -> 38), the one before conv6 keeps its resolution.
-VGG16_STAGES = ((64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512),
-                ("M", 512, 512, 512))
-
-
+VGG16_STAGES = ((64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512), ("M", 512, 512, 512))
 
 
 class SSD300(nn.Module):
@@ -78,17 +75,22 @@ class SSD300(nn.Module):
         self.conv4_3_norm = L2Norm(scaled(512))
         self.conv6_7 = nn.Sequential(
             nn.MaxPool2d(3, stride=1, padding=1),
-            nn.Conv2d(scaled(512), scaled(1024), 3, padding=6, dilation=6), nn.ReLU(inplace=True),
-            nn.Conv2d(scaled(1024), scaled(1024), 1), nn.ReLU(inplace=True),
-        )  # fmt: skip
+            nn.Conv2d(scaled(512), scaled(1024), 3, padding=6, dilation=6),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(scaled(1024), scaled(1024), 1),
+            nn.ReLU(inplace=True),
+        )
         self.extras = nn.ModuleList()
         map_widths = [scaled(512), scaled(1024)]
         for squeeze, expand, stride, padding in EXTRA_LAYERS:
-            self.extras.append(nn.Sequential(
-                nn.Conv2d(map_widths[-1], scaled(squeeze), 1), nn.ReLU(inplace=True),
-                nn.Conv2d(scaled(squeeze), scaled(expand), 3, stride, padding),
-                nn.ReLU(inplace=True),
-            ))  # fmt: skip
+            self.extras.append(
+                nn.Sequential(
+                    nn.Conv2d(map_widths[-1], scaled(squeeze), 1),
+                    nn.ReLU(inplace=True),
+                    nn.Conv2d(scaled(squeeze), scaled(expand), 3, stride, padding),
+                    nn.ReLU(inplace=True),
+                )
+            )
             map_widths.append(scaled(expand))
 
         shapes = prior_shapes(prior_set)
@@ -104,9 +106,7 @@ class SSD300(nn.Module):
             nn.init.normal_(head.weight, std=0.01)
         # Last, so that networks of one seed start alike whatever is infused.
         self.infused_maps = [i for i, infused in enumerate(infusion) if infused]
-        self.seg_heads = nn.ModuleList(
-            infusion_head(map_widths[i], infusion_conv) for i in self.infused_maps
-        )
+        self.seg_heads = nn.ModuleList(infusion_head(map_widths[i], infusion_conv) for i in self.infused_maps)
         self.seg_heads.apply(init_convolution)
         for head in self.seg_heads:
             nn.init.normal_(head[-1].weight, std=0.01)
@@ -233,16 +233,9 @@ def init_convolution(module: nn.Module) -> None:
 def flatten_heads(heads: nn.ModuleList, maps: list[Tensor], values: int) -> Tensor:
     """Apply head i to map i; (N, P, values) in the priors' order: map, row, column, shape."""
     outputs = [
-        head(x).permute(0, 2, 3, 1).reshape(len(x), -1, values)
-        for head, x in zip(heads, maps, strict=True)
+        head(x).permute(0, 2, 3, 1).reshape(len(x), -1, values) for head, x in zip(heads, maps, strict=True)
     ]
     return torch.cat(outputs, dim=1)
-
-
-
-
-
-
 
 
 def build_model(checkpoint: dict[str, Any]) -> SSD300:
@@ -260,7 +253,6 @@ def build_model(checkpoint: dict[str, Any]) -> SSD300:
             f"the checkpoint's weights do not fit its own model_args ({reason})", "choose another"
         ) from None
     return model
-
 
 
 def mirror(model: SSD300, predictions: Predictions) -> Predictions:

@@ -13,12 +13,8 @@ if TYPE_CHECKING:
     pass
 
 
-
 def box_masks(
-    boxes: Tensor,
-    labels: Tensor,
-    map_sizes: list[tuple[int, int]],
-    map_range: MapRange | None = None,
+    boxes: Tensor, labels: Tensor, map_sizes: list[tuple[int, int]], map_range: MapRange | None = None
 ) -> list[Tensor]:
     """Masks (N, h, w) int64 of each feature map: 1 person, 0 background, -1 ignored.
 

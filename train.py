@@ -20,13 +20,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from datasets import (
-    DeviceLoader,
-    Frame,
-    frame_loader,
-    load_frames,
-    make_loader,
-)
+from datasets import DeviceLoader, Frame, frame_loader, load_frames, make_loader
 from engine.config import lab_book, model_arguments, read_config, refuse, run_name
 from engine.distributed import Team, join_team
 from engine.loader import BatchLoader
@@ -124,8 +118,7 @@ def main() -> None:
         demo_data.open_root(config["data_root"])
     team.wait()
     frames, held_out = read_training_frames(config)
-    people = open_test_set(Path(config["data_root"]), config["test_list"],
-                           config["test_annotations"])  # fmt: skip
+    people = open_test_set(Path(config["data_root"]), config["test_list"], config["test_annotations"])
     test = watched = open_evaluation(people, config, device, team)
     if held_out:  # they choose the best epoch instead of the test list
         people = load_ground_truth(training_annotations(config), held_out)
@@ -143,8 +136,10 @@ def main() -> None:
     ).to(device)
     optimizer = make_optimizer(model, criterion, config)
     average = MovingAverage(model, config["ema_decay"])
-    run.restore({"model": average.model, "optimizer": optimizer, "criterion": criterion}
-                | ({"raw_model": model} if average.model is not model else {}))  # fmt: skip
+    run.restore(
+        {"model": average.model, "optimizer": optimizer, "criterion": criterion}
+        | ({"raw_model": model} if average.model is not model else {})
+    )
     run.terms = criterion.terms
     network = team.spread(model)
     if config["compile"] == "on" or (config["compile"] == "auto" and device.type == "cuda"):
@@ -153,14 +148,15 @@ def main() -> None:
     if team.writes:
         run.begin()
         print(f"{len(test.people.frames)} test frames, people of {test.people.source}")
-        print(f"{run.folder}: {len(frames)} frames, {len(loader)} steps an epoch, on {device} in "
-              f"{str(precision).removeprefix('torch.')}, from epoch {run.epoch + 1}, "
-              f"step {run.step + 1}")  # fmt: skip
+        print(
+            f"{run.folder}: {len(frames)} frames, {len(loader)} steps an epoch, on {device} in "
+            f"{str(precision).removeprefix('torch.')}, from epoch {run.epoch + 1}, "
+            f"step {run.step + 1}"
+        )
     detections = None
     try:
         while run.epoch < config["epochs"]:
-            train_epoch(run, network, average, loader, criterion, optimizer, device, precision,
-                        team)  # fmt: skip
+            train_epoch(run, network, average, loader, criterion, optimizer, device, precision, team)
             scores = criterion.learned_weights()
             if (run.epoch + 1) % config["eval_every"] == 0 or run.epoch + 1 == config["epochs"]:
                 detections, mask_ious = detect_frames(
@@ -172,8 +168,7 @@ def main() -> None:
     except BaseException:
         if team.writes and run.whole:
             run.save()
-            print(f"\nsaved; the same command goes on from epoch {run.epoch + 1}, "
-                  f"step {run.step + 1}")  # fmt: skip
+            print(f"\nsaved; the same command goes on from epoch {run.epoch + 1}, step {run.step + 1}")
         raise
     if detections is None or watched is not test:
         detections, _ = detect_frames(average.model, test.loader, device, precision, config, team)
@@ -212,9 +207,14 @@ def train_epoch(
     config, total_steps = run.config, len(loader) * run.config["epochs"]
     skips = config["on_nonfinite"] == "skip"
     first_step = run.epoch * len(loader) + run.step
-    bar = tqdm(loader.epoch(run.epoch, skip=run.step), initial=run.step, total=len(loader),
-               desc=f"epoch {run.epoch + 1}/{config['epochs']}", unit="step",
-               disable=not team.writes)  # fmt: skip
+    bar = tqdm(
+        loader.epoch(run.epoch, skip=run.step),
+        initial=run.step,
+        total=len(loader),
+        desc=f"epoch {run.epoch + 1}/{config['epochs']}",
+        unit="step",
+        disable=not team.writes,
+    )
     with StepLog(run, team.rank, patience=MAX_SKIPS if skips else 1) as log:
         for step, batch in enumerate(bar, first_step):
             if batch is None:  # none of its frames could be read
@@ -248,19 +248,16 @@ def train_epoch(
                 show_progress(bar, run, optimizer, total_steps - step - 1)
 
 
-def show_progress(
-    bar: tqdm, run: Run, optimizer: torch.optim.Optimizer, steps_left: int
-) -> None:
+def show_progress(bar: tqdm, run: Run, optimizer: torch.optim.Optimizer, steps_left: int) -> None:
     """Mean losses so far, learning rate, speed and the whole run's ETA behind the bar."""
     _, loc, conf, seg, *_ = run.mean_losses().values()
     speed = run.step * run.config["batch_size"] / max(run.seconds, 1e-9)
     left = tqdm.format_interval(steps_left * run.seconds / run.step)
     bar.set_postfix_str(
         f"loc {loc:.2f} conf {conf:.2f} seg {seg:.2f} lr {optimizer.param_groups[0]['lr']:.1e} "
-        f"{speed:.1f} images/s, run ends in {left}", refresh=False,
-    )  # fmt: skip
-
-
+        f"{speed:.1f} images/s, run ends in {left}",
+        refresh=False,
+    )
 
 
 # ------------------------------------------------------------------------------ configuration
@@ -278,10 +275,6 @@ def configure(argv: list[str] | None = None) -> dict[str, Any]:
     return config
 
 
-
-
-
-
 # ------------------------------------------------------------------------------ data
 
 
@@ -291,9 +284,7 @@ def read_training_frames(config: dict[str, Any]) -> tuple[list[Frame], list[str]
     frame_ids = read_image_list(find_file(root, config["train_list"]))
     annotations = training_annotations(config)
     check_images(root, frame_ids, config["input_mode"])
-    frames = load_frames(
-        frame_ids, annotations, min_height=config["min_height"], margin=config["margin"]
-    )
+    frames = load_frames(frame_ids, annotations, min_height=config["min_height"], margin=config["margin"])
     order = np.random.default_rng(config["seed"]).permutation(len(frames))
     held_out = {int(i) for i in order[: round(config["validation"] * len(frames))]}
     if bool(held_out) != bool(config["validation"]):
@@ -302,8 +293,9 @@ def read_training_frames(config: dict[str, Any]) -> tuple[list[Frame], list[str]
     if not any((frame.labels == 1).any() for frame in kept):
         raise InputError(
             "no frame of the training list holds a person to learn",
-            "check TRAIN_LIST, VALIDATION, ANNOTATIONS and MIN_HEIGHT", file=annotations.source,
-        )  # fmt: skip
+            "check TRAIN_LIST, VALIDATION, ANNOTATIONS and MIN_HEIGHT",
+            file=annotations.source,
+        )
     return kept, [frames[i].id for i in sorted(held_out)]
 
 
@@ -319,10 +311,6 @@ def open_evaluation(
     """Prepare to evaluate on some people's frames, after a look at their images."""
     root = Path(config["data_root"])
     return Evaluation(ground_truth, frame_loader(root, ground_truth, config, device, team))
-
-
-
-
 
 
 if __name__ == "__main__":

@@ -105,7 +105,6 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != torch.float32)
 
 
-
 def detect_frames(
     model: SSD300,
     loader: BatchLoader,
@@ -131,8 +130,9 @@ def detect_frames(
     found: list[tuple[Tensor, Tensor]] = []
     cells = torch.zeros(len(model.infused_maps), 2, dtype=torch.int64, device=device)
     with torch.inference_mode():
-        for batch in tqdm(loader.epoch(0), total=len(loader), desc="detecting", leave=False,
-                          disable=not team.writes):  # fmt: skip
+        for batch in tqdm(
+            loader.epoch(0), total=len(loader), desc="detecting", leave=False, disable=not team.writes
+        ):
             images = batch.images.to(device, non_blocking=True)
             predictions = predict(model, images, precision, config, with_masks=True)
             for i, (logits, mask) in enumerate(zip(predictions.seg, batch.masks, strict=True)):
@@ -161,11 +161,7 @@ def shared_cells(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def predict(
-    model: SSD300,
-    images: Tensor,
-    precision: torch.dtype,
-    config: dict[str, Any],
-    with_masks: bool = False,
+    model: SSD300, images: Tensor, precision: torch.dtype, config: dict[str, Any], with_masks: bool = False
 ) -> Predictions:
     """The network's word on (N, C, H, W) uint8 images; with a configuration's `test_flip` loc and
     conf are averaged with those of their mirror images."""

@@ -114,23 +114,25 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(
-            "checkpoint not found", "train one with python train.py, or check --checkpoint",
-            file=path,
-        ) from None  # fmt: skip
+            "checkpoint not found", "train one with python train.py, or check --checkpoint", file=path
+        ) from None
     except Exception as error:  # whatever torch meets in a foreign file
         previous = path.with_name(PREVIOUS)
         kept = path.name == LAST and previous.exists()
         raise InputError(
             f"not a readable checkpoint ({unpickling_problem(error)})",
-            f"use the one before it, {previous}" if kept else "it is damaged or another program's: "
-            "choose another, or move this one away", file=path,
-        ) from None  # fmt: skip
+            f"use the one before it, {previous}"
+            if kept
+            else "it is damaged or another program's: choose another, or move this one away",
+            file=path,
+        ) from None
     needed = {"format", "model_args", "config", "model"}
-    if (not isinstance(content, dict) or not needed <= content.keys()
-            or content["format"] != CHECKPOINT_FORMAT):  # fmt: skip
-        raise InputError(
-            "not a checkpoint of this project", "choose one that train.py wrote", file=path
-        )
+    if (
+        not isinstance(content, dict)
+        or not needed <= content.keys()
+        or content["format"] != CHECKPOINT_FORMAT
+    ):
+        raise InputError("not a checkpoint of this project", "choose one that train.py wrote", file=path)
     return content
 
 
@@ -155,7 +157,8 @@ def newest_checkpoint(folder: Path) -> Path:
     found = sorted(folder.glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise InputError(
-            "no run with a checkpoint", "train one with python train.py, or name one with "
-            "--checkpoint", file=folder,
-        )  # fmt: skip
+            "no run with a checkpoint",
+            "train one with python train.py, or name one with --checkpoint",
+            file=folder,
+        )
     return found[-1]

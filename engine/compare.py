@@ -41,12 +41,15 @@ def compare_runs(folders: Sequence[Path], resamples: int, out: Path) -> None:
         if own != frames[0]:
             raise InputError(
                 f"it was evaluated on other frames than {folders[0]}",
-                "compare runs of one test list", file=folder,
-            )  # fmt: skip
+                "compare runs of one test list",
+                file=folder,
+            )
     first = configs[0]
     people = open_test_set(Path(first["data_root"]), first["test_list"], first["test_annotations"])
-    scores = [score_run(folder, name, people, resamples or RESAMPLES)
-              for folder, name in zip(folders, names, strict=True)]  # fmt: skip
+    scores = [
+        score_run(folder, name, people, resamples or RESAMPLES)
+        for folder, name in zip(folders, names, strict=True)
+    ]
     print(f"{len(people.frames)} frames, people of {people.source}")
     print_scores(scores)
     logs = [read_log(folder) for folder in folders]
@@ -58,16 +61,13 @@ def read_config(folder: Path) -> dict:
     """A finished run's constants."""
     for name in ("config.json", "log.csv", "detections.txt", "detections.frames.txt"):
         if not (folder / name).is_file():
-            raise InputError(
-                f"{name} is missing", "--compare takes folders of finished runs", file=folder
-            )
+            raise InputError(f"{name} is missing", "--compare takes folders of finished runs", file=folder)
     try:
         return json.loads(read_text(folder / "config.json"))
     except json.JSONDecodeError as error:
         raise InputError(
-            f"broken JSON ({error.msg})", "choose another run", file=folder / "config.json",
-            line=error.lineno,
-        ) from None  # fmt: skip
+            f"broken JSON ({error.msg})", "choose another run", file=folder / "config.json", line=error.lineno
+        ) from None
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
@@ -95,9 +95,7 @@ def read_log(folder: Path) -> list[dict[str, float]]:
     try:
         return [{key: float(value or "nan") for key, value in row.items()} for row in rows]
     except (TypeError, ValueError):
-        raise InputError(
-            "a cell is not a number", "choose another run", file=folder / "log.csv"
-        ) from None
+        raise InputError("a cell is not a number", "choose another run", file=folder / "log.csv") from None
 
 
 def draw_runs(
@@ -113,24 +111,37 @@ def draw_runs(
         epochs = [row["epoch"] for row in log]
         for term, style in (("loss", "-"), ("loc", "--"), ("conf", ":"), ("seg", "-.")):
             label = s.name if term == "loss" else None
-            losses.plot(epochs, [row[term] for row in log], style, color=colour, label=label,
-                        linewidth=1.5 if term == "loss" else 0.8)  # fmt: skip
+            losses.plot(
+                epochs,
+                [row[term] for row in log],
+                style,
+                color=colour,
+                label=label,
+                linewidth=1.5 if term == "loss" else 0.8,
+            )
         scored = [row for row in log if not math.isnan(row.get("miss_rate", math.nan))]
-        rates.plot([row["epoch"] for row in scored], [100 * row["miss_rate"] for row in scored],
-                   "o-", color=colour, label=s.name)  # fmt: skip
+        rates.plot(
+            [row["epoch"] for row in scored],
+            [100 * row["miss_rate"] for row in scored],
+            "o-",
+            color=colour,
+            label=s.name,
+        )
         low, high = (100 * float(bound) for bound in interval(s.samples[HEADLINE[0]]))
         rate = 100 * s.official[HEADLINE[0]].miss_rate
         final.plot([low, high], [i, i], color=colour, linewidth=2)
         final.plot(rate, i, "o", color=colour)
         recall = percent(headline(s.official)["recall"])
         final.annotate(
-            f"{rate:.2f} {show_interval(s.samples[HEADLINE[0]])}, recall {recall}", (low, i),
-            xytext=(0, 6), textcoords="offset points", fontsize="small",
-        )  # fmt: skip
+            f"{rate:.2f} {show_interval(s.samples[HEADLINE[0]])}, recall {recall}",
+            (low, i),
+            xytext=(0, 6),
+            textcoords="offset points",
+            fontsize="small",
+        )
     losses.set(xlabel="epoch", ylabel="training loss", title="loss –, loc - -, conf ···, seg -·")
     rates.set(xlabel="epoch", ylabel="miss rate, Reasonable (%)", ylim=(0, 100))
-    final.set(xlabel="miss rate, Reasonable (%), 95% interval", xlim=(0, 100),
-              ylim=(len(scores) - 0.4, -0.8))  # fmt: skip
+    final.set(xlabel="miss rate, Reasonable (%), 95% interval", xlim=(0, 100), ylim=(len(scores) - 0.4, -0.8))
     final.set_yticks(range(len(scores)), [s.name for s in scores])
     losses.legend(fontsize="small")
     figure.savefig(path, format=form, dpi=110)

@@ -55,9 +55,7 @@ def parse_flags(
     Raises:
         InputError: an unknown flag or a value of the wrong type.
     """
-    parser = OneLineParser(
-        description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
+    parser = OneLineParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, (value, comment) in constants.items():
         flag = "--" + name.replace("_", "-")
         text = f"{comment} (default: {show(value)})".replace("%", "%%")
@@ -67,8 +65,13 @@ def parse_flags(
             parser.add_argument(flag, type=tuple_of(value), help=text, metavar="N,N,…")
         else:
             choices = CHOICES.get(name)
-            parser.add_argument(flag, type=type(value), choices=choices, help=text, metavar=None
-                                if choices else type(value).__name__.upper())  # fmt: skip
+            parser.add_argument(
+                flag,
+                type=type(value),
+                choices=choices,
+                help=text,
+                metavar=None if choices else type(value).__name__.upper(),
+            )
     return vars(parser.parse_args(argv))
 
 
@@ -142,16 +145,34 @@ def show(value: Any) -> str:
 
 # What numbers have to be: (names, test, in words).
 RANGES = (
-    (("width", "lr", "batch_size", "epochs", "eval_every", "max_boxes", "samples"),
-     lambda v: v > 0, "it has to be greater than 0"),
-    (("seed", "workers", "max_bad_frames", "bias_lr_factor", "weight_decay", "seg_weight",
-      "min_height", "margin", "save_minutes"),
-     lambda v: v >= 0, "it cannot be below 0"),
-    (("min_score", "nms_iou", "copy_paste", "modality_dropout"), lambda v: 0 <= v <= 1,
-     "it is a share, from 0 to 1"),
+    (
+        ("width", "lr", "batch_size", "epochs", "eval_every", "max_boxes", "samples"),
+        lambda v: v > 0,
+        "it has to be greater than 0",
+    ),
+    (
+        (
+            "seed",
+            "workers",
+            "max_bad_frames",
+            "bias_lr_factor",
+            "weight_decay",
+            "seg_weight",
+            "min_height",
+            "margin",
+            "save_minutes",
+        ),
+        lambda v: v >= 0,
+        "it cannot be below 0",
+    ),
+    (
+        ("min_score", "nms_iou", "copy_paste", "modality_dropout"),
+        lambda v: 0 <= v <= 1,
+        "it is a share, from 0 to 1",
+    ),
     (("validation", "ema_decay"), lambda v: 0 <= v < 1, "it is a share, from 0 to below 1"),
     (("zoom_out",), lambda v: 1 <= v <= 16, "it is a canvas in frames a side, from 1 to 16"),
-)  # fmt: skip
+)
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -188,8 +209,12 @@ def check_infusion(config: dict[str, Any]) -> None:
         refuse("infusion", config["infusion"], "write 1 for a map with a segmentation head, else 0")
     if any(config["infusion"]):
         return
-    plain = {"infusion_conv": (False,), "seg_maps": ("mean", "sum"), "out_of_range": ("keep",),
-             "seg_weight": (1.0, 0.0)}  # fmt: skip
+    plain = {
+        "infusion_conv": (False,),
+        "seg_maps": ("mean", "sum"),
+        "out_of_range": ("keep",),
+        "seg_weight": (1.0, 0.0),
+    }
     for name, values in plain.items():
         if config[name] not in values:
             refuse(name, config[name], "there is no mask without a map to infuse: set INFUSION")
@@ -198,7 +223,6 @@ def check_infusion(config: dict[str, Any]) -> None:
 def refuse(name: str, value: Any, remedy: str) -> None:
     """Raise the InputError for a constant."""
     raise InputError(f"{name.upper()} = {value!r} cannot be used", remedy)
-
 
 
 def obstacle(config: dict[str, Any]) -> str:
@@ -210,10 +234,7 @@ def obstacle(config: dict[str, Any]) -> str:
     return ""
 
 
-
-def read_config(
-    script: str, description: str, argv: list[str] | None = None
-) -> dict[str, Any]:
+def read_config(script: str, description: str, argv: list[str] | None = None) -> dict[str, Any]:
     """A run's configuration: the script's constants, a row of the lab book over them, flags
     over both; lower-case name -> value.
 
@@ -229,11 +250,12 @@ def read_config(
     check_infusion(config)
     if config["loader"] == "device" and (reason := obstacle(config)):
         refuse("loader", "device", reason)
-    if config["modality_dropout"] and not (
-        config["augment"] and len(MODALITIES[config["input_mode"]]) == 2
-    ):
-        refuse("modality_dropout", config["modality_dropout"],
-               "it needs AUGMENT and an INPUT_MODE of both modalities")  # fmt: skip
+    if config["modality_dropout"] and not (config["augment"] and len(MODALITIES[config["input_mode"]]) == 2):
+        refuse(
+            "modality_dropout",
+            config["modality_dropout"],
+            "it needs AUGMENT and an INPUT_MODE of both modalities",
+        )
     name = config["name"]
     if name.split("-")[0] in EXPERIMENTS or Path(name).name != name:
         refuse("name", name, "choose a folder's name that does not begin with a row's")

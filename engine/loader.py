@@ -78,7 +78,7 @@ def share_memory(tensors: Sequence[Tensor]) -> InputError | None:
         return InputError(
             f"too little shared memory for a batch ({str(error).splitlines()[0]})",
             "enlarge /dev/shm (docker run --shm-size=8g), or lower WORKERS or BATCH_SIZE",
-        )  # fmt: skip
+        )
     return None
 
 
@@ -108,13 +108,11 @@ def begin_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-
 class BadFrame(NamedTuple):
     """What comes in a sample's place when its frame cannot be read."""
 
     frame_id: str
     error: InputError
-
 
 
 class BadFrames(InputError):
@@ -148,8 +146,7 @@ class EpochBatches(Sampler):
         order = np.arange(self.length)
         if self.seed is not None:
             np.random.default_rng((self.seed, self.epoch)).shuffle(order)
-        for start in range(self.skip * self.batch_size, len(self) * self.batch_size,
-                           self.batch_size):  # fmt: skip
+        for start in range(self.skip * self.batch_size, len(self) * self.batch_size, self.batch_size):
             batch = order[start : start + self.batch_size][self.team.rank :: self.team.size]
             yield [(self.epoch, index) for index in batch.tolist()]
 
@@ -231,5 +228,6 @@ class BatchLoader:
             first = next(iter(self.bad.values()))
             raise BadFrames(
                 f"{first.problem}; all unreadable frames so far: {', '.join(self.bad)}",
-                "copy them again and give the same command", file=first.file,
-            )  # fmt: skip
+                "copy them again and give the same command",
+                file=first.file,
+            )

@@ -10,15 +10,12 @@ import torch
 from torch import Tensor, nn
 
 
-def make_optimizer(
-    model: nn.Module, criterion: nn.Module, config: dict[str, Any]
-) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, criterion: nn.Module, config: dict[str, Any]) -> torch.optim.Optimizer:
     """SGD with momentum 0.9, or Adam, in groups: weights, biases with their own rate, and what the
     criterion learns, which is not decayed."""
     weights = [p for name, p in model.named_parameters() if not name.endswith("bias")]
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
-    groups = [{"params": weights, "scale": 1.0},
-              {"params": biases, "scale": config["bias_lr_factor"]}]  # fmt: skip
+    groups = [{"params": weights, "scale": 1.0}, {"params": biases, "scale": config["bias_lr_factor"]}]
     if learned := list(criterion.parameters()):
         groups.append({"params": learned, "scale": 1.0, "weight_decay": 0.0})
     settings = {"lr": config["lr"], "weight_decay": config["weight_decay"]}

@@ -22,9 +22,21 @@ from engine.experiments import BASE
 from kaist.files import InputError, make_folder, write_atomically
 
 # Constants that may differ between a run and its continuation: they change no number.
-MACHINE_CONSTANTS = ("experiment", "checkpoints", "name", "device", "workers", "cache",
-                     "start_method", "save_minutes", "deterministic", "loader", "compile",
-                     "on_nonfinite", "max_bad_frames")  # fmt: skip
+MACHINE_CONSTANTS = (
+    "experiment",
+    "checkpoints",
+    "name",
+    "device",
+    "workers",
+    "cache",
+    "start_method",
+    "save_minutes",
+    "deterministic",
+    "loader",
+    "compile",
+    "on_nonfinite",
+    "max_bad_frames",
+)
 DAMAGED = "damaged.pt"  # a last.pt that turned out not to be whole
 
 
@@ -158,8 +170,9 @@ class Run:
             elif part.state_dict():
                 raise InputError(
                     f"it does not hold the state of {name!r}, so that this run cannot go on",
-                    "move its folder away to start anew", file=self.folder / "last.pt",
-                )  # fmt: skip
+                    "move its folder away to start anew",
+                    file=self.folder / "last.pt",
+                )
         self.state = None
 
     def begin(self) -> None:
@@ -174,8 +187,9 @@ class Run:
             if (self.folder / "config.json").exists():
                 raise InputError(
                     "another process has begun this run in the meantime",
-                    "give the command again", file=self.folder,
-                )  # fmt: skip
+                    "give the command again",
+                    file=self.folder,
+                )
         for unfinished in self.folder.glob(".*.tmp"):
             unfinished.unlink(missing_ok=True)
         text = json.dumps({"name": self.name, **self.config}, indent=1)
@@ -232,9 +246,14 @@ class Run:
         """
         speed = self.step * self.config["batch_size"] / max(self.seconds, 1e-9)
         lr = self.parts["optimizer"].param_groups[0]["lr"]
-        row = {"epoch": self.epoch + 1, **self.mean_losses(), "lr": lr,
-               "images_per_s": speed, "seconds": self.seconds,
-               "skipped": self.skipped}  # fmt: skip
+        row = {
+            "epoch": self.epoch + 1,
+            **self.mean_losses(),
+            "lr": lr,
+            "images_per_s": speed,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+        }
         best = min((past.get("miss_rate", 2.0) for past in self.history), default=2.0)
         self.history.append({**row, **scores})
         self.epoch, self.step, self.skipped = self.epoch + 1, 0, 0
@@ -248,19 +267,25 @@ class Run:
 
     def content(self, to_continue: bool) -> dict[str, Any]:
         """A checkpoint's content; without the optimiser it can be used but not continued."""
-        parts = {name: part.state_dict() for name, part in self.parts.items()
-                 if to_continue or name != "optimizer"}  # fmt: skip
+        parts = {
+            name: part.state_dict() for name, part in self.parts.items() if to_continue or name != "optimizer"
+        }
         return {
-            "model_args": self.model_args, "config": self.config, "experiment": self.name,
-            "epoch": self.epoch, "step": self.step, "sums": self.sums, "seconds": self.seconds,
+            "model_args": self.model_args,
+            "config": self.config,
+            "experiment": self.name,
+            "epoch": self.epoch,
+            "step": self.step,
+            "sums": self.sums,
+            "seconds": self.seconds,
             "skipped": self.skipped,
-            "history": self.history, **parts,
-        }  # fmt: skip
+            "history": self.history,
+            **parts,
+        }
 
     def save(self) -> None:
         """Write last.pt; the one before it becomes previous.pt."""
-        save_checkpoint(self.folder / LAST, self.content(to_continue=True),
-                        previous=self.folder / PREVIOUS)  # fmt: skip
+        save_checkpoint(self.folder / LAST, self.content(to_continue=True), previous=self.folder / PREVIOUS)
         self.saved_at = time.monotonic()
 
     def is_due(self) -> bool:
@@ -293,8 +318,7 @@ class Run:
         left.set(xlabel="epoch", ylabel="training loss")
         left.legend()
         scored = [row for row in self.history if "miss_rate" in row]
-        for key, label in (("miss_rate", "all"), ("miss_rate_day", "day"),
-                           ("miss_rate_night", "night")):  # fmt: skip
+        for key, label in (("miss_rate", "all"), ("miss_rate_day", "day"), ("miss_rate_night", "night")):
             rates = [100 * row[key] for row in scored]
             right.plot([row["epoch"] for row in scored], rates, marker="o", label=label)
         right.set(xlabel="epoch", ylabel="miss rate, Reasonable (%)", ylim=(0, 100))
@@ -306,8 +330,13 @@ class Run:
         where = f"epoch{self.epoch + 1}-step{self.step + 1}-rank{rank}"
         path = self.folder / f"nonfinite-{where}.json"
         terms = dict(zip(self.terms, map(str, losses.tolist()), strict=True))
-        evidence = {"frames": frame_ids, "losses": terms, "epoch": self.epoch + 1,
-                    "step": self.step + 1, "seed": self.config["seed"]}  # fmt: skip
+        evidence = {
+            "frames": frame_ids,
+            "losses": terms,
+            "epoch": self.epoch + 1,
+            "step": self.step + 1,
+            "seed": self.config["seed"],
+        }
         text = json.dumps(evidence, indent=1)
         write_atomically(path, lambda beside: beside.write_text(text))
         return path
@@ -327,12 +356,11 @@ def same_recipe(folder: Path, config: dict[str, Any]) -> bool:
 def nonfinite_error(path: Path) -> InputError:
     """The line that ends a run whose loss is not finite."""
     return InputError(
-        "the loss or its gradient is not a finite number; the batch's frames and loss terms are in "
-        "this file", "lower LR, look at those frames, or go on without them by --on-nonfinite skip "
+        "the loss or its gradient is not a finite number; the batch's frames and loss terms are in this file",
+        "lower LR, look at those frames, or go on without them by --on-nonfinite skip "
         "from last.pt, which is from before this step",
         file=path,
     )
-
 
 
 try:
@@ -368,8 +396,9 @@ def lock_folder(folder: Path) -> TextIO:
             file.seek(0)
             raise InputError(
                 f"another process is at this run ({file.read().strip() or 'it just began'})",
-                "wait for its end, or stop it", file=folder,
-            ) from None  # fmt: skip
+                "wait for its end, or stop it",
+                file=folder,
+            ) from None
         print(f"warning: {folder} cannot be locked ({error.strerror}); do not start it twice")
     file.truncate(0)
     now = datetime.now().isoformat(sep=" ", timespec="seconds")

@@ -39,12 +39,12 @@ REMEDY = "set ANNOTATIONS (--annotations) to a form or a path"
 
 
 def time_of_day(frame_id: str) -> str:
-    """"day" or "night", by the number of the frame's set."""
+    """ "day" or "night", by the number of the frame's set."""
     return "day" if frame_id[:5] in DAY_SETS else "night"
 
 
 def scene(frame_id: str) -> str:
-    """"campus", "road" or "downtown", by the number of the frame's set."""
+    """ "campus", "road" or "downtown", by the number of the frame's set."""
     return SCENES[int(frame_id[3:5]) % 3]
 
 
@@ -66,14 +66,15 @@ def read_image_list(path: str | Path) -> list[str]:
             continue
         if not FRAME_ID.fullmatch(frame_id):
             raise InputError(
-                f"{frame_id[:60]!r} is not a frame id", "write set00/V000/I00000",
-                file=path, line=number,
-            )  # fmt: skip
+                f"{frame_id[:60]!r} is not a frame id", "write set00/V000/I00000", file=path, line=number
+            )
         if frame_id in first_line:
             raise InputError(
                 f"{frame_id} stands in line {first_line[frame_id]} already",
-                "list each frame once", file=path, line=number,
-            )  # fmt: skip
+                "list each frame once",
+                file=path,
+                line=number,
+            )
         first_line[frame_id] = number
     if not first_line:
         raise InputError("the image list is empty", "list at least one frame", file=path)
@@ -124,9 +125,7 @@ def make_objects(rows: list[ObjectRow]) -> Objects:
     )
 
 
-def check_row(
-    box: list[float], occlusion: float, path: Path, line: int | None, where: str = ""
-) -> None:
+def check_row(box: list[float], occlusion: float, path: Path, line: int | None, where: str = "") -> None:
     """Refuse a box of no area or not finite, and an occlusion other than 0, 1 or 2.
 
     Args:
@@ -136,13 +135,17 @@ def check_row(
     if not (w > 0 and h > 0 and abs(x) + abs(y) + w + h < 1e6):
         raise InputError(
             f"{where}box x={x:g} y={y:g} w={w:g} h={h:g} is not a box of pixels with positive size",
-            "correct or delete it", file=path, line=line,
-        )  # fmt: skip
+            "correct or delete it",
+            file=path,
+            line=line,
+        )
     if occlusion not in (0, 1, 2):
         raise InputError(
-            f"{where}occlusion {occlusion:g} is unknown", "use 0 none, 1 partial or 2 heavy",
-            file=path, line=line,
-        )  # fmt: skip
+            f"{where}occlusion {occlusion:g} is unknown",
+            "use 0 none, 1 partial or 2 heavy",
+            file=path,
+            line=line,
+        )
 
 
 def parse_number(text: str, path: Path, line: int | None) -> float:
@@ -150,9 +153,7 @@ def parse_number(text: str, path: Path, line: int | None) -> float:
     try:
         return float(text)
     except (TypeError, ValueError):
-        raise InputError(
-            f"{text!r} is not a number", "correct the line", file=path, line=line
-        ) from None
+        raise InputError(f"{text!r} is not a number", "correct the line", file=path, line=line) from None
 
 
 def read_bbgt(path: Path) -> list[ObjectRow]:
@@ -170,9 +171,8 @@ def read_lines(path: Path, columns: int) -> list[ObjectRow]:
     lines = read_text(path).splitlines()
     if not lines or not lines[0].startswith("%"):
         raise InputError(
-            "the first line is not a bbGt header", "begin the file with '% bbGt version=3'",
-            file=path, line=1,
-        )  # fmt: skip
+            "the first line is not a bbGt header", "begin the file with '% bbGt version=3'", file=path, line=1
+        )
     numbered = enumerate(lines[1:], 2)
     return [line_row(line, columns, path, n) for n, line in numbered if line.strip()]
 
@@ -183,8 +183,10 @@ def line_row(line: str, columns: int, path: Path, number: int) -> ObjectRow:
     if len(fields) < columns:
         raise InputError(
             f"{len(fields)} columns where at least {columns} are wanted",
-            "write 'person x y w h occ vx vy vw vh ign ang'", file=path, line=number,
-        )  # fmt: skip
+            "write 'person x y w h occ vx vy vw vh ign ang'",
+            file=path,
+            line=number,
+        )
     box = [parse_number(field, path, number) for field in fields[1:5]]
     occlusion = ignore = 0.0
     if len(fields) >= 11:
@@ -229,9 +231,8 @@ def xml_row(item: ElementTree.Element, path: Path, line: int | None) -> ObjectRo
     box = [None] if sides is None else [sides.findtext(side) for side in "xywh"]
     if label is None or None in box:
         raise InputError(
-            "an object lacks its name or one of bndbox's x, y, w, h", "add it",
-            file=path, line=line,
-        )  # fmt: skip
+            "an object lacks its name or one of bndbox's x, y, w, h", "add it", file=path, line=line
+        )
     box = [parse_number(text, path, line) for text in box]
     occlusion = parse_number(item.findtext("occlusion", "0"), path, line)
     check_row(box, occlusion, path, line)
@@ -264,13 +265,12 @@ def read_json(path: Path) -> dict[str, Objects]:
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"not a KAIST annotation JSON ({type(error).__name__}: {error})",
-            "use KAIST_annotation.json, with images, annotations and categories", file=path,
-        ) from None  # fmt: skip
+            "use KAIST_annotation.json, with images, annotations and categories",
+            file=path,
+        ) from None
 
 
-def json_row(
-    item: Any, number: int, names: dict[Any, Any], path: Path
-) -> ObjectRow:
+def json_row(item: Any, number: int, names: dict[Any, Any], path: Path) -> ObjectRow:
     """A row from the JSON's annotation `number`; names: category id -> label."""
     where = f"annotation {number} of the list"
     try:
@@ -284,13 +284,17 @@ def json_row(
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"{where} lacks a field or holds a wrong one ({type(error).__name__}: {error})",
-            "compare it with the others", file=path,
-        ) from None  # fmt: skip
+            "compare it with the others",
+            file=path,
+        ) from None
 
 
 READERS: dict[str, Callable[[Path], list[ObjectRow]]] = {
-    "bbgt": read_bbgt, "xml": read_xml, "xml-sanitized": read_xml, "paired": read_paired,
-}  # fmt: skip
+    "bbgt": read_bbgt,
+    "xml": read_xml,
+    "xml-sanitized": read_xml,
+    "paired": read_paired,
+}
 
 
 class Annotations:
@@ -403,8 +407,7 @@ def open_annotations(source: str | Path, form: str = "auto", modality: str = "lw
                 found = source
         else:
             raise InputError(
-                f"{form!r} is not a form of annotation",
-                f"use auto, {', '.join(FOLDERS)}, json or a path",
+                f"{form!r} is not a form of annotation", f"use auto, {', '.join(FOLDERS)}, json or a path"
             )
         if found is not None:
             return Annotations(found, kind, modality)
@@ -446,7 +449,6 @@ def guess_form(folder: Path) -> str | None:
     if first.suffix == ".xml":
         return "xml"
     return "paired" if first.parent.name in ("visible", "lwir") else "bbgt"
-
 
 
 def find_annotations(root: Path, where: str, modality: str) -> Annotations:

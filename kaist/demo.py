@@ -26,17 +26,7 @@ from tqdm import tqdm
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError, abandoned, run_script
-from kaist.street import (
-    FOCAL,
-    ROAD,
-    SCENE_WIDTH,
-    Canvas,
-    Figure,
-    Street,
-    build_street,
-    draw_figure,
-    paint,
-)
+from kaist.street import FOCAL, ROAD, SCENE_WIDTH, Canvas, Figure, Street, build_street, draw_figure, paint
 
 ROOT = Path("data/demo")
 TRAIN_FRAMES, TEST_FRAMES = 480, 180  # over set00-05 and over set06-11
@@ -203,10 +193,17 @@ def write_index(root: Path, marks: dict[str, list]) -> None:
     ]
     seen = [(image["id"], *mark) for image in images for mark in marks[image["im_name"]]]
     annotations = [
-        {"id": number, "image_id": image_id, "category_id": 1, "bbox": box, "height": box[3],
-         "occlusion": occlusion, "ignore": int(label != "person")}
+        {
+            "id": number,
+            "image_id": image_id,
+            "category_id": 1,
+            "bbox": box,
+            "height": box[3],
+            "occlusion": occlusion,
+            "ignore": int(label != "person"),
+        }
         for number, (image_id, label, box, occlusion) in enumerate(seen)
-    ]  # fmt: skip
+    ]
     categories = [{"id": 0, "name": "__ignore__"}, {"id": 1, "name": "person"}]
     info = {"dataset": "demo set in KAIST's layout, drawn by demo_data.py"}
     content = dict(info=info, images=images, annotations=annotations, categories=categories)
@@ -214,9 +211,14 @@ def write_index(root: Path, marks: dict[str, list]) -> None:
 
 
 def draw_demo(
-    root: Path, *, train_frames: int, test_frames: int, seed: int = SEED, progress: bool = True,
+    root: Path,
+    *,
+    train_frames: int,
+    test_frames: int,
+    seed: int = SEED,
+    progress: bool = True,
     workers: int | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Draws a set at `root`, complete or not at all; the same seed gives the same bytes.
 
     Args:

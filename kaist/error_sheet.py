@@ -11,14 +11,7 @@ from PIL import Image, ImageDraw
 from kaist.annotations import image_path
 from kaist.files import InputError, write_atomically
 from kaist.images import decode
-from kaist.miss_rate import (
-    SETUPS,
-    GroundTruth,
-    Matching,
-    allowed_false_positives,
-    match_setups,
-    rank,
-)
+from kaist.miss_rate import SETUPS, GroundTruth, Matching, allowed_false_positives, match_setups, rank
 from kaist.results import Detections
 
 SETUP = "Reasonable-all"
@@ -60,8 +53,9 @@ def draw_errors(
             for i, box in zip(missed[:n], ground_truth.boxes[missed[:n]], strict=True)
         ],
     }
-    tops = np.cumsum([0, *(TITLE + TILE_HEIGHT * math.ceil(len(row) / COLUMNS)
-                           for row in rows.values())]).tolist()  # fmt: skip
+    tops = np.cumsum(
+        [0, *(TITLE + TILE_HEIGHT * math.ceil(len(row) / COLUMNS) for row in rows.values())]
+    ).tolist()
     sheet = Image.new("RGB", (COLUMNS * TILE_WIDTH, tops[-1]), "white")
     pen = ImageDraw.Draw(sheet)
     absent = []
@@ -83,8 +77,7 @@ def draw_errors(
             pen.text((x + 2, y + HEIGHT + 2), f"{frame_id}\n{text}", fill="black")
     n_pictures = 2 * sum(map(len, rows.values()))
     if absent and len(absent) == n_pictures:
-        raise InputError("no image is there", "name the folder with images/ as --data-root",
-                         file=absent[0])  # fmt: skip
+        raise InputError("no image is there", "name the folder with images/ as --data-root", file=absent[0])
     write_atomically(path, lambda beside: sheet.save(beside, format=FORMATS[path.suffix]))
     return n_pictures, len(absent)
 
@@ -109,9 +102,7 @@ def describe(box: np.ndarray, finder: int, ranked: Detections) -> str:
     return f"{box[3]:.0f} pixels, {found}"
 
 
-def objects_of(
-    frame: int, ground_truth: GroundTruth, matching: Matching
-) -> list[tuple[np.ndarray, str]]:
+def objects_of(frame: int, ground_truth: GroundTruth, matching: Matching) -> list[tuple[np.ndarray, str]]:
     """A frame's annotated boxes (4,) xywh and the colours they are drawn in."""
     here = np.flatnonzero(ground_truth.frame == frame)
     colours = np.where(matching.positive[here], "lime", "yellow").tolist()

@@ -23,8 +23,9 @@ def check_length(path: Path) -> None:
     if size > MAX_TEXT:
         raise InputError(
             f"{size / 1e6:.0f} MB, and a text file may have {MAX_TEXT / 1e6:.0f}",
-            "split it, or leave out detections of low scores", file=path,
-        )  # fmt: skip
+            "split it, or leave out detections of low scores",
+            file=path,
+        )
 
 
 def read_text(path: Path) -> str:
@@ -57,9 +58,8 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(
-            f"cannot be made a folder ({error.strerror or error})", "choose another place",
-            file=path,
-        ) from None  # fmt: skip
+            f"cannot be made a folder ({error.strerror or error})", "choose another place", file=path
+        ) from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
@@ -99,15 +99,15 @@ def full_disk(path: Path, size: int) -> InputError:
     return InputError(
         f"the disk is full: it needs {size / 1e6:.1f} MB or more, {free / 1e6:.1f} MB are free",
         "free some (runs that are over, damaged.pt, frame caches) or choose another place; what "
-        "was there before is whole", file=path,
-    )  # fmt: skip
+        "was there before is whole",
+        file=path,
+    )
 
 
 def abandoned(folder: Path, pattern: str) -> list[Path]:
     """What writers that were killed long ago left unfinished in a folder."""
     old = time.time() - ABANDONED
     return [path for path in folder.glob(pattern) if path.stat().st_mtime < old]
-
 
 
 class InputError(Exception):

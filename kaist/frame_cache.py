@@ -74,15 +74,13 @@ def open_cache(
     """
     folder = Path(folder)
     channels = sum({"visible": 3, "lwir": 1}[modality] for modality in modalities)
-    paths = [image_path(root, frame_id, modality) for frame_id in frame_ids
-             for modality in modalities]  # fmt: skip
+    paths = [image_path(root, frame_id, modality) for frame_id in frame_ids for modality in modalities]
     try:
         mark = fingerprint(paths)
     except OSError as error:
         raise InputError(
-            f"image not found ({error.strerror})", "check DATA_ROOT and the image list",
-            file=error.filename,
-        ) from None  # fmt: skip
+            f"image not found ({error.strerror})", "check DATA_ROOT and the image list", file=error.filename
+        ) from None
     name = f"frames-{mark.paths}"
     path = folder / f"{name}-{mark.state}.u8"
     cache = FrameCache(path, {frame_id: i for i, frame_id in enumerate(frame_ids)}, channels)
@@ -104,14 +102,14 @@ def make_room(folder: Path, name: str, size: int) -> None:
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise InputError(
-            f"cannot be used as a folder ({error.strerror})", "choose another with CACHE",
-            file=folder,
-        ) from None  # fmt: skip
+            f"cannot be used as a folder ({error.strerror})", "choose another with CACHE", file=folder
+        ) from None
     if free < size:
         raise InputError(
             f"a cache of {size / 1e9:.1f} GB does not fit, {free / 1e9:.1f} GB are free",
-            "choose another folder with CACHE, or none", file=folder,
-        )  # fmt: skip
+            "choose another folder with CACHE, or none",
+            file=folder,
+        )
 
 
 def draw(path: Path, frame_ids: Sequence[str], read: Callable[[str], np.ndarray]) -> None:

@@ -17,14 +17,16 @@ from kaist.remember import remember
 # Visible R, G, B, then LWIR: the colour that normalisation by ImageNet's mean turns into zero.
 MEAN_COLOUR = np.array([124, 116, 104, 114], np.uint8)
 
-MODALITIES = {"lwir": ("lwir",), "visible": ("visible",),
-              "mean": ("visible", "lwir"), "early": ("visible", "lwir"),
-              "halfway": ("visible", "lwir")}  # fmt: skip
+MODALITIES = {
+    "lwir": ("lwir",),
+    "visible": ("visible",),
+    "mean": ("visible", "lwir"),
+    "early": ("visible", "lwir"),
+    "halfway": ("visible", "lwir"),
+}
 
 
-def check_images(
-    root: Path, frame_ids: Sequence[str], input_mode: str, without: str = ""
-) -> None:
+def check_images(root: Path, frame_ids: Sequence[str], input_mode: str, without: str = "") -> None:
     """Look at every image's header: it exists, is an image, and has KAIST's size.
 
     Args:
@@ -33,8 +35,12 @@ def check_images(
     Raises:
         InputError: for the first image that is missing, unreadable or of another size.
     """
-    paths = [image_path(root, frame_id, modality) for frame_id in frame_ids
-             for modality in MODALITIES[input_mode] if modality != without]  # fmt: skip
+    paths = [
+        image_path(root, frame_id, modality)
+        for frame_id in frame_ids
+        for modality in MODALITIES[input_mode]
+        if modality != without
+    ]
 
     def look() -> dict[str, np.ndarray]:
         for path in paths:
@@ -101,8 +107,7 @@ def read_frame(root: Path, frame_id: str, input_mode: str, without: str = "") ->
     """
     modalities = MODALITIES[input_mode]
     if without:
-        images = {m: read_image(image_path(root, frame_id, m), m)
-                  for m in modalities if m != without}  # fmt: skip
+        images = {m: read_image(image_path(root, frame_id, m), m) for m in modalities if m != without}
         return join_modalities(images, input_mode)
     if len(modalities) == 1:
         return read_image(image_path(root, frame_id, modalities[0]), modalities[0])
@@ -111,14 +116,13 @@ def read_frame(root: Path, frame_id: str, input_mode: str, without: str = "") ->
     return np.array(visible)
 
 
-def cache_frames(
-    folder: str | Path, root: Path, frame_ids: Sequence[str], input_mode: str
-) -> FrameCache:
+def cache_frames(folder: str | Path, root: Path, frame_ids: Sequence[str], input_mode: str) -> FrameCache:
     """The frames of a list decoded into a cache in `folder`, drawn only where it is not there yet.
 
     Raises:
         InputError: an image cannot be read, or the disk is too small.
     """
+
     def read(frame_id: str) -> np.ndarray:
         return read_frame(root, frame_id, input_mode)
 

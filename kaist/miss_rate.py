@@ -68,8 +68,7 @@ SETUPS = {
     "Occ=heavy": Setup((1, np.inf), (2,)),
 }
 SCENE_SETUPS = {
-    f"Reasonable-{place}": Setup((55, np.inf), (0, 1), place)
-    for place in ("campus", "road", "downtown")
+    f"Reasonable-{place}": Setup((55, np.inf), (0, 1), place) for place in ("campus", "road", "downtown")
 }
 
 
@@ -119,9 +118,10 @@ def load_ground_truth(
     frames = annotations.frames if frames is None else tuple(frames)
     if not frames:
         raise InputError(
-            "nothing says which frames to evaluate", "name an image list (--image-list)",
+            "nothing says which frames to evaluate",
+            "name an image list (--image-list)",
             file=annotations.source,
-        )  # fmt: skip
+        )
     objects, counts = annotations.read_all(frames)
     return GroundTruth(
         frames,
@@ -145,9 +145,13 @@ def select_frames(
     new = place[ground_truth.frame]
     order = np.argsort(new, kind="stable")[np.count_nonzero(new < 0) :]
     people = GroundTruth(
-        tuple(frames), new[order], ground_truth.boxes[order], ground_truth.occlusion[order],
-        ground_truth.ignore[order], ground_truth.source,
-    )  # fmt: skip
+        tuple(frames),
+        new[order],
+        ground_truth.boxes[order],
+        ground_truth.occlusion[order],
+        ground_truth.ignore[order],
+        ground_truth.source,
+    )
     return people, move_frames(detections, place)
 
 
@@ -272,9 +276,7 @@ def match_setups(
         yield name, Matching(outcome, positive, finder, frames)
 
 
-def match(
-    overlaps: Overlaps, counts: np.ndarray, n_detections: int
-) -> tuple[np.ndarray, np.ndarray]:
+def match(overlaps: Overlaps, counts: np.ndarray, n_detections: int) -> tuple[np.ndarray, np.ndarray]:
     """(n,) outcome of each detection and (m,) finder of each object; `counts`: (m,) bool."""
     outcome = np.zeros(n_detections, dtype=np.int8)
     outcome[overlaps.absorbed[~counts[overlaps.absorber]]] = -1
@@ -301,9 +303,11 @@ def rank(detections: Detections) -> Detections:
         keys = (*detections.boxes[order[tied]].T[::-1], frame[tied], -scores[tied])
         order[tied] = order[tied][np.lexsort(keys)]
     return replace(
-        detections, frame=detections.frame[order], boxes=detections.boxes[order],
+        detections,
+        frame=detections.frame[order],
+        boxes=detections.boxes[order],
         scores=detections.scores[order],
-    )  # fmt: skip
+    )
 
 
 # ------------------------------------------------------------------- miss rate
@@ -371,9 +375,15 @@ def evaluate(
         found = np.append(false, len(hits))[allowed] - allowed  # hits before the next false one
         rates = share(found, n_positive)
         results[name] = Result(
-            float(log_average(rates, protocol)), float(share(hits.sum(), n_positive)), rates,
-            points, hits, ranked.scores[keep], n_positive, n_frames,
-        )  # fmt: skip
+            float(log_average(rates, protocol)),
+            float(share(hits.sum(), n_positive)),
+            rates,
+            points,
+            hits,
+            ranked.scores[keep],
+            n_positive,
+            n_frames,
+        )
     return results
 
 
@@ -414,7 +424,6 @@ def id_shift(ground_truth: GroundTruth, detections: Detections) -> int:
         fits[shift] = len(np.unique(find_overlaps(ground_truth, moved).object))
     best = max(fits, key=fits.__getitem__)
     return best if fits[best] >= max(20, 1.5 * fits[0]) else 0
-
 
 
 def open_test_set(root: Path, test_list: str, where: str) -> GroundTruth:

@@ -36,11 +36,7 @@ class Scores:
 
 
 def score(
-    name: str,
-    ground_truth: GroundTruth,
-    detections: Detections,
-    resamples: int = 0,
-    by_video: bool = False,
+    name: str, ground_truth: GroundTruth, detections: Detections, resamples: int = 0, by_video: bool = False
 ) -> Scores:
     """Evaluate a detector under both protocols, with bootstrap samples if any are wanted."""
     setups = {**SETUPS, **SCENE_SETUPS}
@@ -48,9 +44,7 @@ def score(
     leaderboard = evaluate(ground_truth, detections, setups, "leaderboard")
     samples = {}
     if resamples:
-        samples = bootstrap(
-            ground_truth, detections, setups, resamples=resamples, by_video=by_video
-        )
+        samples = bootstrap(ground_truth, detections, setups, resamples=resamples, by_video=by_video)
     notes = find_notes(ground_truth, detections, official[HEADLINE[0]], leaderboard[HEADLINE[0]])
     return Scores(name, official, leaderboard, samples, notes)
 
@@ -87,8 +81,12 @@ def find_notes(
 
 def headline(results: dict[str, Result]) -> dict[str, float]:
     """The numbers of a training log, fractions."""
-    rates = {"miss_rate" + key.removeprefix("Reasonable").replace("-all", "").replace("-", "_"):
-             results[key].miss_rate for key in HEADLINE}  # fmt: skip
+    rates = {
+        "miss_rate" + key.removeprefix("Reasonable").replace("-all", "").replace("-", "_"): results[
+            key
+        ].miss_rate
+        for key in HEADLINE
+    }
     return {**rates, "recall": results[HEADLINE[0]].recall}
 
 
@@ -117,18 +115,21 @@ def as_dict(scores: Sequence[Scores], curves: bool = False) -> dict[str, dict]:
 
     def numbers(result: Result, samples: np.ndarray | None) -> dict:
         values = {
-            "miss_rate": number(result.miss_rate), "recall": number(result.recall),
+            "miss_rate": number(result.miss_rate),
+            "recall": number(result.recall),
             "reference_fppi": result.points.tolist(),
             "detection_rate_at_reference_fppi": [number(rate) for rate in result.rates.tolist()],
-            "n_positive": result.n_positive, "n_frames": result.n_frames,
+            "n_positive": result.n_positive,
+            "n_frames": result.n_frames,
             "n_true_positive": int(result.hits.sum()),
             "n_false_positive": int((~result.hits).sum()),
-        }  # fmt: skip
+        }
         if curves:
             values["curve"] = {
-                "score": result.scores.tolist(), "fppi": result.fppi.tolist(),
+                "score": result.scores.tolist(),
+                "fppi": result.fppi.tolist(),
                 "detection_rate": [number(rate) for rate in result.detection_rate.tolist()],
-            }  # fmt: skip
+            }
         if samples is not None:
             values["interval_95"] = [number(bound) for bound in interval(samples)]
             values["resamples"] = len(samples)
@@ -183,14 +184,12 @@ def headline_table(scores: Sequence[Scores]) -> str:
     ]
     for s in by_miss_rate(scores):
         cells = [
-            percent(value) for results in (s.official, s.leaderboard)
-            for value in headline(results).values()
-        ]  # fmt: skip
+            percent(value) for results in (s.official, s.leaderboard) for value in headline(results).values()
+        ]
         lines.append(f"{s.name:{width}}" + "".join(f"{cell:>8}" for cell in cells))
         if s.samples:
             bounds = [
-                f"{key.removeprefix('Reasonable-')} {show_interval(s.samples[key])}"
-                for key in HEADLINE
+                f"{key.removeprefix('Reasonable-')} {show_interval(s.samples[key])}" for key in HEADLINE
             ]
             lines.append(f"{'':{width}}  95%: {', '.join(bounds)}")
     return "\n".join(lines)

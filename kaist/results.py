@@ -63,9 +63,12 @@ def move_frames(detections: Detections, place: np.ndarray) -> Detections:
     frame = place[detections.frame]
     keep = frame >= 0
     return Detections(
-        frame[keep], detections.boxes[keep], detections.scores[keep],
-        detections.other_categories, detections.other_frames + np.count_nonzero(~keep),
-    )  # fmt: skip
+        frame[keep],
+        detections.boxes[keep],
+        detections.scores[keep],
+        detections.other_categories,
+        detections.other_frames + np.count_nonzero(~keep),
+    )
 
 
 def frames_path(path: str | Path) -> Path:
@@ -131,9 +134,11 @@ def parse_text(text: str, path: Path) -> tuple[np.ndarray, range, int]:
     except ValueError:
         number, line = next(bad for bad in enumerate(lines, 1) if not is_row(bad[1]))
         raise InputError(
-            f"{line.strip()[:60]!r} is not image_id,x,y,w,h,score", "correct or delete the line",
-            file=path, line=number,
-        ) from None  # fmt: skip
+            f"{line.strip()[:60]!r} is not image_id,x,y,w,h,score",
+            "correct or delete the line",
+            file=path,
+            line=number,
+        ) from None
     return rows, range(len(lines)), 0
 
 
@@ -166,8 +171,9 @@ def parse_json(text: str, path: Path) -> tuple[np.ndarray, list[int], int]:
         raise InputError(
             f"{str(content[place])[:80]} is no detection",
             "write image_id, category_id, bbox [x, y, w, h] and score as numbers",
-            file=path, line=entry_line(text, place),
-        ) from None  # fmt: skip
+            file=path,
+            line=entry_line(text, place),
+        ) from None
     return rows, places, len(content) - len(places)
 
 
@@ -208,10 +214,14 @@ def write_detections(path: str | Path, detections: Detections, frames: Sequence[
     values = np.column_stack([detections.boxes, detections.scores]).tolist()
     if path.suffix == ".json":
         content = [
-            {"image_id": i, "category_id": PEDESTRIAN, "bbox": [float(f"{v:.9g}") for v in box],
-             "score": float(f"{score:.9g}")}
+            {
+                "image_id": i,
+                "category_id": PEDESTRIAN,
+                "bbox": [float(f"{v:.9g}") for v in box],
+                "score": float(f"{score:.9g}"),
+            }
             for i, (*box, score) in zip(detections.frame.tolist(), values, strict=True)
-        ]  # fmt: skip
+        ]
         text = json.dumps(content)
     else:
         ids = (detections.frame + 1).tolist()

@@ -110,9 +110,12 @@ class Canvas:
     """
 
     def __init__(
-        self, box: Sequence[float], oversample: int = 2,
-        origin: Sequence[float] = (0, 0), unit: Sequence[float] = (1, 1),
-    ) -> None:  # fmt: skip
+        self,
+        box: Sequence[float],
+        oversample: int = 2,
+        origin: Sequence[float] = (0, 0),
+        unit: Sequence[float] = (1, 1),
+    ) -> None:
         left, top, right, bottom = box  # scene pixels; what lies outside the scene is not drawn
         self.left, self.top = max(0, int(left)), max(0, int(top))
         self.oversample = oversample
@@ -334,9 +337,7 @@ def draw_post(rng: np.random.Generator, camera: Camera, night: bool, x: float, z
     return canvas.sprite(x, z, z, bulbs)
 
 
-def draw_houses(
-    rng: np.random.Generator, camera: Camera, night: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def draw_houses(rng: np.random.Generator, camera: Camera, night: bool) -> tuple[np.ndarray, np.ndarray]:
     """Sky, ground and two rows of houses, and the light of their windows.
 
     Returns (FRAME_HEIGHT, SCENE_WIDTH, 4) and (FRAME_HEIGHT, SCENE_WIDTH, 3), float32.

@@ -254,9 +254,7 @@ def draw_recipe(
     offset = np.zeros(channels, np.float32)
     for part in {1: [slice(0, 1)], 3: [slice(0, 3)], 4: [slice(0, 3), slice(3, 4)]}[channels]:
         if part.stop - part.start == 3 or augmentation.lwir_jitter:
-            matrix[part, part], offset[part] = colour_matrix(
-                rng, mean[part], augmentation.hue_saturation
-            )
+            matrix[part, part], offset[part] = colour_matrix(rng, mean[part], augmentation.hue_saturation)
     # Last, so that all other draws are the same without it.
     if augmentation.modality_dropout and rng.random() < augmentation.modality_dropout:
         gone = slice(0, 3) if rng.random() < 0.5 else slice(3, 4)

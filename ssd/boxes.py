@@ -53,8 +53,7 @@ def feature_map_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
     sizes = list(zip(chain(size[0]), chain(size[1]), strict=True))
     if min(sizes[-1]) < 1:
         raise InputError(
-            f"INPUT_SIZE = {tuple(size)} is too small for six feature maps",
-            "use at least 257 pixels a side",
+            f"INPUT_SIZE = {tuple(size)} is too small for six feature maps", "use at least 257 pixels a side"
         )
     return sizes
 
@@ -95,9 +94,7 @@ def prior_shapes(prior_set: str) -> list[list[tuple[float, float]]]:
     return shapes
 
 
-def make_priors(
-    map_sizes: list[tuple[int, int]], shapes: list[list[tuple[float, float]]]
-) -> Tensor:
+def make_priors(map_sizes: list[tuple[int, int]], shapes: list[list[tuple[float, float]]]) -> Tensor:
     """(P, 4) float32 cxcywh priors as fractions of the input, widths and heights at most 1.
 
     A cell's priors share its centre ((column + 0.5) / w, (row + 0.5) / h). Priors may cross the
@@ -132,12 +129,7 @@ def decode(loc: Tensor, priors: Tensor) -> Tensor:
 
 @torch.no_grad()
 def detect(
-    predictions: Predictions,
-    priors: Tensor,
-    *,
-    min_score: float,
-    nms_iou: float,
-    max_boxes: int,
+    predictions: Predictions, priors: Tensor, *, min_score: float, nms_iou: float, max_boxes: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Boxes and scores of each image: decode, clip to the frame, drop overlaps.
 

@@ -61,9 +61,7 @@ class MultiBoxLoss(nn.Module):
         self.min_negatives = min_negatives
         self.team = team
 
-    def forward(
-        self, predictions: Predictions, boxes: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, predictions: Predictions, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(loc, conf) losses, two float32 scalars, for the whole batch.
 
         Args:
@@ -136,8 +134,9 @@ def hardest_negatives(conf: Tensor, target: Tensor, wanted: Tensor) -> Tensor:
         conf: (N, P, 2) logits, without gradient; target: (N, P) as from `match`.
     """
     margin = (conf[..., 1] - conf[..., 0]).masked_fill_(target != BACKGROUND, -torch.inf)
-    hardest = [row.topk(min(k, len(row)), sorted=False)
-               for row, k in zip(margin, wanted.tolist(), strict=True)]  # fmt: skip
+    hardest = [
+        row.topk(min(k, len(row)), sorted=False) for row, k in zip(margin, wanted.tolist(), strict=True)
+    ]
     frame = torch.arange(len(margin)).repeat_interleave(torch.tensor([len(x[0]) for x in hardest]))
     index = torch.cat([index for _, index in hardest]) + frame * margin.shape[1]
     return index[torch.cat([values for values, _ in hardest]) != -torch.inf]
@@ -195,7 +194,6 @@ class SegmentationLoss(nn.Module):
         return (losses.sum() if self.maps == "sum" else losses.mean()), losses
 
 
-
 class Criterion(nn.Module):
     """The total that is minimised: loc + conf + `seg_weight` x seg.
 
@@ -224,18 +222,14 @@ class Criterion(nn.Module):
         team: Team,
     ) -> None:
         super().__init__()
-        self.multibox = MultiBoxLoss(
-            priors, loc_loss=loc_loss, loc_reduction=loc_reduction, team=team
-        )
-        self.segmentation = SegmentationLoss(
-            len(infused_maps), cells=seg_cells, maps=seg_maps, team=team
-        )
+        self.multibox = MultiBoxLoss(priors, loc_loss=loc_loss, loc_reduction=loc_reduction, team=team)
+        self.segmentation = SegmentationLoss(len(infused_maps), cells=seg_cells, maps=seg_maps, team=team)
         self.seg_weight = seg_weight
         of_maps = (f"seg_map{i + 1}" for i in infused_maps)
         self.terms = ("loss", "loc", "conf", "seg", *of_maps)
 
     def learned_weights(self) -> dict[str, float]:
-        """"weight_map1", … of the maps' mask losses where SEG_MAPS learns them, else nothing."""
+        """ "weight_map1", … of the maps' mask losses where SEG_MAPS learns them, else nothing."""
         names = (term.replace("seg", "weight") for term in self.terms[4:])
         return dict(zip(names, self.segmentation.weights(), strict=False))
 
@@ -273,9 +267,7 @@ def prior_corners(priors: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def match(
-    boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float
-) -> tuple[Tensor, Tensor]:
+def match(boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float) -> tuple[Tensor, Tensor]:
     """Matching, image by image; overlaps are computed for a few images at a time."""
     corners, areas = prior_corners(priors)
     target = np.zeros((len(boxes), len(priors)), np.int8)
@@ -348,9 +340,7 @@ def own_priors(iou: np.ndarray) -> tuple[list[int], list[int]]:
 
 
 @torch.no_grad()
-def match_static(
-    boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float
-) -> tuple[Tensor, Tensor]:
+def match_static(boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float) -> tuple[Tensor, Tensor]:
     """Matching without a look at any value: the batch at once, and as many rounds as objects."""
     corners, areas = prior_corners(priors)
     shared = intersection(boxes, corners)  # (N, M, P)

@@ -83,8 +83,9 @@ def check_file(file: Path, batch_norm: bool) -> bool:
     if has_bn != batch_norm:
         raise InputError(
             f"weights of {kind} for a network with BATCH_NORM = {batch_norm}",
-            f"set BATCH_NORM = {has_bn}, or take the other VGG16", file=file,
-        )  # fmt: skip
+            f"set BATCH_NORM = {has_bn}, or take the other VGG16",
+            file=file,
+        )
     check_state(file, state, kind, make)
     return False
 
@@ -101,9 +102,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         InputError: no such file, or not a dictionary of tensors.
     """
     if not path.is_file():
-        raise InputError(
-            "no such file of weights", "PRETRAINED is none, imagenet, coco or a file", file=path
-        )
+        raise InputError("no such file of weights", "PRETRAINED is none, imagenet, coco or a file", file=path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch meets in a foreign or damaged file
@@ -115,9 +114,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def check_state(
-    path: Path, state: dict[str, Tensor], kind: str, make: Callable[..., nn.Module]
-) -> None:
+def check_state(path: Path, state: dict[str, Tensor], kind: str, make: Callable[..., nn.Module]) -> None:
     """Compare a state with the network of torchvision's that it should be of.
 
     Raises:
@@ -133,14 +130,17 @@ def check_state(
             missing = len(wanted.keys() - state.keys())
             raise InputError(
                 f"it lacks {key} and so is not torchvision's {kind} ({missing} of {len(wanted)} "
-                "tensors are missing)", STATES, file=path,
-            )  # fmt: skip
+                "tensors are missing)",
+                STATES,
+                file=path,
+            )
         # The classes of an SSD's heads may be others: background and the first are kept.
         if state[key].shape != value.shape and "classification" not in key:
             raise InputError(
                 f"{key} has shape {tuple(state[key].shape)}, {kind}'s is {tuple(value.shape)}",
-                STATES, file=path,
-            )  # fmt: skip
+                STATES,
+                file=path,
+            )
 
 
 def download(weights: VGG16_Weights | VGG16_BN_Weights | SSD300_VGG16_Weights) -> dict[str, Tensor]:
@@ -152,7 +152,7 @@ def download(weights: VGG16_Weights | VGG16_BN_Weights | SSD300_VGG16_Weights) -
             f"damaged pretrained weights ({unpickling_problem(error)})",
             "delete this file and fetch it again",
             file=f"{torch.hub.get_dir()}/checkpoints/{weights.url.rsplit('/', 1)[-1]}",
-        ) from error  # fmt: skip
+        ) from error
     except (URLError, OSError) as error:
         name = weights.url.rsplit("/", 1)[-1]
         raise InputError(
@@ -178,8 +178,7 @@ def convert_torchvision_vgg(model: nn.Module, state: dict[str, Tensor]) -> None:
         if len(ours) != len(theirs):
             raise InputError(
                 f"these weights have {len(theirs)} backbone layers, the model has {len(ours)}",
-                "use VGG16 weights for a model without BatchNorm and VGG16-BN weights for one "
-                "with it",
+                "use VGG16 weights for a model without BatchNorm and VGG16-BN weights for one with it",
             )
         for layer, values in zip(ours, theirs.values(), strict=True):
             copy_layer(layer, values)

@@ -39,14 +39,20 @@ def pairs(root, frames=None, **changes):
     if frames is None:
         ids = read_image_list(root / "imageSets/train-all.txt")
         frames = load_frames(ids, open_annotations(root), min_height=12, margin=5)
-    settings = {"input_mode": "early", "size": SIZE, "augmentation": Augmentation(),
-                "masks_follow": True, "seed": 7}  # fmt: skip
+    settings = {
+        "input_mode": "early",
+        "size": SIZE,
+        "augmentation": Augmentation(),
+        "masks_follow": True,
+        "seed": 7,
+    }
     return KaistPairs(root, frames, **(settings | changes))
 
 
 def batches(dataset, workers=0, epoch=0, skip=0, shuffle=True, maps=((38, 38),)):
-    loader = batch_loader(dataset, batch_size=4, workers=workers, shuffle=shuffle,
-                         map_sizes=list(maps), pin_memory=False)  # fmt: skip
+    loader = batch_loader(
+        dataset, batch_size=4, workers=workers, shuffle=shuffle, map_sizes=list(maps), pin_memory=False
+    )
     return list(loader.epoch(epoch, skip))
 
 
@@ -282,8 +288,12 @@ def test_colour_steps_against_torchvision(kind):
     mean = image.float().mean((1, 2)).numpy()
     matrix, offset = colour_matrix(Script(), mean, hue_saturation=True)
     ours = np.einsum("ij,jhw->ihw", matrix, image) + offset[:, None, None]
-    adjust = {"brightness": TF.adjust_brightness, "contrast": TF.adjust_contrast,
-              "saturation": TF.adjust_saturation, "hue": TF.adjust_hue}[kind]  # fmt: skip
+    adjust = {
+        "brightness": TF.adjust_brightness,
+        "contrast": TF.adjust_contrast,
+        "saturation": TF.adjust_saturation,
+        "hue": TF.adjust_hue,
+    }[kind]
     theirs = adjust(image.float() / 255, 9 / 360 if kind == "hue" else factor) * 255
     # A hue shift is a rotation here and a walk around the HSV hexagon there.
     assert np.abs(ours - theirs.numpy()).mean() < (4.0 if kind == "hue" else 0.05)
@@ -298,9 +308,7 @@ def test_distortion_keeps_modalities_apart():
     frame[..., 3] = 200
     content = torch.from_numpy(frame[:30, :30].transpose(2, 0, 1).copy())
     recipes = [draw(frame, np.random.default_rng(i)) for i in range(60)]
-    changed = torch.stack([
-        distort(content, r.matrix, r.offset).flatten(1).float().mean(1) for r in recipes
-    ])  # fmt: skip
+    changed = torch.stack([distort(content, r.matrix, r.offset).flatten(1).float().mean(1) for r in recipes])
     assert (changed[:, 3] != 200).float().mean() > 0.3
     ratios = changed[:, 3] / changed[:, 0]
     assert ratios.std() > 0.1  # not one draw for both
@@ -349,10 +357,12 @@ def test_batches_carry_padded_boxes_and_masks(demo_root):
 
 def same(a, b):
     return all(
-        torch.equal(x.images, y.images) and torch.equal(x.boxes, y.boxes)
-        and torch.equal(x.masks[0], y.masks[0]) and x.frame_ids == y.frame_ids
+        torch.equal(x.images, y.images)
+        and torch.equal(x.boxes, y.boxes)
+        and torch.equal(x.masks[0], y.masks[0])
+        and x.frame_ids == y.frame_ids
         for x, y in zip(a, b, strict=True)
-    )  # fmt: skip
+    )
 
 
 def test_samples_depend_on_seed_epoch_and_frame_alone(demo_root):
@@ -373,8 +383,11 @@ def test_evaluation_order_is_the_lists(demo_root):
 def test_masks_of_the_logged_mistake_ignore_the_augmentation(demo_root):
     wrong = batches(pairs(demo_root, masks_follow=False))
     right = batches(pairs(demo_root))
-    still = {i: mask for batch in batches(pairs(demo_root, augmentation=None))
-             for i, mask in zip(batch.frame_ids, batch.masks[0], strict=True)}  # fmt: skip
+    still = {
+        i: mask
+        for batch in batches(pairs(demo_root, augmentation=None))
+        for i, mask in zip(batch.frame_ids, batch.masks[0], strict=True)
+    }
     for a, b in zip(wrong, right, strict=True):
         assert torch.equal(a.images, b.images) and torch.equal(a.boxes, b.boxes)
         for frame_id, mask in zip(a.frame_ids, a.masks[0], strict=True):
@@ -422,8 +435,7 @@ def test_cache_is_reused_until_a_file_changes(demo_root, tmp_path):
 def test_caches_of_other_roots_inputs_and_lists_are_kept_apart(demo_root, tmp_path):
     root, folder = shutil.copytree(demo_root, tmp_path / "set"), tmp_path / "cache"
     ids = read_image_list(root / "imageSets/train-all.txt")[:3]
-    kinds = [(demo_root, ids, "early"), (root, ids, "early"), (root, ids, "lwir"),
-             (root, ids[::-1], "early")]  # fmt: skip
+    kinds = [(demo_root, ids, "early"), (root, ids, "early"), (root, ids, "lwir"), (root, ids[::-1], "early")]
     paths = {cache_frames(folder, *kind).path for kind in kinds}
     assert len(paths) == 4 and set(folder.iterdir()) == paths
 

@@ -37,8 +37,13 @@ def dataset(demo_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("frames")
 
     def pairs(**changes):
-        settings = {"input_mode": "early", "size": (300, 300), "augmentation": Augmentation(),
-                    "masks_follow": True, "seed": 7} | changes  # fmt: skip
+        settings = {
+            "input_mode": "early",
+            "size": (300, 300),
+            "augmentation": Augmentation(),
+            "masks_follow": True,
+            "seed": 7,
+        } | changes
         # The cache in another order than the frames: rows are not indices.
         cache = cache_frames(folder, demo_root, ids[::-1], settings["input_mode"])
         return KaistPairs(demo_root, frames, cache=cache, **settings)
@@ -69,10 +74,15 @@ def check(plain, ours):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"input_mode": "visible", "size": (320, 272)}, {"input_mode": "lwir"},
-     {"augmentation": Augmentation(zoom_out=1.0, hue_saturation=False, lwir_jitter=False)},
-     {"augmentation": None}, {"masks_follow": False}],
-)  # fmt: skip
+    [
+        {},
+        {"input_mode": "visible", "size": (320, 272)},
+        {"input_mode": "lwir"},
+        {"augmentation": Augmentation(zoom_out=1.0, hue_saturation=False, lwir_jitter=False)},
+        {"augmentation": None},
+        {"masks_follow": False},
+    ],
+)
 def test_batches_equal_the_workers(dataset, changes):
     plain, ours = loaders(dataset(**changes))
     for epoch in range(2):

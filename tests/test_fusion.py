@@ -21,8 +21,7 @@ from ssd.augment import Augmentation, draw_recipe, mean_colour
 from ssd.boxes import Predictions, decode, detect
 from utils import predict
 
-QUICK = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--width", "0.0625",
-         "--device", "cpu"]  # fmt: skip
+QUICK = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--width", "0.0625", "--device", "cpu"]
 
 
 def call(monkeypatch, script, *arguments):
@@ -34,13 +33,13 @@ def call(monkeypatch, script, *arguments):
     ("size", "flags"),
     [
         ("300,375", ["--input-mode", "mean", "--no-batch-norm", "--priors", "ssd300"]),
-        ("512,640", ["--input-mode", "halfway", "--modality-dropout", "0.5", "--ema-decay", "0.9",
-                     "--test-flip"]),
+        (
+            "512,640",
+            ["--input-mode", "halfway", "--modality-dropout", "0.5", "--ema-decay", "0.9", "--test-flip"],
+        ),
     ],
-)  # fmt: skip
-def test_any_input_through_the_three_commands(
-    size, flags, demo_root, tmp_path, monkeypatch, capsys
-):
+)
+def test_any_input_through_the_three_commands(size, flags, demo_root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     call(monkeypatch, train, "--data-root", demo_root, "--input-size", size, *QUICK, *flags)
     trained = [line for line in capsys.readouterr().out.splitlines() if line.startswith("custom")]
@@ -49,8 +48,7 @@ def test_any_input_through_the_three_commands(
     assert trained == evaluated != []
     images = demo_root / "images/set06/V000/lwir"
     call(monkeypatch, detect_script, images, "--min-score", "0.001")
-    sizes = np.loadtxt("detections/detections.csv", delimiter=",", skiprows=1,
-                       usecols=(1, 2, 3, 4), ndmin=2)  # fmt: skip
+    sizes = np.loadtxt("detections/detections.csv", delimiter=",", skiprows=1, usecols=(1, 2, 3, 4), ndmin=2)
     assert len(sizes) and (sizes[:, 0] + sizes[:, 2] <= 640.001).all()
     assert (sizes[:, 1] + sizes[:, 3] <= 512.001).all()
 
@@ -64,9 +62,14 @@ def test_dropout_blanks_one_modality_and_changes_no_other_draw(demo_root):
 
     def samples(dropout):
         pairs = KaistPairs(
-            demo_root, frames, input_mode="early", size=(60, 75),
-            augmentation=Augmentation(modality_dropout=dropout), masks_follow=True, seed=3,
-        )  # fmt: skip
+            demo_root,
+            frames,
+            input_mode="early",
+            size=(60, 75),
+            augmentation=Augmentation(modality_dropout=dropout),
+            masks_follow=True,
+            seed=3,
+        )
         return [pairs[epoch, i] for epoch in range(2) for i in range(len(frames))]
 
     blank = mean_colour(4).view(4, 1, 1)
@@ -85,10 +88,12 @@ def test_dropout_blanks_one_modality_and_changes_no_other_draw(demo_root):
 def test_dropout_is_as_probable_as_asked_for():
     rng, mean = np.random.default_rng(0), np.full(4, 99.0)
     augmentation = Augmentation(modality_dropout=0.3)
-    dropped = np.array([
-        (draw_recipe(rng, np.zeros((0, 4)), mean, augmentation, (60, 75)).matrix == 0).all(1)
-        for _ in range(3000)
-    ])  # fmt: skip
+    dropped = np.array(
+        [
+            (draw_recipe(rng, np.zeros((0, 4)), mean, augmentation, (60, 75)).matrix == 0).all(1)
+            for _ in range(3000)
+        ]
+    )
     assert dropped[:, 0].mean() == pytest.approx(0.15, abs=0.02)
     assert dropped[:, 3].mean() == pytest.approx(0.15, abs=0.02)
     assert not (dropped[:, 0] & dropped[:, 3]).any()
@@ -114,8 +119,9 @@ def save(tmp_path, demo_root):
         model = SSD300(**train.model_arguments(config))
         path = tmp_path / "run" / "last.pt"
         path.parent.mkdir(exist_ok=True)
-        save_checkpoint(path, {"model_args": train.model_arguments(config), "config": config,
-                               "model": model.state_dict()})  # fmt: skip
+        save_checkpoint(
+            path, {"model_args": train.model_arguments(config), "config": config, "model": model.state_dict()}
+        )
         return path
 
     return save
@@ -149,11 +155,18 @@ def test_evaluation_without_a_modality(save, demo_root, tmp_path, monkeypatch, c
     call(monkeypatch, eval_script, "--checkpoint", save("--workers", "0"), "--without", "lwir")
     assert "warning: it was not trained to do without lwir" in capsys.readouterr().out
     with pytest.raises(InputError, match="'lwir' cannot do without"):
-        call(monkeypatch, eval_script, "--checkpoint", save("--input-mode", "lwir"), "--without",
-             "lwir")  # fmt: skip
+        call(monkeypatch, eval_script, "--checkpoint", save("--input-mode", "lwir"), "--without", "lwir")
     with pytest.raises(InputError, match="--without evaluates a checkpoint"):
-        call(monkeypatch, eval_script, "--detections", files[0], "--annotations", demo_root,
-             "--without", "lwir")  # fmt: skip
+        call(
+            monkeypatch,
+            eval_script,
+            "--detections",
+            files[0],
+            "--annotations",
+            demo_root,
+            "--without",
+            "lwir",
+        )
 
 
 # ------------------------------------------------------------------------------ averaged weights
@@ -183,9 +196,14 @@ def test_averaged_weights_by_hand():
 def make_model():
     torch.manual_seed(0)
     return SSD300(
-        input_mode="early", batch_norm=False, width=0.0625, infusion=(0,) * 6, infusion_conv=False,
-        prior_set="pedestrian", size=(300, 375),
-    ).eval()  # fmt: skip
+        input_mode="early",
+        batch_norm=False,
+        width=0.0625,
+        infusion=(0,) * 6,
+        infusion_conv=False,
+        prior_set="pedestrian",
+        size=(300, 375),
+    ).eval()
 
 
 def test_mirrored_predictions_decode_to_mirrored_boxes():
@@ -198,8 +216,7 @@ def test_mirrored_predictions_decode_to_mirrored_boxes():
     counts = [len(p) for p in model.map_priors()]
     values = torch.cat([boxes, predictions.conf], dim=-1).split(counts, dim=1)
     found = torch.cat([decode(mirrored.loc, model.priors), mirrored.conf], dim=-1)
-    for (h, w), ours, theirs in zip(model.map_sizes, values, found.split(counts, dim=1),
-                                    strict=True):  # fmt: skip
+    for (h, w), ours, theirs in zip(model.map_sizes, values, found.split(counts, dim=1), strict=True):
         ours = ours.reshape(2, h, w, -1, 6).flip(2)
         assert torch.allclose(ours, theirs.view(2, h, w, -1, 6), atol=1e-5)
 
@@ -218,8 +235,9 @@ def test_test_flip_treats_left_and_right_alike():
 
     def difference(flip):
         (boxes, scores), (mirrored, same) = found(flip, images), found(flip, images.flip(3))
-        mirrored = torch.stack([1 - mirrored[:, 2], mirrored[:, 1], 1 - mirrored[:, 0],
-                                mirrored[:, 3]], dim=1)  # fmt: skip
+        mirrored = torch.stack(
+            [1 - mirrored[:, 2], mirrored[:, 1], 1 - mirrored[:, 0], mirrored[:, 3]], dim=1
+        )
         assert len(boxes) == len(mirrored) == 50
         return (boxes - mirrored).abs().max() + (scores - same).abs().max()
 

@@ -95,9 +95,7 @@ gt = kaist.load_ground_truth({str(tmp_path)!r}, ["set06/V000/I00019"])
 results = kaist.evaluate(gt, kaist.read_detections({str(detections)!r}, gt.frames))
 print(results["Reasonable-all"].miss_rate)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1e-6
 

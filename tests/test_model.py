@@ -11,29 +11,25 @@ from torchvision.ops import box_convert, nms
 
 from kaist.files import InputError
 from model import SSD300, L2Norm
-from ssd.boxes import (
-    Predictions,
-    decode,
-    detect,
-    encode,
-    feature_map_sizes,
-    make_priors,
-    prior_shapes,
-)
+from ssd.boxes import Predictions, decode, detect, encode, feature_map_sizes, make_priors, prior_shapes
 from ssd.pretrained import convert_torchvision_ssd, convert_torchvision_vgg, load_pretrained
 
 
 def make_model(**changes) -> SSD300:
     arguments = {
-        "input_mode": "lwir", "batch_norm": False, "width": 0.125, "infusion": (1, 1, 0, 0, 0, 0),
-        "infusion_conv": False, "prior_set": "ssd300", "size": (300, 300),
-    }  # fmt: skip
+        "input_mode": "lwir",
+        "batch_norm": False,
+        "width": 0.125,
+        "infusion": (1, 1, 0, 0, 0, 0),
+        "infusion_conv": False,
+        "prior_set": "ssd300",
+        "size": (300, 300),
+    }
     return SSD300(**(arguments | changes))
 
 
 @pytest.mark.parametrize(
-    ("mode", "channels"),
-    [("lwir", 1), ("visible", 3), ("mean", 4), ("early", 4), ("halfway", 4)],
+    ("mode", "channels"), [("lwir", 1), ("visible", 3), ("mean", 4), ("early", 4), ("halfway", 4)]
 )
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_output_shapes(mode, channels, batch_norm):
@@ -203,9 +199,7 @@ def test_one_channel_conv1_1_is_the_mean_of_the_rgb_filters():
 
 
 @pytest.mark.parametrize(("batch_norm", "make_vgg"), [(False, vgg16), (True, vgg16_bn)])
-def test_both_streams_start_from_the_published_weights_and_are_joined_by_their_mean(
-    batch_norm, make_vgg
-):
+def test_both_streams_start_from_the_published_weights_and_are_joined_by_their_mean(batch_norm, make_vgg):
     theirs = make_vgg(weights=None).eval()
     ours = make_model(input_mode="halfway", width=1.0, batch_norm=batch_norm).eval()
     convert_torchvision_vgg(ours, theirs.state_dict())

@@ -35,17 +35,18 @@ def test_masks_agree_with_a_loop_over_cells():
     low = torch.rand(3, 5, 2) * 0.9
     boxes = torch.cat([low, low + torch.rand(3, 5, 2) * (1 - low)], -1)
     labels = torch.randint(-1, 2, (3, 5))
-    for (h, w), mask in zip([(38, 38), (5, 7)], box_masks(boxes, labels, [(38, 38), (5, 7)]),
-                            strict=True):  # fmt: skip
+    for (h, w), mask in zip([(38, 38), (5, 7)], box_masks(boxes, labels, [(38, 38), (5, 7)]), strict=True):
         expected = torch.zeros(3, h, w, dtype=torch.int64)
         for value in (-1, 1):
             for n in range(3):
                 for box in boxes[n, labels[n] == value]:
                     x0, y0, x1, y1 = box.tolist()
                     cells = [
-                        (i, j) for i in range(h) for j in range(w)
+                        (i, j)
+                        for i in range(h)
+                        for j in range(w)
                         if x0 <= (j + 0.5) / w < x1 and y0 <= (i + 0.5) / h < y1
-                    ]  # fmt: skip
+                    ]
                     centre = (int((y0 + y1) / 2 * h), int((x0 + x1) / 2 * w))
                     for i, j in cells or [centre]:
                         expected[n, i, j] = value

@@ -21,8 +21,20 @@ from kaist.files import InputError
 from model import build_model
 
 PROJECT = Path(train.__file__).parent
-QUICK = ["--epochs", "2", "--batch-size", "4", "--workers", "0", "--width", "0.0625",
-         "--eval-every", "1", "--device", "cpu"]  # fmt: skip
+QUICK = [
+    "--epochs",
+    "2",
+    "--batch-size",
+    "4",
+    "--workers",
+    "0",
+    "--width",
+    "0.0625",
+    "--eval-every",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture
@@ -31,8 +43,7 @@ def start(demo_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def start(*flags):
-        monkeypatch.setattr(sys, "argv", ["train.py", "--data-root", str(demo_root),
-                                          *QUICK, *flags])  # fmt: skip
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data-root", str(demo_root), *QUICK, *flags])
         train.main()
 
     return start
@@ -50,9 +61,14 @@ def test_train_eval_detect_as_a_user_runs_them(demo_root, tmp_path):
     assert "images/s" in done.stderr and "loc" in done.stderr and "lr" in done.stderr
     folder = tmp_path / "checkpoints" / "custom"
     assert {p.name for p in folder.iterdir()} >= {
-        "config.json", "log.csv", "last.pt", "best.pt", "detections.txt", "curves.png",
+        "config.json",
+        "log.csv",
+        "last.pt",
+        "best.pt",
+        "detections.txt",
+        "curves.png",
         "miss_rate.png",
-    }  # fmt: skip
+    }
     header, *rows = (folder / "log.csv").read_text().splitlines()
     columns = header.split(",")
     assert columns[:7] == ["epoch", "loss", "loc", "conf", "seg", "seg_map1", "seg_map2"]
@@ -139,8 +155,18 @@ def test_batches_of_the_device_teach_the_same(start, tmp_path):
     with pytest.raises(InputError, match="LOADER = 'device'.*CACHE"):
         start("--loader", "device")
     start("--checkpoints", "plain", "--epochs", "1", "--precision", "fp32")
-    start("--checkpoints", "device", "--epochs", "1", "--precision", "fp32", "--cache", "frames",
-          "--loader", "device")  # fmt: skip
+    start(
+        "--checkpoints",
+        "device",
+        "--epochs",
+        "1",
+        "--precision",
+        "fp32",
+        "--cache",
+        "frames",
+        "--loader",
+        "device",
+    )
     plain, device = (load_checkpoint(Path(f"{n}/custom/last.pt")) for n in ("plain", "device"))
     for term in ("loc", "conf", "seg"):  # pixels differ by a tenth of a grey level
         assert plain["history"][0][term] == pytest.approx(device["history"][0][term], rel=0.03)
@@ -204,9 +230,7 @@ def test_a_learning_rate_that_is_too_high_stops_before_the_weights_are_lost(star
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-def test_held_out_frames_choose_the_best_epoch_and_the_test_list_is_reported(
-    start, monkeypatch, demo_root
-):
+def test_held_out_frames_choose_the_best_epoch_and_the_test_list_is_reported(start, monkeypatch, demo_root):
     watched = []
     evaluate = train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda p, d: watched.append(p) or evaluate(p, d))
@@ -271,8 +295,11 @@ def test_bad_input_is_refused_before_training(start, flags, message):
 
 
 def test_scripts_end_bad_input_with_one_line_and_code_2(tmp_path):
-    for script, arguments in (("train.py", ["--experiment", "99"]), ("eval.py", []),
-                              ("detect.py", ["none.jpg"])):  # fmt: skip
+    for script, arguments in (
+        ("train.py", ["--experiment", "99"]),
+        ("eval.py", []),
+        ("detect.py", ["none.jpg"]),
+    ):
         done = run_script(script, *arguments, cwd=tmp_path)
         assert done.returncode == 2 and done.stderr.startswith("error: ")
         assert done.stderr.count("\n") == 1
@@ -302,8 +329,9 @@ def checkpoint(tmp_path):
     config = train.configure(["--width", "0.0625"])
     model = train.SSD300(**train.model_arguments(config))
     path = tmp_path / "untrained.pt"
-    save_checkpoint(path, {"model_args": train.model_arguments(config), "config": config,
-                           "model": model.state_dict()})  # fmt: skip
+    save_checkpoint(
+        path, {"model_args": train.model_arguments(config), "config": config, "model": model.state_dict()}
+    )
     return path
 
 
@@ -311,8 +339,7 @@ def test_rebuilding_a_checkpoint_downloads_nothing(checkpoint, monkeypatch):
     monkeypatch.setattr(torch.hub, "download_url_to_file", pytest.fail)
     content = load_checkpoint(checkpoint)
     model = build_model(content)
-    assert torch.equal(model.state_dict()["to_conv4_3.0.weight"],
-                       content["model"]["to_conv4_3.0.weight"])  # fmt: skip
+    assert torch.equal(model.state_dict()["to_conv4_3.0.weight"], content["model"]["to_conv4_3.0.weight"])
 
 
 def detect_main(monkeypatch, *arguments):
@@ -323,8 +350,9 @@ def detect_main(monkeypatch, *arguments):
 def test_detect_takes_a_folder_of_either_modality(checkpoint, demo_root, tmp_path, monkeypatch):
     for modality in ("visible", "lwir"):
         out = tmp_path / modality
-        detect_main(monkeypatch, demo_root / f"images/set06/V000/{modality}", "--checkpoint",
-                    checkpoint, "--out", out)  # fmt: skip
+        detect_main(
+            monkeypatch, demo_root / f"images/set06/V000/{modality}", "--checkpoint", checkpoint, "--out", out
+        )
         images = sorted((demo_root / "images/set06/V000" / modality).iterdir())
         assert len(list(out.glob("*.png"))) == len(images)
         assert (out / "detections.csv").read_text().startswith("image,x,y,w,h,score")

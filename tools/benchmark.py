@@ -89,8 +89,13 @@ def bench_step(bench: Bench) -> Iterator[Row]:
         if on_gpu:
             work += f" ({1e3 * n / ours:.0f} images/s)"
         yield faster(work, ours, theirs, "torchvision fp32", 2.5 if name == "bf16" else 1.1)
-        yield share(f"all of the step that is not convolution, {name}", f"{ours:.4g} ms",
-                    f"bare trunk: {bare:.4g} ms", ours / bare, 1.05)  # fmt: skip
+        yield share(
+            f"all of the step that is not convolution, {name}",
+            f"{ours:.4g} ms",
+            f"bare trunk: {bare:.4g} ms",
+            ours / bare,
+            1.05,
+        )
 
 
 def bench_deterministic(bench: Bench) -> Iterator[Row]:
@@ -104,8 +109,13 @@ def bench_deterministic(bench: Bench) -> Iterator[Row]:
         torch.use_deterministic_algorithms(False)
 
     ours, usual = interleave(bench, same_numbers, step)
-    yield share(f"training step, --deterministic, width {width:g}, batch 8", f"{ours:.4g} ms",
-                f"without: {usual:.4g} ms", ours / usual, 1.1)  # fmt: skip
+    yield share(
+        f"training step, --deterministic, width {width:g}, batch 8",
+        f"{ours:.4g} ms",
+        f"without: {usual:.4g} ms",
+        ours / usual,
+        1.1,
+    )
 
 
 def bench_training(bench: Bench) -> Iterator[Row]:
@@ -114,9 +124,7 @@ def bench_training(bench: Bench) -> Iterator[Row]:
         yield from training_rows(bench, n=32, width=1.0, n_frames=256, workers=8)
 
 
-def training_rows(
-    bench: Bench, n: int, width: float, n_frames: int, workers: int
-) -> Iterator[Row]:
+def training_rows(bench: Bench, n: int, width: float, n_frames: int, workers: int) -> Iterator[Row]:
     """Images a second from the frame cache to the updated weights, the share of what the bare
     convolutions reach, and what the parts take by themselves."""
     root = bench.folder / "training"
@@ -124,13 +132,18 @@ def training_rows(
     ids = read_image_list(root / "imageSets/train-all.txt")
     frames = load_frames(ids, open_annotations(root), min_height=12, margin=5)
     pairs = KaistPairs(
-        root, frames, input_mode="early", size=(300, 300), augmentation=Augmentation(),
-        masks_follow=True, seed=0, cache=cache_frames(root / "cache", root, ids, "early"),
-    )  # fmt: skip
+        root,
+        frames,
+        input_mode="early",
+        size=(300, 300),
+        augmentation=Augmentation(),
+        masks_follow=True,
+        seed=0,
+        cache=cache_frames(root / "cache", root, ids, "early"),
+    )
     model = SSD300(**(MODEL | {"width": width})).to(bench.device).train()
     maps = [model.map_sizes[i] for i in model.infused_maps]
-    loader = DeviceLoader(pairs, batch_size=n, workers=workers, map_sizes=maps,
-                          device=bench.device)  # fmt: skip
+    loader = DeviceLoader(pairs, batch_size=n, workers=workers, map_sizes=maps, device=bench.device)
     batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
     batch = next(batches)
     predictions, loss = model(batch.images), our_loss(model)
@@ -146,12 +159,18 @@ def training_rows(
         lambda: torch.autograd.grad(loss(predictions, batch), outputs),
         optimizer.step,
     )
-    yield Row(f"training end to end, batch {n}", f"{1e3 * n / step:.0f} images/s",
-              f"bare trunk: {1e3 * n / bare:.0f} images/s", f"{bare / step:.2f} of it", ">= 0.46",
-              bare / step >= 0.46)  # fmt: skip
+    yield Row(
+        f"training end to end, batch {n}",
+        f"{1e3 * n / step:.0f} images/s",
+        f"bare trunk: {1e3 * n / bare:.0f} images/s",
+        f"{bare / step:.2f} of it",
+        ">= 0.46",
+        bare / step >= 0.46,
+    )
     for name, value in (("data and augmentation", data), ("losses", losses), ("update", update)):
-        yield Row(f"{name} alone", f"{value:.3g} ms", f"step: {step:.4g} ms",
-                  f"{value / step:.3f} of it", "", None)  # fmt: skip
+        yield Row(
+            f"{name} alone", f"{value:.3g} ms", f"step: {step:.4g} ms", f"{value / step:.3f} of it", "", None
+        )
 
 
 def bench_memory(bench: Bench) -> Iterator[Row]:
@@ -160,8 +179,13 @@ def bench_memory(bench: Bench) -> Iterator[Row]:
         return
     ours = Apart(keeping, bench.device, added_memory, our_step, bench.precision, 8)() / 2**20
     theirs = Apart(added_memory, bench.device, torchvision_step, 8)() / 2**20
-    yield share("memory added by a batch-8 step", f"{ours:.0f} MB",
-                f"torchvision: {theirs:.0f} MB", ours / theirs, 0.8)  # fmt: skip
+    yield share(
+        "memory added by a batch-8 step",
+        f"{ours:.0f} MB",
+        f"torchvision: {theirs:.0f} MB",
+        ours / theirs,
+        0.8,
+    )
 
 
 # --------------------------------------------------------------------- loss, detection
@@ -185,9 +209,12 @@ def bench_loss(bench: Bench) -> Iterator[Row]:
         plain = partial(backward, plain_multibox_loss, predictions, *objects, priors)
         for mine, theirs in zip(ours(), plain(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
-        yield faster(f"multibox loss and gradient, batch 32, {people} people",
-                     *interleave(bench, ours, plain), "plain",
-                     20 if bench.device.type == "cuda" else target)  # fmt: skip
+        yield faster(
+            f"multibox loss and gradient, batch 32, {people} people",
+            *interleave(bench, ours, plain),
+            "plain",
+            20 if bench.device.type == "cuda" else target,
+        )
 
 
 def bench_detect(bench: Bench) -> Iterator[Row]:
@@ -219,8 +246,9 @@ def bench_image(bench: Bench) -> Iterator[Row]:
     for precision in dict.fromkeys([bench.precision, torch.float32]):
         name, target = ("bf16", 2.2) if precision == torch.bfloat16 else ("fp32", 1.2)
         ours = start(keeping, bench.device, our_image, precision, path)
-        yield faster(f"one image, file to boxes, {name}", *interleave(bench, ours, reference),
-                     "torchvision", target)  # fmt: skip
+        yield faster(
+            f"one image, file to boxes, {name}", *interleave(bench, ours, reference), "torchvision", target
+        )
 
 
 # ------------------------------------------------------------------------------ data
@@ -238,9 +266,15 @@ def bench_sample(bench: Bench) -> Iterator[Row]:
 
     def ours(cache=None) -> Callable:
         dataset = KaistPairs(
-            bench.demo, frames, input_mode="early", size=(300, 300), augmentation=Augmentation(),
-            masks_follow=True, seed=0, cache=cache,
-        )  # fmt: skip
+            bench.demo,
+            frames,
+            input_mode="early",
+            size=(300, 300),
+            augmentation=Augmentation(),
+            masks_follow=True,
+            seed=0,
+            cache=cache,
+        )
 
         def samples() -> None:
             epoch = next(epochs)
@@ -299,16 +333,28 @@ def bench_annotations(bench: Bench) -> Iterator[Row]:
     if not bench.quick:
         times = seconds_to_read(bench.folder / "tree", KAIST_FRAMES)
         for how, seconds, limit in zip(("reading", "remembering"), times, (5, 0.5), strict=True):
-            yield Row(f"{how} {KAIST_FRAMES:,} annotation files", f"{seconds:.3g} s", "", "",
-                      f"<= {limit} s", seconds <= limit)  # fmt: skip
+            yield Row(
+                f"{how} {KAIST_FRAMES:,} annotation files",
+                f"{seconds:.3g} s",
+                "",
+                "",
+                f"<= {limit} s",
+                seconds <= limit,
+            )
 
 
 BENCHMARKS = {
-    "loss": bench_loss, "detect": bench_detect, "sample": bench_sample,
-    "evaluation": bench_evaluation, "annotations": bench_annotations, "image": bench_image,
-    "step": bench_step, "training": bench_training, "deterministic": bench_deterministic,
+    "loss": bench_loss,
+    "detect": bench_detect,
+    "sample": bench_sample,
+    "evaluation": bench_evaluation,
+    "annotations": bench_annotations,
+    "image": bench_image,
+    "step": bench_step,
+    "training": bench_training,
+    "deterministic": bench_deterministic,
     "memory": bench_memory,
-}  # fmt: skip
+}
 
 
 # ------------------------------------------------------------------------------ growth
@@ -338,8 +384,10 @@ def growth(bench: Bench) -> Iterator[str]:
         start = time.perf_counter()
         evaluate(people, read_detections(path, people.frames))
         scoring = time.perf_counter() - start
-        yield (f"| frames | {n} | {read:.3g} s, {remembered:.3g} s, {scoring:.3g} s "
-               "| annotations: read, remembered; evaluation |")  # fmt: skip
+        yield (
+            f"| frames | {n} | {read:.3g} s, {remembered:.3g} s, {scoring:.3g} s "
+            "| annotations: read, remembered; evaluation |"
+        )
 
 
 # ------------------------------------------------------------------------------ lab book

@@ -70,18 +70,31 @@ class FrameReport(NamedTuple):
 def main() -> int:
     """Check what the command line names; returns the exit code."""
     parser = OneLineParser(
-        prog="python -m tools.check_data", description=__doc__,
+        prog="python -m tools.check_data",
+        description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
         epilog="faults:\n" + "\n".join(f"  {name:20} {text}" for name, text in FAULTS.items()),
-    )  # fmt: skip
+    )
     add = parser.add_argument
     add("root", type=Path, metavar="ROOT", help="folder with images/")
-    add("--list", action="append", required=True, metavar="FILE", help="an image list, below ROOT "
-        "or any path; give several if they should share no frame")  # fmt: skip
-    add("--input-mode", choices=MODALITIES, default="early",
-        help="what will be trained, which says whose images are needed (%(default)s)")  # fmt: skip
-    add("--annotations", default="all",
-        help="bbgt, xml, xml-sanitized, paired, json, a path, or all that ROOT holds")  # fmt: skip
+    add(
+        "--list",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="an image list, below ROOT or any path; give several if they should share no frame",
+    )
+    add(
+        "--input-mode",
+        choices=MODALITIES,
+        default="early",
+        help="what will be trained, which says whose images are needed (%(default)s)",
+    )
+    add(
+        "--annotations",
+        default="all",
+        help="bbgt, xml, xml-sanitized, paired, json, a path, or all that ROOT holds",
+    )
     add("--out", type=Path, default=Path(OUT), help="all faults as CSV (%(default)s)")
     arguments = parser.parse_args()
     root, out = arguments.root, arguments.out
@@ -119,11 +132,7 @@ def find_annotations(root: Path, where: str) -> tuple[list[Annotations], list[Pa
 
 
 def check(
-    root: Path,
-    lists: list[Path],
-    modalities: Sequence[str],
-    forms: list[Annotations],
-    jsons: list[Path],
+    root: Path, lists: list[Path], modalities: Sequence[str], forms: list[Annotations], jsons: list[Path]
 ) -> tuple[list[Fault], int]:
     """All faults of the frames of some lists, and how many frames there are.
 
@@ -255,8 +264,11 @@ def check_annotation(form: Annotations, frame_id: str) -> tuple[list[Fault], boo
     faults = [fault for fault in absent if fault]
     labels = []
     for path in (path for path, fault in zip(paths, absent, strict=True) if not fault):
-        found, rows = check_xml(path, frame_id) if path.suffix == ".xml" else check_text(
-            path, columns=5 if form.form == "paired" else 11)  # fmt: skip
+        found, rows = (
+            check_xml(path, frame_id)
+            if path.suffix == ".xml"
+            else check_text(path, columns=5 if form.form == "paired" else 11)
+        )
         faults += found
         labels.append([label for _, label, _ in rows])
     if not faults and labels[0] != labels[-1]:

@@ -162,8 +162,7 @@ def check_image(path: Path, modality: str) -> Fault | Look:
 def refusal(error: InputError, path: Path) -> Fault:
     """What a reader refused, under its name."""
     said = error.problem
-    name = next(name for words, name in REFUSALS.items()
-                if said.startswith(words) or said.endswith(words))  # fmt: skip
+    name = next(name for words, name in REFUSALS.items() if said.startswith(words) or said.endswith(words))
     return Fault(name, path, error.line or 0, said)
 
 
@@ -247,8 +246,9 @@ def check_json(path: Path) -> tuple[list[Fault], set[str]]:
                 add("json-unknown-image", f"annotation {number} is of image {item['image_id']}")
             rows[item["image_id"]].append((number, label, tuple(box)))
         found = [fault for objects in rows.values() for fault in suspicions(objects, path)]
-        faults += [fault._replace(line=0, problem=f"annotation {fault.line}: {fault.problem}")
-                   for fault in found]  # fmt: skip
+        faults += [
+            fault._replace(line=0, problem=f"annotation {fault.line}: {fault.problem}") for fault in found
+        ]
         if not faults:
             read_json(path)
     except InputError as error:

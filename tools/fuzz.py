@@ -49,15 +49,7 @@ from kaist.files import InputError, make_folder, run_script
 from kaist.images import read_image
 from kaist.results import read_detections
 from tools.faults import Fault, check_image, check_json, check_text, check_xml
-from tools.mutations import (
-    WORDS,
-    XML_WORDS,
-    mutate_bytes,
-    mutate_json,
-    mutate_png,
-    mutate_text,
-    mutate_zip,
-)
+from tools.mutations import WORDS, XML_WORDS, mutate_bytes, mutate_json, mutate_png, mutate_text, mutate_zip
 
 INPUTS, SEED = 1_000_000, 0
 LIMIT = 10.0  # seconds of the processor that one input may take
@@ -70,6 +62,8 @@ XML = """<?xml version="1.0"?>
 <occlusion>0</occlusion></object>
 <object><name>people</name><bndbox><x>9</x><y>8</y><w>7</w><h>6</h></bndbox></object></annotation>
 """
+
+
 class Reader(NamedTuple):
     """What is fed: a call on a file, valid files, how they are mutated, its share of all inputs."""
 
@@ -127,8 +121,10 @@ def draw_seeds(folder: Path) -> dict[str, list[bytes]]:
     content |= {"images": content["images"][:4], "annotations": content["annotations"][:6]}
     ids = [image["id"] for image in content["images"]]
     content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
-    rows = [{"image_id": i, "category_id": 1 + (i == 2), "bbox": [10.5, 20, 30, 60], "score": 0.5}
-            for i in range(4)]  # fmt: skip
+    rows = [
+        {"image_id": i, "category_id": 1 + (i == 2), "bbox": [10.5, 20, 30, 60], "score": 0.5}
+        for i in range(4)
+    ]
     pictures: dict[str, list[bytes]] = {"JPEG": [], "PNG": []}
     for path in sorted((root / "images").rglob("*.jpg"))[:4]:
         for kind in pictures:
@@ -139,8 +135,16 @@ def draw_seeds(folder: Path) -> dict[str, list[bytes]]:
             pictures[kind].append(buffer.getvalue())
     path = folder / "seed.pt"
     tensors = {"w": torch.zeros(3), "b": torch.ones(2, 2, dtype=torch.float16)}
-    save_checkpoint(path, {"model": tensors, "model_args": {"size": (300, 300), "width": 0.5},
-                           "config": {"lr": 1e-3}, "experiment": "26", "epoch": 3})  # fmt: skip
+    save_checkpoint(
+        path,
+        {
+            "model": tensors,
+            "model_args": {"size": (300, 300), "width": 0.5},
+            "config": {"lr": 1e-3},
+            "experiment": "26",
+            "epoch": 3,
+        },
+    )
     return {
         "bbgt": [path.read_bytes() for path in sorted((root / "annotations").rglob("*.txt"))],
         "xml": [XML.encode()],
@@ -151,13 +155,16 @@ def draw_seeds(folder: Path) -> dict[str, list[bytes]]:
         "checkpoint": [path.read_bytes()],
         "jpeg": pictures["JPEG"],
         "png": pictures["PNG"],
-        "train-flags": [b"--experiment\n26\n--lr\n1e-3\n--infusion\n1,1,0,0,0,0\n--no-augment",
-                        b"--batch-size=8\n--input-size\n300,300\n--device\ncpu"],
-        "eval-flags": [b"--detections\n%b\n--annotations\nx.json\n--bootstrap\n10\n--by-video"
-                       % os.fsencode(__file__),
-                       b"--checkpoint\nx\n--subset\nnight\n--out\nx.png\n--show-errors\n2"],
+        "train-flags": [
+            b"--experiment\n26\n--lr\n1e-3\n--infusion\n1,1,0,0,0,0\n--no-augment",
+            b"--batch-size=8\n--input-size\n300,300\n--device\ncpu",
+        ],
+        "eval-flags": [
+            b"--detections\n%b\n--annotations\nx.json\n--bootstrap\n10\n--by-video" % os.fsencode(__file__),
+            b"--checkpoint\nx\n--subset\nnight\n--out\nx.png\n--show-errors\n2",
+        ],
         "detect-flags": [b"x.jpg\n--checkpoint\ny\n--min-score\n0.2\n--out\nz\n--device\ncpu"],
-    }  # fmt: skip
+    }
 
 
 def make_readers(seeds: dict[str, list[bytes]]) -> dict[str, Reader]:
@@ -185,13 +192,14 @@ def make_readers(seeds: dict[str, list[bytes]]) -> dict[str, Reader]:
         "checkpoint": Reader(load_checkpoint, "x.pt", seeds["checkpoint"], mutate_zip, 0.04),
         "jpeg": Reader(lwir, "x.jpg", seeds["jpeg"], mutate_bytes, 0.015),
         "png": Reader(visible, "x.jpg", seeds["png"], mutate_png, 0.01),
-        "train-flags": Reader(partial(parse_flags, train.configure), "x", seeds["train-flags"],
-                              flags, 0.002),
-        "eval-flags": Reader(partial(parse_flags, eval_script.parse_arguments), "x",
-                             seeds["eval-flags"], flags, 0.008),
-        "detect-flags": Reader(partial(parse_flags, detect.parse_arguments), "x",
-                               seeds["detect-flags"], flags, 0.008),
-    }  # fmt: skip
+        "train-flags": Reader(partial(parse_flags, train.configure), "x", seeds["train-flags"], flags, 0.002),
+        "eval-flags": Reader(
+            partial(parse_flags, eval_script.parse_arguments), "x", seeds["eval-flags"], flags, 0.008
+        ),
+        "detect-flags": Reader(
+            partial(parse_flags, detect.parse_arguments), "x", seeds["detect-flags"], flags, 0.008
+        ),
+    }
 
 
 def check_picture(path: Path) -> list[Fault]:
@@ -292,11 +300,12 @@ def main() -> None:
         if set(chosen) - set(readers):
             parser.error(f"the readers are {', '.join(readers)}")
         share = sum(readers[name].share for name in chosen)
-        counts = {name: math.ceil(arguments.inputs * readers[name].share / share)
-                  for name in chosen}  # fmt: skip
+        counts = {name: math.ceil(arguments.inputs * readers[name].share / share) for name in chosen}
         fed, failed = run(counts, seeds, arguments, Path(folder))
-    print(f"{fed:,} inputs in {time.perf_counter() - started:.0f} s, "
-          f"{failed} failures" + f", kept in {arguments.out}" * bool(failed))  # fmt: skip
+    print(
+        f"{fed:,} inputs in {time.perf_counter() - started:.0f} s, "
+        f"{failed} failures" + f", kept in {arguments.out}" * bool(failed)
+    )
     sys.exit(bool(failed))
 
 
@@ -306,10 +315,13 @@ def run(
     """Run the processes, keep what fails, print a table; returns how many were fed and failed."""
     queue: multiprocessing.Queue = multiprocessing.Queue()
     workers = [
-        multiprocessing.Process(target=work, args=(rank, arguments.workers, counts, seeds,
-                                arguments.seed, folder / str(rank), queue), daemon=True)
+        multiprocessing.Process(
+            target=work,
+            args=(rank, arguments.workers, counts, seeds, arguments.seed, folder / str(rank), queue),
+            daemon=True,
+        )
         for rank in range(arguments.workers)
-    ]  # fmt: skip
+    ]
     for worker in workers:
         worker.start()
     rows = {name: [0, 0, 0.0, 0] for name in counts}
@@ -355,8 +367,10 @@ def print_table(rows: dict[str, list]) -> None:
     """How many inputs of each reader were refused, taken and failed, and the time they took."""
     print(f"{'reader':16} {'inputs':>9} {'refused':>9} {'taken':>9} {'failed':>6} {'us each':>8}")
     for name, (n, refused, seconds, failed) in rows.items():
-        print(f"{name:16} {n:9,} {refused:9,} {n - refused - failed:9,} {failed:6} "
-              f"{1e6 * seconds / max(1, n):8.0f}")  # fmt: skip
+        print(
+            f"{name:16} {n:9,} {refused:9,} {n - refused - failed:9,} {failed:6} "
+            f"{1e6 * seconds / max(1, n):8.0f}"
+        )
 
 
 def keep(path: Path, data: bytes, trace: str) -> None:

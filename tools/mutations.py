@@ -14,35 +14,126 @@ import zipfile
 import zlib
 from copy import deepcopy
 
-LAUGHS = b'<!DOCTYPE a [<!ENTITY a "ha">' + b"".join(
-    b'<!ENTITY %c "%s">' % (ord("b") + i, b"&%c;" % (ord("a") + i) * 10) for i in range(9)
-) + b"]>"
+LAUGHS = (
+    b'<!DOCTYPE a [<!ENTITY a "ha">'
+    + b"".join(b'<!ENTITY %c "%s">' % (ord("b") + i, b"&%c;" % (ord("a") + i) * 10) for i in range(9))
+    + b"]>"
+)
 NUMBERS = (
     *b"0 -1 1 2 3 -0.0 0.5 1.5 640 512 1e5 1e308 1e400 -1e400 1e-400 nan -nan inf -inf NaN".split(),
     *b"Infinity -Infinity 2147483648 9223372036854775808 18446744073709551616 0x10 1_0".split(),
-    b"9" * 400, b"9" * 5000, "٣".encode(), "１".encode(),
-)  # fmt: skip
+    b"9" * 400,
+    b"9" * 5000,
+    "٣".encode(),
+    "１".encode(),
+)
 LONGEST = 200_000  # bytes of an input
 WORDS = (
-    *NUMBERS, b"", b" ", b"\t", b"\n", b"\r\n", b"\r", b"\0", b"\x0b", b"\x1c", b"\x85", b"\xff",
-    b"\xef\xbb\xbf", b"\xff\xfe", b"\xed\xa0\x80", "\u2028é😀".encode(), b"%", b"%s{}", b"'", b'"',
-    b"\\", b"\\ud800", b",", b";", b"#", b"-", b"../../x", b"/dev/null", b"true", b"null",
-    b"person", b"A" * 70_000, b"1 " * 5000, b"1," * 5000,
-)  # fmt: skip
-JSON_WORDS = (b"{", b"}", b"[", b"]", b"[" * 3000, b"[" * 100_000, b'{"a":' * 3000, b":", b"//",
-              b'"image_id"', b'"id"', b'"bbox"')  # fmt: skip
+    *NUMBERS,
+    b"",
+    b" ",
+    b"\t",
+    b"\n",
+    b"\r\n",
+    b"\r",
+    b"\0",
+    b"\x0b",
+    b"\x1c",
+    b"\x85",
+    b"\xff",
+    b"\xef\xbb\xbf",
+    b"\xff\xfe",
+    b"\xed\xa0\x80",
+    "\u2028é😀".encode(),
+    b"%",
+    b"%s{}",
+    b"'",
+    b'"',
+    b"\\",
+    b"\\ud800",
+    b",",
+    b";",
+    b"#",
+    b"-",
+    b"../../x",
+    b"/dev/null",
+    b"true",
+    b"null",
+    b"person",
+    b"A" * 70_000,
+    b"1 " * 5000,
+    b"1," * 5000,
+)
+JSON_WORDS = (
+    b"{",
+    b"}",
+    b"[",
+    b"]",
+    b"[" * 3000,
+    b"[" * 100_000,
+    b'{"a":' * 3000,
+    b":",
+    b"//",
+    b'"image_id"',
+    b'"id"',
+    b'"bbox"',
+)
 XML_WORDS = (
-    b"<", b">", b"</", b"<object>", b"</object>", b"<name>", b"<bndbox>", b"<a>" * 3000, b"&a;",
-    b"<a>" * 100_000, LAUGHS, b"&i;", b"&lt;", b"&#0;", b"&#x110000;", b"<![CDATA[", b"]]>",
-    b"<!--", b"-->", b'<!DOCTYPE a SYSTEM "file:///etc/passwd">', b"<?xml version='1.0'?>",
-    b'<?xml version="1.0" encoding="utf-16"?>', b'<?xml version="1.0" encoding="klingon"?>',
-    b"xmlns:a='b'", b"<a:object/>",
-)  # fmt: skip
+    b"<",
+    b">",
+    b"</",
+    b"<object>",
+    b"</object>",
+    b"<name>",
+    b"<bndbox>",
+    b"<a>" * 3000,
+    b"&a;",
+    b"<a>" * 100_000,
+    LAUGHS,
+    b"&i;",
+    b"&lt;",
+    b"&#0;",
+    b"&#x110000;",
+    b"<![CDATA[",
+    b"]]>",
+    b"<!--",
+    b"-->",
+    b'<!DOCTYPE a SYSTEM "file:///etc/passwd">',
+    b"<?xml version='1.0'?>",
+    b'<?xml version="1.0" encoding="utf-16"?>',
+    b'<?xml version="1.0" encoding="klingon"?>',
+    b"xmlns:a='b'",
+    b"<a:object/>",
+)
 JSON_VALUES = (
-    None, True, False, 0, -1, 1, 2.5, 10**30, -(10**30), 1e308, float("nan"), float("inf"), "", "x",
-    "1", "set06/V000/I00001", "\ud800", "\0", [], {}, [[]], [1], [1, 2, 3, 4], {"id": 1}, "NINES",
-    "DEEP", "E400",
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    2.5,
+    10**30,
+    -(10**30),
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "1",
+    "set06/V000/I00001",
+    "\ud800",
+    "\0",
+    [],
+    {},
+    [[]],
+    [1],
+    [1, 2, 3, 4],
+    {"id": 1},
+    "NINES",
+    "DEEP",
+    "E400",
+)
 UNWRITABLE = {'"NINES"': "9" * 5000, '"DEEP"': "[" * 2000 + "]" * 2000, '"E400"': "1e400"}
 
 
@@ -168,6 +259,5 @@ def mutate_png(rng: random.Random, seeds: list[bytes]) -> bytes:
     bad = rng.randrange(len(chunks))
     mutated = mutate_bytes(rng, [chunks[bad]])
     chunks[bad : bad + 1] = rng.choice(([], [mutated] * 2, [mutated], [mutated], [mutated]))
-    packed = (struct.pack(">I", max(0, len(c) - 4)) + c + struct.pack(">I", zlib.crc32(c))
-              for c in chunks)  # fmt: skip
+    packed = (struct.pack(">I", max(0, len(c) - 4)) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
     return data[:8] + b"".join(packed)

@@ -33,8 +33,12 @@ from kaist.files import InputError, run_script, write_atomically
 from ssd.boxes import feature_map_sizes, prior_shapes
 
 MATCH = 0.5  # IoU from which a prior learns a person
-BANDS = {"all": (0, np.inf), "< 55 px": (0, 55), "55 to 115": (55, 115),
-         ">= 115": (115, np.inf)}  # of person heights in pixels of the frame  # fmt: skip
+BANDS = {
+    "all": (0, np.inf),
+    "< 55 px": (0, 55),
+    "55 to 115": (55, 115),
+    ">= 115": (115, np.inf),
+}  # of person heights in pixels of the frame
 CELLS = (0.5, 3.0)  # of a map wide are the derived shapes it takes
 ANNOTATED = re.compile(r"(set\d\d)[/_](V\d{3})[/_](?:visible/|lwir/)?(I\d{5})\.(?:xml|txt)$")
 
@@ -68,16 +72,30 @@ def parse_arguments() -> Namespace:
     add = parser.add_argument
     names = CHOICES["priors"]
     add("--data-root", default="data/demo", help="KAIST root (default: the demo set)")
-    add("--image-list", default="imageSets/train-all.txt",
-        help="frames to look at: below the root, any path, or all that are annotated")  # fmt: skip
+    add(
+        "--image-list",
+        default="imageSets/train-all.txt",
+        help="frames to look at: below the root, any path, or all that are annotated",
+    )
     add("--annotations", default="auto", help="a form, as of train.py, or a path")
     add("--priors", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    add("--sizes", nargs="+", type=input_size, default=[(300, 300), (512, 640)], metavar="HxW",
-        help="inputs (default: 300x300 512x640)")  # fmt: skip
+    add(
+        "--sizes",
+        nargs="+",
+        type=input_size,
+        default=[(300, 300), (512, 640)],
+        metavar="HxW",
+        help="inputs (default: 300x300 512x640)",
+    )
     add("--min-height", type=float, default=12.0, help="lower persons are left out, pixels")
     add("--margin", type=float, default=5.0, help="so are those closer to the border, pixels")
-    add("--derive", type=int, default=0, metavar="K",
-        help="print a set of K heights for the first of the sizes")  # fmt: skip
+    add(
+        "--derive",
+        type=int,
+        default=0,
+        metavar="K",
+        help="print a set of K heights for the first of the sizes",
+    )
     add("--out", type=Path, default=Path("priors.png"), help="the curve (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.derive == 1 or arguments.derive < 0:
@@ -107,16 +125,14 @@ def read_persons(arguments: Namespace) -> tuple[np.ndarray, np.ndarray]:
         frame_ids = annotated_frames(annotations)
     else:
         frame_ids = read_image_list(find_file(root, arguments.image_list))
-    frames = load_frames(
-        frame_ids, annotations, min_height=arguments.min_height, margin=arguments.margin
-    )
-    boxes = np.concatenate(
-        [np.zeros((0, 4)), *(frame.boxes_px[frame.labels == 1] for frame in frames)]
-    )
+    frames = load_frames(frame_ids, annotations, min_height=arguments.min_height, margin=arguments.margin)
+    boxes = np.concatenate([np.zeros((0, 4)), *(frame.boxes_px[frame.labels == 1] for frame in frames)])
     if not len(boxes):
         raise InputError("no person to match", "choose another list", file=annotations.source)
-    print(f"{len(boxes):,} persons in {len(frames):,} frames of {annotations.source}, from "
-          f"{arguments.min_height:g} px, {arguments.margin:g} px inside the frame\n")  # fmt: skip
+    print(
+        f"{len(boxes):,} persons in {len(frames):,} frames of {annotations.source}, from "
+        f"{arguments.min_height:g} px, {arguments.margin:g} px inside the frame\n"
+    )
     size = boxes[:, 2:] - boxes[:, :2]
     persons = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, size], axis=1)
     return persons / (FRAME_WIDTH, FRAME_HEIGHT, FRAME_WIDTH, FRAME_HEIGHT), size[:, 1]
@@ -141,9 +157,7 @@ def cover(persons: np.ndarray, name: str, size: tuple[int, int]) -> Coverage:
 
 
 def best_overlaps(
-    persons: np.ndarray,
-    shapes: list[list[tuple[float, float]]],
-    map_sizes: list[tuple[int, int]],
+    persons: np.ndarray, shapes: list[list[tuple[float, float]]], map_sizes: list[tuple[int, int]]
 ) -> np.ndarray:
     """(maps, n) IoU of each person with the best prior of each map.
 
@@ -176,14 +190,17 @@ def in_band(heights: np.ndarray, band: tuple[float, float]) -> np.ndarray:
 def coverage_table(found: list[Coverage], heights: np.ndarray) -> str:
     """Share of persons with a prior of IoU >= 0.5, and mean best IoU, by height; in Markdown."""
     counts = [f"{name} ({in_band(heights, band).sum():,})" for name, band in BANDS.items()]
-    lines = [f"| priors, % of persons matched (mean best IoU) | input | number | "
-             f"{' | '.join(counts)} |", "|---|---|---" + "|---" * len(BANDS) + "|"]  # fmt: skip
+    lines = [
+        f"| priors, % of persons matched (mean best IoU) | input | number | {' | '.join(counts)} |",
+        "|---|---|---" + "|---" * len(BANDS) + "|",
+    ]
     for c in found:
         best, cells = c.overlaps.max(0), []
         for band in BANDS.values():
             inside = best[in_band(heights, band)]
-            cells.append(f"{100 * np.mean(inside >= MATCH):.1f} ({np.mean(inside):.2f})"
-                         if len(inside) else "–")  # fmt: skip
+            cells.append(
+                f"{100 * np.mean(inside >= MATCH):.1f} ({np.mean(inside):.2f})" if len(inside) else "–"
+            )
         lines.append(f"| `{c.name}` | {show_size(c)} | {c.n_priors:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -191,8 +208,12 @@ def coverage_table(found: list[Coverage], heights: np.ndarray) -> str:
 def map_table(found: list[Coverage]) -> str:
     """For each map the share of persons whose best prior it holds, and the share it matches."""
     n = len(found[0].overlaps)
-    lines = ["| by map: % whose best prior it holds / % it matches alone | input"
-             + "".join(f" | map {i + 1}" for i in range(n)) + " |", "|---|---" + "|---" * n + "|"]
+    lines = [
+        "| by map: % whose best prior it holds / % it matches alone | input"
+        + "".join(f" | map {i + 1}" for i in range(n))
+        + " |",
+        "|---|---" + "|---" * n + "|",
+    ]
     for c in found:
         holds = np.bincount(c.overlaps.argmax(0), minlength=n) / c.overlaps.shape[1]
         alone = (c.overlaps >= MATCH).mean(1)
@@ -220,13 +241,20 @@ def draw(found: list[Coverage], heights: np.ndarray, path: Path) -> None:
     for c in found:
         hits = np.histogram(heights[c.overlaps.max(0) >= MATCH], edges)[0]
         seen = counts > 0
-        axis.plot(middle[seen], hits[seen] / counts[seen], color=f"C{sets.index(c.name)}",
-                  linestyle=("-", "--", ":", "-.")[sizes.index(c.size) % 4],
-                  label=f"{c.name}, {show_size(c)}: {100 * hits.sum() / counts.sum():.1f}%",
-        )  # fmt: skip
+        axis.plot(
+            middle[seen],
+            hits[seen] / counts[seen],
+            color=f"C{sets.index(c.name)}",
+            linestyle=("-", "--", ":", "-.")[sizes.index(c.size) % 4],
+            label=f"{c.name}, {show_size(c)}: {100 * hits.sum() / counts.sum():.1f}%",
+        )
     axis.axvline(55, color="0.6", linewidth=0.8)
-    axis.set(xscale="log", xlabel="person height, pixels of the 640x512 frame", ylim=(0, 1.02),
-             ylabel="persons with a prior of IoU >= 0.5")  # fmt: skip
+    axis.set(
+        xscale="log",
+        xlabel="person height, pixels of the 640x512 frame",
+        ylim=(0, 1.02),
+        ylabel="persons with a prior of IoU >= 0.5",
+    )
     ticks = [tick for tick in (15, 20, 30, 55, 80, 115, 200, 400) if edges[0] <= tick <= edges[-1]]
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.set_xticks([], minor=True)
@@ -252,9 +280,7 @@ def derive(persons: np.ndarray, count: int, size: tuple[int, int]) -> str:
     )
 
 
-def derive_heights(
-    persons: np.ndarray, count: int, size: tuple[int, int]
-) -> tuple[float, list[list[float]]]:
+def derive_heights(persons: np.ndarray, count: int, size: tuple[int, int]) -> tuple[float, list[list[float]]]:
     """The width/height and each map's heights, in fractions, of priors for upright persons.
 
     The ratio is the persons' median. The heights go from the lowest percent of the persons to the

@@ -25,9 +25,7 @@ from pseudo_gt import box_masks
 from ssd.boxes import Predictions, decode, encode
 
 
-def plain_multibox_loss(
-    predictions: Predictions, boxes: Tensor, labels: Tensor, priors: Tensor
-) -> Tensor:
+def plain_multibox_loss(predictions: Predictions, boxes: Tensor, labels: Tensor, priors: Tensor) -> Tensor:
     """loc + conf as tutorials write it: image by image, hard negatives by sorting them all."""
     area = priors[:, 2] * priors[:, 3]
     total, n_positive = torch.zeros((), device=priors.device), 0
@@ -81,22 +79,29 @@ def plain_detect(
         for i in range(len(boxes)):
             if not dropped[i]:
                 dropped[i + 1 :] |= iou[i, i + 1 :] > nms_iou
-        kept = (~dropped).nonzero().squeeze(1)[: max_boxes]
+        kept = (~dropped).nonzero().squeeze(1)[:max_boxes]
         results.append((boxes[kept], scores[kept]))
     return results
 
 
 def recipe_sample(root: Path) -> Callable[[Frame], tuple]:
     """torchvision's SSD recipe on a pair: zoom-out on a canvas, crop, flip, resize, masks."""
-    transform = v2.Compose([
-        v2.RandomPhotometricDistort(), v2.RandomZoomOut(), v2.RandomIoUCrop(),
-        v2.RandomHorizontalFlip(), v2.Resize((300, 300), antialias=True),
-        v2.SanitizeBoundingBoxes(labels_getter=lambda inputs: inputs[-1]["labels"]),
-    ])  # fmt: skip
+    transform = v2.Compose(
+        [
+            v2.RandomPhotometricDistort(),
+            v2.RandomZoomOut(),
+            v2.RandomIoUCrop(),
+            v2.RandomHorizontalFlip(),
+            v2.Resize((300, 300), antialias=True),
+            v2.SanitizeBoundingBoxes(labels_getter=lambda inputs: inputs[-1]["labels"]),
+        ]
+    )
 
     def sample(frame: Frame) -> tuple:
-        pair = [tv_tensors.Image(Image.open(image_path(root, frame.id, modality)).convert("RGB"))
-                for modality in ("visible", "lwir")]  # fmt: skip
+        pair = [
+            tv_tensors.Image(Image.open(image_path(root, frame.id, modality)).convert("RGB"))
+            for modality in ("visible", "lwir")
+        ]
         target = {
             "boxes": tv_tensors.BoundingBoxes(
                 frame.boxes_px, format="XYXY", canvas_size=(FRAME_HEIGHT, FRAME_WIDTH)
@@ -111,17 +116,16 @@ def recipe_sample(root: Path) -> Callable[[Frame], tuple]:
     return sample
 
 
-def plain_miss_rates(
-    path: Path, ground_truth: GroundTruth, setups: dict[str, Setup]
-) -> dict[str, float]:
+def plain_miss_rates(path: Path, ground_truth: GroundTruth, setups: dict[str, Setup]) -> dict[str, float]:
     """Read a text result file and evaluate it frame by frame, for each setup anew."""
     rows: list[list[list[float]]] = [[] for _ in ground_truth.frames]
     for line in path.read_text().splitlines():
         image_id, *row = map(float, line.split(","))
         rows[int(image_id) - 1].append(row)
     people: list[list[tuple]] = [[] for _ in ground_truth.frames]
-    for i, *person in zip(ground_truth.frame, ground_truth.boxes, ground_truth.occlusion,
-                          ground_truth.ignore, strict=True):  # fmt: skip
+    for i, *person in zip(
+        ground_truth.frame, ground_truth.boxes, ground_truth.occlusion, ground_truth.ignore, strict=True
+    ):
         people[i].append(tuple(person))
 
     rates = {}
@@ -130,8 +134,7 @@ def plain_miss_rates(
         hits: list[tuple[float, bool]] = []
         n_positive = 0
         for i in frames:
-            objects = [(box, counts(box, occlusion, ignore, setup))
-                       for box, occlusion, ignore in people[i]]  # fmt: skip
+            objects = [(box, counts(box, occlusion, ignore, setup)) for box, occlusion, ignore in people[i]]
             n_positive += sum(positive for _, positive in objects)
             hits += match_frame(rows[i], objects)
         hits.sort(key=lambda hit: -hit[0])
@@ -150,9 +153,7 @@ def counts(box: np.ndarray, occlusion: int, ignore: bool, setup: Setup) -> bool:
     return bool(inside and not ignore and low <= h <= high and occlusion in setup.occlusion)
 
 
-def match_frame(
-    rows: list[list[float]], objects: list[tuple[np.ndarray, bool]]
-) -> list[tuple[float, bool]]:
+def match_frame(rows: list[list[float]], objects: list[tuple[np.ndarray, bool]]) -> list[tuple[float, bool]]:
     """(score, found a person) of one frame's detections, without those that are absorbed."""
     results, taken = [], set()
     for *box, score in sorted(rows, key=lambda row: -row[-1]):

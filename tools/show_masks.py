@@ -45,10 +45,14 @@ def main() -> None:
         raise InputError("no frame has a person to draw", "choose another IMAGE_LIST", file=root)
     check_images(root, [frame.id for frame in frames], config["input_mode"])
     dataset = KaistPairs(
-        root, frames, input_mode=config["input_mode"], size=(300, 300),
-        augmentation=Augmentation(config["zoom_out"]), masks_follow=config["masks_follow"],
+        root,
+        frames,
+        input_mode=config["input_mode"],
+        size=(300, 300),
+        augmentation=Augmentation(config["zoom_out"]),
+        masks_follow=config["masks_follow"],
         seed=config["seed"],
-    )  # fmt: skip
+    )
     collate = Collate(feature_map_sizes((300, 300)))
     batch, bad = collate([dataset[0, i] for i in range(len(frames))])
     if bad:

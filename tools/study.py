@@ -35,9 +35,16 @@ from kaist.files import InputError, make_folder, run_script, write_atomically
 CHECKPOINTS = "checkpoints"  # the runs are kept in a folder of the study's name below it
 OUT = "results"  # where the report's table and figure go
 SMALL = {
-    "width": 0.125, "pretrained": "none", "lr": 2e-3, "schedule": "cosine", "batch_size": 8,
-    "epochs": 8, "eval_every": 8, "zoom_out": 1.5, "min_score": 0.01,
-}  # fmt: skip
+    "width": 0.125,
+    "pretrained": "none",
+    "lr": 2e-3,
+    "schedule": "cosine",
+    "batch_size": 8,
+    "epochs": 8,
+    "eval_every": 8,
+    "zoom_out": 1.5,
+    "min_score": 0.01,
+}
 
 
 @dataclass(frozen=True)
@@ -102,8 +109,7 @@ def main() -> None:
     command = " ".join(["python -m tools.study", arguments.study, *more])
     text = f"`{command}`: {study.question}\n\n{table}\n"
     write_atomically(Path(OUT) / f"{arguments.study}.md", lambda path: path.write_text(text))
-    write_atomically(Path(OUT) / f"{arguments.study}.png",
-                     lambda path: draw(study, outcomes, path))  # fmt: skip
+    write_atomically(Path(OUT) / f"{arguments.study}.png", lambda path: draw(study, outcomes, path))
     print(text)
 
 
@@ -154,9 +160,8 @@ def plan(study: Study, folder: Path, seeds: int, more: list[str]) -> list[StudyR
     for run in runs:
         if run.folder.exists() and not same_recipe(run.folder, run.config):
             raise InputError(
-                "it holds a run of other constants", "move it away to run the study anew",
-                file=run.folder,
-            )  # fmt: skip
+                "it holds a run of other constants", "move it away to run the study anew", file=run.folder
+            )
     return runs
 
 
@@ -186,9 +191,10 @@ def run_all(runs: list[StudyRun], jobs: int) -> None:
     failed = [run.folder for run, well in zip(runs, ended, strict=True) if not well]
     if failed:
         raise InputError(
-            f"{len(failed)} of {len(runs)} runs failed", "what it said is in this file; the same "
-            "command goes on", file=failed[0].with_suffix(".out"),
-        )  # fmt: skip
+            f"{len(failed)} of {len(runs)} runs failed",
+            "what it said is in this file; the same command goes on",
+            file=failed[0].with_suffix(".out"),
+        )
 
 
 # ------------------------------------------------------------------------------ reporting
@@ -212,12 +218,12 @@ def read_outcome(run: StudyRun) -> Outcome:
     rates = [official[f"Reasonable-{part}"]["miss_rate"] for part in ("all", "day", "night")]
     with (run.folder / "log.csv").open(encoding="utf-8") as file:
         log = list(csv.DictReader(file))
-    ious = {key.removeprefix("iou_"): float(value) for key, value in log[-1].items()
-            if key.startswith("iou_")}  # fmt: skip
+    ious = {
+        key.removeprefix("iou_"): float(value) for key, value in log[-1].items() if key.startswith("iou_")
+    }
     minutes = sum(float(row["seconds"]) for row in log) / 60
     rates = 100 * np.array(rates, dtype=float)
-    return Outcome(run.arm, run.seed, rates, 100 * official["Reasonable-all"]["recall"], ious,
-                   minutes)  # fmt: skip
+    return Outcome(run.arm, run.seed, rates, 100 * official["Reasonable-all"]["recall"], ious, minutes)
 
 
 def report(study: Study, outcomes: list[Outcome]) -> str:
@@ -227,8 +233,9 @@ def report(study: Study, outcomes: list[Outcome]) -> str:
     number of arms that are compared.
     """
     by_arm = group(study, outcomes)
-    compared = {arm: paired_test(differences(by_arm, study.baseline, arm)) for arm in by_arm
-                if arm != study.baseline}  # fmt: skip
+    compared = {
+        arm: paired_test(differences(by_arm, study.baseline, arm)) for arm in by_arm if arm != study.baseline
+    }
     adjusted = holm({arm: test.p for arm, test in compared.items()})
     lines = [
         "| arm | seeds | miss rate all (%) | day | night | recall | minus the baseline, 95% | p | "
@@ -238,9 +245,13 @@ def report(study: Study, outcomes: list[Outcome]) -> str:
     for arm, own in by_arm.items():
         rates = np.array([outcome.miss_rates for outcome in own])
         spread = f" ± {rates[:, 0].std(ddof=1):.1f}" if len(own) > 1 else ""
-        cells = [describe_arm(study, arm), str(len(own)), f"{rates[:, 0].mean():.1f}{spread}",
-                 *(f"{value:.1f}" for value in rates[:, 1:].mean(0)),
-                 f"{np.mean([outcome.recall for outcome in own]):.1f}"]  # fmt: skip
+        cells = [
+            describe_arm(study, arm),
+            str(len(own)),
+            f"{rates[:, 0].mean():.1f}{spread}",
+            *(f"{value:.1f}" for value in rates[:, 1:].mean(0)),
+            f"{np.mean([outcome.recall for outcome in own]):.1f}",
+        ]
         if arm == study.baseline:
             cells += ["baseline", "", ""]
         else:
@@ -275,8 +286,13 @@ def group(study: Study, outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
 def differences(by_arm: dict[str, list[Outcome]], baseline: str, arm: str) -> np.ndarray:
     """Miss rate of an arm minus the baseline's, in points, for each seed that both have."""
     reference = {outcome.seed: outcome.miss_rates[0] for outcome in by_arm[baseline]}
-    return np.array([outcome.miss_rates[0] - reference[outcome.seed] for outcome in by_arm[arm]
-                     if outcome.seed in reference])  # fmt: skip
+    return np.array(
+        [
+            outcome.miss_rates[0] - reference[outcome.seed]
+            for outcome in by_arm[arm]
+            if outcome.seed in reference
+        ]
+    )
 
 
 def describe_arm(study: Study, arm: str) -> str:
@@ -332,17 +348,22 @@ def draw(study: Study, outcomes: list[Outcome], path: Path) -> None:
     places = {arm: i for i, arm in enumerate(by_arm)}
     for seed in sorted({outcome.seed for outcome in outcomes}):
         own = [outcome for outcome in sum(by_arm.values(), []) if outcome.seed == seed]
-        axis.plot([places[outcome.arm] for outcome in own],
-                  [outcome.miss_rates[0] for outcome in own],
-                  "o-", markersize=4, linewidth=0.6, alpha=0.7, label=f"seed {seed}")  # fmt: skip
+        axis.plot(
+            [places[outcome.arm] for outcome in own],
+            [outcome.miss_rates[0] for outcome in own],
+            "o-",
+            markersize=4,
+            linewidth=0.6,
+            alpha=0.7,
+            label=f"seed {seed}",
+        )
     for arm, own in by_arm.items():
         mean = np.mean([outcome.miss_rates[0] for outcome in own])
         axis.hlines(mean, places[arm] - 0.3, places[arm] + 0.3, color="black", linewidth=2)
     baseline = np.mean([outcome.miss_rates[0] for outcome in by_arm[study.baseline]])
     axis.axhline(baseline, color="grey", linestyle=":")
     axis.set_xticks(list(places.values()), [arm.replace(", ", "\n") for arm in places])
-    axis.set(xlabel="row of the lab book", ylabel="miss rate, Reasonable (%)",
-             title=study.question)  # fmt: skip
+    axis.set(xlabel="row of the lab book", ylabel="miss rate, Reasonable (%)", title=study.question)
     axis.legend(fontsize="small", ncols=2)
     figure.savefig(path, format="png", dpi=110)
 

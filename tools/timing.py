@@ -56,8 +56,14 @@ class Row(NamedTuple):
 def faster(work: str, ours: float, reference: float, name: str, target: float) -> Row:
     """A row of two times in milliseconds; the target is how many times faster ours has to be."""
     ratio = reference / ours
-    return Row(work, f"{ours:.4g} ms", f"{name}: {reference:.4g} ms", f"{ratio:.3g}x faster",
-               f">= {target:g}x", ratio >= target)  # fmt: skip
+    return Row(
+        work,
+        f"{ours:.4g} ms",
+        f"{name}: {reference:.4g} ms",
+        f"{ratio:.3g}x faster",
+        f">= {target:g}x",
+        ratio >= target,
+    )
 
 
 def share(work: str, ours: str, reference: str, ratio: float, target: float) -> Row:

@@ -29,8 +29,15 @@ from ssd.boxes import Predictions
 from ssd.losses import MultiBoxLoss, SegmentationLoss
 from utils import autocast, detect_image, keep_memory
 
-MODEL = {"input_mode": "early", "batch_norm": False, "width": 1.0, "infusion": (1, 1, 0, 0, 0, 0),
-         "infusion_conv": False, "prior_set": "ssd300", "size": (300, 300)}  # fmt: skip
+MODEL = {
+    "input_mode": "early",
+    "batch_norm": False,
+    "width": 1.0,
+    "infusion": (1, 1, 0, 0, 0, 0),
+    "infusion_conv": False,
+    "prior_set": "ssd300",
+    "size": (300, 300),
+}
 LIMITS = {"min_score": 0.01, "nms_iou": 0.45, "max_boxes": 200}  # of detection, as in training
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in ru_maxrss
 
@@ -98,9 +105,7 @@ def our_loss(model: SSD300) -> Callable[[Predictions, Batch], Tensor]:
     return loss
 
 
-def trunk_step(
-    device: torch.device, precision: torch.dtype, n: int, **changes: object
-) -> Callable:
+def trunk_step(device: torch.device, precision: torch.dtype, n: int, **changes: object) -> Callable:
     """The same network's convolutions, ReLUs and pools, forward and backward, and nothing else."""
     model = SSD300(**(MODEL | changes)).to(device, memory_format=torch.channels_last)
     images = torch.randn(n, 4, *model.size, device=device).to(memory_format=torch.channels_last)
@@ -134,8 +139,9 @@ def torchvision_step(device: torch.device, n: int) -> Callable:
     model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2).to(device).train()
     images = list(torch.rand(n, 3, 300, 300, device=device))
     boxes, _ = random_objects(n, 3, device)
-    targets = [{"boxes": b[:3] * 300, "labels": torch.ones(3, dtype=torch.int64, device=device)}
-               for b in boxes]  # fmt: skip
+    targets = [
+        {"boxes": b[:3] * 300, "labels": torch.ones(3, dtype=torch.int64, device=device)} for b in boxes
+    ]
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9)
 
     def step() -> None:
@@ -245,8 +251,11 @@ def describe_machine(device: torch.device, precision: torch.dtype) -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    parts = [names[0] if names else platform.processor(), f"{torch.get_num_threads()} threads",
-             torch.backends.cpu.get_cpu_capability()]  # fmt: skip
+    parts = [
+        names[0] if names else platform.processor(),
+        f"{torch.get_num_threads()} threads",
+        torch.backends.cpu.get_cpu_capability(),
+    ]
     if device.type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
     parts.append(f"convolutions in {str(precision).removeprefix('torch.')}")

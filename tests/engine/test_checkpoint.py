@@ -41,9 +41,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, write):
     write({"format": "sds-ssd-kaist-1", "model": attack}, path)
     with pytest.raises(InputError, match=r"last.pt: not a readable checkpoint \(it ") as refusal:
         load_checkpoint(path)
-    assert ("posix.system, which is code; none was run" in str(refusal.value)) == (
-        write is torch.save
-    )
+    assert ("posix.system, which is code; none was run" in str(refusal.value)) == (write is torch.save)
     assert not mark.exists() and "\n" not in str(refusal.value)
     pickle.loads(pickle.dumps(attack))
     assert mark.exists()  # the attack is a real one
@@ -66,14 +64,14 @@ def test_names_in_files_cannot_leave_the_data_root(tmp_path, name):
     path.write_text(f"{name}\n")
     with pytest.raises(InputError, match="list.txt:1: .* is not a frame id"):
         read_image_list(path)
-    path.write_text(json.dumps({"categories": [], "annotations": [],
-                                "images": [{"id": 0, "im_name": name}]}))  # fmt: skip
+    path.write_text(json.dumps({"categories": [], "annotations": [], "images": [{"id": 0, "im_name": name}]}))
     with pytest.raises(InputError, match="no frame id"):
         read_json(path)
 
 
 def png_of(width, height):
     """A PNG that declares a size and holds nothing."""
+
     def chunk(name, content):
         crc = zlib.crc32(name + content)
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc)
@@ -94,8 +92,7 @@ def jpeg_of(width, height):
 
 
 @pytest.mark.parametrize(
-    "content",
-    [jpeg_of(65000, 65000), jpeg_of(12000, 8000), png_of(2**31 - 1, 2**31 - 1), png_of(9999, 9999)],
+    "content", [jpeg_of(65000, 65000), jpeg_of(12000, 8000), png_of(2**31 - 1, 2**31 - 1), png_of(9999, 9999)]
 )
 def test_an_image_of_a_huge_declared_size_is_refused_undecoded(tmp_path, content):
     path = tmp_path / "visible/I00000.jpg"
@@ -130,7 +127,6 @@ def test_text_of_gigabytes_is_refused_unread(tmp_path):
     path = tmp_path / "result.txt"
     with path.open("wb") as file:
         file.truncate(MAX_TEXT + 1)  # a hole: it takes no room
-    for read in (lambda p: read_detections(p, ["set06/V000/I00000"]), read_json, read_xml,
-                 read_image_list):  # fmt: skip
+    for read in (lambda p: read_detections(p, ["set06/V000/I00000"]), read_json, read_xml, read_image_list):
         with pytest.raises(InputError, match="result.txt: 268 MB, and a text file may have 268"):
             read(path)

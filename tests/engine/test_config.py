@@ -101,15 +101,39 @@ def test_the_constants_as_they_come_are_the_demo_row():
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ("12", {"input_mode": "lwir", "optimizer": "adam", "lr": 5e-4, "batch_size": 32,
-                "epochs": 100, "batch_norm": True, "loc_loss": "smooth_l1", "validation": 0.0,
-                "loc_reduction": "mean", "infusion": (0,) * 6, "pretrained": "imagenet",
-                "augment": True, "schedule": "step", "width": 1.0}),
-        ("19", {"infusion": (1, 1, 0, 0, 0, 0), "seg_maps": "sum", "masks_follow": False,
-                "infusion_conv": False, "seg_cells": "mean", "epochs": 100}),
+        (
+            "12",
+            {
+                "input_mode": "lwir",
+                "optimizer": "adam",
+                "lr": 5e-4,
+                "batch_size": 32,
+                "epochs": 100,
+                "batch_norm": True,
+                "loc_loss": "smooth_l1",
+                "validation": 0.0,
+                "loc_reduction": "mean",
+                "infusion": (0,) * 6,
+                "pretrained": "imagenet",
+                "augment": True,
+                "schedule": "step",
+                "width": 1.0,
+            },
+        ),
+        (
+            "19",
+            {
+                "infusion": (1, 1, 0, 0, 0, 0),
+                "seg_maps": "sum",
+                "masks_follow": False,
+                "infusion_conv": False,
+                "seg_cells": "mean",
+                "epochs": 100,
+            },
+        ),
         ("26", {"infusion": (1, 0, 0, 0, 0, 0), "seg_maps": "sum", "masks_follow": True}),
     ],
-)  # fmt: skip
+)
 def test_rows_as_the_log_has_them(row, expected):
     resolved = resolve_row(row)
     assert {key: resolved[key] for key in expected} == expected
@@ -126,11 +150,20 @@ def test_rows_as_the_log_has_them(row, expected):
         ("36", {"ema_decay": 0.999}),
         ("37", {"schedule": "cosine"}),
         ("38", {"test_flip": True}),
-        ("39", {"priors": "pedestrian", "input_size": (512, 640), "input_mode": "halfway",
-                "ema_decay": 0.999, "schedule": "cosine", "test_flip": True}),
+        (
+            "39",
+            {
+                "priors": "pedestrian",
+                "input_size": (512, 640),
+                "input_mode": "halfway",
+                "ema_decay": 0.999,
+                "schedule": "cosine",
+                "test_flip": True,
+            },
+        ),
         ("40", {"priors": "pedestrian", "input_mode": "halfway", "test_flip": True}),
     ],
-)  # fmt: skip
+)
 def test_rows_beyond_the_log_change_row_26_as_they_say(row, change):
     before, after = resolve_row("26"), resolve_row(row)
     assert {key: value for key, value in after.items() if value != before[key]} == change

@@ -17,17 +17,43 @@ from kaist.files import InputError
 
 
 def run_training(folder, root, processes, more):
-    flags = ["--data-root", root, "--epochs", 2, "--batch-size", 4, "--workers", 0,
-             "--width", 0.0625,
-             "--eval-every", 2, "--no-batch-norm", "--device", "cpu", "--precision", "fp32",
-             "--seg-weight", 0.5, "--lr", 1e-4, "--optimizer", "sgd", "--ema-decay", 0.9,
-             "--checkpoints", folder, *more]  # fmt: skip
+    flags = [
+        "--data-root",
+        root,
+        "--epochs",
+        2,
+        "--batch-size",
+        4,
+        "--workers",
+        0,
+        "--width",
+        0.0625,
+        "--eval-every",
+        2,
+        "--no-batch-norm",
+        "--device",
+        "cpu",
+        "--precision",
+        "fp32",
+        "--seg-weight",
+        0.5,
+        "--lr",
+        1e-4,
+        "--optimizer",
+        "sgd",
+        "--ema-decay",
+        0.9,
+        "--checkpoints",
+        folder,
+        *more,
+    ]
     command = [sys.executable]
     if processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [train.__file__, *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=folder.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     log = list(csv.DictReader((folder / "custom" / "log.csv").open()))
     return load_checkpoint(folder / "custom" / "last.pt")["model"], log, done.stdout

@@ -16,8 +16,19 @@ from engine.experiments import EXPERIMENTS
 ONE = ("lwir", "sgd", 1e-3, 8, 122, "constant", "l1", 0.1, False, False, 5)
 FOUR = ("lwir", "sgd", 5e-4, 32, 150, "step", "l1", 0.0, True, False, 5)
 TWELVE = ("lwir", "adam", 5e-4, 32, 100, "step", "smooth_l1", 0.0, True, True, 5)
-KEYS = ("input_mode", "optimizer", "lr", "batch_size", "epochs", "schedule", "loc_loss",
-        "validation", "augment", "batch_norm", "eval_every")  # fmt: skip
+KEYS = (
+    "input_mode",
+    "optimizer",
+    "lr",
+    "batch_size",
+    "epochs",
+    "schedule",
+    "loc_loss",
+    "validation",
+    "augment",
+    "batch_norm",
+    "eval_every",
+)
 
 
 def but(row, **changes):
@@ -65,10 +76,20 @@ SEG_LOG = {
 }
 # What no logged row changes.
 COMMON = {
-    "seed": 42, "input_size": (300, 300), "width": 1.0, "priors": "ssd300",
-    "pretrained": "imagenet", "seg_weight": 1.0, "loc_reduction": "mean", "bias_lr_factor": 2.0,
-    "weight_decay": 5e-4, "zoom_out": 4.0, "min_score": 0.2, "nms_iou": 0.5, "max_boxes": 200,
-}  # fmt: skip
+    "seed": 42,
+    "input_size": (300, 300),
+    "width": 1.0,
+    "priors": "ssd300",
+    "pretrained": "imagenet",
+    "seg_weight": 1.0,
+    "loc_reduction": "mean",
+    "bias_lr_factor": 2.0,
+    "weight_decay": 5e-4,
+    "zoom_out": 4.0,
+    "min_score": 0.2,
+    "nms_iou": 0.5,
+    "max_boxes": 200,
+}
 
 
 @pytest.mark.parametrize("row", LOG)
@@ -92,10 +113,27 @@ def test_every_row_makes_a_step(row, demo_root, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.Run, "add_step", stop)
-    monkeypatch.setattr(sys, "argv", [
-        "train.py", "--experiment", row, "--data-root", str(demo_root), "--width", "0.03",
-        "--pretrained", "none", "--batch-size", "2", "--workers", "0", "--device", "cpu",
-    ])  # fmt: skip
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "train.py",
+            "--experiment",
+            row,
+            "--data-root",
+            str(demo_root),
+            "--width",
+            "0.03",
+            "--pretrained",
+            "none",
+            "--batch-size",
+            "2",
+            "--workers",
+            "0",
+            "--device",
+            "cpu",
+        ],
+    )
     with pytest.raises(Stepped) as stepped:
         train.main()
     run, losses = stepped.value.args
@@ -103,8 +141,9 @@ def test_every_row_makes_a_step(row, demo_root, tmp_path, monkeypatch):
     assert run.terms == ("loss", "loc", "conf", "seg", *maps) and len(losses) == len(run.terms)
     assert losses[0] > 0 and losses.isfinite().all() and (losses[4:] > 0).all()
     start = load_checkpoint(Path("checkpoints/custom/last.pt"))["model"]
-    moved = {name for name, value in run.parts["model"].state_dict().items()
-             if not torch.equal(value, start[name])}  # fmt: skip
+    moved = {
+        name for name, value in run.parts["model"].state_dict().items() if not torch.equal(value, start[name])
+    }
     first = next(iter(start))  # of the first convolution, in whichever stream
     assert first.endswith(".0.weight")
     assert {first, "conf_heads.0.weight", "conf_heads.0.bias"} <= moved

@@ -18,8 +18,7 @@ from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.images import check_images
 from ssd.augment import Augmentation
 
-QUICK = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--width", "0.0625",
-         "--device", "cpu"]  # fmt: skip
+QUICK = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--width", "0.0625", "--device", "cpu"]
 
 
 @pytest.fixture
@@ -41,19 +40,36 @@ def make_loader(root, workers=0, max_bad=0):
     ids = read_image_list(root / "imageSets/train-all.txt")
     check_images(root, ids, "early")
     frames = load_frames(ids, open_annotations(root), min_height=12, margin=5)
-    dataset = KaistPairs(root, frames, input_mode="early", size=(300, 300), masks_follow=True,
-                         augmentation=Augmentation(), seed=7)  # fmt: skip
-    return batch_loader(dataset, batch_size=4, workers=workers, shuffle=True, map_sizes=[(38, 38)],
-                       pin_memory=False, max_bad=max_bad)  # fmt: skip
+    dataset = KaistPairs(
+        root,
+        frames,
+        input_mode="early",
+        size=(300, 300),
+        masks_follow=True,
+        augmentation=Augmentation(),
+        seed=7,
+    )
+    return batch_loader(
+        dataset,
+        batch_size=4,
+        workers=workers,
+        shuffle=True,
+        map_sizes=[(38, 38)],
+        pin_memory=False,
+        max_bad=max_bad,
+    )
 
 
 def samples(batches):
     """Frame id -> its image, boxes and mask, of all batches."""
-    return {frame_id: (image, boxes[labels != 0], mask)
-            for batch in batches if batch is not None
-            for image, boxes, labels, mask, frame_id in
-            zip(batch.images, batch.boxes, batch.labels, batch.masks[0], batch.frame_ids,
-                strict=True)}  # fmt: skip
+    return {
+        frame_id: (image, boxes[labels != 0], mask)
+        for batch in batches
+        if batch is not None
+        for image, boxes, labels, mask, frame_id in zip(
+            batch.images, batch.boxes, batch.labels, batch.masks[0], batch.frame_ids, strict=True
+        )
+    }
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -146,11 +162,22 @@ def test_two_processes_leave_out_the_same_frames_and_stop_together(root, tmp_pat
     first, _, third = EpochBatches(12, 4, seed=42, team=ALONE)
     for _, index in (first[0], third[1]):  # one process's frame, then the other's
         truncate(root, ids[index])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               train.__file__, "--data-root", str(root), *QUICK,
-               "--max-bad-frames", "1"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        train.__file__,
+        "--data-root",
+        str(root),
+        *QUICK,
+        "--max-bad-frames",
+        "1",
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert done.stderr.count("is left out") == 2
     assert done.stderr.count("all unreadable frames so far") == 2  # each process's last word
     assert "saved; the same command goes on from epoch 1, step 3" in done.stdout

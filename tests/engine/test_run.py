@@ -18,8 +18,20 @@ from engine.checkpoint import check_seal, load_checkpoint, save_checkpoint
 from kaist.files import InputError
 
 PROJECT = Path(train.__file__).parent
-QUICK = ["--batch-size", "2", "--workers", "0", "--width", "0.0625", "--device", "cpu",
-         "--precision", "fp32", "--eval-every", "1"]  # fmt: skip
+QUICK = [
+    "--batch-size",
+    "2",
+    "--workers",
+    "0",
+    "--width",
+    "0.0625",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--eval-every",
+    "1",
+]
 MOMENTS = ["step"] * 4 + ["write"] * 3 + ["start", "evaluation"] * 2  # in which a run is killed
 
 # Runs train.py's main() in a process of its own for each line of flags, says its id and, when it
@@ -59,9 +71,13 @@ class Nursery:
         self.said = folder / "said"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY], cwd=folder, env=environment, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+            [sys.executable, "-c", NURSERY],
+            cwd=folder,
+            env=environment,
+            text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
 
     def start(self, *flags):
         """The new process's id."""
@@ -192,8 +208,7 @@ def test_no_layer_draws_random_numbers():
 
 
 def test_a_step_that_fails_in_the_middle_is_not_saved(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", *data, "--epochs", "2", "--checkpoints",
-                                      str(tmp_path)])  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["train.py", *data, "--epochs", "2", "--checkpoints", str(tmp_path)])
     step, steps = torch.optim.Adam.step, []
 
     def fail(self, *arguments):
@@ -251,9 +266,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_found(tmp_path):
             check_seal(path)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    nursery, data, finished, tmp_path
-):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(nursery, data, finished, tmp_path):
     flags = [*data, "--epochs", "2", "--checkpoints", tmp_path]
     folder = shutil.copytree(finished, tmp_path / "custom")
     last, previous = folder / "last.pt", folder / "previous.pt"
@@ -278,8 +291,11 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_what_is_needed(tmp_path)
     beside = tmp_path / f".last.pt.{os.getpid()}.tmp"
     beside.symlink_to("/dev/full")  # every write to it fails as on a full disk
     big = {**CONTENT, "model": {"weight": torch.zeros(3_000_000)}}
-    with pytest.raises(InputError, match=r"last.pt: the disk is full: it needs 12.0 MB or more, "
-                                         r"\d+.\d MB are free; free some"):  # fmt: skip
+    with pytest.raises(
+        InputError,
+        match=r"last.pt: the disk is full: it needs 12.0 MB or more, "
+        r"\d+.\d MB are free; free some",
+    ):
         save_checkpoint(path, big, previous=tmp_path / "previous.pt")
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
 
@@ -331,9 +347,7 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="re
         ("main", -signal.SIGKILL, ""),
     ],
 )
-def test_workers_end_with_their_run_and_their_death_is_told(
-    nursery, data, tmp_path, hit, code, words
-):
+def test_workers_end_with_their_run_and_their_death_is_told(nursery, data, tmp_path, hit, code, words):
     flags = [*data, "--epochs", "400", "--workers", "1", "--checkpoints", str(tmp_path)]
     child = nursery.start(*flags)
     wait_for(lambda: nursery.says("1/3"))

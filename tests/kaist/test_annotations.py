@@ -43,9 +43,18 @@ def write(path, text):
 
 def make_json(path, annotations, frames=(FRAME,)):
     images = [{"id": i, "im_name": f, "height": 512, "width": 640} for i, f in enumerate(frames)]
-    items = [{"id": i, "image_id": image, "category_id": 1, "bbox": box, "height": box[3],
-              "occlusion": occlusion, "ignore": ignore}
-             for i, (image, box, occlusion, ignore) in enumerate(annotations)]  # fmt: skip
+    items = [
+        {
+            "id": i,
+            "image_id": image,
+            "category_id": 1,
+            "bbox": box,
+            "height": box[3],
+            "occlusion": occlusion,
+            "ignore": ignore,
+        }
+        for i, (image, box, occlusion, ignore) in enumerate(annotations)
+    ]
     categories = [{"id": 0, "name": "__ignore__"}, {"id": 1, "name": "person"}]
     content = {"images": images, "annotations": items, "categories": categories}
     return write(path, json.dumps(content, indent=1))
@@ -79,10 +88,14 @@ def test_image_list(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "line", "word"),
-    [(f"{FRAME}\nset6/V1/I19\n", 2, "frame id"), (f"{FRAME}\n{FRAME}.jpg\n", 2, "frame id"),
-     (f"{FRAME}\n\n{FRAME}\n", 3, "already"), ("set12/V000/I00000\n", 1, "frame id"),
-     ("\n", None, "empty")],
-)  # fmt: skip
+    [
+        (f"{FRAME}\nset6/V1/I19\n", 2, "frame id"),
+        (f"{FRAME}\n{FRAME}.jpg\n", 2, "frame id"),
+        (f"{FRAME}\n\n{FRAME}\n", 3, "already"),
+        ("set12/V000/I00000\n", 1, "frame id"),
+        ("\n", None, "empty"),
+    ],
+)
 def test_bad_image_list_is_named(tmp_path, text, line, word):
     path = write(tmp_path / "list.txt", text)
     with pytest.raises(InputError, match=word) as error:
@@ -148,15 +161,18 @@ def test_empty_frame(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "line", "word"),
-    [("", 1, "header"), ("person 1 2 3 4 0 0 0 0 0 0 0\n", 1, "header"),
-     ("% bbGt version=3\nperson 1 2 3\n", 2, "columns"),
-     ("% bbGt version=3\n\nperson 1 x 3 4 0 0 0 0 0 0 0\n", 3, "'x'"),
-     ("% bbGt version=3\nperson 1 2 nan 4 0 0 0 0 0 0 0\n", 2, "positive"),
-     ("% bbGt version=3\nperson inf 2 3 4 0 0 0 0 0 0 0\n", 2, "box of pixels"),
-     ("% bbGt version=3\nperson 1 2 0 4 0 0 0 0 0 0 0\n", 2, "positive"),
-     ("% bbGt version=3\nperson 1 2 3 -4 0 0 0 0 0 0 0\n", 2, "positive"),
-     ("% bbGt version=3\nperson 1 2 3 4 3 0 0 0 0 0 0\n", 2, "occlusion")],
-)  # fmt: skip
+    [
+        ("", 1, "header"),
+        ("person 1 2 3 4 0 0 0 0 0 0 0\n", 1, "header"),
+        ("% bbGt version=3\nperson 1 2 3\n", 2, "columns"),
+        ("% bbGt version=3\n\nperson 1 x 3 4 0 0 0 0 0 0 0\n", 3, "'x'"),
+        ("% bbGt version=3\nperson 1 2 nan 4 0 0 0 0 0 0 0\n", 2, "positive"),
+        ("% bbGt version=3\nperson inf 2 3 4 0 0 0 0 0 0 0\n", 2, "box of pixels"),
+        ("% bbGt version=3\nperson 1 2 0 4 0 0 0 0 0 0 0\n", 2, "positive"),
+        ("% bbGt version=3\nperson 1 2 3 -4 0 0 0 0 0 0 0\n", 2, "positive"),
+        ("% bbGt version=3\nperson 1 2 3 4 3 0 0 0 0 0 0\n", 2, "occlusion"),
+    ],
+)
 def test_bad_bbgt_is_named(tmp_path, text, line, word):
     path = write(tmp_path / f"annotations/{FRAME}.txt", text)
     with pytest.raises(InputError, match=word) as error:
@@ -166,10 +182,15 @@ def test_bad_bbgt_is_named(tmp_path, text, line, word):
 
 @pytest.mark.parametrize(
     ("old", "new", "word"),
-    [("</object>", "", "broken XML"), ("<name>person</name>", "", "name"),
-     ("<w>30</w>", "", "bndbox"), ("<w>30</w>", "<w></w>", "not a number"),
-     ("<w>30</w>", "<w>-3</w>", "positive"), ("<occlusion>0", "<occlusion>7", "occlusion")],
-)  # fmt: skip
+    [
+        ("</object>", "", "broken XML"),
+        ("<name>person</name>", "", "name"),
+        ("<w>30</w>", "", "bndbox"),
+        ("<w>30</w>", "<w></w>", "not a number"),
+        ("<w>30</w>", "<w>-3</w>", "positive"),
+        ("<occlusion>0", "<occlusion>7", "occlusion"),
+    ],
+)
 def test_bad_xml_is_named(tmp_path, old, new, word):
     path = write(tmp_path / f"annotations-xml-new/{FRAME}.xml", XML.replace(old, new, 1))
     with pytest.raises(InputError, match=word) as error:

@@ -184,10 +184,7 @@ def test_same_seed_same_bytes(root: Path, tmp_path: Path) -> None:
 
     def digest(place: Path) -> dict[str, str]:
         files = (path for path in sorted(place.rglob("*")) if path.is_file())
-        return {
-            str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in files
-        }
+        return {str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     again, other = tmp_path / "again", tmp_path / "other"
     demo_data.draw_demo(again, train_frames=6, test_frames=12, progress=False, workers=1)
@@ -235,14 +232,10 @@ def test_ensure_draws_only_what_is_absent(
 def test_script(tmp_path: Path) -> None:
     """As a user runs it: draws, then refuses in one line to draw again."""
     command = [*SCRIPT, "--root", "set", "--train-frames", "6", "--test-frames", "6"]
-    first, second = (
-        subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        for _ in range(2)
-    )
+    first, second = (subprocess.run(command, cwd=tmp_path, capture_output=True, text=True) for _ in range(2))
     assert first.returncode == 0 and (tmp_path / "set" / "KAIST_annotation.json").is_file()
     assert second.returncode == 2 and second.stderr.count("\n") == 1
     few = subprocess.run(
-        [*SCRIPT, "--root", "few", "--test-frames", "5"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
+        [*SCRIPT, "--root", "few", "--test-frames", "5"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert few.returncode == 2 and "ask for 6 or more" in few.stderr

@@ -28,8 +28,13 @@ from kaist.miss_rate import (
 from kaist.results import Detections, read_detections
 
 ANYONE = {"anyone": Setup((1, np.inf), (0, 1, 2))}
-RESULTS = ("MLPD_result.txt", "MLPD_result.json", "MBNet_result.txt", "MSDS-RCNN_result.txt",
-           "URP2024_prediction_example.json")  # fmt: skip
+RESULTS = (
+    "MLPD_result.txt",
+    "MLPD_result.json",
+    "MBNet_result.txt",
+    "MSDS-RCNN_result.txt",
+    "URP2024_prediction_example.json",
+)
 
 
 def frame_ids(n, video="set06/V000"):
@@ -42,9 +47,11 @@ def make_people(*rows, frames=1):
     table = np.array(rows, dtype=np.float64).reshape(-1, 7)
     return GroundTruth(
         frames if isinstance(frames, tuple) else frame_ids(frames),
-        table[:, 0].astype(np.int64), table[:, 1:5], table[:, 5].astype(np.int64),
+        table[:, 0].astype(np.int64),
+        table[:, 1:5],
+        table[:, 5].astype(np.int64),
         table[:, 6] != 0,
-    )  # fmt: skip
+    )
 
 
 def make_detections(*rows):
@@ -64,8 +71,11 @@ def outcomes(people, detections, setup=ANYONE["anyone"]):
 
 def slow_evaluate(people, detections, setup, protocol="official"):
     """Written from the description of the protocol, an image, a box, a pair at a time."""
-    inside = {"all": lambda f: True, "day": lambda f: time_of_day(f) == "day",
-              "night": lambda f: time_of_day(f) == "night"}[setup.subset]  # fmt: skip
+    inside = {
+        "all": lambda f: True,
+        "day": lambda f: time_of_day(f) == "day",
+        "night": lambda f: time_of_day(f) == "night",
+    }[setup.subset]
     pool, n_positive, n_frames = [], 0, 0
     for index, frame_id in enumerate(people.frames):
         if not inside(frame_id):
@@ -79,8 +89,10 @@ def slow_evaluate(people, detections, setup, protocol="official"):
             ignore = ignore or x < 5 or y < 5 or x + w > 635 or y + h > 507
             truths.append([x, y, w, h, ignore, False])
         truths.sort(key=lambda truth: truth[4])
-        mine = [(detections.boxes[k].tolist(), float(detections.scores[k]))
-                for k in np.flatnonzero(detections.frame == index).tolist()]  # fmt: skip
+        mine = [
+            (detections.boxes[k].tolist(), float(detections.scores[k]))
+            for k in np.flatnonzero(detections.frame == index).tolist()
+        ]
         mine.sort(key=lambda item: -item[1])
         if mine or protocol == "official":
             n_positive += sum(not truth[4] for truth in truths)
@@ -129,9 +141,12 @@ def random_case(rng):
     corner = rng.integers(0, 12, (count, 2)) * (12, 10)
     size = np.stack([rng.integers(2, 5, count) * 12, rng.integers(3, 13, count) * 10], 1)
     people = GroundTruth(
-        frames, frame, np.hstack([corner, size]).astype(np.float64),
-        rng.choice([0, 0, 0, 1, 2], count), rng.random(count) < 0.2,
-    )  # fmt: skip
+        frames,
+        frame,
+        np.hstack([corner, size]).astype(np.float64),
+        rng.choice([0, 0, 0, 1, 2], count),
+        rng.random(count) < 0.2,
+    )
     copies = rng.integers(0, count, int(rng.integers(0, 3 * count))) if count else np.zeros(0, int)
     near = people.boxes[copies] + rng.integers(-1, 2, (len(copies), 4)) * (6, 10, 6, 10)
     far = np.hstack([rng.integers(0, 500, (n, 2)), rng.integers(20, 100, (n, 2))])
@@ -158,9 +173,10 @@ def test_equals_slow_version_on_random_cases(seed):
 def test_every_shuffle_gives_what_the_order_of_boxes_gives(seed):
     rng = np.random.default_rng(100 + seed)
     people, detections = random_case(rng)
-    expected = evaluate(people, reorder(detections, np.lexsort(
-        (*detections.boxes.T[::-1], -detections.scores, detections.frame)
-    )))  # fmt: skip
+    expected = evaluate(
+        people,
+        reorder(detections, np.lexsort((*detections.boxes.T[::-1], -detections.scores, detections.frame))),
+    )
     for _ in range(3):
         shuffled = reorder(detections, rng.permutation(len(detections.scores)))
         for name, result in evaluate(people, shuffled).items():
@@ -169,9 +185,7 @@ def test_every_shuffle_gives_what_the_order_of_boxes_gives(seed):
 
 
 def reorder(detections, order):
-    return Detections(
-        detections.frame[order], detections.boxes[order], detections.scores[order]
-    )
+    return Detections(detections.frame[order], detections.boxes[order], detections.scores[order])
 
 
 # ------------------------------------------------------------------- matching, by hand
@@ -231,9 +245,11 @@ def test_loser_takes_its_second_choice_in_a_chain():
     # A takes P; B wanted P and takes Q; C wanted Q and takes R; D finds nobody
     people = make_people(*((0, 100, y, 40, 100) for y in (100, 120, 140)))
     detections = make_detections(
-        (0, 100, 102, 40, 100, 0.9), (0, 100, 104, 40, 100, 0.8),
-        (0, 100, 118, 40, 100, 0.7), (0, 100, 119, 40, 100, 0.6),
-    )  # fmt: skip
+        (0, 100, 102, 40, 100, 0.9),
+        (0, 100, 104, 40, 100, 0.8),
+        (0, 100, 118, 40, 100, 0.7),
+        (0, 100, 119, 40, 100, 0.6),
+    )
     assert outcomes(people, detections) == ([1, 1, 1, 0], [0, 1, 2])
 
 
@@ -277,9 +293,7 @@ def test_heights_and_occlusion_are_inclusive():
 
 def test_detections_are_not_filtered_by_height():
     people = make_people((0, 100, 100, 40, 56))
-    assert outcomes(people, make_detections((0, 100, 100, 40, 40, 0.9)), SETUPS["Reasonable-all"])[
-        0
-    ] == [1]
+    assert outcomes(people, make_detections((0, 100, 100, 40, 40, 0.9)), SETUPS["Reasonable-all"])[0] == [1]
 
 
 def test_detection_without_area_is_a_false_positive():
@@ -292,9 +306,10 @@ def test_detection_without_area_is_a_false_positive():
 def test_curve_by_hand():
     # two people in 10 frames; in order of score: hit, false, hit
     people = make_people((0, 100, 100, 40, 100), (1, 100, 100, 40, 100), frames=10)
-    result = evaluate(people, make_detections(
-        (0, 100, 100, 40, 100, 0.9), (5, 1, 1, 40, 100, 0.8), (1, 100, 100, 40, 100, 0.7)
-    ))["Reasonable-all"]  # fmt: skip
+    result = evaluate(
+        people,
+        make_detections((0, 100, 100, 40, 100, 0.9), (5, 1, 1, 40, 100, 0.8), (1, 100, 100, 40, 100, 0.7)),
+    )["Reasonable-all"]
     assert result.fppi.tolist() == [0, 0.1, 0.1]
     assert result.detection_rate.tolist() == [0.5, 0.5, 1]
     assert result.rates.tolist() == [0.5] * 4 + [1.0] * 5  # FPPI 0.1 is the fifth point
@@ -305,9 +320,9 @@ def test_curve_by_hand():
 
 def test_first_detection_false_with_few_frames_gives_rate_zero():
     people = make_people((0, 100, 100, 40, 100), frames=2)
-    result = evaluate(
-        people, make_detections((1, 9, 9, 40, 90, 0.9), (0, 100, 100, 40, 100, 0.8))
-    )["Reasonable-all"]
+    result = evaluate(people, make_detections((1, 9, 9, 40, 90, 0.9), (0, 100, 100, 40, 100, 0.8)))[
+        "Reasonable-all"
+    ]
     assert result.rates.tolist() == [0] * 7 + [1, 1]  # 1 / 2 is reached at the point 0.562
     assert result.miss_rate == pytest.approx(1e-10 ** (2 / 9), rel=1e-12)
 
@@ -344,9 +359,7 @@ def test_leaderboard_drops_frames_without_detections_and_rounds_points():
     script = evaluate(people, detections, protocol="leaderboard")["Reasonable-all"]
     assert official.n_positive == 3 and official.miss_rate == pytest.approx(2 / 3)
     assert script.n_positive == 1 and script.miss_rate == 0 and script.n_frames == 3
-    assert script.points.tolist() == [
-        0.01, 0.0178, 0.0316, 0.0562, 0.1, 0.1778, 0.3162, 0.5623, 1.0
-    ]  # fmt: skip
+    assert script.points.tolist() == [0.01, 0.0178, 0.0316, 0.0562, 0.1, 0.1778, 0.3162, 0.5623, 1.0]
     with pytest.raises(InputError, match="protocol"):
         evaluate(people, detections, protocol="matlab")
 
@@ -365,8 +378,9 @@ def test_subsets_go_by_set_number_not_by_position():
     results = evaluate(people, make_detections((1, 100, 100, 40, 100, 0.9)))
     assert results["Reasonable-day"].miss_rate == pytest.approx(0.5)
     assert results["Reasonable-night"].miss_rate == 1
-    few, found = select_frames(people, make_detections((1, 1, 1, 9, 9, 0.5), (3, 1, 1, 9, 9, 0.6)),
-                               [frames[3], frames[0]])  # fmt: skip
+    few, found = select_frames(
+        people, make_detections((1, 1, 1, 9, 9, 0.5), (3, 1, 1, 9, 9, 0.6)), [frames[3], frames[0]]
+    )
     assert few.frame.tolist() == [0, 1] and found.frame.tolist() == [0] and found.other_frames == 1
     with pytest.raises(InputError, match="set00/V000/I00000"):
         select_frames(people, found, ["set00/V000/I00000"])
@@ -402,10 +416,13 @@ def slow_resample(people, detections, setup, picks):
     """The miss rate of a list of frames with repetitions, by writing them all out."""
     rows, boxes = [], []
     for new, old in enumerate(picks):
-        rows += [(new, *people.boxes[k], people.occlusion[k], people.ignore[k])
-                 for k in np.flatnonzero(people.frame == old)]  # fmt: skip
-        boxes += [(new, *detections.boxes[k], detections.scores[k])
-                  for k in np.flatnonzero(detections.frame == old)]  # fmt: skip
+        rows += [
+            (new, *people.boxes[k], people.occlusion[k], people.ignore[k])
+            for k in np.flatnonzero(people.frame == old)
+        ]
+        boxes += [
+            (new, *detections.boxes[k], detections.scores[k]) for k in np.flatnonzero(detections.frame == old)
+        ]
     copied = make_people(*rows, frames=len(picks))
     return evaluate(copied, make_detections(*boxes), {"it": setup})["it"].miss_rate
 
@@ -457,8 +474,12 @@ def test_equals_the_official_tools(reference, real_people, name):
     expected = json.loads((reference / "results" / "reference.json").read_text())[name]
     detections = read_detections(reference / "results" / name, real_people.frames)
     order = np.random.default_rng(0).permutation(len(detections.scores))
-    orders = {"as is": slice(None), "reversed": slice(None, None, -1), "shuffled": order,
-              "by score": np.argsort(-detections.scores, kind="stable")}  # fmt: skip
+    orders = {
+        "as is": slice(None),
+        "reversed": slice(None, None, -1),
+        "shuffled": order,
+        "by score": np.argsort(-detections.scores, kind="stable"),
+    }
     for kind in orders.values():
         reordered = reorder(detections, kind)
         official = evaluate(real_people, reordered)
@@ -509,8 +530,7 @@ def test_memory_grows_with_the_detections_not_their_square(reference, real_peopl
     for times in (2, 20):
         boxes = np.tile(detections.boxes, (times, 1))
         boxes += rng.uniform(-1, 1, boxes.shape)
-        many = Detections(np.tile(detections.frame, times), boxes,
-                          rng.random(len(boxes)))  # fmt: skip
+        many = Detections(np.tile(detections.frame, times), boxes, rng.random(len(boxes)))
         tracemalloc.start()
         evaluate(real_people, many)
         peaks.append(tracemalloc.get_traced_memory()[1])

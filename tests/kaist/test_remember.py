@@ -16,9 +16,11 @@ from kaist.images import check_images
 from kaist.miss_rate import load_ground_truth
 
 IDS = [f"set0{i % 3}/V00{i % 2}/I{i:05d}" for i in range(12)]
-XML = ("<annotation>{}</annotation>",
-       "<object><name>{}</name><bndbox><x>{}</x><y>{}</y><w>{}</w><h>{}</h></bndbox>"
-       "<occlusion>{}</occlusion></object>")  # fmt: skip
+XML = (
+    "<annotation>{}</annotation>",
+    "<object><name>{}</name><bndbox><x>{}</x><y>{}</y><w>{}</w><h>{}</h></bndbox>"
+    "<occlusion>{}</occlusion></object>",
+)
 
 
 @pytest.fixture
@@ -41,8 +43,14 @@ age.seconds = 10**9
 def write(path, rng):
     """A file of 0 to 3 random objects."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [(rng.choice(["person", "people", "a person"][: 2 + (path.suffix == ".xml")]),
-             *rng.integers(1, 99, 4), rng.integers(3)) for _ in range(rng.integers(4))]  # fmt: skip
+    rows = [
+        (
+            rng.choice(["person", "people", "a person"][: 2 + (path.suffix == ".xml")]),
+            *rng.integers(1, 99, 4),
+            rng.integers(3),
+        )
+        for _ in range(rng.integers(4))
+    ]
     if path.suffix == ".xml":
         path.write_text(XML[0].format("".join(XML[1].format(*row) for row in rows)))
     else:
@@ -67,8 +75,9 @@ def same(annotations):
 def test_memory_is_never_stale(form, tmp_path, memory, monkeypatch):
     rng = np.random.default_rng(0)
     folder = tmp_path / "root"
-    layout = {"bbgt": "{0}/{1}.txt", "flat": "{2}.txt", "xml": "{0}/{1}.xml",
-              "paired": "{0}/lwir/{1}.txt"}[form]  # fmt: skip
+    layout = {"bbgt": "{0}/{1}.txt", "flat": "{2}.txt", "xml": "{0}/{1}.xml", "paired": "{0}/lwir/{1}.txt"}[
+        form
+    ]
     paths = [folder / layout.format(*i.rsplit("/", 1), i.replace("/", "_")) for i in IDS]
     for path in paths:
         write(path, rng)

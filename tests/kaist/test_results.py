@@ -27,8 +27,10 @@ BOX = [100, 100, 40, 100]
 def annotations(tmp_path):
     """Four frames with a person each."""
     images = [{"id": i, "im_name": f, "height": 512, "width": 640} for i, f in enumerate(FRAMES)]
-    items = [{"id": i, "image_id": i, "category_id": 1, "bbox": BOX, "height": 100,
-              "occlusion": 0, "ignore": 0} for i in range(4)]  # fmt: skip
+    items = [
+        {"id": i, "image_id": i, "category_id": 1, "bbox": BOX, "height": 100, "occlusion": 0, "ignore": 0}
+        for i in range(4)
+    ]
     path = tmp_path / "KAIST_annotation.json"
     categories = [{"id": 1, "name": "person"}]
     path.write_text(json.dumps({"images": images, "annotations": items, "categories": categories}))
@@ -59,9 +61,12 @@ def run_eval(folder, *arguments, code=0):
     block.parent.mkdir(exist_ok=True)
     block.write_text("raise ImportError('torch is not installed')")
     done = subprocess.run(
-        [sys.executable, PROJECT / "eval.py", *map(str, arguments)], cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(block.parent)}, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, PROJECT / "eval.py", *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(block.parent)},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr if code else done.stdout
@@ -100,12 +105,22 @@ def test_no_rows_are_a_result(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "word"),
-    [("0,1,2,3,4,0.5", "1 to 4"), ("5,1,2,3,4,0.5", "1 to 4"), ("1.5,1,2,3,4,0.5", "1 to 4"),
-     ("1,1,2,-3,4,0.5", "negative"), ("1,1,2,3,-1,0.5", "negative"), ("1,1,2,3,4,nan", "finite"),
-     ("1,inf,2,3,4,1", "finite"), ("1,1,2,3,4", "is not image_id"), ("", "is not image_id"),
-     ("1,1,2,3,4,0.5,6", "is not image_id"), ("1,1,2,3,4,x", "is not image_id"),
-     ("1 1 2 3 4 0.5", "is not image_id"), ("1_0,1,2,3,4,0.5", "is not image_id")],
-)  # fmt: skip
+    [
+        ("0,1,2,3,4,0.5", "1 to 4"),
+        ("5,1,2,3,4,0.5", "1 to 4"),
+        ("1.5,1,2,3,4,0.5", "1 to 4"),
+        ("1,1,2,-3,4,0.5", "negative"),
+        ("1,1,2,3,-1,0.5", "negative"),
+        ("1,1,2,3,4,nan", "finite"),
+        ("1,inf,2,3,4,1", "finite"),
+        ("1,1,2,3,4", "is not image_id"),
+        ("", "is not image_id"),
+        ("1,1,2,3,4,0.5,6", "is not image_id"),
+        ("1,1,2,3,4,x", "is not image_id"),
+        ("1 1 2 3 4 0.5", "is not image_id"),
+        ("1_0,1,2,3,4,0.5", "is not image_id"),
+    ],
+)
 def test_bad_text_is_named(tmp_path, line, word):
     good = "2,1,2,3,4,0.5"
     with pytest.raises(InputError, match=word) as error:
@@ -115,14 +130,25 @@ def test_bad_text_is_named(tmp_path, line, word):
 
 @pytest.mark.parametrize(
     ("bad", "word"),
-    [(entry(4), "0 to 3"), (entry(-1), "0 to 3"), (entry(0.5), "0 to 3"),
-     (entry(box=[1, 2, -1, 4]), "negative"), (entry(value=float("nan")), "finite"),
-     (entry(value=None), "no detection"), (entry(box=[1, 2, 3]), "no detection"),
-     (entry(box="1234"), "no detection"), (entry(category="1"), "no detection"),
-     (entry(category=None), "no detection"), (entry(value="0.5"), "no detection"),
-     (entry(box=[1, 2, 3, 4, 5]), "no detection"), (entry(value="high"), "no detection"),
-     ({"image_id": 0}, "no detection"), (7, "no detection"), (entry(FRAMES[0]), "no detection")],
-)  # fmt: skip
+    [
+        (entry(4), "0 to 3"),
+        (entry(-1), "0 to 3"),
+        (entry(0.5), "0 to 3"),
+        (entry(box=[1, 2, -1, 4]), "negative"),
+        (entry(value=float("nan")), "finite"),
+        (entry(value=None), "no detection"),
+        (entry(box=[1, 2, 3]), "no detection"),
+        (entry(box="1234"), "no detection"),
+        (entry(category="1"), "no detection"),
+        (entry(category=None), "no detection"),
+        (entry(value="0.5"), "no detection"),
+        (entry(box=[1, 2, 3, 4, 5]), "no detection"),
+        (entry(value="high"), "no detection"),
+        ({"image_id": 0}, "no detection"),
+        (7, "no detection"),
+        (entry(FRAMES[0]), "no detection"),
+    ],
+)
 def test_bad_json_entry_is_named(tmp_path, bad, word):
     content = ",\n".join(map(json.dumps, [entry(category=0), entry(1), bad, entry(2)]))
     with pytest.raises(InputError, match=word) as error:
@@ -152,8 +178,11 @@ def test_boxes_without_area_are_false_positives_as_in_bbgt(tmp_path):
 
 
 def test_bad_files_are_named(tmp_path):
-    for text, word in (("{}", ":1: the JSON is not a list"), ("[\n1,\n", ":3: broken JSON"),
-                       ("", "broken JSON")):  # fmt: skip
+    for text, word in (
+        ("{}", ":1: the JSON is not a list"),
+        ("[\n1,\n", ":3: broken JSON"),
+        ("", "broken JSON"),
+    ):
         with pytest.raises(InputError, match=word):
             read(tmp_path / "a.json", text)
     with pytest.raises(InputError, match="not found"):
@@ -193,16 +222,16 @@ def test_companion_says_what_ids_mean(tmp_path):
 
 def test_unwritable_place_is_named(tmp_path):
     with pytest.raises(InputError, match="cannot write"):
-        write_detections(tmp_path / "none" / "a.txt", Detections(
-            np.zeros(0, int), np.zeros((0, 4)), np.zeros(0)), FRAMES)  # fmt: skip
+        write_detections(
+            tmp_path / "none" / "a.txt", Detections(np.zeros(0, int), np.zeros((0, 4)), np.zeros(0)), FRAMES
+        )
 
 
 # ------------------------------------------------------------------- reports
 
 
 def perfect(n=4, shift=0.0):
-    return Detections(np.arange(n), np.array([BOX] * n, float) + [shift, 0, 0, 0],
-                      np.linspace(0.9, 0.6, n))  # fmt: skip
+    return Detections(np.arange(n), np.array([BOX] * n, float) + [shift, 0, 0, 0], np.linspace(0.9, 0.6, n))
 
 
 def test_notes_name_what_a_reader_must_know(annotations, capsys):
@@ -227,8 +256,11 @@ def test_report_writes_the_run(annotations, tmp_path, capsys):
     assert read_detections(tmp_path / "detections.txt", FRAMES).frame.tolist() == [0, 1]
     assert json.loads((tmp_path / "miss_rate.json").read_text())["mine"] == numbers
     assert headline(evaluate(truth, perfect(2))).keys() == {
-        "miss_rate", "miss_rate_day", "miss_rate_night", "recall"
-    }  # fmt: skip
+        "miss_rate",
+        "miss_rate_day",
+        "miss_rate_night",
+        "recall",
+    }
     with Image.open(tmp_path / "miss_rate.png") as image:
         assert image.size[0] > 1000
 
@@ -249,9 +281,18 @@ def test_script_without_torch(annotations, tmp_path):
     for k, name in enumerate(("good.txt", "poor.json")):
         frames_path(tmp_path / name).unlink(missing_ok=k > 0)
     out = run_eval(
-        tmp_path, "--detections", "poor.json", "good.txt", "--annotations", annotations,
-        "--all-setups", "--bootstrap", 50, "--json", "numbers.json",
-    )  # fmt: skip
+        tmp_path,
+        "--detections",
+        "poor.json",
+        "good.txt",
+        "--annotations",
+        annotations,
+        "--all-setups",
+        "--bootstrap",
+        50,
+        "--json",
+        "numbers.json",
+    )
     lines = [line.split() for line in out.splitlines()]
     names = [line[0] for line in lines if line and line[0] in ("good", "poor")]
     assert names[:2] == ["good", "poor"]
@@ -269,14 +310,20 @@ def test_script_takes_lists_and_subsets(annotations, tmp_path, monkeypatch, caps
     monkeypatch.chdir(tmp_path)
     (tmp_path / "night.txt").write_text("\n".join(FRAMES[2:]))
     (tmp_path / "night-result.txt").write_text("1,100,100,40,100,0.9\n")
-    run_main(monkeypatch, "--detections", "night-result.txt", "--annotations", annotations,
-             "--image-list", "night.txt")  # fmt: skip
+    run_main(
+        monkeypatch,
+        "--detections",
+        "night-result.txt",
+        "--annotations",
+        annotations,
+        "--image-list",
+        "night.txt",
+    )
     out = capsys.readouterr().out
     assert re.search(r"night-result +50\.00 +– +50\.00 +50\.00", out)
     (tmp_path / "all.txt").write_text("3,100,100,40,100,0.9\n1,100,100,40,100,0.8\n")
     for subset in ("night", "night.txt"):
-        run_main(monkeypatch, "--detections", "all.txt", "--annotations", annotations,
-                 "--subset", subset)  # fmt: skip
+        run_main(monkeypatch, "--detections", "all.txt", "--annotations", annotations, "--subset", subset)
         out = capsys.readouterr().out
         assert re.search(r"all +50\.00 +– +50\.00", out) and "left out 1 rows" in out
 
@@ -302,16 +349,19 @@ def test_script_pictures_errors(annotations, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [(["--detections", "none.txt"], "none.txt"), (["--detections", "bad.txt"], "bad.txt:2: "),
-     (["--detections", "good.txt", "--image-list", "no-list.txt"], "no-list.txt"),
-     (["--detections", "good.txt", "--subset", "road"], "road"),
-     (["--detections", "good.txt", "good.txt"], "twice"),
-     (["--detections", "good.txt", "--out", "curves.doc"], "curves.doc"),
-     (["--detections", "good.txt", "--out", "none/curves.png"], "no such folder"),
-     (["--detections", "good.txt", "--show-errors", "3"], "--data-root"),
-     (["--detections", "good.txt", "--bootstrap", "-1"], "--bootstrap"),
-     (["--detections", "good.txt", "--bogus"], "--bogus")],
-)  # fmt: skip
+    [
+        (["--detections", "none.txt"], "none.txt"),
+        (["--detections", "bad.txt"], "bad.txt:2: "),
+        (["--detections", "good.txt", "--image-list", "no-list.txt"], "no-list.txt"),
+        (["--detections", "good.txt", "--subset", "road"], "road"),
+        (["--detections", "good.txt", "good.txt"], "twice"),
+        (["--detections", "good.txt", "--out", "curves.doc"], "curves.doc"),
+        (["--detections", "good.txt", "--out", "none/curves.png"], "no such folder"),
+        (["--detections", "good.txt", "--show-errors", "3"], "--data-root"),
+        (["--detections", "good.txt", "--bootstrap", "-1"], "--bootstrap"),
+        (["--detections", "good.txt", "--bogus"], "--bogus"),
+    ],
+)
 def test_script_names_what_is_wrong(annotations, tmp_path, monkeypatch, arguments, word):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "good.txt").write_text("1,100,100,40,100,0.9\n")
@@ -328,13 +378,18 @@ def test_script_fails_in_one_line(annotations, tmp_path):
 
 def test_script_on_real_files(reference, tmp_path):
     results = reference / "results"
-    files = [results / name for name in (
-        "MLPD_result.txt", "MLPD_result.json", "MBNet_result.txt", "MSDS-RCNN_result.txt",
-        "URP2024_prediction_example.json")]  # fmt: skip
+    files = [
+        results / name
+        for name in (
+            "MLPD_result.txt",
+            "MLPD_result.json",
+            "MBNet_result.txt",
+            "MSDS-RCNN_result.txt",
+            "URP2024_prediction_example.json",
+        )
+    ]
     annotations = reference / "annotations" / "KAIST_annotation.json"
-    out = run_eval(
-        tmp_path, "--detections", *files, "--annotations", annotations, "--json", "n.json"
-    )
+    out = run_eval(tmp_path, "--detections", *files, "--annotations", annotations, "--json", "n.json")
     assert "loses 103 of 1455 people: it says 27.33, and 32.65 is right" in out
     assert re.search(r"MLPD_result.txt +7\.58 +7\.95 +6\.95 +96\.70 +7\.58 +7\.96 +6\.95", out)
     numbers = json.loads((tmp_path / "n.json").read_text())

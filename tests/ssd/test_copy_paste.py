@@ -60,9 +60,14 @@ def frames(demo_root):
 
 def data_set(root, frames, **options):
     return KaistPairs(
-        root, frames, input_mode="early", size=(300, 300), augmentation=Augmentation(**options),
-        masks_follow=True, seed=0,
-    )  # fmt: skip
+        root,
+        frames,
+        input_mode="early",
+        size=(300, 300),
+        augmentation=Augmentation(**options),
+        masks_follow=True,
+        seed=0,
+    )
 
 
 def test_samples_with_pasted_people_are_repeatable_and_their_masks_follow(demo_root, frames):

@@ -58,15 +58,11 @@ def slow_loss(predictions, boxes, labels, priors, distance):
     total = 0
     for image in range(len(boxes)):
         target, owner = slow_match(boxes[image], labels[image], priors)
-        ce = F.cross_entropy(
-            predictions.conf[image], torch.tensor(target).clamp(min=0), reduction="none"
-        )
+        ce = F.cross_entropy(predictions.conf[image], torch.tensor(target).clamp(min=0), reduction="none")
         positives = [j for j, t in enumerate(target) if t == 1]
         for j in positives:
             wanted = box_convert(boxes[image, owner[j]], "xyxy", "cxcywh")
-            loc = loc + distance(
-                predictions.loc[image, j], encode(wanted, priors[j]), reduction="sum"
-            )
+            loc = loc + distance(predictions.loc[image, j], encode(wanted, priors[j]), reduction="sum")
             conf = conf + ce[j]
         negatives = sorted((ce[j] for j, t in enumerate(target) if t == 0), reverse=True)
         conf = conf + sum(negatives[: max(3, 3 * len(positives))])
@@ -155,8 +151,7 @@ def test_both_ways_give_the_same_loss_and_gradient(seed):
     loc = torch.randn(5, len(priors), 4, requires_grad=True)
     conf = torch.randn(5, len(priors), 2, requires_grad=True)
     criterion = MultiBoxLoss(priors, loc_loss="l1", loc_reduction="sum")
-    ways = [way(Predictions(loc, conf, []), boxes, labels)
-            for way in (criterion.sparse, criterion.static)]  # fmt: skip
+    ways = [way(Predictions(loc, conf, []), boxes, labels) for way in (criterion.sparse, criterion.static)]
     assert ways[0][2] == ways[1][2]
     for term in (0, 1):
         a, b = (way[term] for way in ways)
@@ -211,9 +206,7 @@ def test_refused_person_takes_a_prior_back_from_a_weaker_one():
     cxcywh = torch.stack([x, torch.full((3,), 0.5), *torch.full((2, 3), 0.2)], -1)
     boxes = box_convert(cxcywh, "cxcywh", "xyxy")
     target, owner = both_ways(boxes.unsqueeze(0), torch.ones(1, 3).long(), priors)
-    assert (target.tolist(), owner.tolist()) == tuple(
-        [v] for v in slow_match(boxes, torch.ones(3), priors)
-    )
+    assert (target.tolist(), owner.tolist()) == tuple([v] for v in slow_match(boxes, torch.ones(3), priors))
     assert sorted(owner[0][target[0] == 1].tolist()) == [0, 1, 2]
 
 
@@ -250,8 +243,9 @@ def test_empty_frames_teach_and_stay_finite():
     conf = torch.zeros(2, 8732, 2, requires_grad=True)
     criterion = MultiBoxLoss(PRIORS, loc_loss="smooth_l1", loc_reduction="mean")
     for most in (0, 1):
-        losses = criterion(Predictions(loc, conf, []), torch.zeros(2, most, 4),
-                           torch.zeros(2, most, dtype=torch.int64))  # fmt: skip
+        losses = criterion(
+            Predictions(loc, conf, []), torch.zeros(2, most, 4), torch.zeros(2, most, dtype=torch.int64)
+        )
         assert losses[0] == 0 and losses[1].item() == pytest.approx(6 * math.log(2), rel=1e-5)
         grads = torch.autograd.grad(sum(losses), (loc, conf))
         assert all(g.isfinite().all() for g in grads) and grads[1].abs().sum() > 0

@@ -19,8 +19,7 @@ def state_of(make, **arguments):
     """A state of a torchvision network, every tensor a number of its own: little to save."""
     with torch.device("meta"):
         wanted = make(weights=None, **arguments).state_dict()
-    return {key: torch.tensor(0.01 * i).expand(value.shape)
-            for i, (key, value) in enumerate(wanted.items())}  # fmt: skip
+    return {key: torch.tensor(0.01 * i).expand(value.shape) for i, (key, value) in enumerate(wanted.items())}
 
 
 def save(tmp_path, state):
@@ -29,9 +28,7 @@ def save(tmp_path, state):
     return str(path)
 
 
-@pytest.mark.parametrize(
-    ("make", "flags"), [(vgg16, PLAIN), (vgg16_bn, [*WIDE, "--batch-norm"])]
-)
+@pytest.mark.parametrize(("make", "flags"), [(vgg16, PLAIN), (vgg16_bn, [*WIDE, "--batch-norm"])])
 def test_a_vgg_state_file_fills_the_backbone(make, flags, tmp_path):
     state = state_of(make)
     path = save(tmp_path, state)
@@ -66,8 +63,7 @@ def test_an_ssd_state_file_fills_everything(tmp_path):
         (ssd300_vgg16, {"backbone.scale_weight": None}, PLAIN, "lacks backbone.scale_weight"),
     ],
 )
-def test_a_file_that_does_not_fit_is_refused_before_any_data(make, change, flags, message,
-                                                             tmp_path):  # fmt: skip
+def test_a_file_that_does_not_fit_is_refused_before_any_data(make, change, flags, message, tmp_path):
     state = state_of(make, **({"weights_backbone": None} if make is ssd300_vgg16 else {})) | change
     path = save(tmp_path, {key: value for key, value in state.items() if value is not None})
     if make is resnet18 and "--batch-norm" not in flags:

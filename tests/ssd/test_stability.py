@@ -36,9 +36,10 @@ IMAGES = {
     "noise": lambda: torch.randint(0, 256, (FRAMES, 4, 300, 300), dtype=torch.uint8),
     "black": lambda: torch.zeros((FRAMES, 4, 300, 300), dtype=torch.uint8),
     "white": lambda: torch.full((FRAMES, 4, 300, 300), 255, dtype=torch.uint8),
-    "mean": lambda: torch.tensor([124, 116, 104, 114], dtype=torch.uint8)
-    .view(1, 4, 1, 1).expand(FRAMES, 4, 300, 300),
-}  # fmt: skip
+    "mean": lambda: (
+        torch.tensor([124, 116, 104, 114], dtype=torch.uint8).view(1, 4, 1, 1).expand(FRAMES, 4, 300, 300)
+    ),
+}
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -46,9 +47,14 @@ IMAGES = {
 def test_training_on_adversarial_batches_stays_finite(precision, batch_norm):
     torch.manual_seed(0)
     model = SSD300(
-        input_mode="early", batch_norm=batch_norm, width=0.03, infusion=(1,) * 6,
-        infusion_conv=True, prior_set="ssd300", size=(300, 300),
-    ).train()  # fmt: skip
+        input_mode="early",
+        batch_norm=batch_norm,
+        width=0.03,
+        infusion=(1,) * 6,
+        infusion_conv=True,
+        prior_set="ssd300",
+        size=(300, 300),
+    ).train()
     multibox = MultiBoxLoss(model.priors, loc_loss="smooth_l1", loc_reduction="sum")
     segmentation = SegmentationLoss(6, cells="mean", maps="uncertainty")
     parameters = [*model.parameters(), *segmentation.parameters()]

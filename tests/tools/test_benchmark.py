@@ -112,13 +112,10 @@ def test_rows_say_whether_the_target_is_met():
 
 
 def test_training_is_timed_from_the_cache_to_the_weights(tmp_path):
-    bench = benchmark.Bench(torch.device("cpu"), torch.float32, tmp_path, quick=True, seconds=0.0,
-                            rounds=1)  # fmt: skip
+    bench = benchmark.Bench(torch.device("cpu"), torch.float32, tmp_path, quick=True, seconds=0.0, rounds=1)
     rows = list(benchmark.training_rows(bench, n=2, width=0.01, n_frames=8, workers=0))
     assert "images/s" in rows[0].ours and "images/s" in rows[0].reference
-    assert [row.work.split(" alone")[0] for row in rows[1:]] == [
-        "data and augmentation", "losses", "update",
-    ]  # fmt: skip
+    assert [row.work.split(" alone")[0] for row in rows[1:]] == ["data and augmentation", "losses", "update"]
 
 
 @pytest.mark.parametrize("mean", [-3.6, -8.94, -30.0])

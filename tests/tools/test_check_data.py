@@ -40,10 +40,14 @@ def root(demo_root, tmp_path):
 
 
 def xml(frame_id, rows, width=640):
-    items = (f"<object><name>{label}</name><bndbox><x>{x}</x><y>{y}</y><w>{w}</w><h>{h}</h>"
-             "</bndbox></object>" for label, (x, y, w, h) in rows)  # fmt: skip
-    return (f"<annotation><filename>{frame_id}</filename><size><width>{width}</width><height>512"
-            "</height></size>\n" + "\n".join(items) + "</annotation>")  # fmt: skip
+    items = (
+        f"<object><name>{label}</name><bndbox><x>{x}</x><y>{y}</y><w>{w}</w><h>{h}</h></bndbox></object>"
+        for label, (x, y, w, h) in rows
+    )
+    return (
+        f"<annotation><filename>{frame_id}</filename><size><width>{width}</width><height>512"
+        "</height></size>\n" + "\n".join(items) + "</annotation>"
+    )
 
 
 def run(monkeypatch, *arguments):
@@ -160,8 +164,13 @@ def plant(root):
     images[5]["width"] = 320
     images.append({**images[4], "id": 99})
     path.write_text(json.dumps(content))
-    for name in ("json-repeated-id", "incomplete-object", "json-unknown-image",
-                 "contradicting-file", "json-repeated-id"):  # fmt: skip
+    for name in (
+        "json-repeated-id",
+        "incomplete-object",
+        "json-unknown-image",
+        "contradicting-file",
+        "json-repeated-id",
+    ):
         add(name, path)
     path = root / "annotations/KAIST_annotation.json"
     path.write_text("[" * 100_000)
@@ -186,19 +195,21 @@ def paired_path(root, frame_id, modality):
 def test_every_kind_of_fault_is_found_and_nothing_else(root, tmp_path):
     planted = plant(root)
     assert {name for name, *_ in planted} == FAULTS.keys()
-    lists = [part for name in ("train-all", "test-all", "empty")
-             for part in ("--list", f"imageSets/{name}.txt")]  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "tools.check_data", root, *lists],
-                          cwd=tmp_path, capture_output=True, text=True)  # fmt: skip
+    lists = [
+        part for name in ("train-all", "test-all", "empty") for part in ("--list", f"imageSets/{name}.txt")
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.check_data", root, *lists], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     with (tmp_path / "faults.csv").open() as file:
         rows = list(csv.DictReader(file))
-    found = [(row["fault"], str(Path(row["file"]).relative_to(root)), int(row["line"]))
-             for row in rows]  # fmt: skip
+    found = [(row["fault"], str(Path(row["file"]).relative_to(root)), int(row["line"])) for row in rows]
     assert sorted(found) == sorted(planted)
     for name, file, line in planted:  # the table shows them too
-        assert any(name in row and f"{file}:{line}".removesuffix(":0") in row
-                   for row in done.stdout.splitlines())  # fmt: skip
+        assert any(
+            name in row and f"{file}:{line}".removesuffix(":0") in row for row in done.stdout.splitlines()
+        )
 
 
 def test_only_what_training_needs_is_asked_for(root, tmp_path, monkeypatch, capsys):
@@ -221,12 +232,13 @@ def test_only_what_training_needs_is_asked_for(root, tmp_path, monkeypatch, caps
         (["nowhere", "--list", "x.txt"], "nowhere: no such folder"),
         (["{root}", "--list", "x.txt"], "x.txt: image list not found"),
         (["{root}"], "required: --list"),
-        (["{root}", "--list", "imageSets/test-all.txt", "--annotations",
-          "xml-sanitized"], "looked for annotations-xml-new-sanitized"),
-        (["{root}", "--list", "imageSets/test-all.txt", "--out", "none/x.csv"],
-         "none: no such folder"),
+        (
+            ["{root}", "--list", "imageSets/test-all.txt", "--annotations", "xml-sanitized"],
+            "looked for annotations-xml-new-sanitized",
+        ),
+        (["{root}", "--list", "imageSets/test-all.txt", "--out", "none/x.csv"], "none: no such folder"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_checked_is_refused(demo_root, monkeypatch, flags, message):
     flags = [flag.format(root=demo_root) for flag in flags]
     monkeypatch.setattr(sys, "argv", ["check_data.py", *flags])
@@ -235,14 +247,12 @@ def test_what_cannot_be_checked_is_refused(demo_root, monkeypatch, flags, messag
 
 
 @pytest.mark.parametrize(
-    ("names", "mode", "frames"),
-    [(["pairs"], "early", 8), (["lwir-train", "lwir-test"], "lwir", 134)],
+    ("names", "mode", "frames"), [(["pairs"], "early", 8), (["lwir-train", "lwir-test"], "lwir", 134)]
 )
 def test_real_frames_raise_no_alarm(reference, tmp_path, monkeypatch, capsys, names, mode, frames):
     lists = [part for name in names for part in ("--list", f"imageSets/{name}.txt")]
     out = tmp_path / "faults.csv"
-    code = run(monkeypatch, reference / "mini", *lists, "--input-mode", mode,
-               "--out", out)  # fmt: skip
+    code = run(monkeypatch, reference / "mini", *lists, "--input-mode", mode, "--out", out)
     assert code == 0 and f"{frames} frames" in capsys.readouterr().out
 
 

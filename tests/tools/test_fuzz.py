@@ -23,8 +23,9 @@ RESULT = b'[{"image_id": 0, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5
 def png(header):
     """A PNG of nothing but its header chunk."""
     chunk = b"IHDR" + header
-    return (b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk
-            + struct.pack(">I", zlib.crc32(chunk)))  # fmt: skip
+    return (
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    )
 
 
 REGRESSIONS = [
@@ -119,15 +120,27 @@ def test_an_input_depends_on_its_number_and_seed_alone(readers):
 
 def test_a_name_that_the_system_refuses_is_told_in_one_line(tmp_path):
     flags = ["--detections", fuzz.__file__, "--annotations", "A" * 5000]
-    done = subprocess.run([sys.executable, fuzz.eval_script.__file__, *flags], cwd=tmp_path,
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, fuzz.eval_script.__file__, *flags], cwd=tmp_path, capture_output=True, text=True
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("error: AAA") and done.stderr.endswith(": File name too long\n")
 
 
 def test_script_counts_its_inputs(tmp_path):
-    command = [sys.executable, "-m", "tools.fuzz", "--inputs", "400", "--workers", "2",
-               "--reader", "bbgt", "--reader", "image-list"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "tools.fuzz",
+        "--inputs",
+        "400",
+        "--workers",
+        "2",
+        "--reader",
+        "bbgt",
+        "--reader",
+        "image-list",
+    ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "bbgt" in done.stdout and "xml" not in done.stdout

@@ -47,8 +47,7 @@ def test_tables_by_hand():
     heights = np.array([54.9, 55, 115, 200])
     *_, line = priors.coverage_table(found, heights).splitlines()
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == ["`x`", "300x375", "7", "50.0 (0.40)", "100.0 (0.50)", "0.0 (0.30)",
-                     "50.0 (0.40)"]  # fmt: skip
+    assert cells == ["`x`", "300x375", "7", "50.0 (0.40)", "100.0 (0.50)", "0.0 (0.30)", "50.0 (0.40)"]
     *_, line = priors.map_table(found).splitlines()
     # A tie goes to the finer map.
     assert line == "| `x` | 300x375 | 50.0 / 50.0 | 50.0 / 25.0 |"
@@ -69,18 +68,19 @@ def test_pedestrian_is_what_the_real_annotations_give(reference, tmp_path):
         pytest.skip("no archive of the training annotations")
     frames = reference / "imageSets/train-all-20.txt"
     names = "".join(f"annotations-xml-new/{line}.xml\n" for line in frames.read_text().split())
-    subprocess.run(["tar", "xJf", archive, "-C", tmp_path, "-T", "-"], input=names, text=True,
-                   check=True)  # fmt: skip
-    persons, heights = priors.read_persons(Namespace(
-        data_root=tmp_path, annotations="auto", image_list=str(frames), min_height=12.0, margin=5.0,
-    ))  # fmt: skip
+    subprocess.run(["tar", "xJf", archive, "-C", tmp_path, "-T", "-"], input=names, text=True, check=True)
+    persons, heights = priors.read_persons(
+        Namespace(data_root=tmp_path, annotations="auto", image_list=str(frames), min_height=12.0, margin=5.0)
+    )
     assert len(persons) == len(heights) == 1955
     ratio, derived = priors.derive_heights(persons, 8, (300, 300))
     assert ratio == pytest.approx(0.35, abs=0.01)  # of a tenth of the frames
     for ours, stored in zip(derived, prior_shapes("pedestrian"), strict=True):
         assert ours == pytest.approx([h for _, h in stored], abs=0.005)
-    matched = [(priors.cover(persons, name, (300, 300)).overlaps.max(0) >= 0.5).mean()
-               for name in ("ssd300", "pedestrian")]  # fmt: skip
+    matched = [
+        (priors.cover(persons, name, (300, 300)).overlaps.max(0) >= 0.5).mean()
+        for name in ("ssd300", "pedestrian")
+    ]
     assert matched[0] < 0.65 and matched[1] > 0.93
 
 
@@ -96,8 +96,9 @@ def test_every_annotated_frame_of_a_bare_folder(tmp_path, layout, capsys):
     path.parent.mkdir(parents=True)
     path.write_text(text)
     assert priors.annotated_frames(open_annotations(folder)) == ["set00/V000/I00007"]
-    arguments = Namespace(data_root="nowhere", annotations=str(folder), image_list="all",
-                          min_height=12.0, margin=5.0)  # fmt: skip
+    arguments = Namespace(
+        data_root="nowhere", annotations=str(folder), image_list="all", min_height=12.0, margin=5.0
+    )
     persons, heights = priors.read_persons(arguments)
     assert np.allclose(persons, [[120 / 640, 150 / 512, 40 / 640, 100 / 512]])
     assert heights.tolist() == [100]
@@ -116,9 +117,13 @@ def test_script_as_a_user_runs_it(demo_root, tmp_path):
 
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(["--sizes", "300"], "invalid input_size value"), (["--derive", "1"], "from 2 up"),
-     (["--sizes", "100x100"], "INPUT_SIZE"), (["--priors", "vgg"], "invalid choice")],
-)  # fmt: skip
+    [
+        (["--sizes", "300"], "invalid input_size value"),
+        (["--derive", "1"], "from 2 up"),
+        (["--sizes", "100x100"], "INPUT_SIZE"),
+        (["--priors", "vgg"], "invalid choice"),
+    ],
+)
 def test_bad_flags_are_refused(flags, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["priors.py", *flags])
     with pytest.raises(InputError, match=message):

@@ -21,11 +21,31 @@ def runs(demo_root, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name, lr in (("a", "1e-3"), ("b", "1e-4")):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", [
-                "train.py", "--data-root", str(demo_root), "--epochs", "1", "--batch-size", "4",
-                "--workers", "0", "--width", "0.03", "--device", "cpu", "--name", name,
-                "--checkpoints", str(folder), "--lr", lr,
-            ])  # fmt: skip
+            patch.setattr(
+                sys,
+                "argv",
+                [
+                    "train.py",
+                    "--data-root",
+                    str(demo_root),
+                    "--epochs",
+                    "1",
+                    "--batch-size",
+                    "4",
+                    "--workers",
+                    "0",
+                    "--width",
+                    "0.03",
+                    "--device",
+                    "cpu",
+                    "--name",
+                    name,
+                    "--checkpoints",
+                    str(folder),
+                    "--lr",
+                    lr,
+                ],
+            )
             train.main()
     return folder
 
@@ -75,9 +95,7 @@ def test_paired_test_by_hand():
 
 
 def test_holms_correction_by_hand():
-    assert holm({"a": 0.04, "b": 0.01, "c": 0.03}) == pytest.approx(
-        {"b": 0.03, "c": 0.06, "a": 0.06}
-    )
+    assert holm({"a": 0.04, "b": 0.01, "c": 0.03}) == pytest.approx({"b": 0.03, "c": 0.06, "a": 0.06})
 
 
 def outcome(arm, seed, rate):
@@ -87,8 +105,7 @@ def outcome(arm, seed, rate):
 def test_a_study_compares_seed_by_seed():
     question = Study("Is it?", "12", {"19": ("19", {}), "26": ("26", {})}, seeds=3)
     rates = {"12": (30, 40, 50), "19": (29, 39, 49.5), "26": (31, 40, 49)}
-    outcomes = [outcome(arm, seed, rate) for arm, own in rates.items()
-                for seed, rate in enumerate(own)]  # fmt: skip
+    outcomes = [outcome(arm, seed, rate) for arm, own in rates.items() for seed, rate in enumerate(own)]
     table = study.report(question, outcomes + [outcome("19", 9, 5.0)])  # no such baseline
     line = next(line for line in table.splitlines() if line.startswith("| 19"))
     assert "-0.8 [-1.6, -0.1]" in line and "| 4 |" in line
@@ -119,8 +136,9 @@ def one_study(monkeypatch, demo_root, tmp_path):
     monkeypatch.setattr(study, "STUDIES", {"tiny": tiny})
 
     def main(*flags):
-        monkeypatch.setattr(sys, "argv", ["study.py", "tiny", *flags, "--data-root",
-                                          str(demo_root), "--workers", "0"])  # fmt: skip
+        monkeypatch.setattr(
+            sys, "argv", ["study.py", "tiny", *flags, "--data-root", str(demo_root), "--workers", "0"]
+        )
         study.main()
 
     return main
