@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from engine.config import obstacle
-from engine.distributed import ALONE, Team
+from engine.distributed import barrier, is_main_process, rank, world_size
 from engine.loader import BadFrame, BatchLoader, EpochBatches, items_of, share_memory, worker_settings
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations, time_of_day
 from kaist.files import InputError
@@ -221,19 +221,14 @@ class KaistPairs(Dataset):
 
 
 def frame_loader(
-    root: Path,
-    ground_truth: GroundTruth,
-    config: dict[str, Any],
-    device: torch.device,
-    team: Team = ALONE,
-    without: str = "",
+    root: Path, ground_truth: GroundTruth, config: dict[str, Any], device: torch.device, without: str = ""
 ) -> BatchLoader:
     """Batches of whole frames in their order, with the infused maps' masks of their people, after
     a look at every image.
 
-    Of a team each process gets every `team.size`-th frame. A modality that is `without` is blanked.
+    Each process gets every `world_size`-th frame. A modality that is `without` is blanked.
     """
-    frames = frames_of(ground_truth, config)[team.rank :: team.size]
+    frames = frames_of(ground_truth, config)[rank() :: world_size()]
     check_images(root, [frame.id for frame in frames], config["input_mode"], without)
     map_sizes = feature_map_sizes(config["input_size"])
     dataset = KaistPairs(
@@ -357,7 +352,7 @@ def batch_loader(
 
 
 def make_loader(
-    config: dict[str, Any], frames: list[Frame], model: SSD300, device: torch.device, team: Team
+    config: dict[str, Any], frames: list[Frame], model: SSD300, device: torch.device
 ) -> BatchLoader | DeviceLoader:
     """Training batches with masks for the infused maps."""
     names = ("zoom_out", "hue_saturation", "lwir_jitter", "copy_paste", "modality_dropout")
@@ -365,9 +360,9 @@ def make_loader(
     cache = None
     if config["cache"]:
         ids, source = [frame.id for frame in frames], Path(config["data_root"])
-        if team.writes:
+        if is_main_process():
             cache_frames(config["cache"], source, ids, config["input_mode"])
-        team.wait()
+        barrier()
         cache = cache_frames(config["cache"], source, ids, config["input_mode"])
     dataset = KaistPairs(
         Path(config["data_root"]),
@@ -382,7 +377,6 @@ def make_loader(
     settings = {
         "batch_size": config["batch_size"],
         "workers": config["workers"],
-        "team": team,
         "start_method": config["start_method"],
         "map_sizes": [model.map_sizes[i] for i in model.infused_maps],
         "map_range": choose_range(config, model),
@@ -391,7 +385,7 @@ def make_loader(
     able = on_gpu and not obstacle(config)
     if config["loader"] == "device" or (config["loader"] == "auto" and able):
         loader = DeviceLoader(dataset, device=device, **settings)
-        if team.writes:
+        if is_main_process():
             print(loader)
         return loader
     return batch_loader(
@@ -475,7 +469,7 @@ class DeviceLoader:
 
     Args:
         dataset: with a cache, and without copy-paste, whose pixels are of two frames.
-        batch_size: frames a batch, of all processes of the team together.
+        batch_size: frames a batch, of all processes together.
         workers: processes that draw; start_method: how they start, as in `BatchLoader`.
         map_sizes, map_range: of the feature maps that masks are wanted for, as in `Collate`.
 
@@ -494,7 +488,6 @@ class DeviceLoader:
         map_sizes: list[tuple[int, int]],
         device: torch.device,
         map_range: MapRange | None = None,
-        team: Team = ALONE,
     ) -> None:
         self.size = dataset.size
         self.map_sizes = map_sizes
@@ -504,7 +497,7 @@ class DeviceLoader:
         )
         self.frames, means = load_cache(dataset.cache, device)
         self.filler = mean_colour(self.frames.shape[3]).to(device)
-        self.batches = EpochBatches(len(dataset), batch_size, dataset.seed, team)
+        self.batches = EpochBatches(len(dataset), batch_size, dataset.seed)
         self.loader = DataLoader(
             RecipeDraws(dataset, means),
             batch_sampler=self.batches,

@@ -22,7 +22,17 @@ from tqdm import tqdm
 
 from datasets import DeviceLoader, Frame, frame_loader, load_frames, make_loader
 from engine.config import lab_book, model_arguments, read_config, refuse, run_name
-from engine.distributed import Team, join_team
+from engine.distributed import (
+    all_reduce_mean,
+    average_gradients,
+    barrier,
+    broadcast_object,
+    close_distributed,
+    init_distributed,
+    is_main_process,
+    rank,
+    wrap_ddp,
+)
 from engine.loader import BatchLoader
 from engine.monitor import MAX_SKIPS, StepLog
 from engine.optim import MovingAverage, gradient_norm, lr_factor, make_optimizer, set_lr, update
@@ -110,30 +120,30 @@ def main() -> None:
         make_deterministic()
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
-    team, device = join_team(device, config["batch_size"])
-    run = Run(config, run_name(config), model_arguments(config)) if team.writes else None
-    run = team.share(run)
+    device = init_distributed(device, config["batch_size"])
+    run = Run(config, run_name(config), model_arguments(config)) if is_main_process() else None
+    run = broadcast_object(run)
 
-    if team.writes:
+    if is_main_process():
         demo_data.open_root(config["data_root"])
-    team.wait()
+    barrier()
     frames, held_out = read_training_frames(config)
     people = open_test_set(Path(config["data_root"]), config["test_list"], config["test_annotations"])
-    test = watched = open_evaluation(people, config, device, team)
+    test = watched = open_evaluation(people, config, device)
     if held_out:  # they choose the best epoch instead of the test list
         people = load_ground_truth(training_annotations(config), held_out)
-        watched = open_evaluation(people, config, device, team)
+        watched = open_evaluation(people, config, device)
 
     torch.manual_seed(config["seed"])
     model = SSD300(**run.model_args)
-    if team.writes and not run.resumes:
+    if is_main_process() and not run.resumes:
         load_pretrained(model, config["pretrained"])  # the others get them from this process
     model.to(device, memory_format=torch.channels_last)
-    loader = make_loader(config, frames, model, device, team)
+    loader = make_loader(config, frames, model, device)
     terms = ("loc_loss", "loc_reduction", "seg_cells", "seg_maps", "seg_weight")
-    criterion = Criterion(
-        model.priors, model.infused_maps, team=team, **{name: config[name] for name in terms}
-    ).to(device)
+    criterion = Criterion(model.priors, model.infused_maps, **{name: config[name] for name in terms}).to(
+        device
+    )
     optimizer = make_optimizer(model, criterion, config)
     average = MovingAverage(model, config["ema_decay"])
     run.restore(
@@ -141,11 +151,11 @@ def main() -> None:
         | ({"raw_model": model} if average.model is not model else {})
     )
     run.terms = criterion.terms
-    network = team.spread(model)
+    network = wrap_ddp(model)
     if config["compile"] == "on" or (config["compile"] == "auto" and device.type == "cuda"):
         network = torch.compile(network, dynamic=False)
 
-    if team.writes:
+    if is_main_process():
         run.begin()
         print(f"{len(test.people.frames)} test frames, people of {test.people.source}")
         print(
@@ -156,25 +166,25 @@ def main() -> None:
     detections = None
     try:
         while run.epoch < config["epochs"]:
-            train_epoch(run, network, average, loader, criterion, optimizer, device, precision, team)
+            train_epoch(run, network, average, loader, criterion, optimizer, device, precision)
             scores = criterion.learned_weights()
             if (run.epoch + 1) % config["eval_every"] == 0 or run.epoch + 1 == config["epochs"]:
                 detections, mask_ious = detect_frames(
-                    average.model, watched.loader, device, precision, config, team
+                    average.model, watched.loader, device, precision, config
                 )
                 scores |= headline(evaluate(watched.people, detections)) | mask_ious
             with run.undivided():
-                run.end_epoch(scores, team.writes)
+                run.end_epoch(scores, is_main_process())
     except BaseException:
-        if team.writes and run.whole:
+        if is_main_process() and run.whole:
             run.save()
             print(f"\nsaved; the same command goes on from epoch {run.epoch + 1}, step {run.step + 1}")
         raise
     if detections is None or watched is not test:
-        detections, _ = detect_frames(average.model, test.loader, device, precision, config, team)
-    if team.writes:
+        detections, _ = detect_frames(average.model, test.loader, device, precision, config)
+    if is_main_process():
         report(run.folder.name, test.people, detections, run.folder)
-    team.close()
+    close_distributed()
 
 
 class Evaluation(NamedTuple):
@@ -193,7 +203,6 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
     precision: torch.dtype,
-    team: Team,
 ) -> None:
     """The rest of the run's epoch, step by step.
 
@@ -213,9 +222,9 @@ def train_epoch(
         total=len(loader),
         desc=f"epoch {run.epoch + 1}/{config['epochs']}",
         unit="step",
-        disable=not team.writes,
+        disable=not is_main_process(),
     )
-    with StepLog(run, team.rank, patience=MAX_SKIPS if skips else 1) as log:
+    with StepLog(run, rank(), patience=MAX_SKIPS if skips else 1) as log:
         for step, batch in enumerate(bar, first_step):
             if batch is None:  # none of its frames could be read
                 log.flush()
@@ -230,10 +239,10 @@ def train_epoch(
                 with autocast(device, precision):
                     predictions = network(batch.images)
                 losses = criterion(predictions, batch.boxes, batch.labels, batch.masks)
-                batch_losses = team.sum(losses.detach()) / team.size
+                batch_losses = all_reduce_mean(losses.detach())
                 optimizer.zero_grad()
                 losses[0].backward()
-                team.average_gradients(criterion)
+                average_gradients(criterion)
                 finite = batch_losses.isfinite().all() & gradient_norm(optimizer).isfinite()
                 update(optimizer, finite)
                 if skips:  # BatchNorm's statistics have seen what must not be
@@ -241,7 +250,7 @@ def train_epoch(
                         buffer.copy_(torch.where(finite, buffer, value))
                 average.update(step)
                 log.add(torch.stack([batch_losses, losses.detach()]), finite, batch.frame_ids)
-            if team.writes and run.is_due():
+            if is_main_process() and run.is_due():
                 log.flush()
                 run.save()
             if run.step:
@@ -305,12 +314,10 @@ def training_annotations(config: dict[str, Any]) -> Annotations:
     return find_annotations(Path(config["data_root"]), config["annotations"], modality)
 
 
-def open_evaluation(
-    ground_truth: GroundTruth, config: dict[str, Any], device: torch.device, team: Team
-) -> Evaluation:
+def open_evaluation(ground_truth: GroundTruth, config: dict[str, Any], device: torch.device) -> Evaluation:
     """Prepare to evaluate on some people's frames, after a look at their images."""
     root = Path(config["data_root"])
-    return Evaluation(ground_truth, frame_loader(root, ground_truth, config, device, team))
+    return Evaluation(ground_truth, frame_loader(root, ground_truth, config, device))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchvision.ops import box_convert
 from tqdm import tqdm
 
-from engine.distributed import ALONE, Team
+from engine.distributed import all_reduce_sum, gather, is_main_process
 from engine.loader import BatchLoader
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError
@@ -106,19 +106,14 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
 
 
 def detect_frames(
-    model: SSD300,
-    loader: BatchLoader,
-    device: torch.device,
-    precision: torch.dtype,
-    config: dict[str, Any],
-    team: Team = ALONE,
+    model: SSD300, loader: BatchLoader, device: torch.device, precision: torch.dtype, config: dict[str, Any]
 ) -> tuple[Detections, dict[str, float]]:
     """Detections of every frame of a loader, and how well the mask heads know where people are.
 
     Args:
         config: its `min_score`, `nms_iou` and `max_boxes` are `model.detect`'s; `test_flip`
             averages over mirror images too.
-        team: the loader holds every `team.size`-th frame; the detections of all come back.
+        loader: of every `world_size`-th frame; the detections of all come back.
 
     Returns:
         The detections, in xywh pixels of the 640x512 frame; and "iou_map1", … of each infused map:
@@ -131,7 +126,7 @@ def detect_frames(
     cells = torch.zeros(len(model.infused_maps), 2, dtype=torch.int64, device=device)
     with torch.inference_mode():
         for batch in tqdm(
-            loader.epoch(0), total=len(loader), desc="detecting", leave=False, disable=not team.writes
+            loader.epoch(0), total=len(loader), desc="detecting", leave=False, disable=not is_main_process()
         ):
             images = batch.images.to(device, non_blocking=True)
             predictions = predict(model, images, precision, config, with_masks=True)
@@ -140,12 +135,12 @@ def detect_frames(
             pairs = detect(predictions, model.priors, **limits(config))
             found += [(boxes.cpu(), scores.cpu()) for boxes, scores in pairs]
     model.train(was_training)
-    shares = team.gather(found)
-    found = [shares[i % team.size][i // team.size] for i in range(sum(map(len, shares)))]
+    shares = gather(found)
+    found = [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
     found = [to_pixels(boxes, scores) for boxes, scores in found]
     frame = np.repeat(np.arange(len(found)), [len(scores) for _, scores in found])
     detections = Detections(frame, *map(np.concatenate, zip(*found, strict=True)))
-    both, either = team.sum(cells).double().T
+    both, either = all_reduce_sum(cells).double().T
     names = [f"iou_map{i + 1}" for i in model.infused_maps]
     return detections, dict(zip(names, (both / either).tolist(), strict=True))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from tqdm import tqdm
 
-from engine.distributed import ALONE, Team
+from engine.distributed import any_process, gather, is_main_process, rank, world_size
 from kaist.files import InputError
 
 
@@ -122,19 +122,19 @@ class BadFrames(InputError):
 class EpochBatches(Sampler):
     """Batches of keys (epoch, index) of one epoch.
 
+    Of each batch this process gets every `world_size`-th frame.
+
     epoch: which epoch comes next; skip: batches at its start that are left out.
 
     Args:
         seed: order frames by (seed, epoch) and leave out an incomplete last batch (unless it is
             the only one); None keeps their order and all of them.
-        team: of each batch this process gets every `team.size`-th frame.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int | None, team: Team) -> None:
+    def __init__(self, length: int, batch_size: int, seed: int | None) -> None:
         self.length = length
         self.batch_size = batch_size
         self.seed = seed
-        self.team = team
         self.epoch = self.skip = 0
 
     def __len__(self) -> int:
@@ -147,7 +147,7 @@ class EpochBatches(Sampler):
         if self.seed is not None:
             np.random.default_rng((self.seed, self.epoch)).shuffle(order)
         for start in range(self.skip * self.batch_size, len(self) * self.batch_size, self.batch_size):
-            batch = order[start : start + self.batch_size][self.team.rank :: self.team.size]
+            batch = order[start : start + self.batch_size][rank() :: world_size()]
             yield [(self.epoch, index) for index in batch.tolist()]
 
 
@@ -160,14 +160,14 @@ class BatchLoader:
     Args:
         dataset: indexed by (epoch, index), with a `seed`.
         collate_fn: a list of its items -> a batch (None if no frame could be read) and BadFrames.
-        batch_size: frames a batch, of all processes of the team together.
+        batch_size: frames a batch, of all processes together.
         start_method: of the workers: "fork", "spawn", "forkserver", or "auto" for Python's choice.
         shuffle: training order: another permutation each epoch, an incomplete last batch is left
             out (unless it is the only one). False: the frames in their order, all of them.
         max_bad: frames that may turn out to be unreadable; they are left out, with a warning each.
 
     Attributes:
-        bad: the unreadable frames met so far, by their id, in this process or another of the team.
+        bad: the unreadable frames met so far, by their id, in this process or another.
     """
 
     def __init__(
@@ -181,12 +181,11 @@ class BatchLoader:
         shuffle: bool,
         pin_memory: bool,
         max_bad: int = 0,
-        team: Team = ALONE,
     ) -> None:
         self.max_bad = max_bad
         self.bad: dict[str, InputError] = {}
         seed = dataset.seed if shuffle else None
-        self.batches = EpochBatches(len(dataset), batch_size, seed, team)
+        self.batches = EpochBatches(len(dataset), batch_size, seed)
         self.loader = DataLoader(
             dataset,
             batch_sampler=self.batches,
@@ -211,17 +210,16 @@ class BatchLoader:
             InputError: a loader process died, or shared memory is too small.
         """
         self.batches.epoch, self.batches.skip = epoch, skip
-        team = self.batches.team
         for batch, bad in items_of(self.loader):
-            if team.any(bool(bad)):
-                self.note([frame for frames in team.gather(bad) for frame in frames])
-                batch = None if team.any(batch is None) else batch
+            if any_process(bool(bad)):
+                self.note([frame for frames in gather(bad) for frame in frames])
+                batch = None if any_process(batch is None) else batch
             yield batch
 
     def note(self, frames: list[BadFrame]) -> None:
         """Warn of frames that went bad, once each, or stop if they are too many."""
         for frame_id, error in frames:
-            if frame_id not in self.bad and self.max_bad and self.batches.team.writes:
+            if frame_id not in self.bad and self.max_bad and is_main_process():
                 tqdm.write(f"warning: {error}; {frame_id} is left out", file=sys.stderr)
             self.bad.setdefault(frame_id, error)
         if len(self.bad) > self.max_bad:

@@ -32,7 +32,7 @@ class StepLog:
     own frames. (`optimisation.update` has kept it from the weights.)
 
     Args:
-        rank: of this process in its team.
+        rank: of this process.
         patience: how many steps in a row that are not finite end the run.
     """
 

@@ -96,7 +96,7 @@ class Run:
             number += 1
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the lock, which is this process's: other processes of a team get the rest."""
+        """Without the lock, which is this process's: other processes get the rest."""
         return {**self.__dict__, "lock": None}
 
     def continues(self, folder: Path) -> bool:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from engine.distributed import ALONE, Team
+from engine.distributed import all_reduce_sum, world_size
 from ssd.boxes import Predictions, encode
 
 LOG_VARIANCE_LIMIT = 5.0  # learned weights stay between exp(-5) and exp(5)
@@ -26,7 +26,8 @@ class MultiBoxLoss(nn.Module):
     """SSD's loss (section 2.2 of the paper): localisation of matched priors, and confidence.
 
     Confidence is the cross-entropy of all positive priors and of the hardest negatives, three a
-    positive; both losses are divided by the number of positives in the batch (at least 1).
+    positive; both losses are divided by the number of positives in the batch (at least 1). Processes
+    that share a batch count the positives of all of it: the mean of their losses is the batch's.
 
     Args:
         priors: (P, 4) cxcywh fractions.
@@ -37,8 +38,6 @@ class MultiBoxLoss(nn.Module):
         negative_ratio: mined negatives for each positive.
         min_negatives: mined negatives of a frame with fewer positives, so that frames of pure
             background teach too.
-        team: the processes that share a batch: the positives of all of them are counted, and
-            the average of their losses is the whole batch's.
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class MultiBoxLoss(nn.Module):
         match_iou: float = 0.5,
         negative_ratio: int = 3,
         min_negatives: int = 3,
-        team: Team = ALONE,
     ) -> None:
         super().__init__()
         self.register_buffer("priors", priors, persistent=False)
@@ -59,7 +57,6 @@ class MultiBoxLoss(nn.Module):
         self.match_iou = match_iou
         self.negative_ratio = negative_ratio
         self.min_negatives = min_negatives
-        self.team = team
 
     def forward(self, predictions: Predictions, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(loc, conf) losses, two float32 scalars, for the whole batch.
@@ -71,7 +68,7 @@ class MultiBoxLoss(nn.Module):
         """
         terms = self.sparse if predictions.loc.device.type == "cpu" else self.static
         loc, conf, positives = terms(predictions, boxes, labels)
-        count = self.team.sum(positives).clamp(min=1) / self.team.size
+        count = all_reduce_sum(positives).clamp(min=1) / world_size()
         return loc / (self.loc_terms * count), conf / count
 
     def sparse(
@@ -151,14 +148,12 @@ class SegmentationLoss(nn.Module):
         maps: "mean" or "sum" over the feature maps, or "uncertainty": a sum in which each map's
             loss L counts exp(-s) L + s / 2 with a learned s, the logarithm of its variance (Kendall
             et al., "Multi-Task Learning Using Uncertainty to Weigh Losses", CVPR 2018).
-        team: the processes that share a batch, as in `MultiBoxLoss`.
     """
 
-    def __init__(self, n_maps: int, *, cells: str, maps: str, team: Team = ALONE) -> None:
+    def __init__(self, n_maps: int, *, cells: str, maps: str) -> None:
         super().__init__()
         self.cells = cells
         self.maps = maps
-        self.team = team
         if maps == "uncertainty":
             self.log_variance = nn.Parameter(torch.zeros(n_maps))
 
@@ -183,7 +178,7 @@ class SegmentationLoss(nn.Module):
         for logits, mask in zip(seg, masks, strict=True):
             loss = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="sum")
             if self.cells == "mean":
-                cells = self.team.sum((mask != IGNORE).sum()).clamp(min=1) / self.team.size
+                cells = all_reduce_sum((mask != IGNORE).sum()).clamp(min=1) / world_size()
             else:
                 cells = len(mask)
             losses.append(loss / cells)
@@ -201,7 +196,7 @@ class Criterion(nn.Module):
 
     Args:
         priors, loc_loss, loc_reduction: as in `MultiBoxLoss`; seg_cells, seg_maps: as `cells` and
-            `maps` in `SegmentationLoss`; team: as in both.
+            `maps` in `SegmentationLoss`.
         infused_maps: indices of the feature maps with a segmentation head.
 
     Attributes:
@@ -219,11 +214,10 @@ class Criterion(nn.Module):
         seg_cells: str,
         seg_maps: str,
         seg_weight: float,
-        team: Team,
     ) -> None:
         super().__init__()
-        self.multibox = MultiBoxLoss(priors, loc_loss=loc_loss, loc_reduction=loc_reduction, team=team)
-        self.segmentation = SegmentationLoss(len(infused_maps), cells=seg_cells, maps=seg_maps, team=team)
+        self.multibox = MultiBoxLoss(priors, loc_loss=loc_loss, loc_reduction=loc_reduction)
+        self.segmentation = SegmentationLoss(len(infused_maps), cells=seg_cells, maps=seg_maps)
         self.seg_weight = seg_weight
         of_maps = (f"seg_map{i + 1}" for i in infused_maps)
         self.terms = ("loss", "loc", "conf", "seg", *of_maps)

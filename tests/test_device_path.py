@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import engine.loader
 from datasets import (
     Collate,
     DeviceLoader,
@@ -16,7 +17,6 @@ from datasets import (
     resize_weights,
 )
 from engine.config import obstacle
-from engine.distributed import ALONE, Team
 from engine.loader import EpochBatches
 from kaist.annotations import open_annotations, read_image_list
 from kaist.images import cache_frames
@@ -51,8 +51,8 @@ def dataset(demo_root, tmp_path_factory):
     return pairs
 
 
-def loaders(dataset, workers=0, team=ALONE, map_range=None):
-    settings = {"batch_size": 4, "map_sizes": MAPS, "map_range": map_range, "team": team}
+def loaders(dataset, workers=0, map_range=None):
+    settings = {"batch_size": 4, "map_sizes": MAPS, "map_range": map_range}
     plain = batch_loader(dataset, workers=0, shuffle=True, pin_memory=False, **settings)
     return plain, DeviceLoader(dataset, workers=workers, device=torch.device("cpu"), **settings)
 
@@ -100,12 +100,14 @@ def test_batches_depend_on_seed_epoch_and_frame_alone(dataset):
     assert len(ours) == len(plain) == 3
 
 
-def test_a_batch_is_split_by_rank(dataset):
+def test_a_batch_is_split_by_rank(dataset, monkeypatch):
     pairs = dataset()
-    for team in (Team(0, 2), Team(1, 2)):
-        keys = EpochBatches(len(pairs), 4, pairs.seed, team)
+    monkeypatch.setattr(engine.loader, "world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(engine.loader, "rank", lambda rank=rank: rank)
+        keys = EpochBatches(len(pairs), 4, pairs.seed)
         plain = [Collate(MAPS)([pairs[key] for key in batch])[0] for batch in keys]
-        _, ours = loaders(pairs, team=team)
+        _, ours = loaders(pairs)
         assert check(plain, ours.epoch(0)).max() < 1
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import train
+from engine import loader
 from engine.checkpoint import load_checkpoint
-from engine.distributed import ALONE, Team, join_team
+from engine.distributed import init_distributed
 from engine.loader import EpochBatches
 from kaist.files import InputError
 
@@ -73,9 +74,13 @@ def test_two_processes_train_as_one(more, demo_root, tmp_path):
     assert sorted(p.name for p in Path(tmp_path / "two").iterdir()) == ["custom"]
 
 
-def test_a_batch_is_split_by_rank():
-    whole = list(EpochBatches(11, 4, seed=3, team=ALONE))
-    parts = [list(EpochBatches(11, 4, seed=3, team=Team(rank, 2))) for rank in (0, 1)]
+def test_a_batch_is_split_by_rank(monkeypatch):
+    whole = list(EpochBatches(11, 4, seed=3))
+    monkeypatch.setattr(loader, "world_size", lambda: 2)
+    parts = []
+    for rank in (0, 1):
+        monkeypatch.setattr(loader, "rank", lambda rank=rank: rank)
+        parts.append(list(EpochBatches(11, 4, seed=3)))
     assert len(whole) == 2  # an incomplete batch is left out
     for batch, *shares in zip(whole, *parts, strict=True):
         assert sorted(batch) == sorted(sum(shares, []))
@@ -85,4 +90,4 @@ def test_a_batch_is_split_by_rank():
 def test_a_batch_that_cannot_be_split_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="BATCH_SIZE = 8 cannot be split among 3"):
-        join_team(torch.device("cpu"), 8)
+        init_distributed(torch.device("cpu"), 8)

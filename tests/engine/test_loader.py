@@ -12,7 +12,6 @@ import torch
 import train
 from datasets import KaistPairs, batch_loader, load_frames
 from engine.checkpoint import load_checkpoint
-from engine.distributed import ALONE
 from engine.loader import BadFrames, EpochBatches
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.images import check_images
@@ -159,7 +158,7 @@ def test_a_bad_test_frame_stops_the_run_and_loses_nothing(start, demo_root, root
 
 def test_two_processes_leave_out_the_same_frames_and_stop_together(root, tmp_path):
     ids = read_image_list(root / "imageSets/train-all.txt")
-    first, _, third = EpochBatches(12, 4, seed=42, team=ALONE)
+    first, _, third = EpochBatches(12, 4, seed=42)
     for _, index in (first[0], third[1]):  # one process's frame, then the other's
         truncate(root, ids[index])
     command = [

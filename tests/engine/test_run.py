@@ -374,7 +374,7 @@ def test_spawned_workers_give_the_same_batches(data, demo_root):
         config = train.configure([*data, *flags])
         frames, _ = train.read_training_frames(config)
         model = train.SSD300(**train.model_arguments(config))
-        loader = train.make_loader(config, frames, model, torch.device("cpu"), train.Team())
+        loader = train.make_loader(config, frames, model, torch.device("cpu"))
         return [(b.images, b.boxes, b.labels, b.masks, b.frame_ids) for b in loader.epoch(3)]
 
     spawned = batches("--workers", "1", "--start-method", "spawn", "--out-of-range", "ignore")
@@ -389,7 +389,7 @@ def test_too_little_shared_memory_is_told(data, monkeypatch):
     config = train.configure([*data, "--workers", "1", "--start-method", "fork"])
     frames, _ = train.read_training_frames(config)
     model = train.SSD300(**train.model_arguments(config))
-    loader = train.make_loader(config, frames, model, torch.device("cpu"), train.Team())
+    loader = train.make_loader(config, frames, model, torch.device("cpu"))
     with pytest.raises(InputError, match="too little shared memory.*--shm-size"):
         list(loader.epoch(0))
 
