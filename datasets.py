@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from engine.config import obstacle
+from engine.config import device_loader_conflict
 from engine.distributed import barrier, is_main_process, rank, world_size
 from engine.loader import BadFrame, BatchLoader, EpochBatches, items_of, share_memory, worker_settings
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations, time_of_day
@@ -382,7 +382,7 @@ def make_loader(
         "map_range": choose_range(config, model),
     }
     on_gpu = device.type == "cuda"
-    able = on_gpu and not obstacle(config)
+    able = on_gpu and not device_loader_conflict(config)
     if config["loader"] == "device" or (config["loader"] == "auto" and able):
         loader = DeviceLoader(dataset, device=device, **settings)
         if is_main_process():

@@ -24,9 +24,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from engine.checkpoint import choose_checkpoint, load_checkpoint
 from engine.config import OneLineParser
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES
 from kaist.files import InputError, make_folder, run_script, write_atomically
-from kaist.images import MODALITIES, join_modalities, read_image
+from kaist.images import join_modalities, read_image
 from model import SSD300, build_model
 from utils import choose_device, choose_precision, detect_image
 

@@ -23,11 +23,10 @@ from typing import Any
 
 from engine.compare import compare_runs
 from engine.config import OneLineParser
-from kaist.annotations import read_image_list, scene, time_of_day
+from kaist.annotations import MODALITIES, read_image_list, scene, time_of_day
 from kaist.demo import open_root
 from kaist.error_sheet import FORMATS, draw_errors
 from kaist.files import InputError, run_script
-from kaist.images import MODALITIES
 from kaist.miss_rate import GroundTruth, load_ground_truth, select_frames
 from kaist.report import draw_curves, print_scores, score, write_json
 from kaist.results import Detections, frames_path, read_detections, write_detections

@@ -1,70 +1,26 @@
-"""Zip archives that tell whether they are whole: the comment at their end is their SHA-256.
-
-Every zip reader takes such a file, torch.load among them; none of them looks at the content's own
-checksums when it is in a hurry, as torch.load is.
-"""
+"""Checkpoints: files of weights and numbers, written atomically, found damaged by their checksums."""
 
 from __future__ import annotations
 
-import hashlib
-import mmap
 import os
 import re
+import zipfile
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine.history import read_run
 from kaist.files import InputError, write_atomically
 
-MARK = b"sha256 "
-LENGTH = len(MARK) + 64  # bytes of the comment
-
-
-def seal(file: BinaryIO) -> None:
-    """Give an archive without a comment, open for reading and writing, its checksum as one."""
-    file.seek(-2, os.SEEK_END)  # the last field of a zip archive is its comment's length
-    file.write(LENGTH.to_bytes(2, "little"))
-    file.flush()
-    file.write(MARK + sha256(file, file.tell()))
-
-
-def check_seal(path: Path) -> None:
-    """Find any change to a sealed file, a single bit's anywhere included.
-
-    An archive that ends without a comment passes: it was never sealed.
-
-    Raises:
-        ValueError: the file was cut short or changed, or never was such an archive.
-    """
-    with path.open("rb") as file:
-        end = file.seek(0, os.SEEK_END)
-        file.seek(max(0, end - LENGTH))
-        tail = file.read()
-        if tail[-22:-18] == b"PK\5\6" and tail[-2:] == b"\0\0":
-            return
-        if tail[: len(MARK)] != MARK:
-            raise ValueError("it is cut short, or no such file at all")
-        if tail != MARK + sha256(file, end - LENGTH):
-            raise ValueError("it is damaged: its checksum differs")
-
-
-def sha256(file: BinaryIO, length: int) -> bytes:
-    """The SHA-256 of a file's first bytes, in hexadecimal digits."""
-    with mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ) as content:
-        return hashlib.sha256(content).hexdigest().encode()
-
-
 CHECKPOINT_FORMAT = "sds-ssd-kaist-1"
-
-
 LAST, PREVIOUS = "last.pt", "previous.pt"  # a run's newest checkpoint, and the one before it
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """Save a checkpoint of tensors, primitives, lists, tuples and dicts, sealed and atomically.
+    """Save a checkpoint of tensors, primitives, lists, tuples and dicts, atomically.
 
     Args:
         content: holds `model_args` and `model` (what `build_model` needs), `config`, `experiment`,
@@ -77,12 +33,11 @@ def save_checkpoint(path: Path, content: dict[str, Any], previous: Path | None =
     content = {"format": CHECKPOINT_FORMAT, **content}
 
     def write(beside: Path) -> None:
-        with beside.open("w+b") as file:
+        with beside.open("wb") as file:
             try:
                 torch.save(content, file)
             except RuntimeError as error:  # torch, closing the file, hides why it cannot
                 raise error.__context__ or error from None
-            seal(file)
         if previous and path.exists():
             previous.unlink(missing_ok=True)
             try:
@@ -90,16 +45,16 @@ def save_checkpoint(path: Path, content: dict[str, Any], previous: Path | None =
             except OSError:  # a file system without hard links
                 os.replace(path, previous)
 
-    write_atomically(path, write, size=bytes_of(content))
+    write_atomically(path, write, size=tensor_bytes(content))
 
 
-def bytes_of(content: Any) -> int:
+def tensor_bytes(content: Any) -> int:
     """Bytes of all tensors in nested dicts and lists: nearly those of their checkpoint."""
     if isinstance(content, Tensor):
         return content.nbytes
     if isinstance(content, dict):
         content = list(content.values())
-    return sum(map(bytes_of, content)) if isinstance(content, list) else 0
+    return sum(map(tensor_bytes, content)) if isinstance(content, list) else 0
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -109,13 +64,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         InputError: no such file, a damaged one, or one of another program.
     """
     path = Path(path)
-    try:
-        check_seal(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    if not path.exists():
         raise InputError(
             "checkpoint not found", "train one with python train.py, or check --checkpoint", file=path
-        ) from None
+        )
+    try:
+        verify_archive(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch meets in a foreign file
         previous = path.with_name(PREVIOUS)
         kept = path.name == LAST and previous.exists()
@@ -126,14 +81,46 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             else "it is damaged or another program's: choose another, or move this one away",
             file=path,
         ) from None
-    needed = {"format", "model_args", "config", "model"}
-    if (
-        not isinstance(content, dict)
-        or not needed <= content.keys()
-        or content["format"] != CHECKPOINT_FORMAT
-    ):
+    if not is_checkpoint(content):
         raise InputError("not a checkpoint of this project", "choose one that train.py wrote", file=path)
     return content
+
+
+def verify_archive(path: Path) -> None:
+    """Compare a checkpoint's parts with the checksums that its zip archive keeps of them.
+
+    torch.load itself does not. A part that is compressed is refused: torch.save writes none, and
+    it could be a thousand times larger than the file.
+
+    Raises:
+        ValueError: it is no such archive, or was changed.
+    """
+    if not path.is_file():
+        raise ValueError("it is not a file")
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is cut short, or no checkpoint at all")
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("it is compressed, which train.py never does")
+        if damaged := archive.testzip():
+            raise ValueError(f"it is damaged: the checksum of {damaged} differs")
+
+
+def is_checkpoint(content: Any) -> bool:
+    """Whether something has a checkpoint's parts, of their types: `model` holds plain tensors."""
+    if not isinstance(content, dict) or content.get("format") != CHECKPOINT_FORMAT:
+        return False
+    parts = [content.get(name) for name in ("config", "model_args", "model")]
+    if not all(isinstance(part, dict) and all(isinstance(key, str) for key in part) for part in parts):
+        return False
+    return all(map(is_plain_tensor, parts[2].values()))
+
+
+def is_plain_tensor(value: Any) -> bool:
+    """Whether a value is a dense tensor that has all the memory its shape speaks of."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+        return False
+    return value.untyped_storage().nbytes() >= value.nbytes
 
 
 def unpickling_problem(error: Exception) -> str:
@@ -147,18 +134,28 @@ def unpickling_problem(error: Exception) -> str:
 
 
 def choose_checkpoint(named: Path | None, runs: Path) -> Path:
-    """The checkpoint named, the `last.pt` of a run's folder named, or the newest among `runs`."""
+    """The checkpoint named, the `last.pt` of a run's folder named, or the newest finished run's.
+
+    Without a finished run it is the newest of all. A run that is not finished is told.
+
+    Raises:
+        InputError: there is no run to choose.
+    """
     path = named or newest_checkpoint(runs)
-    return path / LAST if path.is_dir() else path
+    path = path / LAST if path.is_dir() else path
+    run = read_run(path.parent) if path.name in (LAST, PREVIOUS) else None
+    if run and not run["finished"]:
+        print(f"warning: {path.parent} is not finished ({len(run['log'])} of {run['epochs']} epochs)")
+    return path
 
 
 def newest_checkpoint(folder: Path) -> Path:
-    """The `last.pt` that was written last among a folder's runs."""
+    """The `last.pt` that was written last among a folder's finished runs, else among all."""
     found = sorted(folder.glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise InputError(
-            "no run with a checkpoint",
+            f"no run with a checkpoint in {folder.resolve()}",
             "train one with python train.py, or name one with --checkpoint",
-            file=folder,
         )
-    return found[-1]
+    finished = [path for path in found if (run := read_run(path.parent)) and run["finished"]]
+    return (finished or found)[-1]

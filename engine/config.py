@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
+import hashlib
 import math
+import os
 import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 from engine.experiments import BASE, EXPERIMENTS
-from kaist import demo as demo_data
+from engine.history import runs_table
+from kaist import demo
+from kaist.annotations import MODALITIES
 from kaist.files import InputError
-from kaist.images import MODALITIES
+
+ROOT = Path(__file__).parents[1]  # of the repository; its constants' relative paths are meant from here
 
 # Constants that take one of a few words.
 CHOICES = {
@@ -32,6 +39,41 @@ CHOICES = {
     "start_method": ("auto", "fork", "spawn", "forkserver"),
 }
 
+# The smallest and the largest value of constants that are numbers.
+BELOW_1 = math.nextafter(1.0, 0.0)
+RANGES: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**63 - 1),
+    "workers": (0, 256),
+    "max_bad_frames": (0, 10**9),
+    "save_minutes": (0, 10**6),
+    "width": (1e-3, 4),
+    "lr": (1e-12, 1e9),
+    "bias_lr_factor": (0, 1000),
+    "weight_decay": (0, 100),
+    "ema_decay": (0, BELOW_1),
+    "batch_size": (1, 2**16),
+    "epochs": (1, 10**6),
+    "eval_every": (1, 10**6),
+    "validation": (0, BELOW_1),
+    "seg_weight": (0, 10**6),
+    "zoom_out": (1, 16),
+    "copy_paste": (0, 1),
+    "modality_dropout": (0, 1),
+    "min_height": (0, 10**4),
+    "margin": (0, 10**4),
+    "min_score": (0, 1),
+    "nms_iou": (0, 1),
+    "max_boxes": (1, 10**5),
+    "samples": (1, 10**3),
+}
+
+# Constants that may differ between a run and its continuation: they change no number.
+MACHINE_CONSTANTS = (
+    *("experiment", "checkpoints", "name", "device", "workers", "cache", "start_method"),
+    *("save_minutes", "deterministic", "loader", "compile", "on_nonfinite", "max_bad_frames"),
+)
+PATHS = ("data_root", "checkpoints", "cache")  # constants that name a folder
+
 
 def read_constants(script: str | Path) -> dict[str, tuple[Any, str]]:
     """A script's upper-case constants: lower-case name -> (value, comment on its line)."""
@@ -48,14 +90,20 @@ def read_constants(script: str | Path) -> dict[str, tuple[Any, str]]:
 
 
 def parse_flags(
-    description: str, constants: dict[str, tuple[Any, str]], argv: list[str] | None
+    description: str, constants: dict[str, tuple[Any, str]], argv: list[str] | None, **actions: Any
 ) -> dict[str, Any]:
     """The flags given on the command line, as lower-case name -> value; nothing else.
+
+    Args:
+        actions: further flags without a value: name -> (function that returns a text to print
+            instead of going on, help).
 
     Raises:
         InputError: an unknown flag or a value of the wrong type.
     """
     parser = OneLineParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    for name, (text, help_) in actions.items():
+        parser.add_argument(f"--{name}", action=PrintAction, text=text, help=help_)
     for name, (value, comment) in constants.items():
         flag = "--" + name.replace("_", "-")
         text = f"{comment} (default: {show(value)})".replace("%", "%%")
@@ -65,13 +113,8 @@ def parse_flags(
             parser.add_argument(flag, type=tuple_of(value), help=text, metavar="N,N,…")
         else:
             choices = CHOICES.get(name)
-            parser.add_argument(
-                flag,
-                type=type(value),
-                choices=choices,
-                help=text,
-                metavar=None if choices else type(value).__name__.upper(),
-            )
+            metavar = None if choices else type(value).__name__.upper()
+            parser.add_argument(flag, type=type(value), choices=choices, help=text, metavar=metavar)
     return vars(parser.parse_args(argv))
 
 
@@ -87,11 +130,67 @@ def as_flags(changes: dict[str, Any]) -> list[str]:
     return flags
 
 
+class PrintAction(argparse.Action):
+    """A flag that prints a text and ends the program, as --help does."""
+
+    def __init__(self, option_strings: list[str], dest: str, *, text: Any, **settings: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **settings)
+        self.text = text
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(self.text())
+        parser.exit()
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argument parser whose refusal is one InputError instead of a usage screen."""
 
     def error(self, message: str) -> None:
-        raise InputError(message, f"python {self.prog} --help lists the flags")
+        """Refuse a command line; of an unknown flag the nearest known one is named."""
+        remedy = f"{self.prog} --help lists the flags"
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        known = [flag for action in self._actions for flag in action.option_strings]
+        if unknown and (near := difflib.get_close_matches(unknown[1], known, n=1)):
+            remedy = f"did you mean {near[0]}?"
+        raise InputError(message, remedy)
+
+
+def read_config(script: str, argv: list[str] | None = None) -> Namespace:
+    """A run's configuration: the script's constants < a row of the lab book < flags.
+
+    Relative folders among the constants are meant from the script's folder, those among the flags
+    from the working directory.
+
+    Raises:
+        InputError: an unknown row or flag, or values that cannot be used.
+    """
+    constants = read_constants(script)
+    description = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8")))
+    actions = {
+        "list": (lab_book, "print the lab book and end"),
+        "runs": (lambda: runs_table(from_root(constants["checkpoints"][0])), "print the runs and end"),
+    }
+    flags = parse_flags(description, constants, argv, **actions)
+    values = {name: value for name, (value, _) in constants.items()}
+    values |= {name: from_root(values[name]) for name in PATHS if values[name]}
+    values |= flags
+    if values["experiment"]:
+        values |= resolve_row(values["experiment"]) | flags
+    config = Namespace(**values)
+    check_config(vars(config))
+    return config
+
+
+def from_root(folder: str) -> str:
+    """A folder named from the repository's, as it is called from the working directory."""
+    return folder if Path.cwd() == ROOT else str(ROOT / folder)
+
+
+def same_value(name: str, a: Any, b: Any) -> bool:
+    """Whether two values of a constant mean the same; tuples may have become lists."""
+    if name in PATHS and isinstance(a, str) and isinstance(b, str):
+        return os.path.abspath(ROOT / a) == os.path.abspath(ROOT / b)
+    return (list(a) if isinstance(a, tuple) else a) == (list(b) if isinstance(b, tuple) else b)
 
 
 def resolve_row(name: str) -> dict[str, Any]:
@@ -105,24 +204,187 @@ def resolve_row(name: str) -> dict[str, Any]:
             f"the lab book has no experiment {name!r}", f"choose one of {', '.join(EXPERIMENTS)}"
         )
     row = EXPERIMENTS[name]
-    values = resolve_row(row["based_on"]) if row["based_on"] else BASE
-    unknown = row["change"].keys() - BASE.keys()
+    values = resolve_row(row.based_on) if row.based_on else BASE
+    unknown = row.change.keys() - BASE.keys()
     if unknown:
         raise InputError(
             f"row {name} changes {', '.join(unknown)}, which no recipe has",
-            "correct the row in experiments.py",
+            "correct the row in engine/experiments.py",
         )
-    return {**values, **row["change"]}
+    return {**values, **row.change}
 
 
 def lab_book() -> str:
     """The lab book as a table: each row, what it builds on, what it changes, what was logged."""
     lines = [f"{'row':>5} {'on':>4}  change, and what the 2021 log recorded (miss rate in %)"]
     for name, row in EXPERIMENTS.items():
-        change = ", ".join(f"{key} {show(value)}" for key, value in row["change"].items())
-        lines.append(f"{name:>5} {row['based_on'] or '':>4}  {row['words']}")
-        lines += [f"{'':12}{part}" for part in (change, row["logged"]) if part]
+        change = ", ".join(f"{key} {show(value)}" for key, value in row.change.items())
+        lines.append(f"{name:>5} {row.based_on:>4}  {row.words}")
+        lines += [f"{'':12}{part}" for part in (change, row.logged) if part]
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------- what can be used
+
+
+def check_config(values: dict[str, Any]) -> None:
+    """Refuse values that no run can use, before anything is read.
+
+    Raises:
+        InputError: the constant, its value and what is allowed.
+    """
+    for name, value in values.items():
+        if name in CHOICES and value not in CHOICES[name]:
+            refuse(name, value, f"choose one of {', '.join(CHOICES[name])}")
+        if name in RANGES:
+            low, high = RANGES[name]
+            if not (isinstance(value, int | float) and low <= value <= high):
+                refuse(name, value, f"choose a number from {low:g} to {high:g}")
+        if isinstance(value, str) and not value.isprintable():  # half a character, of a foreign encoding
+            refuse(name, ascii(value), "write it in UTF-8, without control characters")
+    if values.get("infusion"):
+        check_infusion(values)
+    if values.get("loader") == "device" and (reason := device_loader_conflict(values)):
+        refuse("loader", "device", reason)
+    dropout = values.get("modality_dropout")
+    if dropout and not (values["augment"] and len(MODALITIES[values["input_mode"]]) == 2):
+        refuse("modality_dropout", dropout, "it needs AUGMENT and an INPUT_MODE of both modalities")
+    name = values.get("name", "")
+    if Path(name).name != name or name.startswith("."):
+        refuse("name", name, "choose a folder's name, without a slash and with no dot in front")
+    if name.split("-")[0] in EXPERIMENTS:
+        refuse("name", name, "choose a folder's name that does not begin with a row's")
+
+
+def check_infusion(values: dict[str, Any]) -> None:
+    """Refuse maps that are neither infused nor not, and options of masks where no map has any.
+
+    Raises:
+        InputError: the constant, its value and what it needs.
+    """
+    if not set(values["infusion"]) <= {0, 1}:
+        refuse("infusion", values["infusion"], "write 1 for a map with a segmentation head, else 0")
+    if any(values["infusion"]):
+        return
+    without = {
+        "infusion_conv": (False,),
+        "seg_maps": ("mean", "sum"),
+        "out_of_range": ("keep",),
+        "seg_weight": (1.0, 0.0),
+    }
+    for name, allowed in without.items():
+        if name in values and values[name] not in allowed:
+            refuse(name, values[name], "there is no mask without a map to infuse: set INFUSION")
+
+
+def device_loader_conflict(values: dict[str, Any]) -> str:
+    """What keeps a configuration's batches from being made on the device; nothing: ""."""
+    if not values["cache"]:
+        return "it needs a folder for decoded frames: set CACHE"
+    if values["augment"] and values["copy_paste"]:
+        return "it cannot paste people: set COPY_PASTE = 0"
+    return ""
+
+
+def refuse(name: str, value: Any, remedy: str) -> None:
+    """Raise the InputError for a constant."""
+    text = repr(value)
+    text = text if len(text) <= 80 else f"{text[:80]}…"
+    raise InputError(f"{name.upper()} = {text} cannot be used", remedy)
+
+
+def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) -> Namespace:
+    """The configuration in a checkpoint, as from `load_checkpoint`, with `changes` over it.
+
+    Constants that the checkpoint is too old to know have the value that did what it did.
+
+    Raises:
+        InputError: a constant is missing, or has a type or a value that no run has.
+    """
+    needed = ("data_root", "test_list", "test_annotations", "device", "precision")
+    known = {**BASE, "start_method": "auto", "workers": 0, **dict.fromkeys(needed, "")}
+    values = checkpoint["config"]
+    try:
+        for name in (*needed, "input_mode", "input_size", "batch_size"):
+            if name not in values:
+                raise InputError(f"{name.upper()} is missing", "")
+        for name, default in known.items():
+            value = values.get(name, default)
+            if isinstance(default, tuple) and not same_kind(value, default):
+                refuse(name, value, "")
+            if isinstance(default, str | bool) and type(value) is not type(default):
+                refuse(name, value, "")
+        known = known | values | changes
+        check_config({key: value for key, value in known.items() if key != "name"})
+    except InputError as error:
+        raise InputError(
+            f"not a run's configuration ({error.problem})",
+            "choose a checkpoint that train.py wrote",
+            file=path,
+        ) from None
+    return Namespace(**known)
+
+
+def same_kind(value: Any, default: tuple) -> bool:
+    """Whether a value is a tuple or list of as many numbers as a default."""
+    return (
+        isinstance(value, tuple | list)
+        and len(value) == len(default)
+        and all(type(number) is int for number in value)
+    )
+
+
+def model_arguments(config: Namespace) -> dict[str, Any]:
+    """The arguments of the network, as a checkpoint keeps them."""
+    names = ("input_mode", "batch_norm", "width", "infusion", "infusion_conv")
+    arguments = {name: getattr(config, name) for name in names}
+    return arguments | {"prior_set": config.priors, "size": config.input_size}
+
+
+# ------------------------------------------------------------------------------- names and words
+
+
+def changes_of(config: Namespace) -> dict[str, Any]:
+    """What a configuration has different from its row, or from the row "demo" where it names none."""
+    book = resolve_row(config.experiment or "demo")
+    changed = {name: getattr(config, name) for name, value in book.items()}
+    changed = {name: value for name, value in changed.items() if not same_value(name, value, book[name])}
+    if not config.experiment and not same_value("data_root", config.data_root, str(demo.ROOT)):
+        changed = {"on": Path(config.data_root).resolve().name, **changed}
+    return changed
+
+
+def run_name(config: Namespace) -> str:
+    """The name a run is saved under: NAME, else its row and what differs from it (26-lr0.0005)."""
+    if config.name:
+        return config.name
+    parts = [config.experiment or "demo"]
+    for name, value in changes_of(config).items():
+        word = name.replace("_", "")
+        if isinstance(value, bool):
+            parts.append(word if value else f"no{word}")
+        else:
+            text = Path(value).stem if name == "pretrained" else show(value).replace(",", "_")
+            parts.append(word + re.sub(r"[^\w.]", "_", text))
+    name = "-".join(parts)
+    if len(name) > 60:
+        name = f"{parts[0]}-{len(parts) - 1}-changes-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+    return name
+
+
+def describe(config: Namespace, script: str) -> str:
+    """Where a configuration comes from: its row, and what that sets over the script's constants."""
+    changed = ", ".join(f"{name.upper()} {show(value)}" for name, value in changes_of(config).items())
+    if not config.experiment:
+        return f"constants of {Path(script).name}" + (f", not the demo's: {changed}" if changed else "")
+    book, constants = resolve_row(config.experiment), read_constants(script)
+    replaced = ", ".join(
+        f"{name.upper()} {show(value)}"
+        for name, value in book.items()
+        if not same_value(name, value, constants[name][0]) and same_value(name, value, getattr(config, name))
+    )
+    text = f"row {config.experiment} sets over the constants of {Path(script).name}: {replaced}"
+    return text + (f"; flags over the row: {changed}" if changed else "")
 
 
 def tuple_of(default: tuple) -> Any:
@@ -140,140 +402,4 @@ def tuple_of(default: tuple) -> Any:
 
 def show(value: Any) -> str:
     """A value as one would type it on the command line."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-# What numbers have to be: (names, test, in words).
-RANGES = (
-    (
-        ("width", "lr", "batch_size", "epochs", "eval_every", "max_boxes", "samples"),
-        lambda v: v > 0,
-        "it has to be greater than 0",
-    ),
-    (
-        (
-            "seed",
-            "workers",
-            "max_bad_frames",
-            "bias_lr_factor",
-            "weight_decay",
-            "seg_weight",
-            "min_height",
-            "margin",
-            "save_minutes",
-        ),
-        lambda v: v >= 0,
-        "it cannot be below 0",
-    ),
-    (
-        ("min_score", "nms_iou", "copy_paste", "modality_dropout"),
-        lambda v: 0 <= v <= 1,
-        "it is a share, from 0 to 1",
-    ),
-    (("validation", "ema_decay"), lambda v: 0 <= v < 1, "it is a share, from 0 to below 1"),
-    (("zoom_out",), lambda v: 1 <= v <= 16, "it is a canvas in frames a side, from 1 to 16"),
-)
-
-
-def check_config(config: dict[str, Any]) -> None:
-    """Refuse values that no run can use, before anything is read.
-
-    Raises:
-        InputError: the constant, its value and what is allowed.
-    """
-    for name, choices in CHOICES.items():
-        if name in config and config[name] not in choices:
-            refuse(name, config[name], f"choose one of {', '.join(choices)}")
-    for names, fits, words in RANGES:
-        for name in names:
-            if name in config and not (fits(config[name]) and math.isfinite(config[name])):
-                refuse(name, config[name], words)
-
-
-def model_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """SSD300's arguments."""
-    names = ("input_mode", "batch_norm", "width", "infusion", "infusion_conv")
-    return {name: config[name] for name in names} | {
-        "prior_set": config["priors"],
-        "size": config["input_size"],
-    }
-
-
-def check_infusion(config: dict[str, Any]) -> None:
-    """Refuse maps that are neither infused nor not, and options of masks where no map has any.
-
-    Raises:
-        InputError: the constant, its value and what it needs.
-    """
-    if not set(config["infusion"]) <= {0, 1}:
-        refuse("infusion", config["infusion"], "write 1 for a map with a segmentation head, else 0")
-    if any(config["infusion"]):
-        return
-    plain = {
-        "infusion_conv": (False,),
-        "seg_maps": ("mean", "sum"),
-        "out_of_range": ("keep",),
-        "seg_weight": (1.0, 0.0),
-    }
-    for name, values in plain.items():
-        if config[name] not in values:
-            refuse(name, config[name], "there is no mask without a map to infuse: set INFUSION")
-
-
-def refuse(name: str, value: Any, remedy: str) -> None:
-    """Raise the InputError for a constant."""
-    raise InputError(f"{name.upper()} = {value!r} cannot be used", remedy)
-
-
-def obstacle(config: dict[str, Any]) -> str:
-    """What keeps a configuration's batches from being made on the device; nothing: ""."""
-    if not config["cache"]:
-        return "it needs a folder for decoded frames: set CACHE"
-    if config["augment"] and config["copy_paste"]:
-        return "it cannot paste people: set COPY_PASTE = 0"
-    return ""
-
-
-def read_config(script: str, description: str, argv: list[str] | None = None) -> dict[str, Any]:
-    """A run's configuration: the script's constants, a row of the lab book over them, flags
-    over both; lower-case name -> value.
-
-    Raises:
-        InputError: an unknown row or flag, or values that cannot be used.
-    """
-    constants = read_constants(script)
-    flags = parse_flags(description, constants, argv)
-    config = {name: value for name, (value, _) in constants.items()} | flags
-    if config["experiment"]:
-        config |= resolve_row(config["experiment"]) | flags
-    check_config(config)
-    check_infusion(config)
-    if config["loader"] == "device" and (reason := obstacle(config)):
-        refuse("loader", "device", reason)
-    if config["modality_dropout"] and not (config["augment"] and len(MODALITIES[config["input_mode"]]) == 2):
-        refuse(
-            "modality_dropout",
-            config["modality_dropout"],
-            "it needs AUGMENT and an INPUT_MODE of both modalities",
-        )
-    name = config["name"]
-    if name.split("-")[0] in EXPERIMENTS or Path(name).name != name:
-        refuse("name", name, "choose a folder's name that does not begin with a row's")
-    return config
-
-
-def run_name(config: dict[str, Any]) -> str:
-    """The lab book's name for a configuration: its row, or "demo" for the constants as they come.
-
-    A seed of one's own is told in the name; a recipe that differs from its row in anything else,
-    and the demo row on other data than the demo set, is "custom", or what NAME says.
-    """
-    if config["name"]:
-        return config["name"]
-    row = config["experiment"] or "demo"
-    book = resolve_row(row)
-    changed = {name for name, value in book.items() if config[name] != value}
-    elsewhere = row == "demo" and Path(config["data_root"]) != demo_data.ROOT
-    if changed - {"seed"} or elsewhere:
-        return "custom"
-    return f"{row}-seed{config['seed']}" if changed else row
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

@@ -1,54 +1,73 @@
-"""What each training step came to, without a GPU that waits for the host to look."""
+"""Per-step losses, read back in blocks so that a GPU never waits for the host to look."""
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from engine.distributed import is_main_process, rank
 from engine.run import Run, nonfinite_error
 
-MAX_SKIPS = 20  # steps in a row that ON_NONFINITE = "skip" leaves out before it stops all the same
+MAX_NONFINITE_STEPS = 20  # in a row, that ON_NONFINITE = "skip" leaves out before it stops all the same
+READ_BACK_STEPS = 10  # of a GPU, whose losses come to the host together
 
 
-class Outcome(NamedTuple):
-    """A step's losses of the whole batch and of this process, (2, terms); whether it was finite;
-    its frames; and when all this has come to the host (None: it is there)."""
+class StepRecord(NamedTuple):
+    """A step's loss terms, averaged over the processes and of this one, (2, terms); whether they and
+    the gradient are finite, a bool scalar; its frames. The tensors are on the device."""
 
     losses: Tensor
     finite: Tensor
     frame_ids: list[str]
-    arrival: torch.cuda.Event | None
 
 
-class StepLog:
+class StepMonitor:
     """Counts a run's steps and stops it when they are not finite, as a context manager.
 
-    On a GPU a step is counted after the next one was launched, so that the device always has work;
-    the last one when the context is left. A step that is not finite is told as that step, with its
-    own frames. (`optimisation.update` has kept it from the weights.)
+    On a CPU a step is counted at once. On a GPU `READ_BACK_STEPS` are counted together, with one
+    copy; so a step that is not finite is told a few steps late, as that step, with its own frames.
+    (`GuardedStep` has kept it and those after it from harm.)
 
     Args:
-        rank: of this process.
-        patience: how many steps in a row that are not finite end the run.
+        max_nonfinite_steps: how many steps in a row that are not finite end the run.
     """
 
-    def __init__(self, run: Run, rank: int, patience: int) -> None:
+    def __init__(self, run: Run, max_nonfinite_steps: int) -> None:
         self.run = run
-        self.rank = rank
-        self.patience = patience
-        self.in_a_row = 0
+        self.max_nonfinite_steps = max_nonfinite_steps
+        self.consecutive = 0
         self.started = time.perf_counter()
-        self.waiting: deque[Outcome] = deque()
+        self.pending: list[StepRecord] = []
 
-    def __enter__(self) -> StepLog:
+    def __enter__(self) -> StepMonitor:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.flush()  # whatever ended the steps: what is saved next has seen all of them
+        if not self.run.in_step:
+            self.flush()  # what is saved next has seen all steps
+
+    def steps(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+        """(step of the epoch, batch) for the rest of the epoch.
+
+        A batch of which no frame could be read is counted as a step that was left out. Between two
+        steps the run is saved if that is due, and ended if a signal has asked for it.
+        """
+        for step, batch in enumerate(batches, self.run.step):
+            if batch is None:
+                self.flush()
+                self.run.add_step(None, 0.0)
+            else:
+                self.run.in_step = True
+                yield step, batch
+                self.run.in_step = False
+            if is_main_process() and self.run.is_due():
+                self.flush()
+                self.run.save()
+            self.run.check_stop()
 
     def add(self, losses: Tensor, finite: Tensor, frame_ids: list[str]) -> None:
         """Take note of a step.
@@ -57,33 +76,23 @@ class StepLog:
             InputError: too many steps in a row were not finite. What the last one saw is in the
                 run's folder.
         """
-        arrival = None
-        if losses.is_cuda:
-            # Into pinned memory, behind what the device still has to do.
-            losses, finite = (x.to("cpu", non_blocking=True) for x in (losses, finite))
-            arrival = torch.cuda.Event()
-            arrival.record()
-        self.waiting.append(Outcome(losses, finite, frame_ids, arrival))
-        while len(self.waiting) > (arrival is not None):
-            self.count(self.waiting.popleft())
+        self.pending.append(StepRecord(losses, finite, frame_ids))
+        if not losses.is_cuda or len(self.pending) == READ_BACK_STEPS:
+            self.flush()
 
     def flush(self) -> None:
         """Count every step so far."""
-        with self.run.undivided():
-            while self.waiting:
-                self.count(self.waiting.popleft())
-
-    def count(self, outcome: Outcome) -> None:
-        """Tell the run."""
-        if outcome.arrival is not None:
-            outcome.arrival.synchronize()
-        finite = bool(outcome.finite)
-        self.in_a_row = 0 if finite else self.in_a_row + 1
-        if not finite:
-            evidence = self.run.save_evidence(outcome.frame_ids, outcome.losses[1], self.rank)
-            if self.in_a_row == self.patience:
-                self.waiting.clear()
-                raise nonfinite_error(evidence)
+        records, self.pending = self.pending, []
+        if not records:
+            return
+        losses = torch.stack([record.losses for record in records]).cpu()
+        finite = torch.stack([record.finite for record in records]).tolist()
         now = time.perf_counter()
-        self.run.add_step(outcome.losses[0] if finite else None, now - self.started)
-        self.started = now
+        seconds, self.started = (now - self.started) / len(records), now
+        for record, (mean, own), good in zip(records, losses, finite, strict=True):
+            self.consecutive = 0 if good else self.consecutive + 1
+            if not good:
+                evidence = self.run.save_evidence(record.frame_ids, own, rank())
+                if self.consecutive == self.max_nonfinite_steps:
+                    raise nonfinite_error(evidence)
+            self.run.add_step(mean if good else None, seconds)

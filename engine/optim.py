@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any
 
@@ -10,18 +9,31 @@ import torch
 from torch import Tensor, nn
 
 
-def make_optimizer(model: nn.Module, criterion: nn.Module, config: dict[str, Any]) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module,
+    criterion: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    bias_lr_factor: float,
+    weight_decay: float,
+) -> torch.optim.Optimizer:
     """SGD with momentum 0.9, or Adam, in groups: weights, biases with their own rate, and what the
-    criterion learns, which is not decayed."""
+    criterion learns, which is not decayed.
+
+    Args:
+        name: "sgd" or "adam"; lr: of the weights; bias_lr_factor: times that for the biases.
+        weight_decay: L2 penalty.
+    """
     weights = [p for name, p in model.named_parameters() if not name.endswith("bias")]
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
-    groups = [{"params": weights, "scale": 1.0}, {"params": biases, "scale": config["bias_lr_factor"]}]
+    groups = [{"params": weights, "scale": 1.0}, {"params": biases, "scale": bias_lr_factor}]
     if learned := list(criterion.parameters()):
         groups.append({"params": learned, "scale": 1.0, "weight_decay": 0.0})
-    settings = {"lr": config["lr"], "weight_decay": config["weight_decay"]}
+    settings = {"lr": lr, "weight_decay": weight_decay}
     # On a GPU one kernel for all parameters; a CPU's would round differently than it always has.
     settings["fused"] = next(model.parameters()).is_cuda or None
-    if config["optimizer"] == "adam":
+    if name == "adam":
         optimizer = torch.optim.Adam(groups, **settings)
     else:
         optimizer = torch.optim.SGD(groups, momentum=0.9, **settings)
@@ -56,51 +68,73 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     return torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
 
 
-class MovingAverage:
-    """An exponential moving average of a network's weights (Polyak and Juditsky, 1992).
+class GuardedStep:
+    """An optimiser's step that is not taken where a loss or the gradient is not finite.
 
-    model: the average, to be evaluated and kept; BatchNorm's statistics are copies of the
-    network's. With a decay of 0 it is the network itself.
+    BatchNorm's statistics, which have moved in the forward pass, then go back to what they were
+    after the last good step. The host does not look at a value, so that a GPU is never waited for.
+
+    Args:
+        network: whose BatchNorm statistics are guarded; optimizer: from `make_optimizer`.
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self.network = network
-        self.decay = decay
-        self.model = copy.deepcopy(network).requires_grad_(False) if decay else network
+    def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
+        self.good = [buffer.clone() for buffer in self.statistics]
 
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after optimiser step `step`, counted from 0 over the whole run.
+    def __call__(self, losses: Tensor) -> Tensor:
+        """Take the step after backward; returns whether it was finite, a bool scalar.
 
-        The decay grows with the steps, as far as the one asked for: the first weights are copied,
-        and a short run does not remember how it began.
+        Args:
+            losses: (terms,) averaged over the processes, so that all of them agree.
         """
-        if self.model is self.network:
-            return
-        share = 1 - min(self.decay, step / (step + 10))
-        for mean, new in zip(self.model.parameters(), self.network.parameters(), strict=True):
+        finite = losses.isfinite().all() & gradient_norm(self.optimizer).isfinite()
+        update(self.optimizer, finite)
+        for buffer, good in zip(self.statistics, self.good, strict=True):
+            good.copy_(torch.where(finite, buffer, good))
+            buffer.copy_(good)
+        return finite
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
+    """Take the weights after optimiser step `step`, counted from 0 over the run, into their
+    exponential moving average (Polyak and Juditsky, 1992), in place.
+
+    The decay grows with the steps, as far as the one asked for: the first weights are copied, and a
+    short run does not remember how it began. Of a `model` that is its own `ema` nothing is done.
+    """
+    if ema is model:
+        return
+    share = 1 - min(decay, step / (step + 10))
+    for mean, new in zip(ema.parameters(), model.parameters(), strict=True):
+        mean.lerp_(new, share)
+    for mean, new in zip(ema.buffers(), model.buffers(), strict=True):
+        if mean.is_floating_point():  # BatchNorm's statistics are averaged as the weights are
             mean.lerp_(new, share)
-        for mean, new in zip(self.model.buffers(), self.network.buffers(), strict=True):
+        else:
             mean.copy_(new)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, config: dict[str, Any], factor: float) -> None:
-    """Give each group LR x its scale x the schedule's factor."""
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give each group a learning rate, times its own scale."""
     for group in optimizer.param_groups:
-        group["lr"] = config["lr"] * group["scale"] * factor
+        group["lr"] = lr * group["scale"]
 
 
-def lr_factor(config: dict[str, Any], step: int, total_steps: int) -> float:
-    """What the schedule multiplies the learning rate by in a step of `total_steps`.
+def lr_factor(schedule: str, epochs: int, step: int, total_steps: int) -> float:
+    """What a schedule multiplies the learning rate by in a step of `total_steps`.
 
-    "step": x0.1 from epoch int(E/6)*4 and again from int(E/6)*5 of E epochs, as logged (never for
-    fewer than 6 epochs); "cosine": a linear warm-up over the first 5% of the steps, then half a
-    cosine down to 0 (Loshchilov and Hutter, 2017).
+    "constant": 1. "step": x0.1 from epoch int(E/6)*4 and again from int(E/6)*5 of E epochs, as logged
+    (never for fewer than 6 epochs). "cosine": a linear warm-up over the first 5% of the steps, then half
+    a cosine down to 0 (Loshchilov and Hutter, 2017).
     """
-    if config["schedule"] == "constant":
+    if schedule == "constant":
         return 1.0
-    if config["schedule"] == "step":
-        epoch, sixth = step * config["epochs"] // total_steps, config["epochs"] // 6
+    if schedule == "step":
+        epoch, sixth = step * epochs // total_steps, epochs // 6
         return 0.1 ** ((epoch >= 4 * sixth) + (epoch >= 5 * sixth)) if sixth else 1.0
     warm_up = max(1, total_steps // 20)
     if step < warm_up:

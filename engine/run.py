@@ -8,44 +8,35 @@ import json
 import os
 import platform
 import signal
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from argparse import Namespace
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
+import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from engine.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint
+from engine.config import MACHINE_CONSTANTS, same_value
+from engine.curves import draw_curves
+from engine.distributed import any_process, broadcast_object, is_main_process, world_size
 from engine.experiments import BASE
 from kaist.files import InputError, make_folder, write_atomically
 
-# Constants that may differ between a run and its continuation: they change no number.
-MACHINE_CONSTANTS = (
-    "experiment",
-    "checkpoints",
-    "name",
-    "device",
-    "workers",
-    "cache",
-    "start_method",
-    "save_minutes",
-    "deterministic",
-    "loader",
-    "compile",
-    "on_nonfinite",
-    "max_bad_frames",
-)
+try:
+    import fcntl
+except ImportError:  # Windows: runs are not locked there
+    fcntl = None
+
 DAMAGED = "damaged.pt"  # a last.pt that turned out not to be whole
-
-
-class Part(Protocol):
-    """What training changes and a checkpoint keeps: a model, an optimiser, a loss, …"""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> Any: ...
+LOCK = ".lock"
+RATES = ("miss_rate", "miss_rate_day", "miss_rate_night")
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+PATIENCE = 3.0  # seconds after which another Ctrl-C ends a run that is still at its step
 
 
 class Run:
@@ -57,8 +48,15 @@ class Run:
     other constants, is left alone and the new one gets a number: `26`, `26-2`, … A run that
     another process is at is refused.
 
+    As a context manager it hears Ctrl-C, SIGTERM and SIGHUP: the step under way is completed, the
+    checkpoint saved, and the program ended. It also saves when an error ends the block between two
+    steps. Of several processes the first one writes.
+
+    Args:
+        config: the run's constants; name: of its folder; model_args: of its network.
+
     Attributes:
-        folder: `<CHECKPOINTS>/<name>`.
+        folder: `<CHECKPOINTS>/<name>`; notes: what there is to say of the choice.
         epoch, step: completed epochs, and completed steps of the epoch under way.
         terms: names of the loss terms; sums: of each over those steps; seconds: their time;
             skipped: how many of them were left out because they were not finite.
@@ -66,41 +64,47 @@ class Run:
             where it was evaluated, its scores: the columns of log.csv.
         parts: what training changes, by the name it has in a checkpoint; "model" and "optimizer"
             are two of them. Set by `restore`.
-        whole: whether the parts, epoch and step belong together; not so within `undivided`.
+        stop_requested: the signal that asked the run to end after this step, or None.
+        in_step: whether the parts are being changed, so that they are nothing to go on from.
     """
 
-    def __init__(self, config: dict[str, Any], name: str, model_args: dict[str, Any]) -> None:
+    def __init__(self, config: Namespace, name: str, model_args: dict[str, Any]) -> None:
         self.config = config
         self.name = name
         self.model_args = model_args
-        self.epoch = self.step = 0
         self.terms: tuple[str, ...] = ()
-        self.sums: list[float] = []
-        self.skipped = 0
-        self.seconds = 0.0
-        self.history: list[dict[str, float]] = []
-        self.parts: dict[str, Part] = {}
-        self.state: dict[str, Any] | None = None
-        self.whole = True
-        self.saved_at = 0.0
-        self.lock: Any = None
-        self.folder = self.choose_folder(Path(config["checkpoints"]))
+        self.parts: dict[str, Any] = {}
+        self.notes: list[str] = []
+        self.lock: TextIO | None = None
+        self.stop_requested: int | None = None
+        self.stop_time = self.saved_at = 0.0
+        self.in_step = False
+        chosen = self.choose_folder() if is_main_process() else None
+        self.folder, self.state = broadcast_object(chosen)
+        state = self.state or {}
+        self.epoch, self.step = state.get("epoch", 0), state.get("step", 0)
+        self.sums, self.seconds = list(state.get("sums", ())), state.get("seconds", 0.0)
+        self.skipped = state.get("skipped", 0)
+        self.history: list[dict[str, float]] = list(state.get("history", ()))
 
-    def choose_folder(self, root: Path) -> Path:
-        """The folder of an unfinished run of the same constants, or the next free name."""
+    # ------------------------------------------------------------------------- which run it is
+
+    def choose_folder(self) -> tuple[Path, dict[str, Any] | None]:
+        """The folder of an unfinished run of the same constants and its checkpoint, or the next free
+        name and None."""
         number = 1
         while True:
-            folder = root / (self.name if number == 1 else f"{self.name}-{number}")
-            if not folder.exists() or self.continues(folder):
-                return folder
+            name = self.name if number == 1 else f"{self.name}-{number}"
+            folder = Path(self.config.checkpoints) / name
+            if not folder.exists():
+                return folder, None
+            continues, state = self.read_folder(folder)
+            if continues:
+                return folder, state
             number += 1
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the lock, which is this process's: other processes get the rest."""
-        return {**self.__dict__, "lock": None}
-
-    def continues(self, folder: Path) -> bool:
-        """Take up a folder's run if it is this one and unfinished, and lock it.
+    def read_folder(self, folder: Path) -> tuple[bool, dict[str, Any] | None]:
+        """Whether a folder's run is this one and unfinished, and its checkpoint; it is locked then.
 
         A run that was killed before its first checkpoint is this one too, and so is a folder in
         which nothing was written yet.
@@ -109,21 +113,26 @@ class Run:
             InputError: another process is at this run.
         """
         if not (folder / "config.json").is_file():
-            return folder.is_dir() and all(p.name.startswith(".") for p in folder.iterdir())
-        if not same_recipe(folder, self.config):
-            return False
+            empty = folder.is_dir() and all(p.name.startswith(".") for p in folder.iterdir())
+            if not empty:
+                self.notes.append(
+                    f"{folder} has no config.json, so that nobody knows what run it is: a new one"
+                )
+            return empty, None
+        if not same_recipe(folder, vars(self.config)):
+            self.notes.append(f"{folder} is a run with other constants: a new one")
+            return False, None
         self.lock = lock_folder(folder)
-        if self.read_state(folder):
-            return True
-        self.lock.close()
-        self.lock = None
-        return False
+        continues, state = self.read_checkpoint(folder)
+        if not continues:
+            self.unlock()
+        return continues, state
 
-    def read_state(self, folder: Path) -> bool:
-        """Load the newest whole checkpoint of an unfinished run, if it has any yet.
+    def read_checkpoint(self, folder: Path) -> tuple[bool, dict[str, Any] | None]:
+        """Whether a run of these constants is unfinished, and its newest whole checkpoint.
 
-        A last.pt that is damaged is named and moved aside, and previous.pt taken instead.
-        Without a whole one the run is left alone, with a warning, and this is False.
+        A last.pt that is damaged is named and moved aside, and previous.pt taken instead. A run
+        without a whole one is left alone, with a warning.
         """
         kept = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
         state = None
@@ -136,42 +145,40 @@ class Run:
         if state is None:
             if kept:
                 print(f"warning: {folder} cannot go on; starting anew beside it")
-            return not kept
+            return not kept, None
         reported = (folder / "miss_rate.json").exists()
-        if "optimizer" not in state or (state["epoch"] >= self.config["epochs"] and reported):
-            return False
+        if "optimizer" not in state or (state["epoch"] >= self.config.epochs and reported):
+            self.notes.append(f"{folder} is finished: a new run")
+            return False, None
         if path != kept[0]:
             os.replace(kept[0], folder / DAMAGED)
             print(f"warning: going on from {path}; what is left of the other is {DAMAGED}")
-        self.state = state
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.sums, self.seconds = list(state["sums"]), state["seconds"]
-        self.skipped = state.get("skipped", 0)
-        self.history = list(state["history"])
-        return True
+        self.notes = [f"resuming {folder} from epoch {state['epoch'] + 1}, step {state['step'] + 1}"]
+        return True, state
 
     @property
     def resumes(self) -> bool:
-        """Whether an earlier start of this run is continued."""
+        """Whether an earlier start of this run is continued; known until `restore`."""
         return self.state is not None
 
-    def restore(self, parts: dict[str, Part]) -> None:
+    def restore(self, parts: dict[str, Any]) -> None:
         """Take charge of the parts, in the state of the run that is continued, if one is.
+
+        Args:
+            parts: objects with state_dict and load_state_dict.
 
         Raises:
             InputError: the checkpoint, of an older version of this code, lacks a part's state.
         """
         self.parts = parts
-        if self.state is None:
-            return
-        for name, part in parts.items():
+        for name, part in parts.items() if self.state else ():
             if name in self.state:
                 part.load_state_dict(self.state[name])
             elif part.state_dict():
                 raise InputError(
                     f"it does not hold the state of {name!r}, so that this run cannot go on",
                     "move its folder away to start anew",
-                    file=self.folder / "last.pt",
+                    file=self.folder / LAST,
                 )
         self.state = None
 
@@ -192,33 +199,76 @@ class Run:
                 )
         for unfinished in self.folder.glob(".*.tmp"):
             unfinished.unlink(missing_ok=True)
-        text = json.dumps({"name": self.name, **self.config}, indent=1)
-        write_atomically(self.folder / "config.json", lambda path: path.write_text(text))
+        text = json.dumps({**vars(self.config), "name": self.name}, indent=1)
+        write_atomically(self.folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
         if not (self.folder / LAST).exists():
             self.save()
         if self.history:
             self.write_log()
         self.saved_at = time.monotonic()
 
-    @contextmanager
-    def undivided(self) -> Iterator[None]:
-        """A block that changes where the run stands; Ctrl-C and the like wait until it has ended.
+    def unlock(self) -> None:
+        """Let other processes have the folder."""
+        if self.lock:
+            self.lock.close()
+        self.lock = None
 
-        A block that fails leaves the run not `whole`: what memory holds is nothing to go on from.
-        """
-        waiting: list[int] = []
-        names = ("SIGINT", "SIGTERM", "SIGHUP")
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        handlers = [signal.signal(n, lambda number, _: waiting.append(number)) for n in numbers]
-        before, self.whole = self.whole, False
+    # ------------------------------------------------------------------------- how it ends
+
+    def __enter__(self) -> Run:
+        if is_main_process():
+            self.begin()
+        self.handlers = {number: signal.signal(number, self.request_stop) for number in SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
         try:
-            yield
-            self.whole = before
+            if kind is not None and not self.in_step and is_main_process():
+                self.save()
+                tqdm.write(
+                    f"saved; the same command goes on from epoch {self.epoch + 1}, step {self.step + 1}"
+                )
+            if isinstance(error, torch.OutOfMemoryError):
+                raise InputError(
+                    f"a step of BATCH_SIZE = {self.config.batch_size} does not fit into the device's memory",
+                    "lower BATCH_SIZE, INPUT_SIZE or WIDTH; the same command goes on from last.pt",
+                ) from None
+            if isinstance(error, RuntimeError) and world_size() > 1 and "onnection" in str(error):
+                raise InputError(
+                    "another process of this run has ended", "see what it said; the same command goes on"
+                ) from None
         finally:
-            for number, handler in zip(numbers, handlers, strict=True):
+            self.unlock()
+            for number, handler in self.handlers.items():
                 signal.signal(number, handler)
-        for number in waiting[:1]:
-            signal.raise_signal(number)
+
+    def request_stop(self, number: int, _: object) -> None:
+        """Note a signal; a second Ctrl-C that comes `PATIENCE` seconds later does not wait."""
+        now = time.monotonic()
+        if self.stop_requested is None:
+            self.stop_requested, self.stop_time = number, now
+        elif number == signal.SIGINT and now - self.stop_time > PATIENCE:
+            raise KeyboardInterrupt
+
+    def check_stop(self) -> None:
+        """End the block if a signal has asked for it, in any process: all end at the same step.
+
+        Raises:
+            KeyboardInterrupt or SystemExit: as the signal would have.
+        """
+        if any_process(self.stop_requested is not None):
+            if self.stop_requested in (signal.SIGINT, None):
+                raise KeyboardInterrupt
+            sys.exit(128 + self.stop_requested)
+
+    def until_stopped(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Batches to evaluate on, in one process none after a signal; several go on to the end."""
+        for batch in batches:
+            if world_size() == 1:
+                self.check_stop()
+            yield batch
+
+    # ------------------------------------------------------------------------- what it has done
 
     def add_step(self, losses: Tensor | None, seconds: float) -> None:
         """Count a step; losses holds the value of each of `terms`, None for a step left out."""
@@ -235,110 +285,115 @@ class Run:
         means = (value / max(1, self.step - self.skipped) for value in self.sums)
         return dict(zip(self.terms, means, strict=True))
 
-    def end_epoch(self, scores: dict[str, float], writes: bool) -> None:
+    def progress(self, total_steps: int) -> str:
+        """When the run ends, its speed and its mean losses, for a bar on 80 columns."""
+        if not self.step:
+            return ""
+        speed = self.step * self.config.batch_size / max(self.seconds, 1e-9)
+        done = self.epoch * total_steps // self.config.epochs + self.step
+        left = tqdm.format_interval((total_steps - done) * self.seconds / self.step)
+        _, loc, conf, seg, *_ = self.mean_losses().values()
+        return f"{left} left, {speed:.0f} img/s, loc {loc:.2f} conf {conf:.2f} seg {seg:.2f}"
+
+    def end_epoch(self, scores: dict[str, float]) -> None:
         """Log the epoch, save its checkpoint (and as best.pt if its miss rate is the lowest).
 
         Args:
             scores: "weight_map1", … of the masks' losses where they are learned; and when the
                 epoch was evaluated "miss_rate", "miss_rate_day", "miss_rate_night", "recall" and
                 the masks' "iou_map1", … as fractions.
-            writes: whether this process is the one that writes.
         """
-        speed = self.step * self.config["batch_size"] / max(self.seconds, 1e-9)
-        lr = self.parts["optimizer"].param_groups[0]["lr"]
+        best = min((past.get("miss_rate", 2.0) for past in self.history), default=2.0)
         row = {
             "epoch": self.epoch + 1,
             **self.mean_losses(),
-            "lr": lr,
-            "images_per_s": speed,
+            "lr": self.parts["optimizer"].param_groups[0]["lr"],
+            "images_per_s": self.step * self.config.batch_size / max(self.seconds, 1e-9),
             "seconds": self.seconds,
             "skipped": self.skipped,
         }
-        best = min((past.get("miss_rate", 2.0) for past in self.history), default=2.0)
         self.history.append({**row, **scores})
         self.epoch, self.step, self.skipped = self.epoch + 1, 0, 0
         self.sums, self.seconds = [], 0.0
-        if not writes:
+        if not is_main_process():
             return
         if scores.get("miss_rate", 2.0) < best:  # first: what last.pt tells has happened
             save_checkpoint(self.folder / "best.pt", self.content(to_continue=False))
         self.save()
         self.write_log()
+        if "miss_rate" in scores:
+            tqdm.write(self.epoch_line(self.history[-1]))
+
+    def epoch_line(self, row: dict[str, float]) -> str:
+        """One line on an epoch that was evaluated."""
+        rates = " / ".join(f"{100 * row[name]:.2f}" for name in RATES)
+        masks = [f"{value:.2f}" for name, value in row.items() if name.startswith(("ap_", "iou_"))]
+        said = f", masks {' '.join(masks)}" if masks else ""
+        return (
+            f"epoch {row['epoch']}/{self.config.epochs}: loss {row['loss']:.2f}, miss rate {rates} "
+            f"(all / day / night), recall {100 * row['recall']:.1f}{said}, "
+            f"{tqdm.format_interval(row['seconds'])} of training"
+        )
+
+    def closing_words(self) -> str:
+        """Where the run is, what is in it, and what to do next."""
+        scored = [row for row in self.history if "miss_rate" in row]
+        best = min(scored, key=lambda row: row["miss_rate"])
+        seconds = tqdm.format_interval(sum(row["seconds"] for row in self.history))
+        files = ", ".join(sorted(p.name for p in self.folder.iterdir() if not p.name.startswith(".")))
+        return (
+            f"{self.folder}: {self.epoch} epochs, {seconds} of training; lowest miss rate "
+            f"{100 * best['miss_rate']:.2f} at epoch {best['epoch']}\nin it: {files}\n"
+            f"next: python eval.py --checkpoint {self.folder} --bootstrap 1000\n"
+            f"      python detect.py --checkpoint {self.folder} {self.config.data_root}/images"
+        )
 
     def content(self, to_continue: bool) -> dict[str, Any]:
         """A checkpoint's content; without the optimiser it can be used but not continued."""
+        names = ("epoch", "step", "sums", "seconds", "skipped", "history")
         parts = {
             name: part.state_dict() for name, part in self.parts.items() if to_continue or name != "optimizer"
         }
-        return {
-            "model_args": self.model_args,
-            "config": self.config,
-            "experiment": self.name,
-            "epoch": self.epoch,
-            "step": self.step,
-            "sums": self.sums,
-            "seconds": self.seconds,
-            "skipped": self.skipped,
-            "history": self.history,
-            **parts,
-        }
+        known = {"model_args": self.model_args, "config": vars(self.config), "experiment": self.name}
+        return {**known, **{name: getattr(self, name) for name in names}, **parts}
 
     def save(self) -> None:
         """Write last.pt; the one before it becomes previous.pt."""
-        save_checkpoint(self.folder / LAST, self.content(to_continue=True), previous=self.folder / PREVIOUS)
+        content = self.content(to_continue=True)
+        save_checkpoint(self.folder / LAST, content, previous=self.folder / PREVIOUS)
         self.saved_at = time.monotonic()
 
     def is_due(self) -> bool:
         """Whether the newest checkpoint is older than SAVE_MINUTES."""
-        minutes = self.config["save_minutes"]
+        minutes = self.config.save_minutes
         return bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
 
     def write_log(self) -> None:
         """Write log.csv and curves.png from the history."""
 
         def write(path: Path) -> None:
-            with path.open("w", newline="") as file:
+            with path.open("w", newline="", encoding="utf-8") as file:
                 columns = dict.fromkeys(key for row in self.history for key in row)
                 writer = csv.DictWriter(file, columns, restval="")
                 writer.writeheader()
                 writer.writerows(self.history)
 
         write_atomically(self.folder / "log.csv", write)
-        write_atomically(self.folder / "curves.png", self.draw_curves)
-
-    def draw_curves(self, path: Path) -> None:
-        """Loss terms and miss rate over the epochs."""
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(9, 3.5), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        epochs = [row["epoch"] for row in self.history]
-        for term in ("loss", "loc", "conf", "seg"):
-            left.plot(epochs, [row[term] for row in self.history], label=term)
-        left.set(xlabel="epoch", ylabel="training loss")
-        left.legend()
-        scored = [row for row in self.history if "miss_rate" in row]
-        for key, label in (("miss_rate", "all"), ("miss_rate_day", "day"), ("miss_rate_night", "night")):
-            rates = [100 * row[key] for row in scored]
-            right.plot([row["epoch"] for row in scored], rates, marker="o", label=label)
-        right.set(xlabel="epoch", ylabel="miss rate, Reasonable (%)", ylim=(0, 100))
-        right.legend()
-        figure.savefig(path, format="png", dpi=120)
+        write_atomically(self.folder / "curves.png", lambda path: draw_curves(self.history, self.name, path))
 
     def save_evidence(self, frame_ids: list[str], losses: Tensor, rank: int) -> Path:
         """Write what a step that went wrong saw: frame ids and loss terms. Returns the path."""
         where = f"epoch{self.epoch + 1}-step{self.step + 1}-rank{rank}"
         path = self.folder / f"nonfinite-{where}.json"
-        terms = dict(zip(self.terms, map(str, losses.tolist()), strict=True))
         evidence = {
             "frames": frame_ids,
-            "losses": terms,
+            "losses": dict(zip(self.terms, map(str, losses.tolist()), strict=True)),
             "epoch": self.epoch + 1,
             "step": self.step + 1,
-            "seed": self.config["seed"],
+            "seed": self.config.seed,
         }
         text = json.dumps(evidence, indent=1)
-        write_atomically(path, lambda beside: beside.write_text(text))
+        write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
         return path
 
 
@@ -348,9 +403,9 @@ def same_recipe(folder: Path, config: dict[str, Any]) -> bool:
         theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    ours = json.loads(json.dumps(config))  # tuples become lists, as in the file
     # A run from before a constant was added had what BASE says of it.
-    return all(ours[k] == theirs.get(k, BASE.get(k)) for k in ours.keys() - set(MACHINE_CONSTANTS))
+    names = config.keys() - set(MACHINE_CONSTANTS)
+    return all(same_value(name, config[name], theirs.get(name, BASE.get(name))) for name in names)
 
 
 def nonfinite_error(path: Path) -> InputError:
@@ -361,15 +416,6 @@ def nonfinite_error(path: Path) -> InputError:
         "from last.pt, which is from before this step",
         file=path,
     )
-
-
-try:
-    import fcntl
-except ImportError:  # Windows: runs are not locked there
-    fcntl = None
-
-
-LOCK = ".lock"
 
 
 def lock_folder(folder: Path) -> TextIO:
@@ -394,10 +440,10 @@ def lock_folder(folder: Path) -> TextIO:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.seek(0)
+            holder = file.read().strip() or "it just began"
+            file.close()
             raise InputError(
-                f"another process is at this run ({file.read().strip() or 'it just began'})",
-                "wait for its end, or stop it",
-                file=folder,
+                f"another process is at this run ({holder})", "wait for its end, or stop it", file=folder
             ) from None
         print(f"warning: {folder} cannot be locked ({error.strerror}); do not start it twice")
     file.truncate(0)

@@ -35,6 +35,14 @@ FOLDERS = {
     "xml": "annotations-xml-new",
     "paired": "annotations_paired",
 }  # in the order in which "auto" looks for them; JSON comes last
+# The modalities that each form of the network's input needs, visible first.
+MODALITIES = {
+    "lwir": ("lwir",),
+    "visible": ("visible",),
+    "mean": ("visible", "lwir"),
+    "early": ("visible", "lwir"),
+    "halfway": ("visible", "lwir"),
+}
 REMEDY = "set ANNOTATIONS (--annotations) to a form or a path"
 
 

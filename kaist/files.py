@@ -134,6 +134,16 @@ class InputError(Exception):
         return type(self).__new__, (type(self), *self.args), vars(self)
 
 
+def check_flags(check: Callable[[], object]) -> None:
+    """Check a script's command line before it imports what takes seconds to import.
+
+    Ctrl-C then ends the program without a traceback, until `run_script` takes over.
+    """
+    run_script(check)
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Run an entry script's main(); an InputError becomes one line on stderr and exit code 2.
 

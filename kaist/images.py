@@ -9,21 +9,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES, image_path
 from kaist.files import InputError
 from kaist.frame_cache import FrameCache, open_cache
 from kaist.remember import remember
 
 # Visible R, G, B, then LWIR: the colour that normalisation by ImageNet's mean turns into zero.
 MEAN_COLOUR = np.array([124, 116, 104, 114], np.uint8)
-
-MODALITIES = {
-    "lwir": ("lwir",),
-    "visible": ("visible",),
-    "mean": ("visible", "lwir"),
-    "early": ("visible", "lwir"),
-    "halfway": ("visible", "lwir"),
-}
 
 
 def check_images(root: Path, frame_ids: Sequence[str], input_mode: str, without: str = "") -> None:

@@ -90,6 +90,14 @@ def headline(results: dict[str, Result]) -> dict[str, float]:
     return {**rates, "recall": results[HEADLINE[0]].recall}
 
 
+def count_people(ground_truth: GroundTruth) -> str:
+    """How many frames there are, and how many of their people count, in words."""
+    nothing = Detections(np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
+    people, day, night = (evaluate(ground_truth, nothing)[key].n_positive for key in HEADLINE)
+    few = "; fewer than 50 say little" if people < 50 else ""
+    return f"{len(ground_truth.frames)} frames, {people} people count ({day} day, {night} night){few}"
+
+
 def report(name: str, ground_truth: GroundTruth, detections: Detections, folder: Path) -> dict:
     """Print a run's table and write detections.txt, miss_rate.png and miss_rate.json to its folder.
 

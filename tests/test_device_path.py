@@ -16,7 +16,7 @@ from datasets import (
     make_images,
     resize_weights,
 )
-from engine.config import obstacle
+from engine.config import device_loader_conflict
 from engine.loader import EpochBatches
 from kaist.annotations import open_annotations, read_image_list
 from kaist.images import cache_frames
@@ -170,7 +170,7 @@ def test_nothing_waits_for_a_value_on_the_device(dataset):
 
 def test_what_keeps_batches_off_the_device_is_said():
     config = {"cache": "folder", "augment": True, "copy_paste": 0.0}
-    assert not obstacle(config)
-    assert "CACHE" in obstacle(config | {"cache": ""})
-    assert "COPY_PASTE" in obstacle(config | {"copy_paste": 0.5})
-    assert not obstacle(config | {"copy_paste": 0.5, "augment": False})
+    assert not device_loader_conflict(config)
+    assert "CACHE" in device_loader_conflict(config | {"cache": ""})
+    assert "COPY_PASTE" in device_loader_conflict(config | {"copy_paste": 0.5})
+    assert not device_loader_conflict(config | {"copy_paste": 0.5, "augment": False})

@@ -1,6 +1,7 @@
 """What the rows beyond the log are made of, as a user meets it: input sizes, fusion, a missing
 modality, averaged weights, test flip."""
 
+import copy
 import sys
 
 import numpy as np
@@ -12,7 +13,7 @@ import eval as eval_script
 import train
 from datasets import KaistPairs, load_frames
 from engine.checkpoint import save_checkpoint
-from engine.optim import MovingAverage
+from engine.optim import update_ema
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.files import InputError
 from kaist.images import read_frame
@@ -21,7 +22,10 @@ from ssd.augment import Augmentation, draw_recipe, mean_colour
 from ssd.boxes import Predictions, decode, detect
 from utils import predict
 
-QUICK = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--width", "0.0625", "--device", "cpu"]
+QUICK = (
+    "--checkpoints checkpoints --name custom --batch-size 4 --workers 0 --width 0.0625 --device cpu "
+    "--epochs 1"
+).split()
 
 
 def call(monkeypatch, script, *arguments):
@@ -120,7 +124,12 @@ def save(tmp_path, demo_root):
         path = tmp_path / "run" / "last.pt"
         path.parent.mkdir(exist_ok=True)
         save_checkpoint(
-            path, {"model_args": train.model_arguments(config), "config": config, "model": model.state_dict()}
+            path,
+            {
+                "model_args": train.model_arguments(config),
+                "config": vars(config),
+                "model": model.state_dict(),
+            },
         )
         return path
 
@@ -173,21 +182,22 @@ def test_evaluation_without_a_modality(save, demo_root, tmp_path, monkeypatch, c
 
 
 def test_averaged_weights_by_hand():
-    network = torch.nn.BatchNorm1d(1)
-    average = MovingAverage(network, 0.5)
+    model = torch.nn.BatchNorm1d(1)
+    ema = copy.deepcopy(model)
     expected = None
     for step, weight in enumerate((3.0, 5.0, 9.0, -2.0)):
-        network.weight.data.fill_(weight)
-        network.running_mean.fill_(weight)
-        average.update(step)
+        model.weight.data.fill_(weight)
+        model.running_mean.fill_(weight)
+        model.num_batches_tracked.fill_(step)
+        update_ema(ema, model, 0.5, step)
         decay = min(0.5, step / (step + 10))
         expected = weight if step == 0 else decay * expected + (1 - decay) * weight
-        assert average.model.weight.item() == pytest.approx(expected)
-        assert average.model.running_mean.item() == weight
-    assert network.weight.item() == -2.0 and average.model.weight.item() != -2.0
-    off = MovingAverage(network, 0.0)
-    off.update(0)
-    assert off.model is network
+        assert ema.weight.item() == pytest.approx(expected)
+        assert ema.running_mean.item() == pytest.approx(expected)  # statistics are averaged too
+        assert ema.num_batches_tracked.item() == step
+    assert model.weight.item() == -2.0
+    update_ema(model, model, 0.5, 9)
+    assert model.weight.item() == -2.0
 
 
 # ------------------------------------------------------------------------------ test flip

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -21,20 +22,10 @@ from kaist.files import InputError
 from model import build_model
 
 PROJECT = Path(train.__file__).parent
-QUICK = [
-    "--epochs",
-    "2",
-    "--batch-size",
-    "4",
-    "--workers",
-    "0",
-    "--width",
-    "0.0625",
-    "--eval-every",
-    "1",
-    "--device",
-    "cpu",
-]
+QUICK = (
+    "--checkpoints checkpoints --name custom --batch-size 4 --workers 0 --width 0.0625 --device cpu "
+    "--epochs 2 --eval-every 1"
+).split()
 
 
 @pytest.fixture
@@ -58,7 +49,8 @@ def run_script(name, *arguments, cwd):
 def test_train_eval_detect_as_a_user_runs_them(demo_root, tmp_path):
     done = run_script("train.py", "--data-root", demo_root, *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "images/s" in done.stderr and "loc" in done.stderr and "lr" in done.stderr
+    assert "left, " in done.stderr and "img/s" in done.stderr and "loc" in done.stderr
+    assert "epoch 2/2: loss" in done.stdout and "next: python eval.py" in done.stdout
     folder = tmp_path / "checkpoints" / "custom"
     assert {p.name for p in folder.iterdir()} >= {
         "config.json",
@@ -119,7 +111,7 @@ def test_interrupted_run_continues_to_the_same_weights(flags, start, monkeypatch
 
 def test_every_part_with_a_state_is_kept_and_needed_to_go_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config = {"checkpoints": "runs", "epochs": 2, "batch_size": 1, "seed": 0}
+    config = Namespace(checkpoints="runs", epochs=2, batch_size=1, seed=0)
 
     def new_run(**more):
         layer = torch.nn.Linear(1, 1)
@@ -133,7 +125,9 @@ def test_every_part_with_a_state_is_kept_and_needed_to_go_on(tmp_path, monkeypat
     run.terms = ("loss", "loc", "conf", "seg")
     run.begin()
     run.add_step(torch.ones(4), 1.0)
-    run.end_epoch(dict.fromkeys(("miss_rate", "miss_rate_day", "miss_rate_night"), 0.5), True)
+    rates = ("miss_rate", "miss_rate_day", "miss_rate_night", "recall")
+    run.end_epoch(dict.fromkeys(rates, 0.5))
+    run.unlock()
     again = new_run(ema=torch.nn.Linear(1, 1))
     assert again.folder == run.folder and again.epoch == 1
     assert torch.equal(again.parts["ema"].weight, run.parts["ema"].weight)
@@ -218,7 +212,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_on_request(start, mon
 def test_skipping_ends_where_nothing_is_finite_any_more(start, monkeypatch):
     forward = train.Criterion.forward
     monkeypatch.setattr(train.Criterion, "forward", lambda *a: forward(*a) * float("nan"))
-    monkeypatch.setattr(train, "MAX_SKIPS", 2)
+    monkeypatch.setattr(train, "MAX_NONFINITE_STEPS", 2)
     with pytest.raises(InputError, match="step2-rank0.json.*not a finite number"):
         start("--on-nonfinite", "skip")
 
@@ -330,7 +324,8 @@ def checkpoint(tmp_path):
     model = train.SSD300(**train.model_arguments(config))
     path = tmp_path / "untrained.pt"
     save_checkpoint(
-        path, {"model_args": train.model_arguments(config), "config": config, "model": model.state_dict()}
+        path,
+        {"model_args": train.model_arguments(config), "config": vars(config), "model": model.state_dict()},
     )
     return path
 

@@ -395,7 +395,7 @@ def growth(bench: Bench) -> Iterator[str]:
 
 def row_detector(bench: Bench, config: dict[str, Any], frame_id: str) -> Callable[[], object]:
     """Detection by a row's network with random weights, of which few priors say person."""
-    model = SSD300(**model_arguments(config)).to(bench.device, memory_format=torch.channels_last)
+    model = SSD300(**model_arguments(Namespace(**config))).to(bench.device, memory_format=torch.channels_last)
     for head in model.eval().conf_heads:
         torch.nn.init.constant_(head.bias[::2], 4.0)
 

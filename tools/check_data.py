@@ -28,6 +28,7 @@ from kaist.annotations import (
     FOLDERS,
     FRAME_ID,
     JSON_NAME,
+    MODALITIES,
     Annotations,
     find_file,
     has_annotations,
@@ -36,7 +37,6 @@ from kaist.annotations import (
     read_image_list,
 )
 from kaist.files import InputError, read_text, run_script, write_atomically
-from kaist.images import MODALITIES
 from tools.faults import (
     COLOURED,
     FAULTS,

@@ -137,7 +137,7 @@ class StudyRun(NamedTuple):
     seed: int
     folder: Path
     flags: list[str]
-    config: dict[str, Any]
+    config: Namespace
 
 
 def plan(study: Study, folder: Path, seeds: int, more: list[str]) -> list[StudyRun]:
@@ -158,7 +158,7 @@ def plan(study: Study, folder: Path, seeds: int, more: list[str]) -> list[StudyR
             flags += ["--checkpoints", str(folder), "--name", name]
             runs.append(StudyRun(arm, seed, folder / name, flags, train.configure(flags)))
     for run in runs:
-        if run.folder.exists() and not same_recipe(run.folder, run.config):
+        if run.folder.exists() and not same_recipe(run.folder, vars(run.config)):
             raise InputError(
                 "it holds a run of other constants", "move it away to run the study anew", file=run.folder
             )
@@ -298,7 +298,7 @@ def differences(by_arm: dict[str, list[Outcome]], baseline: str, arm: str) -> np
 def describe_arm(study: Study, arm: str) -> str:
     """An arm in the lab book's own words."""
     row, changes = study.arms.get(arm, (arm, {}))
-    return arm if changes else f"{arm}: {EXPERIMENTS[row]['words']}"
+    return arm if changes else f"{arm}: {EXPERIMENTS[row].words}"
 
 
 class PairedTest(NamedTuple):

@@ -1,10 +1,12 @@
 """Constants, flags, rows of the lab book, and the name a run is saved under."""
 
+import re
+
 import pytest
 
 import train
 from engine.config import CHOICES, parse_flags, read_constants, resolve_row
-from engine.experiments import BASE, EXPERIMENTS
+from engine.experiments import BASE, EXPERIMENTS, Row
 from engine.optim import lr_factor
 from kaist.files import InputError
 
@@ -26,10 +28,10 @@ def test_constants_become_flags_with_their_comments(capsys):
 
 def test_flags_win_over_rows_and_rows_over_constants():
     config = train.configure(["--experiment", "19", "--lr", "0.25", "--infusion", "0,0,1,0,0,0"])
-    assert config["lr"] == 0.25 and config["infusion"] == (0, 0, 1, 0, 0, 0)
-    assert config["epochs"] == 100 and config["width"] == 1.0  # the row's
-    assert config["data_root"] == defaults()["data_root"]  # no row speaks of it
-    assert train.configure(["--no-augment"])["augment"] is False
+    assert config.lr == 0.25 and config.infusion == (0, 0, 1, 0, 0, 0)
+    assert config.epochs == 100 and config.width == 1.0  # the row's
+    assert config.data_root == defaults()["data_root"]  # no row speaks of it
+    assert train.configure(["--no-augment"]).augment is False
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_flags_win_over_rows_and_rows_over_constants():
         (["--experiment", "99"], "no experiment '99'.*1, 2,"),
         (["--bath-size", "3"], "unrecognized arguments: --bath-size"),
         (["--batch-size", "many"], "invalid int value: 'many'"),
-        (["--batch-size", "0"], "BATCH_SIZE = 0.*greater than 0"),
+        (["--batch-size", "0"], "BATCH_SIZE = 0.*from 1 to"),
         (["--width", "nan"], "WIDTH = nan"),
         (["--input-mode", "radar"], "invalid choice: 'radar'"),
         (["--infusion", "1,0"], "wants 6 values"),
@@ -61,6 +63,19 @@ def test_flags_win_over_rows_and_rows_over_constants():
         ([*NO_MAPS, "--out-of-range", "ignore"], "OUT_OF_RANGE = 'ignore'.*set INFUSION"),
         ([*NO_MAPS, "--infusion-conv"], "INFUSION_CONV = True.*set INFUSION"),
         (["--input-size", "100,100"], r"INPUT_SIZE = \(100, 100\)"),
+        (["--epochs", "9" * 400], "EPOCHS = 999"),
+        (["--batch-size", "9" * 400], "BATCH_SIZE = 999"),
+        (["--seed", str(2**64)], "SEED = 18446744073709551616.*from 0 to"),
+        (["--max-boxes", str(2**63)], "MAX_BOXES = 9223372036854775808"),
+        (["--width", "1e9"], "WIDTH = 1000000000.0"),
+        (["--bias-lr-factor", "1e308"], "BIAS_LR_FACTOR"),
+        (["--weight-decay", "1e308"], "WEIGHT_DECAY"),
+        (["--workers", "9" * 20], "WORKERS"),
+        (["--name", "\udce9"], "NAME = .*UTF-8"),
+        (["--name", ".."], "NAME = '..'"),
+        (["--name", ".hidden"], "NAME = '.hidden'"),
+        (["--name", "a/b"], "NAME = 'a/b'"),
+        (["--epoch", "3"], "unrecognized arguments: --epoch 3; did you mean --epochs"),
     ],
 )
 def test_what_cannot_be_used_is_refused(flags, message):
@@ -69,7 +84,7 @@ def test_what_cannot_be_used_is_refused(flags, message):
 
 
 def test_a_row_with_a_wrong_key_is_refused(monkeypatch):
-    row = {"based_on": "26", "change": {"lrr": 1.0}, "words": "", "logged": ""}
+    row = Row("26", {"lrr": 1.0}, "")
     monkeypatch.setitem(EXPERIMENTS, "77", row)
     with pytest.raises(InputError, match="row 77 changes lrr, which no recipe has"):
         train.configure(["--experiment", "77", "--data-root", "nowhere"])
@@ -88,7 +103,8 @@ def test_every_row_resolves_to_known_constants():
 
 def test_the_book_can_be_printed(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", "--list"])
-    train.main()
+    with pytest.raises(SystemExit):
+        train.main()
     said = capsys.readouterr().out
     assert all(f"\n{name:>5} " in said for name in EXPERIMENTS)
     assert "26.33 / 31.38 / 15.89" in said and "infusion 1,1,0,0,0,0" in said
@@ -172,26 +188,27 @@ def test_rows_beyond_the_log_change_row_26_as_they_say(row, change):
 
 def test_a_run_is_named_for_its_row_only_if_it_is_that_row():
     name = lambda *flags: train.run_name(train.configure(list(flags)))  # noqa: E731
-    assert name("--data-root", "/data/kaist") == "custom"  # the demo row is of the demo set
+    assert name("--data-root", "/data/kaist") == "demo-onkaist"  # the demo row is of the demo set
     assert name() == "demo"
     assert name("--experiment", "26") == "26"
     assert name("--experiment", "26", "--workers", "7", "--data-root", "x") == "26"
     assert name("--experiment", "26", "--seed", "3") == "26-seed3"
-    assert name("--experiment", "26", "--lr", "0.1") == "custom"
-    assert name("--epochs", "1") == "custom"
+    assert name("--experiment", "26", "--lr", "0.1") == "26-lr0.1"
+    assert name("--epochs", "1", "--no-augment") == "demo-epochs1-noaugment"
+    assert name("--name", "mine", "--epochs", "1") == "mine"
+    many = name(*"--epochs 1 --lr 0.1 --zoom-out 2 --seed 1 --batch-size 3 --margin 1 --min-height 9".split())
+    assert re.fullmatch("demo-7-changes-[0-9a-f]{6}", many)
 
 
 def test_schedules_by_hand():
-    config = defaults() | {"epochs": 100}
-    factor = lambda schedule, epoch: lr_factor(  # noqa: E731
-        config | {"schedule": schedule}, epoch * 10, 1000
-    )
+    def factor(schedule, epoch):
+        return lr_factor(schedule, 100, epoch * 10, 1000)
+
     assert [factor("step", e) for e in (0, 63, 64, 79, 80, 99)] == pytest.approx(
         [1, 1, 0.1, 0.1, 0.01, 0.01]
     )  # int(100 / 6) * 4 = 64 and * 5 = 80
     assert factor("constant", 99) == 1
-    short = config | {"schedule": "step", "epochs": 3}
-    assert [lr_factor(short, step, 30) for step in (0, 29)] == [1, 1]
-    assert lr_factor(config | {"schedule": "cosine"}, 0, 1000) == pytest.approx(1 / 50)
+    assert [lr_factor("step", 3, step, 30) for step in (0, 29)] == [1, 1]
+    assert lr_factor("cosine", 100, 0, 1000) == pytest.approx(1 / 50)
     assert factor("cosine", 5) == pytest.approx(1)
-    assert lr_factor(config | {"schedule": "cosine"}, 525, 1000) == pytest.approx(0.5)
+    assert lr_factor("cosine", 100, 525, 1000) == pytest.approx(0.5)

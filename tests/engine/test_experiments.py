@@ -113,26 +113,12 @@ def test_every_row_makes_a_step(row, demo_root, tmp_path, monkeypatch):
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train.Run, "add_step", stop)
+    flags = (
+        "--width 0.03 --pretrained none --batch-size 2 --workers 0 --device cpu --checkpoints . --name custom"
+    )
+    root = ["--data-root", str(demo_root)]
     monkeypatch.setattr(
-        sys,
-        "argv",
-        [
-            "train.py",
-            "--experiment",
-            row,
-            "--data-root",
-            str(demo_root),
-            "--width",
-            "0.03",
-            "--pretrained",
-            "none",
-            "--batch-size",
-            "2",
-            "--workers",
-            "0",
-            "--device",
-            "cpu",
-        ],
+        sys, "argv", ["train.py", "--experiment", row, *root, *flags.split(), "--name", "custom"]
     )
     with pytest.raises(Stepped) as stepped:
         train.main()
@@ -140,7 +126,7 @@ def test_every_row_makes_a_step(row, demo_root, tmp_path, monkeypatch):
     maps = [f"seg_map{i + 1}" for i, infused in enumerate(resolve_row(row)["infusion"]) if infused]
     assert run.terms == ("loss", "loc", "conf", "seg", *maps) and len(losses) == len(run.terms)
     assert losses[0] > 0 and losses.isfinite().all() and (losses[4:] > 0).all()
-    start = load_checkpoint(Path("checkpoints/custom/last.pt"))["model"]
+    start = load_checkpoint(Path("custom/last.pt"))["model"]
     moved = {
         name for name, value in run.parts["model"].state_dict().items() if not torch.equal(value, start[name])
     }

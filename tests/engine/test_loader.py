@@ -17,7 +17,10 @@ from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.images import check_images
 from ssd.augment import Augmentation
 
-QUICK = ["--epochs", "1", "--batch-size", "4", "--workers", "0", "--width", "0.0625", "--device", "cpu"]
+QUICK = (
+    "--checkpoints checkpoints --name custom --batch-size 4 --workers 0 --width 0.0625 --device cpu "
+    "--epochs 1"
+).split()
 
 
 @pytest.fixture

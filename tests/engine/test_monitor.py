@@ -1,23 +1,23 @@
 """Steps are counted late on a GPU and told as what they were; what is not finite moves nothing."""
 
 import copy
-from contextlib import nullcontext
 
 import pytest
 import torch
 
-from engine.config import read_constants
-from engine.monitor import StepLog
-from engine.optim import make_optimizer, update
+from engine.monitor import READ_BACK_STEPS, StepMonitor
+from engine.optim import GuardedStep, make_optimizer, update
 from kaist.files import InputError
 from model import SSD300
 from tools.workloads import MODEL
+
+SETTINGS = {"lr": 1e-3, "bias_lr_factor": 2.0, "weight_decay": 1e-5}
 
 
 class FakeRun:
     """Remembers what it is told."""
 
-    undivided = staticmethod(nullcontext)
+    in_step = False
 
     def __init__(self):
         self.step, self.losses, self.evidence = 0, [], []
@@ -30,83 +30,85 @@ class FakeRun:
         self.evidence.append((self.step + 1, frame_ids, losses.tolist(), rank))
         return "evidence.json"
 
+    def is_due(self):
+        return False
 
-class OnGpu:
-    """A tensor that says it is on a GPU."""
-
-    is_cuda = True
-
-    def __init__(self, value):
-        self.value = value
-
-    def to(self, device, non_blocking):
-        assert device == "cpu" and non_blocking
-        return self.value
+    def check_stop(self):
+        pass
 
 
-class FakeEvent:
-    """A CUDA event: waited for only when the next step is under way."""
-
-    launched = 0
-
-    def record(self):
-        FakeEvent.launched += 1
-        self.number = FakeEvent.launched
-
-    def synchronize(self):
-        assert FakeEvent.launched > self.number or FakeEvent.over
-
-
-def add(log, n, value=1.0, wrap=lambda x: x):
+def add(monitor, n, value=1.0):
     losses = torch.tensor([[value, n], [value, 10 * n]])
-    log.add(wrap(losses), wrap(losses.isfinite().all()), [f"frame{n}"])
+    monitor.add(losses, losses.isfinite().all(), [f"frame{n}"])
+
+
+def late(monkeypatch):
+    """Losses wait as they do on a GPU."""
+    flush = StepMonitor.flush
+
+    def flush_when_full(monitor):
+        if len(monitor.pending) >= READ_BACK_STEPS or monitor.closing:
+            flush(monitor)
+
+    monkeypatch.setattr(StepMonitor, "closing", False, raising=False)
+    monkeypatch.setattr(StepMonitor, "flush", flush_when_full)
 
 
 def test_a_cpu_counts_at_once():
     run = FakeRun()
-    with StepLog(run, 0, patience=1) as log:
+    with StepMonitor(run, 1) as monitor:
         for n in range(3):
-            add(log, n)
+            add(monitor, n)
             assert run.losses[-1] == [1.0, n] and run.step == n + 1
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(FakeEvent, "launched", 0)
-    monkeypatch.setattr(FakeEvent, "over", False, raising=False)
-
-
-def test_a_gpu_is_one_step_ahead_and_no_step_is_lost(gpu):
+def test_late_losses_are_counted_in_blocks_and_none_is_lost(monkeypatch):
+    late(monkeypatch)
     run = FakeRun()
-    with StepLog(run, 0, patience=1) as log:
-        for n in range(3):
-            add(log, n, wrap=OnGpu)
-            assert run.step == n
-        FakeEvent.over = True
-    assert run.losses == [[1.0, 0], [1.0, 1], [1.0, 2]]
-    with pytest.raises(KeyboardInterrupt), StepLog(run, 0, patience=1) as log:
-        add(log, 3, wrap=OnGpu)
-        raise KeyboardInterrupt
-    assert run.step == 4
+    with StepMonitor(run, 1) as monitor:
+        for n in range(READ_BACK_STEPS + 3):
+            add(monitor, n)
+            assert run.step == (READ_BACK_STEPS if n + 1 >= READ_BACK_STEPS else 0)
+        monitor.closing = True
+    assert run.losses == [[1.0, n] for n in range(READ_BACK_STEPS + 3)]
 
 
-def test_the_step_that_is_not_finite_is_named(gpu):
+def test_the_late_step_that_is_not_finite_is_named(monkeypatch):
+    late(monkeypatch)
     run = FakeRun()
-    with pytest.raises(InputError, match="evidence.json"), StepLog(run, 2, patience=1) as log:
-        add(log, 0, wrap=OnGpu)
-        add(log, 1, torch.nan, OnGpu)
-        add(log, 2, torch.nan, OnGpu)
+    with pytest.raises(InputError, match="evidence.json"), StepMonitor(run, 1) as monitor:
+        for n in range(READ_BACK_STEPS):
+            run.in_step = True
+            add(monitor, n, torch.nan if n in (1, 4) else 1.0)
     [(step, frames, losses, rank)] = run.evidence
-    assert (step, frames, losses[1], rank) == (2, ["frame1"], 10, 2)
+    assert (step, frames, losses[1], rank) == (2, ["frame1"], 10, 0)
     assert run.step == 1
 
 
-def test_patience_is_for_steps_in_a_row():
+def test_what_an_interrupted_step_left_is_not_counted():
     run = FakeRun()
-    with pytest.raises(InputError), StepLog(run, 0, patience=2) as log:
+    with pytest.raises(RuntimeError), StepMonitor(run, 1) as monitor:
+        for _ in monitor.steps([1, 2]):
+            monitor.pending.append(None)  # a step that the device never ended
+            raise RuntimeError
+    assert run.in_step and run.step == 0
+
+
+def test_batches_that_cannot_be_read_are_steps_left_out():
+    run = FakeRun()
+    with StepMonitor(run, 1) as monitor:
+        for step, batch in monitor.steps(["a", None, "c"]):
+            assert run.in_step and (step, batch) in ((0, "a"), (2, "c"))
+            add(monitor, step)
+    assert run.losses == [[1.0, 0], None, [1.0, 2]] and not run.in_step
+
+
+def test_only_steps_in_a_row_end_a_run():
+    run = FakeRun()
+    with pytest.raises(InputError), StepMonitor(run, 2) as monitor:
         for n, value in enumerate([torch.inf, 1.0, torch.nan, torch.nan]):
-            add(log, n, value)
+            run.in_step = True
+            add(monitor, n, value)
     assert run.losses == [None, [1.0, 1], None]
     assert [step for step, *_ in run.evidence] == [1, 3, 4]
 
@@ -121,11 +123,8 @@ def fused(optimizer):
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_a_step_that_is_not_finite_moves_nothing(name, on_gpu):
-    import train
-
-    config = {key: value for key, (value, _) in read_constants(train.__file__).items()}
     model = SSD300(**(MODEL | {"width": 0.01}))
-    optimizer = make_optimizer(model, torch.nn.Identity(), config | {"optimizer": name})
+    optimizer = make_optimizer(model, torch.nn.Identity(), name=name, **SETTINGS)
     if on_gpu:
         fused(optimizer)
 
@@ -151,13 +150,26 @@ def test_a_step_that_is_not_finite_moves_nothing(name, on_gpu):
 
 def test_a_state_keeps_to_the_kernels_of_its_device():
     """A run of a GPU goes on on a CPU, and the other way round."""
-    import train
-
-    config = {key: value for key, (value, _) in read_constants(train.__file__).items()}
     model = SSD300(**(MODEL | {"width": 0.01}))
-    theirs, ours = (make_optimizer(model, torch.nn.Identity(), config) for _ in range(2))
+    theirs, ours = (make_optimizer(model, torch.nn.Identity(), name="adam", **SETTINGS) for _ in range(2))
     fused(theirs)
     ours.load_state_dict(theirs.state_dict())
     assert {group["fused"] for group in ours.param_groups} == {None}
     theirs.load_state_dict(ours.state_dict())
     assert {group["fused"] for group in theirs.param_groups} == {True}
+
+
+def test_batch_norm_forgets_a_step_that_is_not_finite():
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
+    optimizer = make_optimizer(model, torch.nn.Identity(), name="sgd", **SETTINGS)
+    guarded_step = GuardedStep(model, optimizer)
+    states = []
+    for value in (1.0, float("nan"), 2.0):
+        loss = model(torch.randn(4, 1, 3, 3) * value).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        assert bool(guarded_step(loss.detach()[None])) == (value == value)
+        states.append(copy.deepcopy(model.state_dict()))
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    assert not torch.equal(states[2]["1.running_mean"], states[1]["1.running_mean"])
+    assert states[2]["1.num_batches_tracked"] == 2

@@ -34,7 +34,7 @@ def test_a_vgg_state_file_fills_the_backbone(make, flags, tmp_path):
     path = save(tmp_path, state)
     config = train.configure(["--pretrained", path, *flags])
     model = SSD300(**train.model_arguments(config))
-    load_pretrained(model, config["pretrained"])
+    load_pretrained(model, config.pretrained)
     assert (model.to_conv4_3[0].weight == state["features.0.weight"][0, 0, 0, 0]).all()
     assert (model.conv6_7[3].bias == state["classifier.3.bias"][0]).all()
 
@@ -91,4 +91,4 @@ def test_a_file_written_before_zip_archives_is_read(tmp_path):
     """As torchvision's VGG16 files are."""
     path = tmp_path / "old.pth"
     torch.save(state_of(vgg16), path, _use_new_zipfile_serialization=False)
-    assert train.configure(["--pretrained", str(path), *PLAIN])["pretrained"] == str(path)
+    assert train.configure(["--pretrained", str(path), *PLAIN]).pretrained == str(path)

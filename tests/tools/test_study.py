@@ -118,12 +118,12 @@ def test_a_study_compares_seed_by_seed():
 def test_the_kaist_study_leaves_rows_as_they_are(tmp_path):
     for run in study.plan(study.STUDIES["kaist"], tmp_path, 1, []):
         row = resolve_row(run.arm) | {"seed": 0}
-        assert {key: run.config[key] for key in row} == row
+        assert {key: getattr(run.config, key) for key in row} == row
 
 
 def test_small_studies_keep_what_the_question_is_about():
     runs = study.plan(study.STUDIES["beyond"], Path("none"), 1, [])
-    schedules = {run.arm: run.config["schedule"] for run in runs}
+    schedules = {run.arm: run.config.schedule for run in runs}
     assert schedules.pop("37") == "cosine" and set(schedules.values()) == {"step"}
 
 

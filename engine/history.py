@@ -1,0 +1,69 @@
+"""What the folders of runs tell without torch: their logs, and which runs there are."""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from kaist.files import InputError
+
+
+def read_log(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's log.csv, one for each completed epoch; an empty cell is NaN.
+
+    Raises:
+        InputError: a cell is not a number.
+    """
+    with (folder / "log.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    try:
+        return [{key: float(value or "nan") for key, value in row.items()} for row in rows]
+    except (TypeError, ValueError):
+        raise InputError("a cell is not a number", "choose another run", file=folder / "log.csv") from None
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """What is known of a run: its config, completed epochs, log rows and whether it is finished.
+
+    None for a folder that is no run's.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        log = read_log(folder) if (folder / "log.csv").is_file() else []
+        epochs = int(config["epochs"])
+    except (OSError, ValueError, KeyError, TypeError, InputError):
+        return None
+    finished = len(log) >= epochs and (folder / "miss_rate.json").is_file()
+    return {"config": config, "log": log, "epochs": epochs, "finished": finished}
+
+
+def runs_table(folder: str | Path) -> str:
+    """The runs of a folder, newest first: name, row, epochs, best miss rate and age."""
+    found = [(path, read_run(path)) for path in sorted(Path(folder).glob("*/"))]
+    rows = []
+    for path, run in found:
+        if run is None:
+            continue
+        rates = [100 * row["miss_rate"] for row in run["log"] if row.get("miss_rate", -1) >= 0]
+        state = "finished" if run["finished"] else "unfinished"
+        changed = max((p.stat().st_mtime for p in path.iterdir()), default=0.0)
+        row = run["config"].get("experiment") or "demo"
+        done = f"{len(run['log'])}/{run['epochs']}"
+        best = f"{min(rates):.2f}" if rates else "–"
+        rows.append((changed, f"{path.name:32} {row:>5} {done:>9}  {state:10} {best:>10}  {age(changed)}"))
+    if not rows:
+        return f"{folder}: no runs yet; python train.py starts one"
+    head = f"{'run':32} {'row':>5} {'epochs':>9}  {'':10} {'miss rate':>10}  last written"
+    return "\n".join([f"{folder}:", head, *(text for _, text in sorted(rows, reverse=True))])
+
+
+def age(moment: float) -> str:
+    """How long ago a time of day was, in words."""
+    minutes = max(0.0, time.time() - moment) / 60
+    for size, word in ((60 * 24, "d"), (60, "h")):
+        if minutes >= size:
+            return f"{minutes / size:.0f} {word} ago"
+    return f"{minutes:.0f} min ago"
