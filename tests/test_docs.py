@@ -1,0 +1,232 @@
+"""README and docs: every command names files, modules and flags that exist, and no link is dead."""
+
+import contextlib
+import functools
+import importlib
+import io
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+import eval as eval_script
+from engine import config
+from engine.experiments import EXPERIMENTS
+
+PROJECT = Path(__file__).parent.parent
+PAGES = sorted([PROJECT / "README.md", *PROJECT.glob("docs/**/*.md")])
+NAMES = [str(page.relative_to(PROJECT)) for page in PAGES]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LANGUAGES = {"bash", "python", "text", "bibtex"}
+# Upper-case words in code that are no constants of train.py.
+WORDS = {"OMP_NUM_THREADS", "KAIST_REFERENCE", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "BASE"}
+
+
+def fences(page):
+    """(language, text) of every fenced block of a page."""
+    return FENCE.findall(page.read_text(encoding="utf-8"))
+
+
+def prose(page):
+    """A page without its fenced blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+def spans(page):
+    """What stands between single backticks in a page's prose."""
+    return re.findall(r"`([^`\n]+)`", prose(page))
+
+
+def commands(page):
+    """Every command of a page as a list of words: of its bash blocks, and of its prose's spans."""
+    texts = [text for language, text in fences(page) if language == "bash"]
+    texts += [span for span in spans(page) if re.match(r"(\w+=\S+ )*python ", span)]
+    found = []
+    for text in texts:
+        for line in text.replace("\\\n", " ").splitlines():
+            if re.match(r"[A-Z_]+=\$\(.*\)$", line):  # a shell variable of what a program says
+                continue
+            for part in re.split(r"&&|\|", re.sub(r"(^|\s)#.*", "", line)):
+                words = shlex.split(part)
+                while words and re.match(r"[A-Z_]+=", words[0]):
+                    words = words[1:]
+                if words:
+                    found.append(words)
+    return found
+
+
+def project_command(words):
+    """(module, its arguments) of a command of the project; None for pip and pytest.
+
+    Of `torchrun`, whose own flags have to be right too, it is the script that it starts.
+    """
+    if words[0] == "srun":
+        words = words[1:]
+    if words[0] == "torchrun":
+        words = [re.sub(r"^\$SLURM_NNODES$", "2", word) for word in words]
+        started = get_args_parser().parse_args(words[1:])
+        words = ["python", started.training_script, *started.training_script_args]
+    if words[0] != "python":
+        assert words[0] == "pip", f"a program that this test does not know: {words}"
+        return None
+    if words[1:3] == ["-m", "pytest"]:
+        return None
+    if words[1] == "-m":
+        return words[2], words[3:]
+    assert (PROJECT / words[1]).is_file(), f"no such script: {words[1]}"
+    return Path(words[1]).stem, words[2:]
+
+
+@functools.cache
+def flags(module):
+    """The flags that a command's --help lists; of a study train.py's too, which it hands on."""
+    main = importlib.import_module(module).main
+    said = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(sys, "argv", [f"{module}.py", "--help"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert not ended.value.code
+    known = set(re.findall(r"--[a-z][a-z-]*", said.getvalue()))
+    if module == "train":
+        known |= {"--list"}  # answered before the flags are read
+    return known | flags("train") if module == "tools.study" else known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_commands_exist_and_know_their_flags(page):
+    for words in commands(page):
+        command = project_command(words)
+        if command is None:
+            continue
+        module, arguments = command
+        given = [word.partition("=")[0] for word in arguments if word.startswith("--")]
+        unknown = set(given) - flags(module)
+        assert not unknown, f"{' '.join(words)}: no flag {', '.join(unknown)}"
+        for flag, value in zip(arguments, arguments[1:], strict=False):
+            if flag == "--experiment" and value not in ("50",):  # the example row that is added
+                assert value in EXPERIMENTS, f"{' '.join(words)}: no such row"
+
+
+def test_commands_were_found():
+    """The test above has something to look at."""
+    assert len([c for page in PAGES for c in commands(page) if project_command(c)]) > 20
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_blocks_say_what_they_are(page):
+    assert {language for language, _ in fences(page)} <= LANGUAGES
+    assert page.read_text(encoding="utf-8").count("```") == 2 * len(fences(page))
+
+
+def slug(heading):
+    """The anchor that GitHub gives a heading."""
+    text = re.sub(r"[^\w\- ]", "", heading.lower())
+    return text.replace(" ", "-")
+
+
+def anchors(page):
+    """The anchors of a page's headings."""
+    return {slug(heading) for heading in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_links_lead_somewhere(page):
+    """Files and anchors of the project; addresses of the web are not looked up."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{target}: no such file"
+        assert file.is_relative_to(PROJECT)
+        if anchor:
+            assert anchor in anchors(file), f"{target}: no such heading"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_flags_named_exist(page):
+    """Those that the prose names without their command: some command has them."""
+    known = {"--help", "--nproc-per-node", "--standalone"}
+    known |= {"--nnodes", "--rdzv-endpoint", "--max-restarts", "--requeue"}
+    named = {span.split(" ")[0] for span in spans(page) if span.startswith("--")}
+    for module in (
+        "train",
+        "eval",
+        "detect",
+        "tools.check_data",
+        "tools.priors",
+        "tools.study",
+        "tools.benchmark",
+    ):
+        known |= flags(module)
+    assert not named - known
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_files_and_constants_named_exist(page):
+    constants = {name.upper() for name in config.read_constants(PROJECT / "train.py")}
+    for span in spans(page):
+        if re.fullmatch(r"[\w/.]+\.py", span):
+            assert (PROJECT / span).is_file(), f"`{span}`: no such file"
+        name = re.match(r"[A-Z]+(_[A-Z]+)*\b", span)
+        if name and name[0] == span.split(" ")[0] and not (PROJECT / span).exists():
+            assert name[0] in constants | WORDS, f"`{span}`: no such constant"
+
+
+def test_every_page_is_reached_from_the_readme():
+    seen, waiting = set(), [PROJECT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        seen.add(page)
+        links = re.findall(r"\]\(([^)#\s]+\.md)", prose(page))
+        waiting += [p for p in ((page.parent / link).resolve() for link in links) if p not in seen]
+    assert set(PAGES) <= seen
+
+
+def test_readme_is_short():
+    assert len((PROJECT / "README.md").read_text(encoding="utf-8").splitlines()) <= 160
+
+
+def test_the_example_row_can_be_trained(monkeypatch):
+    """The row that the README adds to the lab book."""
+    text = next(text for language, text in fences(PROJECT / "README.md") if language == "python")
+    row = eval(f"{{{text}}}")
+    assert row.keys() == {"50"}
+    assert not row.keys() & EXPERIMENTS.keys()  # it is an example of a row that is not there
+    monkeypatch.setattr(config, "EXPERIMENTS", EXPERIMENTS | row)
+    resolved, parent = config.resolve_row("50"), config.resolve_row("40")
+    changed = {key for key in parent if parent[key] != resolved[key]}
+    assert changed == {"batch_size", "ema_decay"}
+    assert "50" in config.lab_book()
+
+
+@pytest.fixture
+def result_files(demo_root, tmp_path, monkeypatch):
+    """A folder with the files that the evaluation's examples name; the current folder."""
+    shutil.copy(demo_root / "KAIST_annotation.json", tmp_path)
+    for name in ("mine.txt", "result.txt"):
+        (tmp_path / name).write_text("1,100,200,40,100,0.9\n6,300,200,40,100,0.5\n")
+    entry = '{"image_id": 0, "category_id": 1, "bbox": [100, 200, 40, 100], "score": 0.9}'
+    (tmp_path / "theirs.json").write_text(f"[{entry}]")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_any_detectors_miss_rate_as_the_readme_has_it(result_files, monkeypatch, capsys):
+    words = next(w for w in commands(PROJECT / "README.md") if w[1:3] == ["eval.py", "--detections"])
+    monkeypatch.setattr(sys, "argv", words[1:])
+    eval_script.main()
+    said = capsys.readouterr().out
+    assert "miss rate, Reasonable" in said and "mine" in said and "theirs" in said
+    assert (result_files / "miss_rate.png").is_file()
+
+
+def test_the_evaluation_from_python(result_files, capsys):
+    blocks = fences(PROJECT / "docs/evaluation.md")
+    exec(next(text for language, text in blocks if language == "python"), {})
+    assert 0 <= float(capsys.readouterr().out) <= 1
