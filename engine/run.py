@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import csv
-import errno
 import json
 import os
-import platform
 import signal
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,15 +22,10 @@ from engine.config import MACHINE_CONSTANTS, same_value
 from engine.curves import draw_curves
 from engine.distributed import any_process, broadcast_object, is_main_process, world_size
 from engine.experiments import BASE
+from engine.lock import lock_folder
 from kaist.files import InputError, make_folder, write_atomically
 
-try:
-    import fcntl
-except ImportError:  # Windows: runs are not locked there
-    fcntl = None
-
 DAMAGED = "damaged.pt"  # a last.pt that turned out not to be whole
-LOCK = ".lock"
 RATES = ("miss_rate", "miss_rate_day", "miss_rate_night")
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 PATIENCE = 3.0  # seconds after which another Ctrl-C ends a run that is still at its step
@@ -416,38 +408,3 @@ def nonfinite_error(path: Path) -> InputError:
         "from last.pt, which is from before this step",
         file=path,
     )
-
-
-def lock_folder(folder: Path) -> TextIO:
-    """Lock a folder for this process; the lock lasts as long as the file returned is open.
-
-    It is a POSIX record lock: the kernel gives it back when the process ends, killed or not, so
-    that there are no stale ones; forked children do not hold it; and it reaches from host to host
-    on file systems that pass locks on, as NFS does.
-
-    Raises:
-        InputError: another process holds it; the line tells which, where and since when.
-    """
-    try:
-        file = (folder / LOCK).open("a+")
-    except OSError as error:
-        raise InputError(
-            f"cannot be written to ({error.strerror})", "choose another place", file=folder
-        ) from None
-    try:
-        if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            file.seek(0)
-            holder = file.read().strip() or "it just began"
-            file.close()
-            raise InputError(
-                f"another process is at this run ({holder})", "wait for its end, or stop it", file=folder
-            ) from None
-        print(f"warning: {folder} cannot be locked ({error.strerror}); do not start it twice")
-    file.truncate(0)
-    now = datetime.now().isoformat(sep=" ", timespec="seconds")
-    file.write(f"pid {os.getpid()} on {platform.node()} since {now}\n")
-    file.flush()
-    return file

@@ -15,7 +15,7 @@ from torch.distributed.run import get_args_parser
 
 import eval as eval_script
 from engine import config
-from engine.experiments import EXPERIMENTS
+from engine.experiments import EXPERIMENTS, Row
 
 PROJECT = Path(__file__).parent.parent
 PAGES = sorted([PROJECT / "README.md", *PROJECT.glob("docs/**/*.md")])
@@ -195,7 +195,7 @@ def test_readme_is_short():
 def test_the_example_row_can_be_trained(monkeypatch):
     """The row that the README adds to the lab book."""
     text = next(text for language, text in fences(PROJECT / "README.md") if language == "python")
-    row = eval(f"{{{text}}}")
+    row = eval(f"{{{text}}}", {"Row": Row})
     assert row.keys() == {"50"}
     assert not row.keys() & EXPERIMENTS.keys()  # it is an example of a row that is not there
     monkeypatch.setattr(config, "EXPERIMENTS", EXPERIMENTS | row)
