@@ -5,7 +5,7 @@ import re
 import pytest
 
 import train
-from engine.config import CHOICES, parse_flags, read_constants, resolve_row
+from engine.config import CHOICES, checkpoint_config, parse_flags, read_constants, resolve_row
 from engine.experiments import BASE, EXPERIMENTS, Row
 from engine.optim import lr_factor
 from kaist.files import InputError
@@ -212,3 +212,54 @@ def test_schedules_by_hand():
     assert lr_factor("cosine", 100, 0, 1000) == pytest.approx(1 / 50)
     assert factor("cosine", 5) == pytest.approx(1)
     assert lr_factor("cosine", 100, 525, 1000) == pytest.approx(0.5)
+
+
+# ------------------------------------------------------------------------------ checkpoints' configurations
+
+
+def content_of(**changes):
+    return {"config": {**vars(train.configure([])), **changes}}
+
+
+def test_an_old_checkpoints_configuration_is_filled_up():
+    content = content_of()
+    for name in ("test_flip", "start_method", "ema_decay"):  # constants that came later
+        del content["config"][name]
+    config = checkpoint_config(content, "last.pt", device="cpu", data_root="elsewhere")
+    assert (config.test_flip, config.start_method, config.ema_decay) == (False, "auto", 0.0)
+    assert config.device == "cpu" and config.data_root == "elsewhere"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input_mode": "x"},
+        {"input_mode": 3},
+        {"precision": "x"},
+        {"nms_iou": "x"},
+        {"nms_iou": float("nan")},
+        {"max_boxes": -1},
+        {"max_boxes": 10**30},
+        {"batch_size": 0},
+        {"batch_size": "x"},
+        {"workers": 9999},
+        {"data_root": 3},
+        {"test_list": None},
+        {"infusion": [1] * 8},
+        {"infusion": [1, 1, 1, 1, 1, "x"]},
+        {"input_size": ("a", "b")},
+        {"start_method": "x"},
+        {"test_flip": "yes"},
+    ],
+)
+def test_a_checkpoints_configuration_that_no_run_has_is_refused(changes):
+    with pytest.raises(InputError, match="^last.pt: not a run's configuration .*; choose a checkpoint"):
+        checkpoint_config(content_of(**changes), "last.pt")
+
+
+@pytest.mark.parametrize("missing", ["input_mode", "data_root", "test_list", "device", "batch_size"])
+def test_a_checkpoint_without_a_needed_constant_is_refused(missing):
+    content = content_of()
+    del content["config"][missing]
+    with pytest.raises(InputError, match=f"{missing.upper()} is missing"):
+        checkpoint_config(content, "last.pt")

@@ -3,6 +3,7 @@
 import csv
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -212,6 +213,38 @@ def test_a_step_that_fails_in_the_middle_is_not_saved(data, tmp_path, monkeypatc
         train.main()
     last = load_checkpoint(tmp_path / "custom/last.pt")
     assert (last["epoch"], last["step"]) == (1, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_many_signals_at_once_save_one_checkpoint_and_end_the_run(nursery, data, tmp_path, number):
+    flags = [*data, "--epochs", "50", "--checkpoints", tmp_path]
+    child = nursery.start(*flags)
+    wait_for(lambda: nursery.says("1/3"))
+    for _ in range(6):
+        os.kill(child, number)
+        time.sleep(0.01)
+    assert nursery.end() == 128 + number
+    said = nursery.said.read_text()
+    assert said.count("saved; the same command goes on from epoch") == 1 and "Traceback" not in said
+    epoch, step = re.search(r"from epoch (\d+), step (\d+)", said.split("saved;")[1]).groups()
+    kept = load_checkpoint(tmp_path / "custom/last.pt")
+    assert (kept["epoch"] + 1, kept["step"] + 1) == (int(epoch), int(step)) != (1, 1)
+
+
+def test_a_run_without_its_config_is_left_alone_and_told(nursery, data, finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "custom")
+    (folder / "config.json").unlink()
+    before = (folder / "last.pt").read_bytes()
+    said = nursery.run(*data, "--epochs", "1", "--checkpoints", tmp_path)
+    assert f"{folder} has no config.json" in said and (tmp_path / "custom-2/last.pt").exists()
+    assert (folder / "last.pt").read_bytes() == before
+
+
+def test_a_finished_run_and_the_name_of_the_new_one_are_told(nursery, data, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "custom")
+    said = nursery.run(*data, "--epochs", "2", "--checkpoints", tmp_path)
+    assert f"{tmp_path}/custom is finished: a new run" in said and "run: " in said
+    assert f"run: {tmp_path}/custom-2, epoch 1 of 2" in said
 
 
 def test_a_second_process_is_refused_until_the_first_has_gone(nursery, data, tmp_path, monkeypatch):
