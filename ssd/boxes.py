@@ -5,12 +5,15 @@ Source: Liu et al., "SSD: Single Shot MultiBox Detector" (ECCV 2016).
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert, clip_boxes_to_image, nms
 
 from kaist.files import InputError
 
@@ -127,6 +130,29 @@ def decode(loc: Tensor, priors: Tensor) -> Tensor:
     return torch.cat([centre, size], dim=-1)
 
 
+def to_corners(boxes: Tensor) -> Tensor:
+    """cxcywh (…, 4) -> xyxy."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+@functools.cache
+def load_nms() -> Callable[[Tensor, Tensor, float], Tensor]:
+    """torchvision's NMS: (boxes (k, 4) xyxy, scores (k,), IoU) -> indices kept, by descending score.
+
+    Its compiled library is loaded by itself, because `import torchvision` takes two seconds for models
+    that nobody asked for.
+    """
+    try:
+        for library in Path(importlib.util.find_spec("torchvision").origin).parent.glob("_C*"):
+            torch.ops.load_library(library)
+        return torch.ops.torchvision.nms
+    except (AttributeError, OSError):  # laid out otherwise
+        from torchvision.ops import nms
+
+        return nms
+
+
 @torch.no_grad()
 def detect(
     predictions: Predictions, priors: Tensor, *, min_score: float, nms_iou: float, max_boxes: int
@@ -157,12 +183,12 @@ def detect(
             candidates &= own >= own.topk(prefix, dim=1).values[:, -1:]
         image, prior = candidates.nonzero(as_tuple=True)
         boxes = decode(predictions.loc[waiting[image], prior], priors[prior])
-        boxes = clip_boxes_to_image(box_convert(boxes, "cxcywh", "xyxy"), (1, 1))
+        boxes = to_corners(boxes).clamp(0, 1)
         lengths = image.bincount(minlength=len(own)).tolist()
         parts = zip(boxes.split(lengths), own[image, prior].split(lengths), strict=True)
         unfinished = []
         for i, (own_boxes, own_scores) in zip(waiting.tolist(), parts, strict=True):
-            kept = nms(own_boxes, own_scores, nms_iou)[:max_boxes]
+            kept = load_nms()(own_boxes, own_scores, nms_iou)[:max_boxes]
             if len(kept) < max_boxes and len(own_scores) >= prefix:
                 unfinished.append(i)  # there may be more below
             else:

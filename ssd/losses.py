@@ -14,10 +14,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert
 
 from engine.distributed import all_reduce_sum, world_size
-from ssd.boxes import Predictions, encode
+from ssd.boxes import Predictions, encode, to_corners
 
 LOG_VARIANCE_LIMIT = 5.0  # learned weights stay between exp(-5) and exp(5)
 
@@ -120,7 +119,7 @@ class MultiBoxLoss(nn.Module):
 
 def to_cxcywh(boxes: Tensor) -> Tensor:
     """xyxy boxes (…, 4) as cxcywh."""
-    return box_convert(boxes, "xyxy", "cxcywh")
+    return torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], dim=-1)
 
 
 def hardest_negatives(conf: Tensor, target: Tensor, wanted: Tensor) -> Tensor:
@@ -257,7 +256,7 @@ def box_areas(boxes: Tensor) -> Tensor:
 
 def prior_corners(priors: Tensor) -> tuple[Tensor, Tensor]:
     """xyxy corners (4, P) of cxcywh priors, a row each, and their areas (P,)."""
-    return box_convert(priors, "cxcywh", "xyxy").T.contiguous(), priors[:, 2] * priors[:, 3]
+    return to_corners(priors).T.contiguous(), priors[:, 2] * priors[:, 3]
 
 
 @torch.no_grad()
