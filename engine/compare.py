@@ -5,19 +5,20 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from engine.config import find_folder
+from engine.curves import LOSSES, Log, plot_epochs
+from engine.history import read_log
 from kaist.bootstrap import interval
-from kaist.files import InputError, read_text, write_atomically
-from kaist.miss_rate import GroundTruth
-from kaist.report import HEADLINE, Scores, headline, percent, print_scores, score, show_interval
-from kaist.results import read_detections
+from kaist.files import InputError, load_json, read_text, write_atomically
+from kaist.miss_rate import open_test_set
+from kaist.report import ALL, Scores, percent, print_scores, score, show_interval
+from kaist.results import frames_path, read_detections
 
 RESAMPLES = 1000  # of the bootstrap, where no other number is asked for
+STYLES = dict(zip(LOSSES, ("-", "--", ":", "-."), strict=True))
 
 
 def compare_runs(folders: Sequence[Path], resamples: int, out: Path) -> None:
@@ -31,26 +32,21 @@ def compare_runs(folders: Sequence[Path], resamples: int, out: Path) -> None:
     Raises:
         InputError: a folder is not that of a finished run, or was evaluated on other frames.
     """
-    # Here, because result files are evaluated without torch.
-    from kaist.miss_rate import open_test_set
-
-    configs = [read_config(folder) for folder in folders]
-    names = run_names(folders)
-    frames = [(folder / "detections.frames.txt").read_text().split() for folder in folders]
+    configs, names = [read_config(folder) for folder in folders], tell_apart(folders, "/")
+    frames = [read_text(frames_path(folder / "detections.txt")).split() for folder in folders]
     for folder, own in zip(folders, frames, strict=True):
         if own != frames[0]:
-            raise InputError(
-                f"it was evaluated on other frames than {folders[0]}",
-                "compare runs of one test list",
-                file=folder,
-            )
-    first = configs[0]
-    people = open_test_set(Path(first["data_root"]), first["test_list"], first["test_annotations"])
-    scores = [
-        score_run(folder, name, people, resamples or RESAMPLES)
-        for folder, name in zip(folders, names, strict=True)
-    ]
-    print(f"{len(people.frames)} frames, people of {people.source}")
+            problem = f"it was evaluated on other frames than {folders[0]}"
+            raise InputError(problem, "compare runs of one test list", file=folder)
+    config = configs[0]
+    test_set = open_test_set(
+        find_folder(config["data_root"]), config["test_list"], config["test_annotations"]
+    )
+    scores = []
+    for folder, name in zip(folders, names, strict=True):
+        detections = read_detections(folder / "detections.txt", test_set.frames)
+        scores.append(score(name, test_set, detections, resamples or RESAMPLES))
+    print(f"people of {test_set.source}")
     print_scores(scores)
     logs = [read_log(folder) for folder in folders]
     write_atomically(out, lambda path: draw_runs(scores, logs, path, out.suffix[1:]))
@@ -62,86 +58,60 @@ def read_config(folder: Path) -> dict:
     for name in ("config.json", "log.csv", "detections.txt", "detections.frames.txt"):
         if not (folder / name).is_file():
             raise InputError(f"{name} is missing", "--compare takes folders of finished runs", file=folder)
-    try:
-        return json.loads(read_text(folder / "config.json"))
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"broken JSON ({error.msg})", "choose another run", file=folder / "config.json", line=error.lineno
-        ) from None
+    path = folder / "config.json"
+    config = load_json(read_text(path), path)
+    if not isinstance(config, dict) or not {"data_root", "test_list", "test_annotations"} <= config.keys():
+        raise InputError("it holds no run's constants", "choose another run", file=path)
+    return config
 
 
-def run_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' own names, or with those above them where these are alike."""
-    folders = [folder.resolve() for folder in folders]
-    if len(set(folders)) < len(folders):
-        raise InputError("a run is named twice", "name each once")
-    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+def tell_apart(paths: Sequence[Path], joiner: str) -> list[str]:
+    """A name for each path: its last part, or with those above it, joined, where these are alike.
+
+    Raises:
+        InputError: two paths are the same.
+    """
+    parts = [path.resolve().parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = [joiner.join(own[-depth:]) for own in parts]
         if len(set(names)) == len(names):
-            break
-    return names
+            return names
+    raise InputError(f"{paths[-1].name} is named twice", "name each once")
 
 
-def score_run(folder: Path, name: str, people: GroundTruth, resamples: int) -> Scores:
-    """A run's own detections, evaluated with intervals."""
-    detections = read_detections(folder / "detections.txt", people.frames)
-    return score(name, people, detections, resamples)
-
-
-def read_log(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's log.csv; an empty cell is NaN."""
-    with (folder / "log.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    try:
-        return [{key: float(value or "nan") for key, value in row.items()} for row in rows]
-    except (TypeError, ValueError):
-        raise InputError("a cell is not a number", "choose another run", file=folder / "log.csv") from None
-
-
-def draw_runs(
-    scores: Sequence[Scores], logs: Sequence[list[dict[str, float]]], path: Path, form: str
-) -> None:
-    """Training loss and miss rate over the epochs, and the final miss rates with intervals."""
+def draw_runs(scores: Sequence[Scores], logs: Sequence[Log], path: Path, form: str) -> None:
+    """Training losses and miss rate over the epochs, and the final miss rates with intervals."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(14, 1.6 + max(3.0, 0.35 * len(scores))), layout="constrained")
-    losses, rates, final = figure.subplots(1, 3)
+    figure = Figure(figsize=(15, 2 + max(3.0, 0.6 * len(scores))), layout="constrained")
+    losses, rates, final = figure.subplots(1, 3, width_ratios=(1, 1, 0.8))
+    key = ALL
     for i, (s, log) in enumerate(zip(scores, logs, strict=True)):
         colour = f"C{i % 10}"
-        epochs = [row["epoch"] for row in log]
-        for term, style in (("loss", "-"), ("loc", "--"), ("conf", ":"), ("seg", "-.")):
-            label = s.name if term == "loss" else None
-            losses.plot(
-                epochs,
-                [row[term] for row in log],
-                style,
-                color=colour,
-                label=label,
-                linewidth=1.5 if term == "loss" else 0.8,
-            )
-        scored = [row for row in log if not math.isnan(row.get("miss_rate", math.nan))]
-        rates.plot(
-            [row["epoch"] for row in scored],
-            [100 * row["miss_rate"] for row in scored],
-            "o-",
-            color=colour,
-            label=s.name,
-        )
-        low, high = (100 * float(bound) for bound in interval(s.samples[HEADLINE[0]]))
-        rate = 100 * s.official[HEADLINE[0]].miss_rate
+        for term, style in STYLES.items():
+            width = 1.5 if term == "loss" else 0.8
+            plot_epochs(losses, log, {term: s.name}, color=colour, linestyle=style, linewidth=width)
+        plot_epochs(rates, log, {"miss_rate": s.name}, color=colour)
+        low, high = interval(s.samples[key])
         final.plot([low, high], [i, i], color=colour, linewidth=2)
-        final.plot(rate, i, "o", color=colour)
-        recall = percent(headline(s.official)["recall"])
-        final.annotate(
-            f"{rate:.2f} {show_interval(s.samples[HEADLINE[0]])}, recall {recall}",
-            (low, i),
-            xytext=(0, 6),
-            textcoords="offset points",
-            fontsize="small",
-        )
-    losses.set(xlabel="epoch", ylabel="training loss", title="loss –, loc - -, conf ···, seg -·")
-    rates.set(xlabel="epoch", ylabel="miss rate, Reasonable (%)", ylim=(0, 100))
-    final.set(xlabel="miss rate, Reasonable (%), 95% interval", xlim=(0, 100), ylim=(len(scores) - 0.4, -0.8))
-    final.set_yticks(range(len(scores)), [s.name for s in scores])
-    losses.legend(fontsize="small")
+        final.plot(s.official[key].miss_rate, i, "o", color=colour)
+    rows = [
+        f"{s.name}\n{percent(s.official[key].miss_rate)} {show_interval(s.samples[key])}\n"
+        f"recall {percent(s.official[key].recall)}"
+        for s in scores
+    ]
+    final.set_yticks(range(len(scores)), rows)
+    best = min(scores, key=lambda s: s.official[key].miss_rate)
+    losses.set(title="training loss and its terms", ylim=(0, None))
+    lowest = f"{best.name} ends lowest, {percent(best.official[key].miss_rate)}%"
+    rates.set(title=f"miss rate, Reasonable: {lowest}", ylim=(0, 1))
+    final.set(title="final miss rate, 95% interval", xlim=(0, 1), ylim=(len(scores) - 0.5, -0.5))
+    final.grid(axis="x", alpha=0.3)
+    rates.yaxis.set_major_formatter("{x:.0%}")
+    final.xaxis.set_major_formatter("{x:.0%}")
+    lines = [Line2D([], [], color="black", linestyle=style, label=term) for term, style in STYLES.items()]
+    place = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
+    losses.legend(handles=lines, **place)
+    rates.legend(handles=rates.lines[:], **place)
     figure.savefig(path, format=form, dpi=110)

@@ -15,7 +15,6 @@ from typing import Any
 
 from engine.experiments import BASE, EXPERIMENTS
 from engine.history import runs_table
-from kaist import demo
 from kaist.annotations import MODALITIES
 from kaist.files import InputError
 
@@ -186,6 +185,11 @@ def from_root(folder: str) -> str:
     return folder if Path.cwd() == ROOT else str(ROOT / folder)
 
 
+def find_folder(name: str) -> Path:
+    """A folder to read from: below the working directory, or else the repository's own of that name."""
+    return Path(name if Path(name).exists() else from_root(name))
+
+
 def same_value(name: str, a: Any, b: Any) -> bool:
     """Whether two values of a constant mean the same; tuples may have become lists."""
     if name in PATHS and isinstance(a, str) and isinstance(b, str):
@@ -346,6 +350,8 @@ def model_arguments(config: Namespace) -> dict[str, Any]:
 
 def changes_of(config: Namespace) -> dict[str, Any]:
     """What a configuration has different from its row, or from the row "demo" where it names none."""
+    from kaist import demo  # here, so that result files are evaluated without Pillow
+
     book = resolve_row(config.experiment or "demo")
     changed = {name: getattr(config, name) for name, value in book.items()}
     changed = {name: value for name, value in changed.items() if not same_value(name, value, book[name])}
