@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from kaist.bootstrap import bootstrap, interval
 from kaist.files import write_atomically
-from kaist.miss_rate import SCENE_SETUPS, SETUPS, GroundTruth, Result, evaluate, id_shift
+from kaist.miss_rate import SCENE_SETUPS, SETUPS, GroundTruth, Result, evaluate, id_shift, rank
 from kaist.results import Detections, read_detections, write_detections
 
-HEADLINE = ("Reasonable-all", "Reasonable-day", "Reasonable-night")
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+HEADLINE = {"Reasonable-all": "all", "Reasonable-day": "day", "Reasonable-night": "night"}
+ALL = "Reasonable-all"
+FEW_PEOPLE = 50  # fewer make a rate that one person moves by 2 points or more
 TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of the miss rate
 FLOOR = 1e-4  # what stands for 0 on logarithmic axes
+MAX_FPPI = 10  # where curves end
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,7 @@ def score(
     samples = {}
     if resamples:
         samples = bootstrap(ground_truth, detections, setups, resamples=resamples, by_video=by_video)
-    notes = find_notes(ground_truth, detections, official[HEADLINE[0]], leaderboard[HEADLINE[0]])
+    notes = find_notes(ground_truth, detections, official[ALL], leaderboard[ALL])
     return Scores(name, official, leaderboard, samples, notes)
 
 
@@ -54,48 +61,65 @@ def find_notes(
 ) -> list[str]:
     """What is unusual about a result, a sentence each; results are those of Reasonable-all."""
     notes = []
-    lost = official.n_positive - leaderboard.n_positive
+    rate, lost = percent(official.miss_rate), official.n_positive - leaderboard.n_positive
     if lost:
         notes.append(
             f"the leaderboard's script drops frames without detections and so loses {lost} of "
-            f"{official.n_positive} people: it says {percent(leaderboard.miss_rate)}, and "
-            f"{percent(official.miss_rate)} is right"
+            f"{official.n_positive} people: it says {percent(leaderboard.miss_rate)}, and {rate} is right"
         )
     if not len(detections.scores):
         notes.append("there is not one detection in it")
-    if not official.n_positive:
-        notes.append("no frame has a person who counts under Reasonable: there is no miss rate")
     if detections.other_categories:
         notes.append(f"left out {detections.other_categories} rows of other categories")
     if detections.other_frames:
         notes.append(f"left out {detections.other_frames} rows of frames not evaluated")
+    tied, reverse = reverse_ties(ground_truth, detections)
+    if percent(reverse) != rate:
+        notes.append(
+            f"{tied:.1%} of the frames hold equal scores, of which the first row counts first: "
+            f"with their rows reversed the miss rate would be {percent(reverse)}, not {rate}"
+        )
     shift = id_shift(ground_truth, detections)
     if shift:
-        where = "after" if shift > 0 else "before"
         notes.append(
-            f"its boxes fit the frames {where} their own far better; do its ids count from the "
-            "right number (text 1, JSON 0) along the right list?"
+            f"its boxes fit the frames {'after' if shift > 0 else 'before'} their own far better; do its "
+            "ids count from the right number (text 1, JSON 0) along the right list?"
         )
     return notes
 
 
+def reverse_ties(ground_truth: GroundTruth, detections: Detections) -> tuple[float, float]:
+    """The share of frames that hold equal scores, and the miss rate with the rows of each tie reversed."""
+    ranked = rank(detections)
+    tied = (np.diff(ranked.frame) == 0) & (np.diff(ranked.scores) == 0)
+    order = np.lexsort((-np.arange(len(ranked.frame)), ranked.frame, -ranked.scores))
+    boxes = ranked.boxes[order]  # frames and scores stay as they are
+    result = evaluate(ground_truth, replace(ranked, boxes=boxes), {ALL: SETUPS[ALL]})[ALL]
+    return len(np.unique(ranked.frame[1:][tied])) / len(ground_truth.frames), result.miss_rate
+
+
 def headline(results: dict[str, Result]) -> dict[str, float]:
-    """The numbers of a training log, fractions."""
-    rates = {
-        "miss_rate" + key.removeprefix("Reasonable").replace("-all", "").replace("-", "_"): results[
-            key
-        ].miss_rate
-        for key in HEADLINE
-    }
-    return {**rates, "recall": results[HEADLINE[0]].recall}
+    """The numbers of a training log, fractions: "miss_rate", "miss_rate_day", … and "recall"."""
+    rates = {f"miss_rate_{name}": results[key].miss_rate for key, name in HEADLINE.items()}
+    return {"miss_rate": rates.pop("miss_rate_all"), **rates, "recall": results[ALL].recall}
 
 
 def count_people(ground_truth: GroundTruth) -> str:
     """How many frames there are, and how many of their people count, in words."""
-    nothing = Detections(np.zeros(0, np.int64), np.zeros((0, 4)), np.zeros(0))
-    people, day, night = (evaluate(ground_truth, nothing)[key].n_positive for key in HEADLINE)
-    few = "; fewer than 50 say little" if people < 50 else ""
-    return f"{len(ground_truth.frames)} frames, {people} people count ({day} day, {night} night){few}"
+    nothing = Detections(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0))
+    return people_words(evaluate(ground_truth, nothing))
+
+
+def people_words(results: dict[str, Result]) -> str:
+    """How many frames there are, and how many of their people count, in words."""
+    n = {name: results[key].n_positive for key, name in HEADLINE.items()}
+    counts = f"{persons(n['all'])} {'counts' if n['all'] == 1 else 'count'}"
+    return f"{results[ALL].n_frames} frames, {counts} ({n['day']} day, {n['night']} night)"
+
+
+def persons(n: int) -> str:
+    """A number of people, in words."""
+    return f"{n} person" if n == 1 else f"{n} people"
 
 
 def report(name: str, ground_truth: GroundTruth, detections: Detections, folder: Path) -> dict:
@@ -120,46 +144,45 @@ def as_dict(scores: Sequence[Scores], curves: bool = False) -> dict[str, dict]:
     Args:
         curves: add each setup's whole curve: score, FPPI and detection rate of every detection.
     """
+    content = {}
+    for s in scores:
+        official = {key: numbers(result, curves) for key, result in s.official.items()}
+        for key, samples in s.samples.items():
+            bounds = list(map(defined, interval(samples)))
+            official[key] |= {"interval_95": bounds, "resamples": len(samples)}
+        leaderboard = {key: numbers(result, curves) for key, result in s.leaderboard.items()}
+        content[s.name] = {"official": official, "leaderboard": leaderboard, "notes": s.notes}
+    return content
 
-    def numbers(result: Result, samples: np.ndarray | None) -> dict:
-        values = {
-            "miss_rate": number(result.miss_rate),
-            "recall": number(result.recall),
-            "reference_fppi": result.points.tolist(),
-            "detection_rate_at_reference_fppi": [number(rate) for rate in result.rates.tolist()],
-            "n_positive": result.n_positive,
-            "n_frames": result.n_frames,
-            "n_true_positive": int(result.hits.sum()),
-            "n_false_positive": int((~result.hits).sum()),
-        }
-        if curves:
-            values["curve"] = {
-                "score": result.scores.tolist(),
-                "fppi": result.fppi.tolist(),
-                "detection_rate": [number(rate) for rate in result.detection_rate.tolist()],
-            }
-        if samples is not None:
-            values["interval_95"] = [number(bound) for bound in interval(samples)]
-            values["resamples"] = len(samples)
-        return values
 
-    def number(value: float) -> float | None:
-        return None if math.isnan(value) else value
-
-    return {
-        s.name: {
-            "official": {k: numbers(r, s.samples.get(k)) for k, r in s.official.items()},
-            "leaderboard": {k: numbers(r, None) for k, r in s.leaderboard.items()},
-            "notes": s.notes,
-        }
-        for s in scores
+def numbers(result: Result, curves: bool) -> dict[str, Any]:
+    """A result's numbers as JSON has them."""
+    values = {
+        "miss_rate": defined(result.miss_rate),
+        "recall": defined(result.recall),
+        "reference_fppi": result.points.tolist(),
+        "detection_rate_at_reference_fppi": list(map(defined, result.rates.tolist())),
+        "n_positive": result.n_positive,
+        "n_frames": result.n_frames,
+        "n_true_positive": int(result.hits.sum()),
+        "n_false_positive": int((~result.hits).sum()),
     }
+    if curves:
+        rates = list(map(defined, result.detection_rate.tolist()))
+        curve = {"score": result.scores.tolist(), "fppi": result.fppi.tolist(), "detection_rate": rates}
+        values["curve"] = curve
+    return values
+
+
+def defined(value: float) -> float | None:
+    """A number, or None for NaN, which JSON does not know."""
+    return None if math.isnan(value) else value
 
 
 def write_json(scores: Sequence[Scores], path: Path, curves: bool = False) -> None:
     """Write `as_dict` to a file."""
     text = json.dumps(as_dict(scores, curves), allow_nan=False) + "\n"
-    write_atomically(path, lambda beside: beside.write_text(text))
+    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
 
 # ------------------------------------------------------------------- tables
@@ -171,34 +194,40 @@ def percent(value: float) -> str:
 
 
 def print_scores(scores: Sequence[Scores], all_setups: bool = False) -> None:
-    """Print the table, all setups if they are wanted, paired differences and notes."""
+    """Print who counts, the table, all setups if they are wanted, paired differences and notes."""
+    print(people_words(scores[0].official))
     print(headline_table(scores))
     if all_setups:
         print("\n" + setup_table(scores))
     for line in compare(scores):
         print(line)
+    people = {HEADLINE[key]: scores[0].official[key].n_positive for key in with_frames(scores, HEADLINE)}
+    if few := ", ".join(f"{n} ({name})" for name, n in people.items() if n < FEW_PEOPLE):
+        print(f"warning: few people count, {few}: each of them moves such a rate by points")
     for s in scores:
         for note in s.notes:
             print(f"warning: {s.name}: {note}")
 
 
+def with_frames(scores: Sequence[Scores], setups: Iterable[str]) -> list[str]:
+    """The setups of which there are frames."""
+    return [key for key in setups if scores[0].official[key].n_frames]
+
+
 def headline_table(scores: Sequence[Scores]) -> str:
     """Reasonable under both protocols, in per cent, lowest miss rate first."""
-    title = "miss rate, Reasonable (%)"
+    title, keys = "miss rate, Reasonable (%)", with_frames(scores, HEADLINE)
     width = max(len(title), *(len(s.name) for s in scores))
-    lines = [
-        f"{title:{width}}  {'official':<32}leaderboard",
-        " " * width + f"{'all':>8}{'day':>8}{'night':>8}{'recall':>8}" * 2,
-    ]
+    columns = "".join(f"{name:>8}" for name in (*(HEADLINE[key] for key in keys), "recall"))
+    lines = [f"{title:{width}}  {'official':<{len(columns)}}leaderboard", " " * width + 2 * columns]
     for s in by_miss_rate(scores):
-        cells = [
-            percent(value) for results in (s.official, s.leaderboard) for value in headline(results).values()
-        ]
-        lines.append(f"{s.name:{width}}" + "".join(f"{cell:>8}" for cell in cells))
+        line = f"{s.name:{width}}"
+        for results in (s.official, s.leaderboard):
+            values = [*(results[key].miss_rate for key in keys), results[ALL].recall]
+            line += "".join(f"{percent(value):>8}" for value in values)
+        lines.append(line)
         if s.samples:
-            bounds = [
-                f"{key.removeprefix('Reasonable-')} {show_interval(s.samples[key])}" for key in HEADLINE
-            ]
+            bounds = [f"{HEADLINE[key]} {show_interval(s.samples[key])}" for key in keys]
             lines.append(f"{'':{width}}  95%: {', '.join(bounds)}")
     return "\n".join(lines)
 
@@ -209,7 +238,8 @@ def setup_table(scores: Sequence[Scores]) -> str:
     widths = [max(len(s.name), 22 if s.samples else 8) + 2 for s in scores]
     lines = [f"{'official (%)':18}{'people':>7}{'frames':>8}"]
     lines[0] += "".join(f"{s.name:>{w}}" for s, w in zip(scores, widths, strict=True))
-    for key, first in scores[0].official.items():
+    for key in with_frames(scores, scores[0].official):
+        first = scores[0].official[key]
         line = f"{key:18}{first.n_positive:>7}{first.n_frames:>8}"
         for s, w in zip(scores, widths, strict=True):
             bounds = " " + show_interval(s.samples[key]) if s.samples else ""
@@ -223,18 +253,15 @@ def compare(scores: Sequence[Scores]) -> list[str]:
 
     The interval is that of the paired difference: both rates on the same resampled frames.
     """
-    key = HEADLINE[0]
     best, *others = by_miss_rate(scores)
     lines = []
     for s in others:
         if s.samples and best.samples:
-            low, high = interval(s.samples[key] - best.samples[key])
+            low, high = interval(s.samples[ALL] - best.samples[ALL])
             verdict = "they differ" if low > 0 or high < 0 else "no difference is shown"
-            gap = s.official[key].miss_rate - best.official[key].miss_rate
-            lines.append(
-                f"{s.name} minus {best.name}: {percent(gap)} points, 95% [{percent(low)}, "
-                f"{percent(high)}]: {verdict}"
-            )
+            gap = percent(s.official[ALL].miss_rate - best.official[ALL].miss_rate)
+            bounds = f"95% [{percent(low)}, {percent(high)}]"
+            lines.append(f"{s.name} minus {best.name}: {gap} points, {bounds}: {verdict}")
     return lines
 
 
@@ -243,7 +270,7 @@ def show_interval(samples: np.ndarray) -> str:
     return "[{}, {}]".format(*map(percent, interval(samples)))
 
 
-def by_miss_rate(scores: Sequence[Scores], key: str = HEADLINE[0]) -> list[Scores]:
+def by_miss_rate(scores: Sequence[Scores], key: str = ALL) -> list[Scores]:
     """Lowest official miss rate first; undefined ones last."""
     return sorted(scores, key=lambda s: np.nan_to_num(s.official[key].miss_rate, nan=2.0))
 
@@ -252,36 +279,51 @@ def by_miss_rate(scores: Sequence[Scores], key: str = HEADLINE[0]) -> list[Score
 
 
 def draw_curves(scores: Sequence[Scores], path: Path) -> None:
-    """Miss rate over false positives per image, log-log: all, day and night side by side.
+    """Official miss rate over false positives per image, log-log: a panel each of all, day, night.
 
-    The nine sample points are marked; beyond its last detection a curve goes on level.
+    Raises:
+        ImportError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 5), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    colours = {s.name: f"C{i % 10}" for i, s in enumerate(by_miss_rate(scores))}
-    lowest = 1.0
-    for panel, key in zip(panels, HEADLINE, strict=True):
-        for s in by_miss_rate(scores, key):
-            result, colour = s.official[key], colours[s.name]
-            fppi = np.concatenate([[FLOOR], result.fppi, [10]])
-            rate = np.pad(result.detection_rate, (1, 0))
-            missed = np.maximum(1 - np.append(rate, rate[-1]), FLOOR)
-            sampled = np.maximum(1 - result.rates, FLOOR)
-            label = f"{percent(result.miss_rate)}% {s.name}"
-            panel.step(np.maximum(fppi, FLOOR), missed, where="post", color=colour, label=label)
-            panel.plot(result.points, sampled, "o", markersize=4, color=colour)
-            lowest = min(lowest, np.min(sampled, where=~np.isnan(sampled), initial=1))
-        title = f"{key}, {result.n_frames} frames, {result.n_positive} people"
-        panel.set(xscale="log", yscale="log", title=title, xlabel="false positives per image")
-        panel.set(xlim=(2e-3, 10))
-        panel.grid(True, which="both", axis="x", alpha=0.3)
-        panel.grid(True, axis="y", alpha=0.3)
-        panel.legend(loc="lower left", fontsize="small")
-    bottom = max(0.6 * lowest, TICKS[0])
-    ticks = [tick for tick in TICKS if tick >= bottom]
-    panels[0].set(ylabel="miss rate", ylim=(bottom, 1.05))
-    panels[0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    panels[0].set_yticks([], minor=True)
+    keys = with_frames(scores, HEADLINE)
+    keys = keys if len(keys) == 3 else keys[-1:]  # all the frames are by day, or by night
+    figure = Figure(figsize=(5.2 * len(keys), 5 + 0.22 * len(scores)), layout="constrained")
+    panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
+    for panel, key in zip(panels, keys, strict=True):
+        plot_curves(panel, scores, key)
     write_atomically(path, lambda beside: figure.savefig(beside, format=path.suffix[1:], dpi=120))
+
+
+def plot_curves(panel: Axes, scores: Sequence[Scores], key: str) -> None:
+    """One setup's curves; the nine sample points are marked, beyond its last detection a curve goes
+    on level. Colours are by the order under Reasonable-all."""
+    order = [s.name for s in by_miss_rate(scores)]
+    ranked = by_miss_rate(scores, key)
+    for s in ranked:
+        result, i = s.official[key], order.index(s.name)
+        inside = result.fppi <= MAX_FPPI
+        fppi = np.concatenate([[FLOOR], result.fppi[inside], [MAX_FPPI]])
+        rate = np.pad(result.detection_rate[inside], (1, 0))
+        missed = np.maximum(1 - np.append(rate, rate[-1]), FLOOR)
+        style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
+        label = f"{percent(result.miss_rate)}% {s.name}"
+        panel.step(np.maximum(fppi, FLOOR), missed, where="post", label=label, **style)
+        panel.plot(result.points, np.maximum(1 - result.rates, FLOOR), "o", markersize=4, color=f"C{i % 10}")
+    best = ranked[0].official[key]
+    title = f"{HEADLINE[key]}: {ranked[0].name} {percent(best.miss_rate)}%"
+    title += f", best of {len(scores)}" if len(scores) > 1 else ""
+    title += f"\n{best.n_frames} frames, {persons(best.n_positive)}"
+    rates = np.concatenate([s.official[k].rates for s in scores for k in HEADLINE])
+    bottom = max(0.6 * (1 - np.max(rates, where=~np.isnan(rates), initial=0)), TICKS[0])
+    ticks = [tick for tick in TICKS if tick >= bottom]
+    panel.set(xscale="log", yscale="log", xlim=(2e-3, MAX_FPPI), ylim=(bottom, 1.05), title=title)
+    panel.set(xlabel="false positives per image", ylabel="miss rate, Reasonable, official")
+    panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.set_yticks([], minor=True)
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.grid(which="both", axis="x", alpha=0.3)
+    panel.grid(axis="y", alpha=0.3)
+    panel.label_outer()
+    if len(scores) > 1:
+        panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
