@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,70 +17,75 @@ from kaist.results import Detections
 
 SETUP = "Reasonable-all"
 OPERATING_FPPI = 0.1  # who is not found at this rate of false positives counts as missed
-WIDTH, HEIGHT = 144, 180  # of one picture, pixels
-TILE_WIDTH, TILE_HEIGHT = 2 * WIDTH + 12, HEIGHT + 36  # visible and LWIR, two lines of text
-COLUMNS = 5
-TITLE = 20  # pixels of height
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".pdf": "PDF"}
+WIDTH, HEIGHT = 176, 220  # of one view, pixels
+COLUMNS = 4
+PER_VIDEO = 2  # errors of a video that come first: its neighbouring frames hold the same ones again
+COLOURS = {"red": "the error", "lime": "person who counts", "yellow": "ignored object"}
 
 
 def draw_errors(
-    ground_truth: GroundTruth, detections: Detections, root: Path, n: int, path: Path
+    ground_truth: GroundTruth, detections: Detections, root: Path, n: int, path: Path, name: str
 ) -> tuple[int, int]:
-    """Draw the n highest-scored false positives and the n largest people missed.
+    """Draw the n false positives of the highest scores and the n largest people missed.
 
-    Each tile shows the visible and the LWIR image around the error, which is drawn in red, people
-    who count in green, ignored objects in yellow; under it the frame id and the score.
+    Each tile shows the visible and the LWIR image around the error; its title tells the frame and
+    the score. Of each video the first `PER_VIDEO` errors come before its others.
 
     Args:
         root: folder with images/.
-        path: the sheet; .png, .jpg or .pdf.
+        path: the sheet; its ending tells the format.
+        name: the detector's.
 
     Returns:
-        How many pictures the sheet holds, and how many of their images are missing (grey).
+        How many views the sheet holds, and how many of their images are missing (grey).
 
     Raises:
         InputError: not one of the images is below `root`, or one is broken.
+        ImportError: matplotlib is not installed.
     """
-    ranked = rank(detections)
-    matching = dict(match_setups(ground_truth, ranked, {SETUP: SETUPS[SETUP]}))[SETUP]
-    false, missed = find_errors(ground_truth, matching)
-    rows = {
-        "false positives of the highest score": [
-            (ranked.frame[i], ranked.boxes[i], f"score {ranked.scores[i]:.3g}") for i in false[:n]
-        ],
-        f"largest people not found at {OPERATING_FPPI} false positives per image": [
-            (ground_truth.frame[i], box, describe(box, matching.finder[i], ranked))
-            for i, box in zip(missed[:n], ground_truth.boxes[missed[:n]], strict=True)
-        ],
-    }
-    tops = np.cumsum(
-        [0, *(TITLE + TILE_HEIGHT * math.ceil(len(row) / COLUMNS) for row in rows.values())]
-    ).tolist()
-    sheet = Image.new("RGB", (COLUMNS * TILE_WIDTH, tops[-1]), "white")
-    pen = ImageDraw.Draw(sheet)
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+
+    ranked, people = rank(detections), ground_truth
+    [(_, matching)] = match_setups(people, ranked, {SETUP: SETUPS[SETUP]})
+    false, missed = find_errors(people, matching)
+    false, missed = spread(people, ranked.frame, false)[:n], spread(people, people.frame, missed)[:n]
+    tiles = [(ranked.frame[i], ranked.boxes[i], f"score {ranked.scores[i]:.3g}") for i in false]
+    for i in missed:
+        finder = matching.finder[i]
+        score = f"found at {ranked.scores[finder]:.3g}" if finder >= 0 else "never found"
+        tiles.append((people.frame[i], people.boxes[i], f"{people.boxes[i, 3]:.0f} px, {score}"))
+    headings = (
+        f"{name}: false positives of the highest scores",
+        f"{name}: largest people not found at {OPERATING_FPPI} false positives per image",
+    )
+    rows = [max(1, math.ceil(len(part) / COLUMNS)) for part in (false, missed)]
+    figure = Figure(figsize=(3.7 * COLUMNS, 2.6 * sum(rows) + 1.2), layout="constrained")
+    panels = []
+    for part, n_rows, heading, found in zip(
+        figure.subfigures(2, 1, height_ratios=rows), rows, headings, (false, missed), strict=True
+    ):
+        part.suptitle(heading if len(found) else f"{heading}: none", fontsize=13)
+        grid = part.subplots(n_rows, COLUMNS, squeeze=False).ravel()
+        for panel in grid:
+            panel.axis("off")
+        panels += grid[: len(found)].tolist()
     absent = []
-    for (title, row), top in zip(rows.items(), tops, strict=False):
-        pen.text((4, top + 4), title if row else f"{title}: none", fill="black")
-        for i, (frame, box, text) in enumerate(row):
-            x, y = i % COLUMNS * TILE_WIDTH, top + TITLE + i // COLUMNS * TILE_HEIGHT
-            frame_id = ground_truth.frames[frame]
-            boxes = [*objects_of(frame, ground_truth, matching), (box, "red")]
-            for k, modality in enumerate(("visible", "lwir")):
-                file = image_path(root, frame_id, modality)
-                if file.exists():
-                    view = crop(decode(file, modality), box, boxes)
-                else:
-                    absent.append(file)
-                    view = Image.new("RGB", (WIDTH, HEIGHT), "lightgrey")
-                    ImageDraw.Draw(view).text((8, 80), f"no {modality} image", fill="black")
-                sheet.paste(view, (x + k * (WIDTH + 2), y))
-            pen.text((x + 2, y + HEIGHT + 2), f"{frame_id}\n{text}", fill="black")
-    n_pictures = 2 * sum(map(len, rows.values()))
-    if absent and len(absent) == n_pictures:
+    for panel, (frame, box, text) in zip(panels, tiles, strict=True):
+        files = {m: image_path(root, people.frames[frame], m) for m in ("visible", "lwir")}
+        absent += [file for file in files.values() if not file.exists()]
+        here = np.flatnonzero(people.frame == frame)
+        colours = np.where(matching.positive[here], "lime", "yellow")
+        boxes = [*zip(people.boxes[here], colours.tolist(), strict=True), (box, "red")]
+        views = [draw_view(file, m, box, boxes) for m, file in files.items()]
+        panel.imshow(np.hstack(views), interpolation="nearest")
+        panel.set_title(f"{people.frames[frame]}: {text}", fontsize=9)
+    if absent and len(absent) == 2 * len(tiles):
         raise InputError("no image is there", "name the folder with images/ as --data-root", file=absent[0])
-    write_atomically(path, lambda beside: sheet.save(beside, format=FORMATS[path.suffix]))
-    return n_pictures, len(absent)
+    patches = [Patch(facecolor="grey", edgecolor=c, linewidth=2, label=COLOURS[c]) for c in COLOURS]
+    part.legend(handles=patches, loc="outside lower center", ncol=3)
+    write_atomically(path, lambda beside: figure.savefig(beside, format=path.suffix[1:], dpi=110))
+    return 2 * len(tiles), len(absent)
 
 
 def find_errors(ground_truth: GroundTruth, matching: Matching) -> tuple[np.ndarray, np.ndarray]:
@@ -96,30 +102,31 @@ def find_errors(ground_truth: GroundTruth, matching: Matching) -> tuple[np.ndarr
     return false, missed[np.argsort(-ground_truth.boxes[missed, 3], kind="stable")]
 
 
-def describe(box: np.ndarray, finder: int, ranked: Detections) -> str:
-    """A missed person's height and the score at which they are found after all."""
-    found = f"found at score {ranked.scores[finder]:.3g}" if finder >= 0 else "found at no score"
-    return f"{box[3]:.0f} pixels, {found}"
+def spread(ground_truth: GroundTruth, frame: np.ndarray, errors: np.ndarray) -> np.ndarray:
+    """Errors, indices into `frame`, with the first `PER_VIDEO` of each video before its others."""
+    seen: Counter[str] = Counter()
+    later = []
+    for i in errors:
+        video = ground_truth.frames[frame[i]].rsplit("/", 1)[0]
+        later.append(seen[video] >= PER_VIDEO)
+        seen[video] += 1
+    return errors[np.argsort(later, kind="stable")]
 
 
-def objects_of(frame: int, ground_truth: GroundTruth, matching: Matching) -> list[tuple[np.ndarray, str]]:
-    """A frame's annotated boxes (4,) xywh and the colours they are drawn in."""
-    here = np.flatnonzero(ground_truth.frame == frame)
-    colours = np.where(matching.positive[here], "lime", "yellow").tolist()
-    return list(zip(ground_truth.boxes[here], colours, strict=True))
-
-
-def crop(image: Image.Image, box: np.ndarray, boxes: list[tuple[np.ndarray, str]]) -> Image.Image:
-    """The surroundings of an xywh box with coloured boxes drawn in."""
+def draw_view(path: Path, modality: str, box: np.ndarray, boxes: list[tuple[np.ndarray, str]]) -> np.ndarray:
+    """The surroundings of an xywh box in an image, with coloured boxes: (HEIGHT, WIDTH, 3) uint8."""
     x, y, w, h = box
     scale = HEIGHT / max(2 * h, 2 * w * HEIGHT / WIDTH, 80)
     left, top = x + (w - WIDTH / scale) / 2, y + (h - HEIGHT / scale) / 2
     extent = (left, top, left + WIDTH / scale, top + HEIGHT / scale)
-    view = image.convert("RGB").transform(
-        (WIDTH, HEIGHT), Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR
-    )
+    view = Image.new("RGB", (WIDTH, HEIGHT), "lightgrey")
+    if path.exists():
+        image = decode(path, modality).convert("RGB")
+        view = image.transform(view.size, Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(view)
     for (x, y, w, h), colour in boxes:
         corners = np.array([x - left, y - top, x + w - left, y + h - top]) * scale
-        pen.rectangle(corners.tolist(), outline=colour)
-    return view
+        pen.rectangle(corners.tolist(), outline=colour, width=2)
+    caption = modality if path.exists() else f"no {modality} image"
+    pen.text((4, 2), caption, "white", stroke_width=2, stroke_fill="black")
+    return np.array(view)

@@ -13,13 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-import detect
 from engine.checkpoint import load_checkpoint
 from kaist.annotations import image_path, read_image_list, read_json, read_xml
 from kaist.error_sheet import draw_errors
 from kaist.files import MAX_TEXT, InputError
 from kaist.images import read_image
 from kaist.miss_rate import load_ground_truth
+from kaist.picture import open_view
 from kaist.results import Detections, read_detections
 from ssd.pretrained import load_pretrained
 
@@ -117,10 +117,10 @@ def test_broken_images_are_named_wherever_images_are_opened(demo_root, tmp_path,
     people = load_ground_truth(demo_root, frames)
     one = Detections(np.zeros(1, np.int64), np.array([[9.0, 9, 20, 50]]), np.ones(1))
     with pytest.raises(InputError, match="jpg: broken image"):
-        draw_errors(people, one, root, 1, tmp_path / "errors.png")
+        draw_errors(people, one, root, 1, tmp_path / "errors.png", "one")
     path.write_bytes(jpeg_of(65000, 65000))
     with pytest.raises(InputError, match="jpg: "):
-        detect.draw_pair({"lwir": path}, np.zeros((0, 4)), np.zeros(0))
+        open_view(path, "lwir")
 
 
 def test_text_of_gigabytes_is_refused_unread(tmp_path):
