@@ -4,7 +4,7 @@ Result files need no network, no checkpoint and no torch:
 
     python eval.py --detections result.txt other.json --annotations KAIST_annotation.json
 
-Without --detections a checkpoint is evaluated, the newest run's unless --checkpoint names one:
+Without --detections a checkpoint is evaluated, the newest finished run's unless --checkpoint names one:
 
     python eval.py
 
@@ -16,214 +16,159 @@ Finished runs are compared in one table and one figure:
 from __future__ import annotations
 
 import os
+import tempfile
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
-from engine.compare import compare_runs
-from engine.config import OneLineParser
+import numpy as np
+
+from engine.compare import compare_runs, tell_apart
+from engine.config import OneLineParser, find_folder
 from kaist.annotations import MODALITIES, read_image_list, scene, time_of_day
-from kaist.demo import open_root
-from kaist.error_sheet import FORMATS, draw_errors
 from kaist.files import InputError, run_script
-from kaist.miss_rate import GroundTruth, load_ground_truth, select_frames
+from kaist.miss_rate import GroundTruth, load_ground_truth, open_test_set, select_frames
 from kaist.report import draw_curves, print_scores, score, write_json
 from kaist.results import Detections, frames_path, read_detections, write_detections
 
-CHECKPOINTS = "checkpoints"  # where the newest run is looked for
+CHECKPOINTS = "checkpoints"  # where the newest finished run is looked for
 ANNOTATIONS = ""  # KAIST_annotation.json, an annotation folder or a KAIST root
 DATA_ROOT = ""  # folder with images/; a checkpoint knows its own
 OUT = "miss_rate.png"  # the curves; png, jpg or pdf
 COMPARISON = "comparison.png"  # the figure of --compare
 ERRORS = "errors.png"  # the sheet of --show-errors
+DEVICE = "auto"  # auto, cpu, cuda, mps
+SUBSETS = ("day", "night", "campus", "road", "downtown")
+SURE = 0.3  # score from which a network means a person
+PICTURES = (".png", ".jpg", ".pdf")
 
 
 def main() -> None:
-    """Evaluate result files, or a checkpoint's network."""
+    """Evaluate result files, a checkpoint's network, or finished runs."""
     arguments = parse_arguments()
     if arguments.compare:
         compare_runs(arguments.compare, arguments.bootstrap, arguments.out or Path(COMPARISON))
         return
-    if arguments.detections:
-        files, names = arguments.detections, unique_names(arguments.detections)
-        ground_truth = open_ground_truth(arguments)
-        out, data_root = arguments.out or Path(OUT), arguments.data_root
-    else:
-        name, path, ground_truth, data_root = evaluate_checkpoint(arguments)
-        files, names = [path], [name]
-        out = arguments.out or path.with_name(path.stem.replace("detections", "miss_rate") + ".png")
-    found = [read_detections(path, ground_truth.frames) for path in files]
-    if arguments.subset:
-        frames = choose_frames(ground_truth.frames, arguments.subset)
-        selected = [select_frames(ground_truth, detections, frames) for detections in found]
-        ground_truth, found = selected[0][0], [detections for _, detections in selected]
-    print(f"{len(ground_truth.frames)} frames, people of {ground_truth.source}")
-    scores = [
-        score(name, ground_truth, detections, arguments.bootstrap, arguments.by_video)
-        for name, detections in zip(names, found, strict=True)
-    ]
+    found = read_result_files(arguments) if arguments.detections else evaluate_checkpoint(arguments)
+    print(f"people of {found[0].test_set.source}")
+    scores = [score(f.name, f.test_set, f.detections, arguments.bootstrap, arguments.by_video) for f in found]
     print_scores(scores, arguments.all_setups)
-    draw_curves(scores, out)
-    print(f"curves: {out}")
     if arguments.json:
         write_json(scores, arguments.json, curves=True)
-    if arguments.show_errors:
-        for name, detections in zip(names, found, strict=True):
-            path = arguments.errors_out
-            path = path if len(files) == 1 else path.with_stem(f"{path.stem}-{name}")
-            n_pictures, n_absent = draw_errors(
-                ground_truth, detections, data_root, arguments.show_errors, path
-            )
-            missing = f" ({n_absent} of {n_pictures} images are missing)" if n_absent else ""
-            print(f"errors of {name}: {path}{missing}")
+        print(f"numbers: {arguments.json}")
+    try:
+        if curves := arguments.out or found[0].curves:
+            draw_curves(scores, curves)
+            print(f"curves: {curves}")
+        if arguments.show_errors:
+            show_errors(found, arguments)
+    except ModuleNotFoundError as error:
+        print(f"note: no picture was drawn: {error.name} is not installed (pip install matplotlib pillow)")
+
+
+class Found(NamedTuple):
+    """What a detector found in a test set.
+
+    root: of the images; curves, errors: where the pictures go by themselves, None where nowhere.
+    """
+
+    name: str
+    test_set: GroundTruth
+    detections: Detections
+    root: Path | None
+    curves: Path | None = Path(OUT)
+    errors: Path | None = Path(ERRORS)
 
 
 def parse_arguments() -> Namespace:
-    """The command line."""
+    """The command line.
+
+    Raises:
+        InputError: flags that cannot be used, or not together.
+    """
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--detections", nargs="+", type=Path, metavar="FILE", help="result files, text or JSON")
-    add("--checkpoint", type=Path, help="a checkpoint instead; default: the newest run's")
-    add(
-        "--annotations",
-        type=Path,
-        default=ANNOTATIONS or None,
-        help="KAIST_annotation.json, an annotation folder or a KAIST root",
-    )
-    add("--compare", nargs="+", type=Path, metavar="RUN", help="folders of finished runs instead")
-    add("--image-list", type=Path, help="frames to evaluate; ids of files without a companion count along it")
-    add("--subset", help="evaluate only day, night, campus, road, downtown, or an image list")
+    add("--checkpoint", type=Path, help="a checkpoint or a run's folder (default: the newest finished run)")
+    add("--compare", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+    add = parser.add_argument_group("frames and people").add_argument
+    where = "KAIST_annotation.json, an annotation folder or a KAIST root"
+    add("--annotations", type=Path, default=ANNOTATIONS or None, help=where)
+    add("--data-root", type=Path, default=DATA_ROOT or None, help="folder with images/")
+    listing = "frames to evaluate; ids of result files without a companion count along it"
+    add("--image-list", type=Path, metavar="FILE", help=listing)
+    add("--subset", help=f"evaluate only {', '.join(SUBSETS)}, or the frames of an image list")
+    group = parser.add_argument_group("a checkpoint's network")
+    add = group.add_mutually_exclusive_group().add_argument
+    dark = ("visible", "lwir", "sides-a", "sides-b", "surroundings")
+    halves = "visible's right and LWIR's left half (sides-a), the other halves, LWIR around its centre"
+    add("--blackout", choices=dark, default="", help=f"blank a modality, {halves}")
+    add("--without", choices=dark[:2], default="", dest="blackout", help="short for --blackout")
+    group.add_argument("--device", default=DEVICE, help="auto, cpu, cuda, mps (%(default)s)")
+    add = parser.add_argument_group("numbers and pictures").add_argument
     add("--all-setups", action="store_true", help="also print the nine setups and the scenes")
     add("--bootstrap", type=int, default=0, metavar="N", help="95%% intervals from N resamples")
     add("--by-video", action="store_true", help="resample whole videos instead of frames")
-    add("--out", type=picture, help=f"picture of the curves ({OUT}, in a checkpoint's folder)")
-    add(
-        "--without",
-        choices=("visible", "lwir"),
-        default="",
-        help="a modality to blank, as if it were missing",
-    )
-    add("--device", default="auto", help="auto, cpu, cuda, mps (%(default)s)")
-    add("--json", type=Path, metavar="FILE", help="write all numbers and curves at full precision")
-    add(
-        "--show-errors",
-        type=int,
-        default=0,
-        metavar="N",
-        help="picture the N worst false positives and the N largest missed people",
-    )
-    add("--errors-out", type=picture, default=Path(ERRORS), help="where to (%(default)s)")
-    add("--data-root", type=Path, default=DATA_ROOT or None, help="folder with images/")
+    add("--json", type=output, metavar="FILE", help="write all numbers and curves at full precision")
+    beside = "in a checkpoint's folder, else"
+    add("--out", type=picture, metavar="FILE", help=f"picture of the curves ({beside} {OUT})")
+    errors = "picture the N worst false positives and the N largest missed people"
+    add("--show-errors", type=int, default=0, metavar="N", help=errors)
+    add("--errors-out", type=picture, metavar="FILE", help=f"where to ({beside} {ERRORS})")
     arguments = parser.parse_args()
-    if arguments.detections and not arguments.annotations:
-        parser.error("--detections needs --annotations")
-    if sum(map(bool, (arguments.detections, arguments.checkpoint, arguments.compare))) > 1:
-        parser.error("--detections, --checkpoint and --compare exclude each other")
-    if arguments.without and (arguments.detections or arguments.compare):
-        parser.error("--without evaluates a checkpoint: leave --detections and --compare away")
-    for path in arguments.detections or []:
+    if min(arguments.bootstrap, arguments.show_errors) < 0:
+        parser.error("--bootstrap and --show-errors take a number from 0 up")
+    for path in arguments.detections or ():
         if not os.path.isfile(path):  # unlike Path's own, it takes any name
             raise InputError("result file not found", "check --detections", file=path)
-    for path in (arguments.out, arguments.json, arguments.errors_out):
-        if path and not os.path.isdir(path.parent):
-            raise InputError("no such folder", "make it first", file=path.parent)
+    if arguments.detections and not arguments.annotations:
+        parser.error("--detections needs --annotations")
     if arguments.detections and arguments.show_errors and not arguments.data_root:
         parser.error("--show-errors needs --data-root, the folder with images/")
-    if arguments.bootstrap < 0 or arguments.show_errors < 0:
-        parser.error("--bootstrap and --show-errors take a number above 0")
+    if arguments.blackout and (arguments.detections or arguments.compare):
+        parser.error("--blackout and --without evaluate a checkpoint: leave --detections and --compare away")
     return arguments
+
+
+def output(text: str) -> Path:
+    """A path in a folder that is there."""
+    if not os.path.isdir(Path(text).parent):
+        raise InputError("no such folder", "make it first", file=Path(text).parent)
+    return Path(text)
 
 
 def picture(text: str) -> Path:
     """A path that a picture can be written to."""
-    if Path(text).suffix not in FORMATS:
-        raise InputError(f"{text!r} is no picture's name", f"end it in {', '.join(FORMATS)}")
-    return Path(text)
+    if Path(text).suffix not in PICTURES:
+        raise InputError(f"{text!r} is no picture's name", f"end it in {', '.join(PICTURES)}")
+    return output(text)
 
 
-def evaluate_checkpoint(arguments: Namespace) -> tuple[str, Path, GroundTruth, Path]:
-    """Run a checkpoint's network over its test frames and write the detections into its folder.
-
-    The run's own `detections.txt` is written again by its own `last.pt` on its own data alone; any
-    other evaluation has its checkpoint and its flags in its name (`detections-best.txt`).
-
-    Returns:
-        The run's name, the result file, the people of its frames, and the root of its images.
-    """
-    # Here, because result files are evaluated without torch.
-    from engine.checkpoint import choose_checkpoint
-
-    path = choose_checkpoint(arguments.checkpoint, Path(CHECKPOINTS))
-    settings = {
-        "data_root": arguments.data_root,
-        "test_list": arguments.image_list,
-        "test_annotations": arguments.annotations,
-        "device": arguments.device,
-    }
-    given = {key: str(value) for key, value in settings.items() if value}
-    print(f"weights of {path}")
-    config, ground_truth, detections, mask_ious = run_checkpoint(path, given, arguments.without)
-    if mask_ious:
-        print(", ".join(f"{name} {value:.3f}" for name, value in mask_ious.items()))
-    parts = [path.stem] if path.stem != "last" else []
-    parts += [Path(given[key]).stem for key in settings if key in given and key != "device"]
-    parts += [Path(arguments.subset).stem] if arguments.subset else []
-    parts += [f"without-{arguments.without}"] if arguments.without else []
-    suffix = "".join(f"-{part}" for part in parts)
-    result = path.parent / f"detections{suffix}.txt"
-    write_detections(result, detections, ground_truth.frames)
-    return path.resolve().parent.name + suffix, result, ground_truth, Path(config["data_root"])
+# ------------------------------------------------------------------- result files
 
 
-def run_checkpoint(
-    path: Path, settings: dict[str, Any], without: str = ""
-) -> tuple[dict[str, Any], GroundTruth, Detections, dict[str, float]]:
-    """A checkpoint's network over its test list.
-
-    Args:
-        settings: override the checkpoint's own configuration (`data_root`, `test_list`,
-            `test_annotations`, `device`, …).
-        without: a modality that is blanked, of a network that takes both.
-
-    Returns:
-        The configuration used, the people of the test list, the detections, and the masks' IoU.
-    """
-    # Here, because result files are evaluated without torch.
-    import torch
-
-    from datasets import frame_loader
-    from engine.checkpoint import load_checkpoint
-    from kaist.miss_rate import open_test_set
-    from model import build_model
-    from utils import choose_device, choose_precision, detect_frames
-
-    checkpoint = load_checkpoint(path)
-    config = checkpoint["config"] | settings
-    if without:
-        check_missing(config, without)
-    root = open_root(config["data_root"])
-    device = choose_device(config["device"])
-    precision = choose_precision(config["precision"], device)
-    ground_truth = open_test_set(root, config["test_list"], config["test_annotations"])
-    loader = frame_loader(root, ground_truth, config, device, without=without)
-    model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
-    return config, ground_truth, *detect_frames(model, loader, device, precision, config)
+def read_result_files(arguments: Namespace) -> list[Found]:
+    """What the result files say of their frames, or of the subset of them that is asked for."""
+    test_set, files = open_test_frames(arguments), arguments.detections
+    try:
+        names = tell_apart([path.with_suffix("") for path in files], "_")
+    except InputError:  # a.txt and a.json
+        names = tell_apart(files, "_")
+    found = []
+    for path, name in zip(files, names, strict=True):
+        own, detections = test_set, read_detections(path, test_set.frames)
+        if arguments.subset:
+            others = detections.other_frames  # those outside of the subset are left out on purpose
+            frames = choose_frames(test_set.frames, arguments.subset)
+            own, detections = select_frames(test_set, detections, frames)
+            detections = replace(detections, other_frames=others)
+        found.append(Found(name, own, detections, arguments.data_root))
+    return found
 
 
-def check_missing(config: dict[str, Any], without: str) -> None:
-    """Refuse to leave a modality out of a network that takes no other, and warn where it was
-    never trained to do without."""
-    if len(MODALITIES[config["input_mode"]]) == 1:
-        raise InputError(
-            f"a network with input {config['input_mode']!r} cannot do without a modality",
-            "leave --without away",
-        )
-    if not config.get("modality_dropout"):
-        print(f"warning: it was not trained to do without {without} (MODALITY_DROPOUT)")
-
-
-def open_ground_truth(arguments: Namespace) -> GroundTruth:
+def open_test_frames(arguments: Namespace) -> GroundTruth:
     """People of the frames that the result files speak of.
 
     Ids of a file count along its own companion, else along --image-list, else along the annotation
@@ -248,31 +193,102 @@ def open_ground_truth(arguments: Namespace) -> GroundTruth:
 
 def choose_frames(frames: Sequence[str], subset: str) -> list[str]:
     """The frames of a subset: a time of day, a scene, or an image list."""
-    if subset in ("day", "night", "campus", "road", "downtown"):
+    if subset in SUBSETS:
         chosen = [f for f in frames if subset in (time_of_day(f), scene(f))]
         if not chosen:
             raise InputError(f"no frame is of subset {subset!r}", "choose another with --subset")
         return chosen
     if not Path(subset).is_file():
-        raise InputError(
-            f"--subset {subset!r} is neither a subset nor an image list",
-            "choose day, night, campus, road, downtown or a file",
-        )
+        known = f"{', '.join(SUBSETS)} or a file"
+        raise InputError(f"--subset {subset!r} is neither a subset nor an image list", f"choose {known}")
     return read_image_list(subset)
 
 
-def unique_names(files: Sequence[Path]) -> list[str]:
-    """A short name for each result file, fit for a file's name: its own, or its run's folder."""
-    for name_of in (
-        lambda path: path.stem,
-        lambda path: path.name,
-        lambda path: path.resolve().parent.name,
-        lambda path: str(path.with_suffix("")).strip("./").replace("/", "_"),
-    ):
-        names = [name_of(path) for path in files]
-        if len(set(names)) == len(names):
-            return names
-    raise InputError("a result file is named twice", "name each once", file=files[0])
+# ------------------------------------------------------------------- a checkpoint
+
+
+def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
+    """Run a checkpoint's network over its test frames and write the detections into its folder.
+
+    The run's own `detections.txt` is written again by its own `last.pt`, finished and on its own
+    data, alone; any other evaluation has its checkpoint and its flags in its files' names
+    (`detections-best.txt`). Nothing is written where the folder is read-only.
+    """
+    # Here, because result files are evaluated without torch.
+    from datasets import frame_loader
+    from engine.checkpoint import choose_checkpoint
+    from kaist.demo import open_root
+    from utils import choose_device, choose_precision, detect_frames, open_network
+
+    path = choose_checkpoint(arguments.checkpoint, find_folder(CHECKPOINTS))
+    device = choose_device(arguments.device)
+    settings = {
+        "data_root": arguments.data_root,
+        "test_list": arguments.image_list,
+        "test_annotations": arguments.annotations,
+    }
+    given = {name: str(value) for name, value in settings.items() if value}
+    model, config, epoch = open_network(path, device, **given)
+    check_blackout(config, arguments.blackout)
+    root = open_root(find_folder(config.data_root))
+    test_set = open_test_set(root, config.test_list, config.test_annotations)
+    if arguments.subset:
+        nothing = Detections(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0))
+        frames = choose_frames(test_set.frames, arguments.subset)
+        test_set, _ = select_frames(test_set, nothing, frames)
+    loader = frame_loader(root, test_set, vars(config), device, without=arguments.blackout)
+    precision = choose_precision(config.precision, device)
+    detections, masks = detect_frames(model, loader, device, precision, vars(config))
+    if masks:
+        print("masks: " + ", ".join(f"{name} {value:.3f}" for name, value in masks.items()))
+    sure = np.bincount(detections.frame[detections.scores >= SURE])
+    if n_full := np.count_nonzero(sure >= config.max_boxes):
+        most = f"the most detections there can be, {config.max_boxes}, at scores from {SURE} up"
+        print(f"warning: {n_full} frames with {most}: this network is not trained")
+
+    parts = [path.stem] if path.stem != "last" else []
+    unfinished = path.stem == "last" and epoch is not None and epoch < config.epochs
+    parts += [f"epoch{epoch}"] if unfinished else []
+    parts += [Path(value).stem for value in (*given.values(), arguments.subset) if value]
+    parts += [f"without-{arguments.blackout}"] if arguments.blackout else []
+    suffix = "".join(f"-{part}" for part in parts)
+    name = path.resolve().parent.name + suffix
+    writable = os.access(path.parent, os.W_OK)
+    with tempfile.TemporaryDirectory() as spare:
+        result = (path.parent if writable else Path(spare)) / f"detections{suffix}.txt"
+        write_detections(result, detections, test_set.frames)
+        detections = read_detections(result, test_set.frames)  # its digits are what others will have
+    if writable:
+        print(f"detections: {result}")
+        pictures = [path.with_name(f"{kind}{suffix}.png") for kind in ("miss_rate", "errors")]
+    else:
+        print(f"note: {path.parent} is read-only, so nothing is written there; --out FILE draws the curves")
+        pictures = [None, None]
+    return [Found(name, test_set, detections, root, *pictures)]
+
+
+def check_blackout(config: Namespace, blackout: str) -> None:
+    """Refuse to blank a modality of a network that takes no other, and warn where it was never
+    trained to do without."""
+    if blackout and len(MODALITIES[config.input_mode]) == 1:
+        raise InputError(
+            f"a network with input {config.input_mode!r} cannot do without a modality",
+            "leave --blackout and --without away",
+        )
+    if blackout and not config.modality_dropout:
+        print(f"warning: it was not trained to do without {blackout} (MODALITY_DROPOUT)")
+
+
+def show_errors(found: Sequence[Found], arguments: Namespace) -> None:
+    """Draw the sheet of each detector's errors."""
+    from kaist.error_sheet import draw_errors
+
+    for f in found:
+        path = arguments.errors_out or f.errors or Path(ERRORS)
+        path = path if len(found) == 1 else path.with_stem(f"{path.stem}-{f.name}")
+        n_views, n_absent = draw_errors(f.test_set, f.detections, f.root, arguments.show_errors, path, f.name)
+        missing = f" ({n_absent} of {n_views} images are missing)" if n_absent else ""
+        print(f"errors of {f.name}: {path}{missing}")
 
 
 if __name__ == "__main__":

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import ctypes
 import os
+from argparse import Namespace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
 from tqdm import tqdm
 
+from engine.checkpoint import load_checkpoint
+from engine.config import checkpoint_config
 from engine.distributed import all_reduce_sum, gather, is_main_process
 from engine.loader import BatchLoader
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError
 from kaist.results import Detections
-from model import SSD300, mirror
+from model import SSD300, build_model, mirror
 from ssd.augment import resize, view_pixels, whole_frame
 from ssd.boxes import Predictions, detect
 from ssd.losses import IGNORE, PERSON
@@ -103,6 +106,23 @@ def make_deterministic() -> None:
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """The context in which the network runs in `precision`."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != torch.float32)
+
+
+def open_network(path: Path, device: torch.device, **changes: Any) -> tuple[SSD300, Namespace, int | None]:
+    """A checkpoint's network on a device, its configuration with `changes`, and its epochs, if known.
+
+    Says which weights these are, and warns where they are not finite.
+
+    Raises:
+        InputError: the file is no checkpoint, or its content does not fit together.
+    """
+    checkpoint = load_checkpoint(path)
+    config, epoch = checkpoint_config(checkpoint, path, **changes), checkpoint.get("epoch")
+    print(f"weights of {path}" + ("" if epoch is None else f", epoch {epoch} of {config.epochs}"))
+    model = build_model(checkpoint).to(device, memory_format=torch.channels_last).eval()
+    if broken := sum(not value.sum().isfinite() for value in model.state_dict().values()):
+        print(f"warning: {broken} tensors of these weights are not finite: what they find means nothing")
+    return model, config, epoch
 
 
 def detect_frames(
@@ -192,6 +212,6 @@ def to_pixels(boxes: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
     Boxes that clipping to the frame left with no area worth writing down are left out.
     """
     pixels = (FRAME_WIDTH, FRAME_HEIGHT, FRAME_WIDTH, FRAME_HEIGHT)
-    boxes = box_convert(boxes, "xyxy", "xywh").cpu().double().numpy() * pixels
+    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).cpu().double().numpy() * pixels
     keep = (boxes[:, 2:] >= 0.01).all(1)
     return boxes[keep], scores.cpu().double().numpy()[keep]

@@ -18,6 +18,14 @@ from kaist.remember import remember
 MEAN_COLOUR = np.array([124, 116, 104, 114], np.uint8)
 
 
+# What `black_out` leaves of a modality: left, top, right, bottom, pixels. Those not named stay whole.
+VIEWS_LEFT = {
+    "sides-a": {"visible": (0, 0, 320, 512), "lwir": (320, 0, 640, 512)},
+    "sides-b": {"visible": (320, 0, 640, 512), "lwir": (0, 0, 320, 512)},
+    "surroundings": {"lwir": (120, 96, 520, 416)},
+}
+
+
 def check_images(root: Path, frame_ids: Sequence[str], input_mode: str, without: str = "") -> None:
     """Look at every image's header: it exists, is an image, and has KAIST's size.
 
@@ -95,17 +103,29 @@ def read_frame(root: Path, frame_id: str, input_mode: str, without: str = "") ->
     """The modalities of one frame side by side: (512, 640, C) uint8, visible first.
 
     Args:
-        without: a modality that is blanked instead of read.
+        without: a modality that is blanked instead of read, or a key of `VIEWS_LEFT`.
     """
     modalities = MODALITIES[input_mode]
-    if without:
+    if without in modalities:
         images = {m: read_image(image_path(root, frame_id, m), m) for m in modalities if m != without}
         return join_modalities(images, input_mode)
     if len(modalities) == 1:
         return read_image(image_path(root, frame_id, modalities[0]), modalities[0])
     visible, lwir = (decode(image_path(root, frame_id, m), m) for m in modalities)
     visible.putalpha(lwir)  # Pillow keeps four bytes a pixel anyhow: much faster than numpy
-    return np.array(visible)
+    return black_out(np.array(visible), without) if without else np.array(visible)
+
+
+def black_out(frame: np.ndarray, blackout: str) -> np.ndarray:
+    """A (512, 640, 4) frame, visible first, of which parts are the mean colour: see `VIEWS_LEFT`.
+
+    The fusion dead zones of Kim et al., "MLPD" (2021).
+    """
+    dark = np.broadcast_to(MEAN_COLOUR, frame.shape).copy()
+    for modality, channels in (("visible", slice(3)), ("lwir", slice(3, 4))):
+        left, top, right, bottom = VIEWS_LEFT[blackout].get(modality, (0, 0, FRAME_WIDTH, FRAME_HEIGHT))
+        dark[top:bottom, left:right, channels] = frame[top:bottom, left:right, channels]
+    return dark
 
 
 def cache_frames(folder: str | Path, root: Path, frame_ids: Sequence[str], input_mode: str) -> FrameCache:

@@ -147,7 +147,7 @@ def test_a_lone_image_is_enough_after_modality_dropout_alone(
     monkeypatch.chdir(tmp_path)
     path = save("--input-mode", "halfway", "--modality-dropout", "0.5")
     call(monkeypatch, detect_script, alone, "--checkpoint", path)
-    assert "note: 1 without the other modality" in capsys.readouterr().out
+    assert "note: 1 image without the other modality" in capsys.readouterr().out
     with pytest.raises(InputError, match="is missing.*MODALITY_DROPOUT"):
         call(monkeypatch, detect_script, alone, "--checkpoint", save("--input-mode", "halfway"))
 
@@ -165,7 +165,7 @@ def test_evaluation_without_a_modality(save, demo_root, tmp_path, monkeypatch, c
     assert "warning: it was not trained to do without lwir" in capsys.readouterr().out
     with pytest.raises(InputError, match="'lwir' cannot do without"):
         call(monkeypatch, eval_script, "--checkpoint", save("--input-mode", "lwir"), "--without", "lwir")
-    with pytest.raises(InputError, match="--without evaluates a checkpoint"):
+    with pytest.raises(InputError, match="--without evaluate a checkpoint"):
         call(
             monkeypatch,
             eval_script,

@@ -1,0 +1,290 @@
+"""eval.py as a user meets it: who counts, what is written where, and what the pictures show."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.figure
+import numpy as np
+import pytest
+
+import eval as eval_script
+import train
+from engine.checkpoint import save_checkpoint
+from engine.curves import draw_curves as draw_run
+from kaist.annotations import read_image_list
+from kaist.error_sheet import spread
+from kaist.files import InputError
+from kaist.images import MEAN_COLOUR, black_out, read_frame
+from kaist.miss_rate import GroundTruth, load_ground_truth
+from kaist.report import draw_curves, print_scores, reverse_ties, score
+from kaist.results import Detections, read_detections
+
+PROJECT = Path(__file__).parent.parent
+DAY, NIGHT = "set06/V000/I00000", "set09/V000/I00000"
+BOX = [100.0, 100.0, 40.0, 100.0]
+
+
+def people(frames, n=1):
+    """Frames with n people each, 100 pixels apart."""
+    frame = np.repeat(np.arange(len(frames)), n)
+    boxes = np.array([[x, 100.0, 40.0, 100.0] for x in 100.0 + 100 * np.arange(n)] * len(frames))
+    zeros = np.zeros(len(frame), np.int64)
+    return GroundTruth(tuple(frames), frame, boxes, zeros, zeros.astype(bool))
+
+
+def detections(frame, boxes, scores):
+    return Detections(
+        np.array(frame, np.int64), np.array(boxes, float).reshape(-1, 4), np.array(scores, float)
+    )
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, instead of their files' content."""
+    kept = []
+
+    def keep(figure, path, **_):
+        figure.canvas.draw()
+        kept.append(figure)
+        Path(path).write_bytes(b"picture")
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+    return kept
+
+
+@pytest.fixture
+def save(tmp_path, demo_root):
+    """Save an untrained network's checkpoint after 1 of 2 epochs, or another number."""
+
+    def save(*flags, epoch=1):
+        flags = ["--width", "0.0625", "--epochs", "2", "--workers", "0", "--device", "cpu", *flags]
+        config = train.configure(["--data-root", str(demo_root), *flags])
+        arguments = train.model_arguments(config)
+        model = train.SSD300(**arguments).state_dict()
+        path = tmp_path / "run" / "last.pt"
+        path.parent.mkdir(exist_ok=True)
+        content = {"model_args": arguments, "config": vars(config), "model": model, "epoch": epoch}
+        save_checkpoint(path, content)
+        return path
+
+    return save
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    """Call eval.py with arguments in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, arguments)])
+        eval_script.main()
+
+    return run
+
+
+# ------------------------------------------------------------------- tables
+
+
+def test_the_table_says_who_counts_and_where_they_are_few(capsys):
+    frames = [f"set06/V000/I{i:05}" for i in range(30)] + [NIGHT]
+    print_scores([score("x", people(frames, 2), detections([0], [BOX], [1.0]))])
+    said = capsys.readouterr().out
+    assert "31 frames, 62 people count (60 day, 2 night)" in said
+    assert "warning: few people count, 2 (night)" in said
+
+
+def test_a_subset_without_frames_is_in_no_table_and_no_curve(capsys, figures, tmp_path):
+    scores = [score("x", people([NIGHT]), detections([0], [BOX], [1.0]))]
+    print_scores(scores, all_setups=True)
+    said = capsys.readouterr().out
+    assert "night" in said and "Reasonable-day" not in said and " day " not in said.splitlines()[2]
+    draw_curves(scores, tmp_path / "a.png")
+    [panel] = figures[0].axes
+    assert panel.get_title().startswith("night: x ") and "1 person" in panel.get_title()
+
+
+def test_ties_that_matter_are_told():
+    """Of two boxes of one score the first row holds the person: the second is a false positive before
+    the next person's, if it comes first."""
+    truth = people([DAY, NIGHT])
+    good, bad = BOX, [300.0, 100.0, 40.0, 100.0]
+    found = detections([0, 0, 1], [good, bad, good], [0.9, 0.9, 0.8])
+    share, reverse = reverse_ties(truth, found)
+    reordered = detections([0, 0, 1], [bad, good, good], [0.9, 0.9, 0.8])
+    rates = [score("x", truth, d).official["Reasonable-all"].miss_rate for d in (found, reordered)]
+    assert share == 0.5 and reverse == pytest.approx(rates[1]) and rates[0] < rates[1]
+    assert any("50.0% of the frames hold equal scores" in note for note in score("x", truth, found).notes)
+    alone = detections([0, 0, 1], [good, bad, good], [0.9, 0.85, 0.8])
+    assert reverse_ties(truth, alone)[0] == 0
+    assert not any("equal" in note for note in score("x", truth, alone).notes)
+
+
+# ------------------------------------------------------------------- pictures
+
+
+def test_curves_end_level_at_the_right_border(figures, tmp_path):
+    """200 false positives a frame reach beyond the last FPPI shown; the line never runs back."""
+    truth = people([DAY, NIGHT], 2)
+    false = np.tile([400.0, 300, 40, 100], (200, 1))
+    found = detections(np.repeat([0, 1], 200), np.vstack([false, false]), np.linspace(1, 0.1, 400))
+    draw_curves([score("a", truth, found), score("b", truth, found)], tmp_path / "a.png")
+    assert len(figures[0].axes) == 3
+    for panel in figures[0].axes:
+        for line in panel.lines:
+            x = line.get_xdata()
+            assert (np.diff(x) >= 0).all() and x.max() <= 10
+        axes_box, legend_box = panel.get_window_extent(), panel.get_legend().get_window_extent()
+        assert legend_box.y1 <= axes_box.y0  # outside of the curves
+
+
+def test_a_runs_curves_have_points_and_whole_epochs(figures, tmp_path):
+    row = {"epoch": 1.0, "loss": 3.0, "loc": 1.0, "conf": 2.0, "seg": 0.1, "lr": 1e-3}
+    rates = {"miss_rate": 0.5, "miss_rate_day": 0.6, "miss_rate_night": 0.4, "recall": 0.9, "iou_map1": 0.2}
+    for log in ([row], [row | rates], [row | {"epoch": e} | rates for e in (1.0, 2.0, 3.0)]):
+        draw_run(log, "mine", tmp_path / "a.png")
+    for figure in figures:
+        assert "mine" in figure.get_suptitle() and len(figure.axes) == 4
+        for panel in figure.axes:
+            assert panel.get_title()
+            assert all(line.get_marker() == "o" for line in panel.lines)
+            assert all(tick == int(tick) for tick in panel.get_xticks())
+    assert "best miss rate 50.00% (epoch 1)" in figures[1].get_suptitle()
+    assert [len(panel.lines) for panel in figures[0].axes] == [4, 0, 0, 1]
+    assert [len(panel.lines) for panel in figures[1].axes] == [4, 3, 2, 1]
+
+
+def test_errors_of_one_video_do_not_fill_the_sheet():
+    frames = [f"set06/V000/I{i:05}" for i in range(5)] + ["set06/V001/I00000", NIGHT]
+    order = spread(people(frames), np.arange(7), np.array([0, 1, 2, 3, 5, 4, 6]))
+    assert order.tolist() == [0, 1, 5, 6, 2, 3, 4]
+
+
+# ------------------------------------------------------------------- a checkpoint
+
+
+def test_a_subset_is_all_that_the_network_sees(run, save, capsys):
+    path = save(epoch=2)
+    run("--checkpoint", path, "--subset", "night", "--json", "n.json")
+    said = capsys.readouterr().out
+    assert "3 frames" in said and "(0 day" in said and "left out" not in said and "numbers: n.json" in said
+    frames = path.with_name("detections-night.frames.txt").read_text().split()
+    assert len(frames) == 3 and all(frame.startswith(("set09", "set10", "set11")) for frame in frames)
+    assert path.with_name("miss_rate-night.png").exists()
+    [content] = json.loads(Path("n.json").read_text()).values()
+    assert content["official"]["Reasonable-all"]["n_frames"] == 3
+
+
+def test_an_unfinished_runs_files_do_not_look_like_its_own(run, save, capsys):
+    path = save(epoch=1)
+    run("--checkpoint", path)
+    assert "epoch 1 of 2" in capsys.readouterr().out
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        *("detections-epoch1.frames.txt", "detections-epoch1.txt", "last.pt", "miss_rate-epoch1.png")
+    ]
+
+
+def test_a_read_only_folder_costs_no_table(run, save, capsys, monkeypatch):
+    path = save(epoch=2)
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    run("--checkpoint", path)
+    said = capsys.readouterr().out
+    assert "\nrun " in said and "is read-only" in said
+    assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
+    run("--checkpoint", path, "--out", "curves.png")
+    assert Path("curves.png").exists()
+
+
+def test_the_repositorys_own_folders_are_found_from_elsewhere(run, save, tmp_path, monkeypatch, capsys):
+    path = save("--data-root", "data", epoch=2)
+    monkeypatch.setattr("engine.config.ROOT", tmp_path)
+    (tmp_path / "data").symlink_to(path.parent)  # no KAIST root, but what is looked for
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(InputError, match=str(tmp_path / "data")):
+        run("--checkpoint", path)
+
+
+# ------------------------------------------------------------------- blackouts
+
+
+@pytest.mark.parametrize(
+    ("blackout", "dark", "light"),
+    [
+        ("sides-a", {"visible": (9, 600), "lwir": (9, 10)}, {"visible": (9, 10), "lwir": (9, 600)}),
+        ("sides-b", {"visible": (9, 10), "lwir": (9, 600)}, {"visible": (9, 600), "lwir": (9, 10)}),
+        ("surroundings", {"lwir": (95, 320)}, {"visible": (95, 320), "lwir": (96, 320)}),
+        ("surroundings", {"lwir": (200, 520)}, {"lwir": (200, 519)}),
+    ],
+)
+def test_blackouts_by_hand(blackout, dark, light):
+    frame = np.full((512, 640, 4), 7, np.uint8)
+    out = black_out(frame, blackout)
+    channels = {"visible": slice(3), "lwir": slice(3, 4)}
+    for modality, (y, x) in dark.items():
+        assert (out[y, x, channels[modality]] == MEAN_COLOUR[channels[modality]]).all()
+    for modality, (y, x) in light.items():
+        assert (out[y, x, channels[modality]] == 7).all()
+    assert (frame == 7).all()
+
+
+def test_blackouts_of_a_network(run, save, demo_root, capsys):
+    frame_id = read_image_list(demo_root / "imageSets/test-all.txt")[0]
+    whole, half = (read_frame(demo_root, frame_id, "early", b) for b in ("", "sides-a"))
+    assert (whole[:, :320, :3] == half[:, :320, :3]).all() and (half[:, 320:, 0] == MEAN_COLOUR[0]).all()
+    path = save("--input-mode", "early", epoch=2)
+    texts = {}
+    for name in ("visible", "sides-a", "surroundings"):
+        run("--checkpoint", path, "--blackout", name)
+        texts[name] = path.with_name(f"detections-without-{name}.txt").read_text()
+    run("--checkpoint", path, "--without", "visible")
+    assert path.with_name("detections-without-visible.txt").read_text() == texts["visible"]
+    assert len(set(texts.values())) == 3
+    assert "was not trained to do without sides-a" in capsys.readouterr().out
+    with pytest.raises(InputError, match="cannot do without"):
+        run("--checkpoint", save("--input-mode", "lwir"), "--blackout", "sides-b")
+    with pytest.raises(InputError, match="not allowed with"):
+        run("--without", "lwir", "--blackout", "sides-b")
+
+
+# ------------------------------------------------------------------- result files
+
+
+def test_result_files_need_numpy_alone(tmp_path):
+    """Without torch, Pillow, matplotlib and tqdm there is the table, and a word on the picture."""
+    block = tmp_path / "block"
+    block.mkdir()
+    for name in ("torch", "torchvision", "PIL", "matplotlib", "tqdm"):
+        (block / f"{name}.py").write_text(f"raise ModuleNotFoundError('none', name={name!r})")
+    folder = tmp_path / "annotations/set06/V000"
+    folder.mkdir(parents=True)
+    (folder / "I00000.txt").write_text("% bbGt version=3\nperson 100 100 40 100 0 0 0 0 0 0 0\n")
+    (tmp_path / "list.txt").write_text(f"{DAY}\n")
+    (tmp_path / "a.txt").write_text("1,100,100,40,100,0.9\n")
+    command = [sys.executable, PROJECT / "eval.py", "--detections", "a.txt", "--annotations", "."]
+    done = subprocess.run(
+        [*command, "--image-list", "list.txt", "--json", "n.json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(block)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "note: no picture was drawn: matplotlib is not installed" in done.stdout
+    assert "1 person counts" in done.stdout and (tmp_path / "n.json").exists()
+
+
+def test_result_files_get_names_that_tell_them_apart(run, tmp_path, capsys, demo_root):
+    frames = read_image_list(demo_root / "imageSets/test-all.txt")
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "detections.txt").write_text("1,100,100,40,100,0.9\n")
+        (tmp_path / folder / "detections.frames.txt").write_text("\n".join(frames))
+    run("--detections", "a/detections.txt", "b/detections.txt", "--annotations", demo_root)
+    said = capsys.readouterr().out
+    assert "\na_detections " in said and "\nb_detections " in said
+    truth = load_ground_truth(demo_root, frames)
+    assert len(read_detections(tmp_path / "a/detections.txt", truth.frames).scores) == 1
