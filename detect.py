@@ -1,175 +1,257 @@
-"""Find people in single KAIST images or pairs, or in whole folders of them.
+"""Find people in images or pairs of them, or in whole folders.
 
     python detect.py data/demo/images/set06/V000/visible/I00000.jpg
+    python detect.py --visible photo.png --lwir thermal.png
 
-Name either modality's file (or folder); its partner is found beside it, and a network trained with
-MODALITY_DROPOUT does without one. Each image becomes a picture with boxes and scores, visible and
-LWIR side by side; the boxes are printed and kept in `detections.csv`.
+Name either modality's file, or a folder of any depth: the partner is found in the visible/ or lwir/
+folder beside its own, and a network trained with MODALITY_DROPOUT does without one. Each image becomes
+a picture with boxes and scores, the modalities side by side, annotated objects dashed where KAIST's
+annotations are at hand. The boxes are kept in `detections.csv`, in pixels of the image itself.
 """
 
 from __future__ import annotations
 
-import signal
-from argparse import ArgumentParser
-from collections.abc import Iterator
+import csv
+import sys
+import time
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported: no traceback
 
 import numpy as np
-import torch
-from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
 
-from engine.checkpoint import choose_checkpoint, load_checkpoint
-from engine.config import OneLineParser
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES
+from engine.config import CHOICES, OneLineParser, find_folder
+from kaist.annotations import FRAME_HEIGHT, FRAME_ID, FRAME_WIDTH, MODALITIES, Objects, open_test_annotations
 from kaist.files import InputError, make_folder, run_script, write_atomically
-from kaist.images import join_modalities, read_image
-from model import SSD300, build_model
-from utils import choose_device, choose_precision, detect_image
 
-CHECKPOINTS = "checkpoints"  # the newest run here is used unless --checkpoint names one
+CHECKPOINTS = "checkpoints"  # the newest finished run here is used unless --checkpoint names one
 MIN_SCORE = 0.3  # draw and print detections from this score up
-OUT = "detections"  # folder for pictures and detections.txt
+OUT = "detections"  # folder for pictures and detections.csv
 DEVICE = "auto"  # auto, cpu, cuda, mps
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png")
+ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
+LISTED = 20  # images that are told one by one, of more a progress bar; and boxes of one image
+
+Pair = dict[str, Path]  # modality -> file of one frame
 
 
 def main() -> None:
-    """Detect in every image named, one picture each."""
+    """Detect in every image named, one picture each.
+
+    Raises:
+        InputError: some images could not be used; the others were.
+    """
     arguments = parse_arguments()
-    if not 0 <= arguments.min_score <= 1:
-        raise InputError(f"--min-score {arguments.min_score}", "it is a share, from 0 to 1")
+    failures: list[InputError] = []
+    images = list_images(arguments.images, failures)
+
+    # Here, so that a wrong flag or name is answered at once: torch takes a while.
+    from engine.checkpoint import choose_checkpoint
+    from kaist.images import join_modalities
+    from kaist.picture import draw_pair, open_view, to_array
+    from utils import choose_device, choose_precision, detect_image, open_network
+
     device = choose_device(arguments.device)
-    make_folder(arguments.out)
-    path = choose_checkpoint(arguments.checkpoint, Path(CHECKPOINTS))
-    checkpoint = load_checkpoint(path)
-    config = checkpoint["config"]
-    pairs = [find_pair(image, config) for image in list_images(arguments.images)]
-    model = build_model(checkpoint).to(device, memory_format=torch.channels_last).eval()
-    print(f"{len(pairs)} image{'s' * (len(pairs) != 1)}, weights of {path}")
-    alone = sum(len(pair) < len(MODALITIES[config["input_mode"]]) for pair in pairs)
-    if alone:
-        print(f"note: {alone} without the other modality, which is blanked")
+    path = choose_checkpoint(arguments.checkpoint, find_folder(CHECKPOINTS))
+    model, config, _ = open_network(path, device, min_score=arguments.min_score)
+    precision = choose_precision(arguments.precision or config.precision, device)
+    wanted = MODALITIES[config.input_mode]
+    pairs = [{"visible": arguments.visible, "lwir": arguments.lwir}] if arguments.visible else []
+    pairs += find_pairs(images, config, failures)
+    if alone := sum(not pair.keys() >= set(wanted) for pair in pairs):
+        print(f"note: {count_of(alone)} without the other modality, which is blanked")
 
-    names = output_names(pairs)
-    rows = []
-    for pair, name in zip(pairs, names, strict=True):
-        boxes, scores = detect_pair(model, pair, config | {"min_score": arguments.min_score})
-        picture = draw_pair(pair, boxes, scores)
-        out = arguments.out / f"{name}.png"
-        write_atomically(out, lambda beside, p=picture: p.save(beside, format="PNG"))
-        print(f"{out}: {len(boxes)} people")
-        for (x, y, w, h), score in zip(boxes.tolist(), scores.tolist(), strict=True):
-            print(f"  x {x:6.1f}  y {y:6.1f}  w {w:6.1f}  h {h:6.1f}  score {score:.3f}")
-            rows.append(f"{name},{x:.4f},{y:.4f},{w:.4f},{h:.4f},{score:.8f}\n")
-    text = "image,x,y,w,h,score\n" + "".join(rows)
-    write_atomically(arguments.out / "detections.csv", lambda beside: beside.write_text(text))
+    annotated, few, table = open_annotated(pairs), len(pairs) <= LISTED, arguments.out / "detections.csv"
+    counts, n_rescaled, n_full, start = [], 0, 0, time.monotonic()
+    bar = tqdm(pairs, "detecting", unit="image", leave=False, disable=few)
+    for pair, name in zip(bar, output_names(pairs), strict=True):
+        try:
+            views = {modality: open_view(file, modality) for modality, file in pair.items()}
+        except InputError as error:
+            skip(error, failures, len(pairs))
+            continue
+        arrays = {modality: to_array(view) for modality, view in views.items() if modality in wanted}
+        frame = join_modalities(arrays, config.input_mode)
+        boxes, scores = detect_image(model, frame, precision, vars(config))
+        width, height = next(iter(views.values())).size
+        scale = np.tile((width / FRAME_WIDTH, height / FRAME_HEIGHT), 2)
+        n_rescaled += any(view.size != (FRAME_WIDTH, FRAME_HEIGHT) for view in views.values())
+        boxes, objects = boxes * scale, annotated(next(iter(pair.values())))
+        objects = objects and replace(objects, boxes=objects.boxes * scale)
+        picture, out = draw_pair(views, boxes, scores, objects, name), arguments.out / f"{name}.png"
+        make_folder(arguments.out)
+        write_atomically(out, lambda beside, p=picture: p.save(beside, format="PNG", compress_level=1))
+        write_rows(table, name, boxes, scores, first=not counts)
+        counts.append(len(scores))
+        n_full += np.count_nonzero(scores >= MIN_SCORE) >= config.max_boxes
+        if few:
+            print(f"{out}: {len(scores)} {'person' if len(scores) == 1 else 'people'}")
+            for (x, y, w, h), score in zip(boxes[:LISTED].tolist(), scores[:LISTED].tolist(), strict=True):
+                print(f"  x {x:6.1f}  y {y:6.1f}  w {w:6.1f}  h {h:6.1f}  score {score:.3f}")
+            if len(scores) > LISTED:
+                print(f"  and {len(scores) - LISTED} more, in {table}")
+    speed = len(counts) / (time.monotonic() - start)
+    if not few:
+        print(f"{arguments.out}: {count_of(len(counts))}, {sum(counts)} people, {speed:.1f} images/s")
+    if n_rescaled:
+        print(f"note: {count_of(n_rescaled)} of another size than KAIST's; boxes are in their own pixels")
+    if n_full:
+        most = f"the most there can be, {config.max_boxes}, at scores from {MIN_SCORE} up"
+        print(f"warning: {count_of(n_full)} with {most}: this network is not trained")
+    if failures:
+        raise InputError(f"{count_of(len(failures))} could not be used", "the lines above say why")
 
 
-def parse_arguments() -> Any:
-    """The command line."""
-    parser: ArgumentParser = OneLineParser(description=__doc__.splitlines()[0])
-    parser.add_argument("images", nargs="+", type=Path, help="images or folders of images")
-    parser.add_argument("--checkpoint", type=Path, help="default: the newest run's last.pt")
-    parser.add_argument("--min-score", type=float, default=MIN_SCORE, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path(OUT), help="default: %(default)s")
-    parser.add_argument("--device", default=DEVICE, help="default: %(default)s")
-    return parser.parse_args()
+def count_of(n: int) -> str:
+    """A number of images, in words."""
+    return f"{n} image" if n == 1 else f"{n} images"
 
 
-def list_images(paths: list[Path]) -> Iterator[Path]:
-    """The images named, and those in the folders named, by name."""
+def parse_arguments() -> Namespace:
+    """The command line.
+
+    Raises:
+        InputError: flags that cannot be used, or not together.
+    """
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("images", nargs="*", type=Path, help="images, or folders that are searched for them")
+    add("--visible", type=Path, metavar="FILE", help="the visible image of a pair of any names")
+    add("--lwir", type=Path, metavar="FILE", help="its LWIR image")
+    add("--checkpoint", type=Path, help="a checkpoint or a run's folder (default: the newest finished run)")
+    add("--min-score", type=float, default=MIN_SCORE, help="what is drawn and kept (%(default)s)")
+    add("--out", type=Path, default=Path(OUT), help="folder of the pictures (%(default)s)")
+    add("--device", default=DEVICE, help="auto, cpu, cuda, mps (%(default)s)")
+    add("--precision", choices=CHOICES["precision"], help="default: the checkpoint's own")
+    arguments = parser.parse_args()
+    if not 0 <= arguments.min_score <= 1:
+        parser.error(f"--min-score {arguments.min_score} is not a number from 0 to 1")
+    if bool(arguments.visible) != bool(arguments.lwir):
+        parser.error("--visible and --lwir belong together; name a lone image without a flag")
+    if not arguments.images and not arguments.visible:
+        parser.error("name an image or a folder, or --visible and --lwir")
+    return arguments
+
+
+def skip(error: InputError, failures: list[InputError], n_images: int) -> None:
+    """Tell an error in one line and go on, or raise it where there is nothing else to go on with."""
+    if n_images == 1:
+        raise error
+    failures.append(error)
+    tqdm.write(f"error: {error}", file=sys.stderr)
+
+
+def list_images(paths: Sequence[Path], failures: list[InputError]) -> list[Path]:
+    """The images named, and those anywhere in the folders named, by path."""
+    images: list[Path] = []
     for path in paths:
-        if not path.exists():
-            raise InputError("no such image or folder", "check the path", file=path)
+        found = [path]
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
-            if not found:
-                raise InputError("no images in this folder", "name a visible/ or lwir/ folder", file=path)
-            yield from found
-        elif path.suffix.lower() not in IMAGE_ENDINGS:
-            raise InputError("not an image", f"name one of {', '.join(IMAGE_ENDINGS)}", file=path)
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS)
+        error = None
+        if not path.exists():
+            error = InputError("no such image or folder", "check the path", file=path)
+        elif not found:
+            error = InputError("no image in this folder", f"it may hold {', '.join(ENDINGS)}", file=path)
+        elif path.suffix.lower() not in ENDINGS and found == [path]:
+            error = InputError("not an image", f"name one of {', '.join(ENDINGS)}", file=path)
+        if error:
+            skip(error, failures, len(paths))
         else:
-            yield path
+            images += found
+    return images
 
 
-def find_pair(path: Path, config: dict[str, Any]) -> dict[str, Path]:
-    """Modality -> file of one frame; at least those that the network needs.
+def find_pairs(images: Sequence[Path], config: Namespace, failures: list[InputError]) -> list[Pair]:
+    """The frames that images belong to, each once; at least the modalities that the network needs.
 
     An image outside of a `visible` or `lwir` folder is taken for the one modality of a
     single-modality network. A network trained with modality dropout needs but one of two.
-
-    Raises:
-        InputError: a modality that the network needs is not there.
     """
-    input_mode = config["input_mode"]
-    needed = MODALITIES[input_mode]
-    if path.parent.name not in ("visible", "lwir"):
-        if len(needed) == 1:
-            return {needed[0]: path}
-        raise InputError(
-            f"a network with input {input_mode!r} needs visible and LWIR",
-            "keep them in …/visible/ and …/lwir/ under the same name",
-            file=path,
-        )
-    pair = {m: path.parent.parent / m / path.name for m in ("visible", "lwir")}
-    for modality in needed:
-        if not pair[modality].exists() and not config.get("modality_dropout"):
-            raise InputError(
-                f"the {modality} image is missing, which a network with input {input_mode!r} needs",
-                "add it, or use a network trained without it or with MODALITY_DROPOUT",
-                file=pair[modality],
+    pairs: dict[tuple[Path, ...], Pair] = {}
+    needed = MODALITIES[config.input_mode]
+    for path in images:
+        pair, lone = {needed[0]: path}, path.parent.name not in ("visible", "lwir")
+        if not lone:
+            pair = {m: partner(path, m) for m in ("visible", "lwir")}
+            pair = {m: file for m, file in pair.items() if file}
+        missing = [m for m in needed if m not in pair]
+        if missing and (lone or not config.modality_dropout):
+            problem = (
+                f"the {missing[0]} image is missing, which a network with input {config.input_mode!r} needs"
             )
-    return {m: p for m, p in pair.items() if p.exists()}
+            remedy = "keep both in visible/ and lwir/ under one name, name them by --visible and --lwir, or "
+            remedy += "use a network trained with MODALITY_DROPOUT"
+            skip(InputError(problem, remedy, file=path), failures, len(images))
+        else:
+            pairs[tuple(pair.values())] = pair
+    return list(pairs.values())
 
 
-def output_names(pairs: list[dict[str, Path]]) -> list[str]:
+def partner(path: Path, modality: str) -> Path | None:
+    """The file of a modality of an image's frame, of any ending, if there is one."""
+    folder = path.parents[1] / modality
+    names = [path.name, *(path.stem + form(ending) for ending in ENDINGS for form in (str.lower, str.upper))]
+    return next((folder / name for name in names if (folder / name).exists()), None)
+
+
+def output_names(pairs: Sequence[Pair]) -> list[str]:
     """A distinct name for each pair: set00_V000_I00000 from KAIST's layout, else the file's."""
-    names: list[str] = []
+    taken: set[str] = set()
+    last: dict[str, int] = defaultdict(lambda: 1)
+    names = []
     for pair in pairs:
         path = next(iter(pair.values()))
-        folders = path.parts[-4:-2] if path.parent.name in ("visible", "lwir") else ()
-        name = "_".join([*folders, path.stem])
-        names.append(name if name not in names else f"{name}-{len(names)}")
+        folders = path.parts[-4:-2] if frame_of(path) else ()
+        name = base = "_".join([*folders, path.stem])
+        while name.casefold() in taken:
+            last[base] += 1
+            name = f"{base}-{last[base]}"
+        taken.add(name.casefold())
+        names.append(name)
     return names
 
 
-def detect_pair(
-    model: SSD300, pair: dict[str, Path], config: dict[str, Any]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (k, 4) xywh pixels of the frame and scores (k,), by descending score."""
-    wanted = MODALITIES[config["input_mode"]]
-    images = {m: read_image(path, m) for m, path in pair.items() if m in wanted}
-    precision = choose_precision(config["precision"], model.priors.device)
-    return detect_image(model, join_modalities(images, config["input_mode"]), precision, config)
+def frame_of(path: Path) -> tuple[Path, str] | None:
+    """The KAIST root and the frame id of an image in KAIST's layout."""
+    path = path.absolute()
+    frame_id = "/".join((*path.parts[-4:-2], path.stem))
+    return (path.parents[4], frame_id) if FRAME_ID.fullmatch(frame_id) and len(path.parents) > 4 else None
 
 
-def draw_pair(pair: dict[str, Path], boxes: np.ndarray, scores: np.ndarray) -> Image.Image:
-    """The frame's modalities side by side, with boxes (k, 4) xywh pixels and their scores."""
-    panels = []
-    font = ImageFont.load_default(14)
-    for modality, path in pair.items():
-        pixels = read_image(path, modality)
-        panel = Image.fromarray(pixels if modality == "visible" else pixels.repeat(3, axis=2))
-        draw = ImageDraw.Draw(panel)
-        for (x, y, w, h), score in zip(boxes.tolist(), scores.tolist(), strict=True):
-            draw.rectangle((x, y, x + w, y + h), outline="lime", width=2)
-            draw.text(
-                (x, max(0, y - 17)),
-                f"{score:.2f}",
-                fill="lime",
-                font=font,
-                stroke_width=1,
-                stroke_fill="black",
-            )
-        panels.append(panel)
-    sheet = Image.new("RGB", (FRAME_WIDTH * len(panels), FRAME_HEIGHT))
-    for i, panel in enumerate(panels):
-        sheet.paste(panel, (FRAME_WIDTH * i, 0))
-    return sheet
+def open_annotated(pairs: Sequence[Pair]) -> Callable[[Path], Objects | None]:
+    """A function that gives the annotated objects of an image's frame, None where none are at hand."""
+    frames = defaultdict(list)
+    for frame in filter(None, (frame_of(next(iter(pair.values()))) for pair in pairs)):
+        frames[frame[0]].append(frame[1])
+    annotations = {}
+    for root, frame_ids in frames.items():
+        try:
+            annotations[root] = open_test_annotations(root, frame_ids)
+        except InputError:
+            continue
+
+    def annotated(path: Path) -> Objects | None:
+        root, frame_id = frame_of(path) or (None, "")
+        try:
+            return annotations[root].read(frame_id) if root in annotations else None
+        except InputError:
+            return None
+
+    return annotated
+
+
+def write_rows(path: Path, name: str, boxes: np.ndarray, scores: np.ndarray, first: bool) -> None:
+    """Append an image's detections to the table; `first` begins it anew."""
+    rows = [["image", "x", "y", "w", "h", "score"]] if first else []
+    rows += [
+        [name, *(f"{value:.4f}" for value in box), f"{score:.8f}"]
+        for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
+    ]
+    with path.open("w" if first else "a", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)
 
 
 if __name__ == "__main__":

@@ -291,7 +291,7 @@ def test_bad_input_is_refused_before_training(start, flags, message):
 def test_scripts_end_bad_input_with_one_line_and_code_2(tmp_path):
     for script, arguments in (
         ("train.py", ["--experiment", "99"]),
-        ("eval.py", []),
+        ("eval.py", ["--checkpoint", "none.pt"]),
         ("detect.py", ["none.jpg"]),
     ):
         done = run_script(script, *arguments, cwd=tmp_path)
@@ -358,9 +358,9 @@ def test_detect_names_a_missing_modality(checkpoint, demo_root, tmp_path, monkey
     alone = tmp_path / "visible" / "I00000.jpg"
     alone.parent.mkdir()
     alone.write_bytes(source.read_bytes())
-    with pytest.raises(InputError, match="lwir/I00000.jpg: the lwir image is missing"):
+    with pytest.raises(InputError, match="visible/I00000.jpg: the lwir image is missing"):
         detect_main(monkeypatch, alone, "--checkpoint", checkpoint)
     loose = tmp_path / "photo.jpg"
     loose.write_bytes(source.read_bytes())
-    with pytest.raises(InputError, match="needs visible and LWIR"):
+    with pytest.raises(InputError, match="photo.jpg: the lwir image is missing.*--visible and --lwir"):
         detect_main(monkeypatch, loose, "--checkpoint", checkpoint)

@@ -1,0 +1,142 @@
+"""Pictures of any size: read, and drawn with detections, their scores, and annotated objects dashed.
+
+Runs without torch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Objects
+from kaist.files import InputError
+
+FOUND, PERSON, IGNORED = "lime", "white", "orange"  # colours of boxes
+STRIP = "#202020"  # behind captions
+CAPTIONS = {"visible": "visible", "lwir": "LWIR (thermal)"}
+
+
+def open_view(path: Path, modality: str) -> Image.Image:
+    """Decode an image of any size: visible as RGB, LWIR as one channel of 8 bits.
+
+    Raises:
+        InputError: it is no image, is broken, or has more than 8 bits a channel.
+    """
+    mode = "RGB" if modality == "visible" else "L"
+    try:
+        with warnings.catch_warnings(), Image.open(path, formats=("JPEG", "PNG", "TIFF")) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image.draft(mode, None)  # as the frames that it was trained on are read
+            image.load()
+    except Exception as error:  # whatever Pillow meets in broken data
+        raise InputError(f"unreadable image ({error})", "copy it again", file=path) from None
+    if image.mode.startswith(("I", "F")):
+        raise InputError("an image of more than 8 bits a pixel", "convert it to 8 bits", file=path)
+    return image.convert(mode)
+
+
+def to_array(view: Image.Image) -> np.ndarray:
+    """An image as (512, 640, channels) uint8, rescaled where it is of another size."""
+    pixels = np.array(
+        view if view.size == (FRAME_WIDTH, FRAME_HEIGHT) else view.resize((FRAME_WIDTH, FRAME_HEIGHT))
+    )
+    return pixels if pixels.ndim == 3 else pixels[..., None]
+
+
+def draw_pair(
+    images: Mapping[str, Image.Image],
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    annotated: Objects | None = None,
+    title: str = "",
+) -> Image.Image:
+    """The modalities of a frame side by side, each with its name and the boxes; a legend below.
+
+    Args:
+        images: modality -> image; all are drawn at the first one's size.
+        boxes: (k, 4) float xywh pixels of the first image; scores: (k,).
+        annotated: the frame's annotated objects, in the same pixels, if they are known.
+        title: of the picture, beside the first modality's name.
+    """
+    width, height = next(iter(images.values())).size
+    font = ImageFont.load_default(max(14, height // 34))
+    line = max(2, height // 256)
+    bar = round(1.7 * font.size)
+    sheet = Image.new("RGB", (width * len(images) + line * (len(images) - 1), height + 2 * bar), STRIP)
+    legend = [(FOUND, False, f"{len(boxes)} found, with score")]
+    if annotated is not None:
+        n_people = int(annotated.is_person.sum())
+        legend.append((PERSON, True, f"{n_people} annotated"))
+        if n_people < len(annotated.boxes):
+            legend.append((IGNORED, True, f"{len(annotated.boxes) - n_people} annotated to be ignored"))
+    for i, (modality, image) in enumerate(images.items()):
+        panel = image.convert("RGB").resize((width, height))
+        pen = ImageDraw.Draw(panel)
+        if annotated is not None:
+            for box, is_person in zip(annotated.boxes, annotated.is_person, strict=True):
+                draw_dashed(pen, box, PERSON if is_person else IGNORED, line)
+        for x, y, w, h in boxes.tolist():
+            pen.rectangle((x, y, x + w, y + h), outline=FOUND, width=line)
+        draw_scores(pen, boxes, scores, font, panel.size)
+        left = i * (width + line)
+        sheet.paste(panel, (left, bar))
+        caption = CAPTIONS[modality] + (f"  {title}" if i == 0 else "")
+        ImageDraw.Draw(sheet).text((left + 6, bar / 2), caption, "white", font, anchor="lm")
+    pen, left = ImageDraw.Draw(sheet), 6
+    for colour, is_dashed, words in legend:
+        sample = (left, height + 1.25 * bar, bar, bar / 2)
+        if is_dashed:
+            draw_dashed(pen, sample, colour, line)
+        else:
+            pen.rectangle((left, sample[1], left + bar, sample[1] + bar / 2), outline=colour, width=line)
+        pen.text((left + bar + 6, height + 1.5 * bar), words, "white", font, anchor="lm")
+        left += bar + 24 + font.getlength(words)
+    return sheet
+
+
+def draw_scores(
+    pen: ImageDraw.ImageDraw,
+    boxes: np.ndarray,
+    scores: np.ndarray,
+    font: ImageFont.FreeTypeFont,
+    size: tuple[int, int],
+) -> None:
+    """Write each box's score on a filled label above it, or nearby where another label is there already."""
+    labels: list[tuple[float, float, float, float]] = []  # left, top, right, bottom
+    for (x, y, w, h), score in zip(boxes.tolist(), scores.tolist(), strict=True):
+        text = f"{score:.2f}"
+        wide, tall = font.getlength(text) + 4, 1.15 * font.size
+        places = [(x, y - tall), (x + w - wide, y - tall), (x, y + h), (x + w - wide, y + h), (x, y)]
+        places += [(x, y - n * tall) for n in (2, 3, 4)]
+        places = [
+            (min(max(left, 0), size[0] - wide), min(max(top, 0), size[1] - tall)) for left, top in places
+        ]
+        corners = ((left, top, left + wide, top + tall) for left, top in places)
+        free = [label for label in corners if not any(overlap(label, other) for other in labels)]
+        if not free:
+            continue  # a label that hides others says less than none
+        label = free[0]
+        labels.append(label)
+        pen.rectangle(label, fill=FOUND)
+        pen.text((label[0] + 2, (label[1] + label[3]) / 2), text, "black", font, anchor="lm")
+
+
+def overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether two boxes of left, top, right, bottom share an area."""
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def draw_dashed(pen: ImageDraw.ImageDraw, box: Sequence[float], colour: str, line: int) -> None:
+    """Outline an xywh box in dashes."""
+    x, y, w, h = map(float, box)
+    dash = 3 * line
+    for start in np.arange(0, w, 2 * dash):
+        for edge in (y, y + h):
+            pen.line((x + start, edge, x + min(start + dash, w), edge), fill=colour, width=line)
+    for start in np.arange(0, h, 2 * dash):
+        for edge in (x, x + w):
+            pen.line((edge, y + start, edge, y + min(start + dash, h)), fill=colour, width=line)

@@ -1,0 +1,252 @@
+"""detect.py as a user meets it: any tree of images, any size, and what is told of those that fail."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import detect
+import train
+import utils
+from engine.checkpoint import save_checkpoint
+from kaist.annotations import Objects
+from kaist.files import InputError
+from kaist.picture import IGNORED, draw_pair, draw_scores, open_view, overlap
+
+PROJECT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """An untrained early-fusion network after 1 of 2 epochs."""
+    config = train.configure(["--width", "0.0625", "--epochs", "2"])
+    arguments = train.model_arguments(config)
+    model = train.SSD300(**arguments)
+    content = {"model_args": arguments, "config": vars(config), "model": model.state_dict(), "epoch": 1}
+    path = tmp_path_factory.mktemp("checkpoint") / "untrained.pt"
+    save_checkpoint(path, content)
+    return path
+
+
+@pytest.fixture
+def found(monkeypatch):
+    """What the network finds in every frame: set to boxes and scores; one box at the start."""
+    answer = {"boxes": np.array([[64.0, 128.0, 32.0, 64.0]]), "scores": np.array([0.9])}
+    monkeypatch.setattr(utils, "detect_image", lambda *_: (answer["boxes"].copy(), answer["scores"]))
+    return answer
+
+
+@pytest.fixture
+def run(checkpoint, monkeypatch, tmp_path):
+    """Call detect.py with arguments in tmp_path."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, weights=checkpoint):
+        monkeypatch.setattr(sys, "argv", ["detect.py", *map(str, arguments), "--checkpoint", str(weights)])
+        detect.main()
+
+    return run
+
+
+def draw(path, size=(640, 512), mode="RGB"):
+    """A grey image in a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, 99 if mode == "L" else (99, 99, 99)).save(path)
+    return path
+
+
+def draw_both(folder, name, lwir_name=None):
+    draw(folder / "visible" / name)
+    draw(folder / "lwir" / (lwir_name or name), mode="L")
+
+
+def read_csv(folder="detections"):
+    with Path(folder, "detections.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def pictures(folder="detections"):
+    return sorted(path.name for path in Path(folder).glob("*.png"))
+
+
+def test_folders_are_searched_to_any_depth_and_each_pair_is_taken_once(run, found, tmp_path):
+    draw_both(tmp_path / "data/set06/V000", "I00000.jpg")
+    draw_both(tmp_path / "data/set06/V001", "I00000.png")
+    draw_both(tmp_path / "data/deep/er/and", "a.jpg", "a.png")
+    draw_both(tmp_path / "data/other", "b.TIF", "b.tiff")
+    run("data")
+    assert pictures() == ["a.png", "b.png", "set06_V000_I00000.png", "set06_V001_I00000.png"]
+    assert {row["image"] for row in read_csv()} == {name[:-4] for name in pictures()}
+
+
+def test_a_pair_of_any_names(run, found, tmp_path):
+    run("--visible", draw(tmp_path / "photo.png"), "--lwir", draw(tmp_path / "hot.jpg", mode="L"))
+    assert pictures() == ["photo.png"]
+    with pytest.raises(InputError, match="belong together"):
+        run("--visible", tmp_path / "photo.png")
+
+
+def test_no_picture_takes_anothers_name(run, found, tmp_path):
+    for name in ("a-2.png", "a.jpg", "a.png", "A.tif"):
+        draw_both(tmp_path / "x", name)
+    run("x/visible")
+    names = [name.casefold() for name in pictures()]
+    assert len(set(names)) == 4 and len(read_csv()) == 4
+
+
+def test_output_names_are_made_in_linear_time():
+    pairs = [{"visible": Path(f"{i}/visible/a.png")} for i in range(20_000)]
+    names = detect.output_names(pairs)
+    assert len(set(names)) == len(pairs) and names[:3] == ["a", "a-2", "a-3"]
+
+
+@pytest.mark.parametrize(("size", "lwir_size"), [((1280, 256), (640, 512)), ((320, 1024), (33, 44))])
+def test_boxes_are_in_the_images_own_pixels(run, found, tmp_path, capsys, size, lwir_size):
+    draw(tmp_path / "v.png", size)
+    draw(tmp_path / "l.png", lwir_size, "L")
+    run("--visible", "v.png", "--lwir", "l.png")
+    expected = np.array([64.0, 128.0, 32.0, 64.0]) * np.tile(np.array(size) / (640, 512), 2)
+    [row] = read_csv()
+    assert [float(row[key]) for key in "xywh"] == pytest.approx(expected.tolist())
+    assert capsys.readouterr().out.count("of another size") == 1
+
+
+def test_a_bad_image_costs_a_line_and_never_the_rest(run, found, tmp_path, capsys):
+    for name in ("1.png", "2.png", "3.png"):
+        draw_both(tmp_path / "x", name)
+    (tmp_path / "x/visible/2.png").write_bytes(b"no image")
+    draw(tmp_path / "x/visible/alone.png")
+    draw(tmp_path / "x/loose.png")
+    Image.fromarray(np.full((512, 640), 20_000, np.uint16)).save(tmp_path / "x/lwir/3.png")
+    with pytest.raises(InputError, match="^4 images could not be used"):
+        run("x")
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert sorted(line.split(": ")[1] for line in lines if line.startswith("error")) == [
+        *("x/loose.png", "x/lwir/3.png", "x/visible/2.png", "x/visible/alone.png")
+    ]
+    assert pictures() == ["1.png"] and len(read_csv()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.png"], "none.png: no such image"),
+        (["empty"], "empty: no image in this folder"),
+        (["notes.txt"], "notes.txt: not an image"),
+        (["lone.png"], "lone.png: the lwir image is missing.*--visible and --lwir.*MODALITY_DROPOUT"),
+        (["lone.png", "--min-score", "2"], "--min-score 2.0 is not a number from 0 to 1"),
+        ([], "name an image or a folder"),
+    ],
+)
+def test_nothing_is_made_where_there_is_nothing_to_write(run, tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("x")
+    draw(tmp_path / "lone.png")
+    with pytest.raises(InputError, match=message):
+        run(*arguments)
+    assert not Path("detections").exists()
+
+
+def test_images_of_more_than_8_bits_are_refused(tmp_path):
+    for name, content in (("a.png", np.uint16), ("b.tif", np.float32), ("c.tif", np.int32)):
+        Image.fromarray(np.full((9, 9), 20_000, content)).save(tmp_path / name)
+        with pytest.raises(InputError, match=f"{name}: .*8 bits"):
+            open_view(tmp_path / name, "lwir")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
+def test_a_name_that_is_no_text_loses_nothing(run, found, tmp_path):
+    folder = tmp_path / "x/visible"
+    draw_both(tmp_path / "x", "b,c.png")
+    for modality in ("visible", "lwir"):
+        os.link(tmp_path / f"x/{modality}/b,c.png", os.fsencode(tmp_path / f"x/{modality}/a") + b"\xff.png")
+    run(folder)
+    assert [row["image"] for row in read_csv()] == ["a\\udcff", "b,c"]
+
+
+def test_what_was_found_is_kept_when_the_run_is_stopped(run, found, tmp_path, monkeypatch):
+    for name in ("1.png", "2.png", "3.png"):
+        draw_both(tmp_path / "x", name)
+    calls = iter(range(9))
+
+    def stop_at_third(*_):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return found["boxes"].copy(), found["scores"]
+
+    monkeypatch.setattr(utils, "detect_image", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run("x")
+    assert [row["image"] for row in read_csv()] == ["1", "2"]
+
+
+def test_untrained_and_broken_networks_are_told(run, found, tmp_path, capsys, checkpoint):
+    draw_both(tmp_path / "x", "1.png")
+    run("x")
+    assert "epoch 1 of 2" in capsys.readouterr().out
+    found["boxes"], found["scores"] = np.tile(found["boxes"], (200, 1)), np.full(200, 0.3)
+    run("x")
+    assert "200, at scores from 0.3 up: this network is not trained" in capsys.readouterr().out
+    content = torch.load(checkpoint)
+    content["model"]["loc_heads.0.bias"][3] = torch.nan
+    save_checkpoint(tmp_path / "nan.pt", content)
+    run("x", weights="nan.pt")
+    assert "warning: 1 tensors of these weights are not finite" in capsys.readouterr().out
+
+
+def test_annotations_at_hand_are_drawn(demo_root, run, found):
+    run(demo_root / "images/set06/V000/visible/I00000.jpg")
+    with Image.open(Path("detections", pictures()[0])) as with_annotations:
+        colours = {colour for _, colour in with_annotations.getcolors(1 << 24)}
+    assert (255, 255, 255) in colours and (0, 255, 0) in colours
+
+
+def test_ignored_objects_are_told_from_people():
+    box = np.array([[100.0, 100, 50, 100], [300, 100, 50, 100]])
+    objects = Objects(box, ("person", "cyclist"), np.zeros(2, np.int64), np.zeros(2, bool))
+    grey = {"lwir": Image.new("L", (640, 512), 50)}
+    picture = draw_pair(grey, np.empty((0, 4)), np.empty(0), objects)
+    top = picture.size[1] - 512 - (picture.size[1] - 512) // 2
+    band = picture.crop((0, top + 90, 640, top + 210))
+    assert {(255, 255, 255), (255, 165, 0)} <= {colour for _, colour in band.getcolors(1 << 16)}
+    assert IGNORED == "orange"
+
+
+def test_labels_of_scores_never_collide():
+    class Pen:
+        labels = []
+
+        def rectangle(self, box, fill):
+            self.labels.append(box)
+
+        def text(self, *_, **__):
+            pass
+
+    from PIL import ImageFont
+
+    rng = np.random.default_rng(0)
+    boxes = np.column_stack([rng.uniform(0, 600, 80), rng.uniform(0, 480, 80), rng.uniform(9, 99, (80, 2))])
+    draw_scores(Pen(), boxes, rng.random(80), ImageFont.load_default(14), (640, 512))
+    labels = Pen.labels
+    assert len(labels) > 40
+    assert not any(overlap(a, b) for i, a in enumerate(labels) for b in labels[:i])
+    assert all(x >= 0 and y >= 0 and right <= 640 and bottom <= 512 for x, y, right, bottom in labels)
+
+
+def test_flags_are_answered_without_torch(tmp_path):
+    for name in ("torch", "torchvision"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError")
+    for arguments, code in ((["--help"], 0), (["--chekpoint", "x"], 2), (["nowhere.jpg"], 2)):
+        done = subprocess.run(
+            [sys.executable, PROJECT / "detect.py", *arguments],
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == code and "Traceback" not in done.stderr
