@@ -1,0 +1,50 @@
+"""The leaderboard's page on two detectors of the demo set."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from kaist.annotations import read_image_list
+from kaist.miss_rate import evaluate, load_ground_truth
+from kaist.report import percent
+from kaist.results import Detections, write_detections
+from tools import leaderboard
+
+
+def test_the_page_holds_rates_intervals_and_gaps(demo_root, tmp_path, monkeypatch):
+    people = load_ground_truth(demo_root, read_image_list(demo_root / "imageSets/test-all.txt"))
+    rng = np.random.default_rng(0)
+    good = Detections(people.frame, people.boxes, rng.random(len(people.frame)))
+    poor = Detections(people.frame, people.boxes + [15, 0, 0, 0], good.scores)
+    for name, found in (("MLPD_result.txt", good), ("mine.json", poor)):
+        write_detections(tmp_path / name, found, people.frames)
+    page, figure = tmp_path / "page.md", tmp_path / "figure.png"
+    flags = [
+        "--annotations",
+        str(demo_root),
+        "--resamples",
+        "30",
+        "--out",
+        str(page),
+        "--figure",
+        str(figure),
+    ]
+    # The demo's own JSON lists the frames; the folder holds frame lists too, which are no results.
+    monkeypatch.setattr(sys, "argv", ["leaderboard", str(tmp_path), *flags])
+    leaderboard.main()
+    text = page.read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    first = next(row for row in rows if row[0] == "MLPD")
+    official = evaluate(people, good)["Reasonable-all"].miss_rate
+    assert first[1] == percent(official)
+    assert [row[0] for row in rows if row[0] in ("MLPD", "mine")][:2] == ["MLPD", "mine"]
+    assert any(row[0] == "MLPD" and row[1].startswith("[") and len(row) == 7 for row in rows)
+    assert any(row[0] == "mine" and row[-1] in ("shown", "by frames alone", "noise") for row in rows)
+    assert any(row[0] == "MLPD" and row[1] == "Kim et al., RA-L 2021" for row in rows)
+    assert figure.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("samples", "shown"), [([0.1, 0.2, 0.3], True), ([-0.1, 0.2, 0.3], False)])
+def test_a_gap_is_shown_where_zero_is_left_out(samples, shown):
+    assert leaderboard.differs(np.array(samples)) is shown

@@ -1,0 +1,177 @@
+"""A leaderboard of published detectors with intervals, from a folder of their result files.
+
+    python -m tools.leaderboard results --annotations KAIST_annotation.json
+
+writes docs/leaderboard.md and its figure. Every file of `SOURCES` that is found in the folders stands in
+it under its detector's name; other result files under their own. The files are not part of this project.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from kaist.bootstrap import bootstrap, interval
+from kaist.files import InputError, run_script, write_atomically
+from kaist.miss_rate import SETUPS, GroundTruth, load_ground_truth
+from kaist.report import ALL, HEADLINE, Scores, by_miss_rate, percent, plot_curves, score, show_interval
+from kaist.results import Detections, read_detections
+
+# A result file's name -> the detector, its paper, and who published the file.
+MLPD_LIST, TFDET_LIST = "with MLPD's evaluation script", "TFDet's repository (Apache-2.0)"
+SOURCES = {
+    "MSDS-RCNN_result": ("MSDS-RCNN", "Li et al., BMVC 2018", MLPD_LIST),
+    "MBNet_result": ("MBNet", "Zhou et al., ECCV 2020", MLPD_LIST),
+    "CFR_det-test-all": ("CFR", "Zhang et al., ICIP 2020", "its authors (MIT)"),
+    "GAFF_det-test-all": ("GAFF", "Zhang et al., WACV 2021", "its authors (MIT)"),
+    "MLPD_result": ("MLPD", "Kim et al., RA-L 2021", "its authors"),
+    "DCMNet_result": ("DCMNet", "Xie et al., ACM MM 2022", TFDET_LIST),
+    "LG-FAPF_result": ("LG-FAPF", "Cao et al., Information Fusion 2022", TFDET_LIST),
+    "probEn_result": ("ProbEn", "Chen et al., ECCV 2022", TFDET_LIST),
+    "TFDet_epoch_3-test-all": ("TFDet", "Zhang et al., arXiv 2023", f"{TFDET_LIST}, epoch 3"),
+    "INSANet_result": ("INSANet", "Lee et al., Sensors 2024", "its authors"),
+}
+PARTS = {
+    **{f"Scale={name}": name for name in ("near", "medium", "far")},
+    **{f"Occ={name}": f"{name.replace('none', 'no')} occlusion" for name in ("none", "partial", "heavy")},
+}  # setup -> column
+
+
+def main() -> None:
+    """Evaluate the files and write the page and its figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("folders", nargs="+", type=Path, help="folders of result files")
+    add("--annotations", type=Path, required=True, help="KAIST_annotation.json")
+    add("--only-published", action="store_true", help="leave out files that are not of a known detector")
+    add("--resamples", type=int, default=2000, help="of frames, and of videos (%(default)s)")
+    add("--out", type=Path, default=Path("docs/leaderboard.md"), help="the page (%(default)s)")
+    add("--figure", type=Path, default=Path("docs/figures/leaderboard.png"), help="(%(default)s)")
+    arguments = parser.parse_args()
+    people = load_ground_truth(arguments.annotations)
+    found = read_all(arguments.folders, people, arguments.only_published)
+    scores = by_miss_rate([score(name, people, d, arguments.resamples) for name, d in found.items()])
+    headline = {key: SETUPS[key] for key in HEADLINE}
+    settings = {"resamples": arguments.resamples, "by_video": True}
+    videos = {name: bootstrap(people, d, headline, **settings) for name, d in found.items()}
+    write_atomically(arguments.figure, lambda beside: draw(scores, videos, beside))
+    text = page(scores, videos, people, arguments.figure.name)
+    write_atomically(arguments.out, lambda beside: beside.write_text(text, encoding="utf-8"))
+    print(f"{len(scores)} detectors: {arguments.out}, {arguments.figure}")
+
+
+def read_all(folders: Sequence[Path], people: GroundTruth, only_published: bool) -> dict[str, Detections]:
+    """Detector -> detections; of one in two forms the text file."""
+    files = {path.stem: path for f in folders for form in ("json", "txt") for path in f.glob(f"*.{form}")}
+    files = {
+        stem: path for stem, path in sorted(files.items()) if not stem.endswith((".frames", "reference"))
+    }
+    if only_published:
+        files = {stem: path for stem, path in files.items() if stem in SOURCES}
+    if not files:
+        raise InputError("no result files in it", "name folders with .txt or .json results", file=folders[0])
+    names = {stem: SOURCES.get(stem, (stem,))[0] for stem in files}
+    return {names[stem]: read_detections(path, people.frames) for stem, path in files.items()}
+
+
+def page(
+    scores: Sequence[Scores], videos: dict[str, dict[str, np.ndarray]], people: GroundTruth, figure: str
+) -> str:
+    """The page's Markdown; videos: detector -> setup -> samples over videos."""
+    n_frames, n_videos = len(people.frames), len({f.rsplit("/", 1)[0] for f in people.frames})
+    best, published = scores[0], {name: [paper, source] for name, paper, source in SOURCES.values()}
+    rates, bounds, gaps = [], [], []
+    for s in scores:
+        results = [protocol[key] for protocol in (s.official, s.leaderboard) for key in HEADLINE]
+        rates.append([s.name, *(percent(result.miss_rate) for result in results)])
+        kinds = [samples[key] for key in HEADLINE for samples in (s.samples, videos[s.name])]
+        bounds.append([s.name, *map(show_interval, kinds)])
+        gap = percent(s.official[ALL].miss_rate - best.official[ALL].miss_rate)
+        kinds = [s.samples[ALL] - best.samples[ALL], videos[s.name][ALL] - videos[best.name][ALL]]
+        shown = "shown" if differs(kinds[1]) else "by frames alone" if differs(kinds[0]) else "noise"
+        gaps.append([s.name, gap, *map(show_interval, kinds), shown])
+    pairs = list(combinations(scores, 2))
+    by_frame = sum(differs(a.samples[ALL] - b.samples[ALL]) for a, b in pairs)
+    by_video = sum(differs(videos[a.name][ALL] - videos[b.name][ALL]) for a, b in pairs)
+    parts = [[s.name, *(percent(s.official[key].miss_rate) for key in PARTS)] for s in scores]
+    parts.append(["people", *(str(best.official[key].n_positive) for key in PARTS)])
+    times, n_people = list(HEADLINE.values()), best.official[ALL].n_positive
+    n_resamples, n_pairs = len(best.samples[ALL]), len(pairs)
+    return f"""# Published detectors on KAIST, with intervals
+
+Made by `python -m tools.leaderboard FOLDER --annotations KAIST_annotation.json` from the detectors' own
+result files, on the improved annotations of the test list: {n_frames} frames of {n_videos} videos, in which
+{n_people} people count under Reasonable. Miss rates in per cent, lower is better. *Official* is the
+benchmark's own tool; *leaderboard* is the script behind the public tables, which drops the people of
+frames without detections.
+
+![curves, and the intervals of each detector](figures/{figure})
+
+{table(["detector", *(f"{kind} {t}" for kind in ("official", "leaderboard") for t in times)], rates)}
+
+## How sure each rate is
+
+95% intervals of the official rate by {n_resamples} resamples of the frames, and of whole videos. Neighbouring
+frames show the same people, so that the intervals over videos are the ones to believe.
+
+{table(["detector", *(f"{t}, by {unit}" for t in times for unit in ("frames", "videos"))], bounds)}
+
+## Which gaps are shown
+
+Differences from {best.name} in points, both detectors on the same resamples: *shown* where the interval over
+videos leaves out zero. Of all {n_pairs} pairs of detectors it does in {by_video}, and over frames in
+{by_frame}. There is no correction for the number of pairs.
+
+{table(["detector", f"behind {best.name}", "95% by frames", "95% by videos", "gap"], gaps[1:])}
+
+## By distance and occlusion
+
+Near is 115 pixels high or more, medium 45 to 115, far up to 45, all without occlusion.
+
+{table(["detector", *PARTS.values()], parts)}
+
+## Where the files come from
+
+{table(["detector", "paper", "result file from"], [[s.name, *published.get(s.name, "––")] for s in scores])}
+"""
+
+
+def differs(samples: np.ndarray) -> bool:
+    """Whether the interval of a difference leaves out zero."""
+    low, high = interval(samples)
+    return low > 0 or high < 0
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw(scores: Sequence[Scores], videos: dict[str, dict[str, np.ndarray]], path: Path) -> None:
+    """The curves of all frames, and a forest plot of the intervals over frames and videos."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 2 + 0.35 * len(scores)), layout="constrained")
+    curves, forest = figure.subplots(1, 2)
+    plot_curves(curves, scores, ALL)
+    curves.legend().remove()  # the other panel tells the colours
+    for i, s in enumerate(scores):
+        colour = f"C{i % 10}"
+        for samples, width in ((videos[s.name][ALL], 1.5), (s.samples[ALL], 5)):
+            forest.plot(interval(samples), (i, i), color=colour, linewidth=width, solid_capstyle="butt")
+        forest.plot(s.official[ALL].miss_rate, i, "o", color="white", markeredgecolor=colour, markersize=7)
+    forest.set_yticks(range(len(scores)), [f"{s.name} {percent(s.official[ALL].miss_rate)}" for s in scores])
+    forest.set(ylim=(len(scores) - 0.5, -0.5), xlim=(0, None), xlabel="miss rate, Reasonable, official")
+    forest.set(title="95% intervals: over frames (thick) and over videos (thin)")
+    forest.xaxis.set_major_formatter("{x:.0%}")
+    forest.grid(axis="x", alpha=0.3)
+    figure.savefig(path, format="png", dpi=110)
+
+
+if __name__ == "__main__":
+    run_script(main)
