@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
 from kaist.files import InputError, abandoned, write_atomically
@@ -114,6 +113,8 @@ def make_room(folder: Path, name: str, size: int) -> None:
 
 def draw(path: Path, frame_ids: Sequence[str], read: Callable[[str], np.ndarray]) -> None:
     """Decode all frames into a file, a block at a time; decoders run beside each other."""
+    from tqdm import tqdm
+
     bar = tqdm(total=len(frame_ids), desc="decoding into the cache", unit="frame", leave=False)
     with path.open("wb") as file, ThreadPoolExecutor() as pool, bar:
         for start in range(0, len(frame_ids), BLOCK):

@@ -5,14 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES, image_path
 from kaist.files import InputError
 from kaist.frame_cache import FrameCache, open_cache
 from kaist.remember import remember
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Visible R, G, B, then LWIR: the colour that normalisation by ImageNet's mean turns into zero.
 MEAN_COLOUR = np.array([124, 116, 104, 114], np.uint8)
@@ -45,6 +48,8 @@ def check_images(root: Path, frame_ids: Sequence[str], input_mode: str, without:
 
 def open_image(path: Path) -> Image.Image:
     """Open an image of KAIST's size without decoding it."""
+    from PIL import Image
+
     try:
         with warnings.catch_warnings():  # Pillow warns of sizes that are refused below
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
