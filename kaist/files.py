@@ -119,7 +119,7 @@ class InputError(Exception):
         file: the file at fault, if there is one.
         line: its 1-based line number, if known.
 
-    Attributes: problem, file and line, as given.
+    Attributes: problem, remedy, file and line, as given.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class InputError(Exception):
     ) -> None:
         place = "" if file is None else f"{file}: " if line is None else f"{file}:{line}: "
         super().__init__(f"{place}{problem}; {remedy}")
-        self.problem, self.file, self.line = problem, file, line
+        self.problem, self.remedy, self.file, self.line = problem, remedy, file, line
 
     def __reduce__(self) -> tuple:
         """Pickled as its message: a loader's worker process sends it to the main one."""

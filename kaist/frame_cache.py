@@ -7,8 +7,10 @@ of change; so a cache of other or changed images is never found, and redrawn.
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,7 +18,6 @@ import numpy as np
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
 from kaist.files import InputError, abandoned, write_atomically
-from kaist.remember import fingerprint
 
 BLOCK = 64  # frames decoded before they are written
 
@@ -75,19 +76,34 @@ def open_cache(
     channels = sum({"visible": 3, "lwir": 1}[modality] for modality in modalities)
     paths = [image_path(root, frame_id, modality) for frame_id in frame_ids for modality in modalities]
     try:
-        mark = fingerprint(paths)
+        names, states = fingerprint(paths)
     except OSError as error:
         raise InputError(
             f"image not found ({error.strerror})", "check DATA_ROOT and the image list", file=error.filename
         ) from None
-    name = f"frames-{mark.paths}"
-    path = folder / f"{name}-{mark.state}.u8"
+    name = f"frames-{names}"
+    path = folder / f"{name}-{states}.u8"
     cache = FrameCache(path, {frame_id: i for i, frame_id in enumerate(frame_ids)}, channels)
     size = int(np.prod(cache.shape))
     if not (path.is_file() and path.stat().st_size == size):
         make_room(folder, name, size)
         write_atomically(path, lambda beside: draw(beside, frame_ids, read))
     return cache
+
+
+def fingerprint(paths: Iterable[str | Path]) -> tuple[str, str]:
+    """Which files (a hash of their paths), and their state (of their sizes and times of change).
+
+    Raises:
+        OSError: a file, its `filename`, is not there.
+    """
+    names, states = hashlib.sha256(), hashlib.sha256()
+    here = os.getcwd()
+    for path in paths:
+        status = os.stat(path)
+        names.update(f"{os.path.join(here, path)}\n".encode())
+        states.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+    return names.hexdigest()[:16], states.hexdigest()[:16]
 
 
 def make_room(folder: Path, name: str, size: int) -> None:

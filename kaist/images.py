@@ -12,7 +12,6 @@ import numpy as np
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES, image_path
 from kaist.files import InputError
 from kaist.frame_cache import FrameCache, open_cache
-from kaist.remember import remember
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -30,20 +29,10 @@ def check_images(root: Path, frame_ids: Sequence[str], input_mode: str, without:
     Raises:
         InputError: for the first image that is missing, unreadable or of another size.
     """
-    paths = [
-        image_path(root, frame_id, modality)
-        for frame_id in frame_ids
-        for modality in MODALITIES[input_mode]
-        if modality != without
-    ]
-
-    def look() -> dict[str, np.ndarray]:
-        for path in paths:
-            with open_image(path):
-                pass
-        return {}
-
-    remember("images", paths, look)
+    modalities = [modality for modality in MODALITIES[input_mode] if modality != without]
+    for frame_id in frame_ids:
+        for modality in modalities:
+            open_image(image_path(root, frame_id, modality)).close()
 
 
 def open_image(path: Path) -> Image.Image:

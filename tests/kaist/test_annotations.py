@@ -1,7 +1,6 @@
 """KAIST's files: image lists, every form of annotation, and how bad ones are named."""
 
 import json
-import os
 import tarfile
 from pathlib import Path
 
@@ -58,15 +57,6 @@ def make_json(path, annotations, frames=(FRAME,)):
     categories = [{"id": 0, "name": "__ignore__"}, {"id": 1, "name": "person"}]
     content = {"images": images, "annotations": items, "categories": categories}
     return write(path, json.dumps(content, indent=1))
-
-
-@pytest.fixture(scope="module")
-def reference():
-    default = Path(__file__).parents[3] / "shared" / "kaist"
-    root = Path(os.environ.get("KAIST_REFERENCE", default))
-    if not (root / "annotations" / "KAIST_annotation.json").is_file():
-        pytest.skip("KAIST_REFERENCE names no folder with annotations/KAIST_annotation.json")
-    return root
 
 
 def test_sets_tell_time_and_scene():
@@ -195,9 +185,27 @@ def test_bad_xml_is_named(tmp_path, old, new, word):
     path = write(tmp_path / f"annotations-xml-new/{FRAME}.xml", XML.replace(old, new, 1))
     with pytest.raises(InputError, match=word) as error:
         open_annotations(tmp_path).read(FRAME)
-    place, _, _ = str(error.value).removeprefix(f"{path}:").partition(":")
     starts = [i for i, line in enumerate(XML.splitlines(), 1) if "<object>" in line]
-    assert int(place) == starts[0] or word == "broken XML"
+    assert error.value.file == path and (error.value.line == starts[0] or word == "broken XML")
+
+
+def test_the_second_objects_line_is_told(tmp_path):
+    text = XML.replace("<h>70</h>", "<h>7_0</h>")
+    write(tmp_path / f"annotations-xml-new/{FRAME}.xml", text)
+    with pytest.raises(InputError, match=rf"{FRAME}.xml:4: '7_0' is not a number"):
+        open_annotations(tmp_path).read(FRAME)
+
+
+def test_an_xml_with_entities_is_refused_unread(tmp_path):
+    bomb = '<!DOCTYPE a [<!ENTITY x "xxxxxxxxxx"><!ENTITY y "&x;&x;">]>\n' + XML
+    write(tmp_path / f"annotations-xml-new/{FRAME}.xml", bomb)
+    with pytest.raises(InputError, match=rf"{FRAME}.xml:1: an XML with a DOCTYPE"):
+        open_annotations(tmp_path).read(FRAME)
+    write(
+        tmp_path / f"annotations-xml-new/{FRAME}.xml",
+        XML.replace("<annotation>", "<annotation><!-- <!DOCTYPE -->"),
+    )
+    check_objects(open_annotations(tmp_path).read(FRAME), 2)
 
 
 def test_another_xml_is_refused(tmp_path):
@@ -230,6 +238,52 @@ def test_bad_json_is_named(tmp_path):
     for text, word in (('{"images": [}', "a.json:1: broken JSON"), ("[]", "not a KAIST")):
         with pytest.raises(InputError, match=word):
             open_annotations(write(path, text))
+
+
+@pytest.mark.parametrize("form", ["bbgt", "flat", "xml", "paired", "json"])
+def test_many_frames_are_what_each_is_by_itself(tmp_path, form):
+    rng = np.random.default_rng(0)
+    frames = [f"set0{i % 3}/V00{i % 2}/I{i:05d}" for i in range(12)]
+    layout = {"paired": "{0}/lwir/{1}.txt", "xml": "{0}/{1}.xml", "flat": "{2}.txt"}.get(form, "{0}/{1}.txt")
+    found = []
+    for k, frame_id in enumerate(frames):
+        rows = [rng.integers((1, 1, 9, 9, 0), (99, 99, 99, 99, 3)).tolist() for _ in range(rng.integers(4))]
+        found += [(k, row[:4], row[4], int(row[0]) % 2) for row in rows]
+        if form == "xml":
+            text = "".join(
+                f"<object><name>person</name><bndbox><x>{x}</x><y>{y}</y><w>{w}</w><h>{h}</h></bndbox>"
+                f"<occlusion>{o}</occlusion></object>"
+                for x, y, w, h, o in rows
+            )
+            text = f"<annotation>{text}</annotation>"
+        else:
+            lines = (f"person {x} {y} {w} {h} {o} 0 0 0 0 0 0\n" for x, y, w, h, o in rows)
+            text = "% bbGt version=3\n" + "".join(lines)
+        write(tmp_path / "set" / layout.format(*frame_id.rsplit("/", 1), frame_id.replace("/", "_")), text)
+    source = tmp_path / "set"
+    if form == "json":
+        source = make_json(tmp_path / "a.json", rng.permutation(np.array(found, object)).tolist(), frames)
+    annotations = open_annotations(source)
+    assert annotations.form == ("bbgt" if form == "flat" else form)
+    order = [frames[i] for i in rng.permutation(12)[:9]]
+    objects, counts = annotations.read_all(order)
+    alone = [annotations.read(frame_id) for frame_id in order]
+    assert counts.tolist() == [len(o.boxes) for o in alone] and counts.dtype == np.int64
+    assert objects.labels == sum((o.labels for o in alone), ())
+    for part in ("boxes", "occlusion", "ignore"):
+        expected = np.concatenate([getattr(o, part) for o in alone])
+        np.testing.assert_array_equal(getattr(objects, part), expected)
+        assert getattr(objects, part).dtype == expected.dtype
+    boxes = sorted(box for k, box, *_ in found if frames[k] in order)
+    assert sorted(objects.boxes.tolist()) == boxes
+
+
+def test_a_nested_file_is_read_before_a_flat_one(tmp_path):
+    write(tmp_path / f"{FRAME.replace('/', '_')}.txt", BBGT)
+    annotations = open_annotations(tmp_path)
+    check_objects(annotations.read(FRAME), 3)
+    write(tmp_path / f"{FRAME}.txt", "% bbGt version=3\n")
+    assert len(annotations.read(FRAME).boxes) == 0
 
 
 def test_missing_annotations_are_named(tmp_path):

@@ -1,10 +1,8 @@
 """The miss rate: every rule by hand, random cases against a slow text-book version, real files."""
 
 import json
-import os
 import tracemalloc
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -453,15 +451,6 @@ def test_bootstrap_is_repeatable_and_surrounds_the_rate():
 
 
 # ------------------------------------------------------------------- real files
-
-
-@pytest.fixture(scope="module")
-def reference():
-    default = Path(__file__).parents[3] / "shared" / "kaist"
-    root = Path(os.environ.get("KAIST_REFERENCE", default))
-    if not (root / "results" / "reference.json").is_file():
-        pytest.skip("KAIST_REFERENCE names no folder with results/reference.json")
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -37,15 +37,6 @@ def annotations(tmp_path):
     return path
 
 
-@pytest.fixture(scope="module")
-def reference():
-    default = Path(__file__).parents[3] / "shared" / "kaist"
-    root = Path(os.environ.get("KAIST_REFERENCE", default))
-    if not (root / "results" / "reference.json").is_file():
-        pytest.skip("KAIST_REFERENCE names no folder with results/reference.json")
-    return root
-
-
 def read(path, text, frames=FRAMES):
     path.write_text(text)
     return read_detections(path, frames)
