@@ -251,7 +251,8 @@ def json_objects(items: list[dict[str, Any]], names: dict[Any, str]) -> Objects:
     labels = tuple(names[item["category_id"]] for item in items)
     xywh = np.array(boxes, np.float64).reshape(-1, 4)
     fits = {*map(type, itertools.chain(occlusion, *boxes))} <= {int, float} and {*map(len, boxes)} <= {4}
-    fits = fits and {*map(type, labels)} <= {str} and {*occlusion} <= {0, 1, 2}
+    fits = fits and {*map(type, ignore)} <= {int, bool} and {*map(type, labels)} <= {str}
+    fits = fits and {*occlusion} <= {0, 1, 2} and {*ignore} <= {0, 1}
     if not (fits and (xywh[:, 2:] > 0).all() and (np.abs(xywh).sum(1) < 1e6).all()):
         raise ValueError("an object is malformed")
     return Objects(xywh, labels, np.array(occlusion, np.int64), np.array(ignore, bool))
@@ -264,6 +265,8 @@ def json_row(path: Path, names: dict[Any, str], item: Any, number: int) -> Objec
         numbers = [*item["bbox"], occlusion]
         if not isinstance(label, str) or {*map(type, numbers)} - {int, float}:
             raise TypeError("a value is of the wrong type")
+        if type(ignore) not in (int, bool) or ignore not in (0, 1):
+            raise TypeError(f"ignore is {ignore!r}, not 0, 1, true or false")
         box = [float(value) for value in numbers[:-1]]
         check_object(box, occlusion)
         return ObjectRow(label, box, occlusion, bool(ignore), number)
