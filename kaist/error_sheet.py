@@ -49,7 +49,7 @@ def draw_errors(
             (ranked.frame[i], ranked.boxes[i], f"score {ranked.scores[i]:.3g}") for i in false[:n]
         ],
         f"largest people not found at {OPERATING_FPPI} false positives per image": [
-            (ground_truth.frame[i], box, describe(box, matching.finder[i], ranked))
+            (ground_truth.frame[i], box, describe(box, matching.gt_match[i], ranked))
             for i, box in zip(missed[:n], ground_truth.boxes[missed[:n]], strict=True)
         ],
     }
@@ -91,7 +91,7 @@ def find_errors(ground_truth: GroundTruth, matching: Matching) -> tuple[np.ndarr
     false = np.flatnonzero(matching.outcome == 0)
     allowed = allowed_false_positives(len(ground_truth.frames), np.array(OPERATING_FPPI))
     limit = false[allowed] if allowed < len(false) else len(matching.outcome)
-    missed = matching.positive & ((matching.finder < 0) | (matching.finder >= limit))
+    missed = matching.positive & ((matching.gt_match < 0) | (matching.gt_match >= limit))
     missed = np.flatnonzero(missed)
     return false, missed[np.argsort(-ground_truth.boxes[missed, 3], kind="stable")]
 

@@ -61,7 +61,7 @@ def make_detections(*rows):
 def outcomes(people, detections, setup=ANYONE["anyone"]):
     """Outcomes in the order of the score, and who found whom."""
     ((_, matching),) = match_setups(people, rank(detections), {"it": setup})
-    return matching.outcome.tolist(), matching.finder.tolist()
+    return matching.outcome.tolist(), matching.gt_match.tolist()
 
 
 # ------------------------------------------------------------------- the slow version
@@ -204,10 +204,10 @@ def test_overlap_is_continuous():
 
 def test_higher_score_is_served_first():
     people = make_people((0, 100, 100, 40, 100))
-    found, finder = outcomes(
+    found, gt_match = outcomes(
         people, make_detections((0, 100, 100, 40, 100, 0.3), (0, 100, 110, 40, 100, 0.8))
     )
-    assert found == [1, 0] and finder == [0]  # 0.8 first, although it fits worse
+    assert found == [1, 0] and gt_match == [0]  # 0.8 first, although it fits worse
 
 
 def test_of_equal_scores_the_earlier_row_is_served_first():
@@ -260,10 +260,10 @@ def test_ignored_object_absorbs_many():
 
 def test_counting_object_comes_before_a_better_ignored_one():
     people = make_people((0, 100, 100, 60, 150, 0, 1), (0, 100, 100, 40, 150))
-    found, finder = outcomes(
+    found, gt_match = outcomes(
         people, make_detections((0, 100, 100, 45, 150, 0.9), (0, 100, 100, 45, 150, 0.8))
     )
-    assert found == [1, -1] and finder == [-1, 0]  # the second one is absorbed
+    assert found == [1, -1] and gt_match == [-1, 0]  # the second one is absorbed
 
 
 def test_borders_are_inclusive():
