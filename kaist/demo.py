@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
-from kaist.files import InputError, abandoned, run_script
+from kaist.files import InputError, run_script, stale_files
 from kaist.street import FOCAL, ROAD, SCENE_WIDTH, Canvas, Figure, Street, build_street, draw_figure, paint
 
 ROOT = Path("data/demo")
@@ -248,7 +248,7 @@ def draw_demo(
     total = train_frames + test_frames
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        for unfinished in abandoned(root.parent, f".{root.name}-*"):
+        for unfinished in stale_files(root.parent, f".{root.name}-*"):
             shutil.rmtree(unfinished)
         with (
             tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as beside,

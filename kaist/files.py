@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -14,100 +16,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_TEXT = 2**28  # bytes of a text file; published results of the whole test set have 2**22
-ABANDONED = 3600.0  # seconds without a write after which what was left unfinished is nobody's
-
-
-def check_length(path: Path) -> None:
-    """Refuse a text file that memory could not hold, unread."""
-    size = path.stat().st_size
-    if size > MAX_TEXT:
-        raise InputError(
-            f"{size / 1e6:.0f} MB, and a text file may have {MAX_TEXT / 1e6:.0f}",
-            "split it, or leave out detections of low scores",
-            file=path,
-        )
-
-
-def read_text(path: Path) -> str:
-    """A text file's content; what is not text, or too much of it, is refused."""
-    check_length(path)
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError("not a text file", "name another file", file=path) from None
-
-
-def load_json(text: str, path: Path) -> Any:
-    """The content of a JSON file, of which `text` is the text."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        problem, line = error.msg, error.lineno
-    except (RecursionError, ValueError) as error:  # nested, or a number written, without end
-        problem, line = str(error), None
-    raise InputError(f"broken JSON ({problem})", "copy or write it again", file=path, line=line)
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and those above it, if they are not there.
-
-    Raises:
-        InputError: it cannot be made there.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(
-            f"cannot be made a folder ({error.strerror or error})", "choose another place", file=path
-        ) from None
-
-
-def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
-    """Write a file beside its place and rename it: what was there stays whole until then.
-
-    The content has reached the disk before it gets its name, so that a power cut leaves the old
-    file or the new one.
-
-    Args:
-        write: called with the temporary path; it creates the file.
-        size: bytes it is going to need, if that is known, for the message about a full disk.
-
-    Raises:
-        InputError: the file cannot be written there.
-    """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(beside)
-        with beside.open("r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            size = max(size, beside.stat().st_size if beside.exists() else 0)
-            beside.unlink(missing_ok=True)
-            raise full_disk(path, size) from None
-        raise InputError(
-            f"cannot write it ({error.strerror or error})", "choose another place", file=path
-        ) from None
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def full_disk(path: Path, size: int) -> InputError:
-    """What to say of a file of at least `size` bytes that did not fit."""
-    free = shutil.disk_usage(path.parent).free
-    return InputError(
-        f"the disk is full: it needs {size / 1e6:.1f} MB or more, {free / 1e6:.1f} MB are free",
-        "free some (runs that are over, damaged.pt, frame caches) or choose another place; what "
-        "was there before is whole",
-        file=path,
-    )
-
-
-def abandoned(folder: Path, pattern: str) -> list[Path]:
-    """What writers that were killed long ago left unfinished in a folder."""
-    old = time.time() - ABANDONED
-    return [path for path in folder.glob(pattern) if path.stat().st_mtime < old]
+STALE = 3600.0  # seconds without a write after which a temporary file's writer is dead
 
 
 class InputError(Exception):
@@ -132,6 +41,105 @@ class InputError(Exception):
     def __reduce__(self) -> tuple:
         """Pickled as its message: a loader's worker process sends it to the main one."""
         return type(self).__new__, (type(self), *self.args), vars(self)
+
+
+# ------------------------------------------------------------------- reading
+
+
+def read_text(path: Path) -> str:
+    """A text file's content, UTF-8 whatever the locale.
+
+    Raises:
+        OSError: there is no such file.
+        InputError: it is not text, or more than memory may hold (then it is not read).
+    """
+    size = path.stat().st_size
+    if size > MAX_TEXT:
+        problem = f"{size / 1e6:.0f} MB, and a text file may have {MAX_TEXT / 1e6:.0f}"
+        raise InputError(problem, "split it, or leave out detections of low scores", file=path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InputError("not a text file in UTF-8", "name another file", file=path) from None
+
+
+def load_json(text: str, path: Path) -> Any:
+    """The content of a JSON file, of which `text` is the text."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        problem, line = error.msg, error.lineno
+    except (RecursionError, ValueError) as error:  # nested, or a number written, without end
+        problem, line = str(error), None
+    raise InputError(f"broken JSON ({problem})", "copy or write it again", file=path, line=line)
+
+
+# ------------------------------------------------------------------- writing
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, if they are not there.
+
+    Raises:
+        InputError: it cannot be made there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"cannot be made a folder ({error.strerror or error})"
+        raise InputError(problem, "choose another place", file=path) from None
+
+
+def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
+    """Write a file beside its place and rename it: what was there stays whole until then.
+
+    The content has reached the disk before it gets its name, so that a power cut leaves the old
+    file or the new one. Each writer has a temporary file of its own, under a random name.
+
+    Args:
+        write: called with the temporary path of an empty file, to fill it.
+        size: bytes it is going to need, if that is known, for the message about a full disk.
+
+    Raises:
+        InputError: the file cannot be written there.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        write(temporary)
+        with temporary.open("r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            size = max(size, temporary.stat().st_size if temporary.exists() else 0)
+            temporary.unlink(missing_ok=True)
+            raise full_disk(path, size) from None
+        problem = f"cannot write it ({error.strerror or error})"
+        raise InputError(problem, "choose another place", file=path) from None
+    finally:
+        with contextlib.suppress(OSError):  # of a read-only disk; the file is not there
+            temporary.unlink(missing_ok=True)
+
+
+def full_disk(path: Path, size: int) -> InputError:
+    """What to say of a file of at least `size` bytes that did not fit."""
+    free = shutil.disk_usage(path.parent).free
+    return InputError(
+        f"the disk is full: it needs {size / 1e6:.1f} MB or more, {free / 1e6:.1f} MB are free",
+        "free some (runs that are over, damaged.pt, frame caches) or choose another place; what "
+        "was there before is whole",
+        file=path,
+    )
+
+
+def stale_files(folder: Path, pattern: str) -> list[Path]:
+    """What writers that were killed long ago left unfinished in a folder."""
+    old = time.time() - STALE
+    return [path for path in folder.glob(pattern) if path.stat().st_mtime < old]
+
+
+# ------------------------------------------------------------------- scripts
 
 
 def check_flags(check: Callable[[], object]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
-from kaist.files import InputError, abandoned, write_atomically
+from kaist.files import InputError, stale_files, write_atomically
 
 BLOCK = 64  # frames decoded before they are written
 
@@ -112,7 +112,7 @@ def make_room(folder: Path, name: str, size: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(f"{name}-*.u8"):
             stale.unlink()
-        for unfinished in abandoned(folder, f".{name}-*.tmp"):
+        for unfinished in stale_files(folder, f".{name}-*.tmp"):
             unfinished.unlink()
         free = shutil.disk_usage(folder).free
     except OSError as error:
