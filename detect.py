@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 from engine.checkpoint import choose_checkpoint, load_checkpoint
 from engine.config import OneLineParser
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES
-from kaist.files import InputError, make_folder, run_script, write_atomically
+from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
 from kaist.images import join_modalities, read_image
 from model import SSD300, build_model
 from utils import choose_device, choose_precision, detect_image
@@ -66,7 +66,7 @@ def main() -> None:
             print(f"  x {x:6.1f}  y {y:6.1f}  w {w:6.1f}  h {h:6.1f}  score {score:.3f}")
             rows.append(f"{name},{x:.4f},{y:.4f},{w:.4f},{h:.4f},{score:.8f}\n")
     text = "image,x,y,w,h,score\n" + "".join(rows)
-    write_atomically(arguments.out / "detections.csv", lambda beside: beside.write_text(text))
+    write_text(arguments.out / "detections.csv", text)
 
 
 def parse_arguments() -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import secrets
@@ -122,6 +123,17 @@ def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0)
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, as UTF-8 whatever the locale; what no UTF-8 can hold, such as
+    other bytes of a file's name, is escaped."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(printable(text).encode()))
+
+
+def printable(text: str) -> str:
+    """The text with whatever UTF-8 cannot hold, such as other bytes of a file's name, escaped."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def full_disk(path: Path, size: int) -> InputError:
     """What to say of a file of at least `size` bytes that did not fit."""
     free = shutil.disk_usage(path.parent).free
@@ -155,8 +167,9 @@ def check_flags(check: Callable[[], object]) -> None:
 def run_script(main: Callable[[], None]) -> None:
     """Run an entry script's main(); an InputError becomes one line on stderr and exit code 2.
 
-    So does what the system says of a file, where nobody has foreseen it. Ctrl-C, SIGTERM and a
-    closed terminal unwind main() as exceptions (exit code 128 + signal).
+    So does an OSError that names its file, and an output that cannot be written. Ctrl-C, SIGTERM
+    and a closed terminal unwind main() as exceptions (exit code 128 + signal); a closed pipe ends
+    it silently. What the terminal's encoding lacks is escaped.
     """
 
     def stop(number: int, _: object) -> None:
@@ -168,16 +181,47 @@ def run_script(main: Callable[[], None]) -> None:
             signal.signal(number, stop)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as scripts have it while they import
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    end = None
     try:
-        main()
+        try:
+            main()
+        except SystemExit as error:  # as after --help
+            end = error
+        if sys.stdout:
+            sys.stdout.flush()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a name too long, a folder that may not be entered, a failing disk
-        if error.filename is None:
-            raise
-        print(f"error: {str(error.filename)[:200]}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        fail("interrupted", 130, "")
+    except OSError as error:
+        if error.filename is not None:  # a name too long, a folder that may not be entered, …
+            fail(f"{str(error.filename)[:200]}: {error.strerror}")
+        if not drop_output("\n"):
+            raise
+        if isinstance(error, BrokenPipeError):  # as by … | head -1
+            sys.exit(128 + signal.SIGPIPE)
+        fail(f"standard output: {error.strerror}")
+    if end:
+        raise end
+
+
+def fail(message: str, code: int = 2, kind: str = "error: ") -> None:
+    """End the process with a line on stderr."""
+    drop_output()
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        print(f"{kind}{message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def drop_output(probe: str = "") -> bool:
+    """Whether standard output cannot be written, not even `probe`; what waits is then dropped."""
+    try:
+        if sys.stdout:
+            print(end=probe, flush=True)
+        return False
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from kaist.bootstrap import bootstrap, interval
-from kaist.files import write_atomically
+from kaist.files import printable, write_atomically, write_text
 from kaist.miss_rate import SCENE_SETUPS, SETUPS, GroundTruth, Result, evaluate, id_shift
 from kaist.results import Detections, read_detections, write_detections
 
@@ -46,7 +46,7 @@ def score(
     if resamples:
         samples = bootstrap(ground_truth, detections, setups, resamples=resamples, by_video=by_video)
     notes = find_notes(ground_truth, detections, official[HEADLINE[0]], leaderboard[HEADLINE[0]])
-    return Scores(name, official, leaderboard, samples, notes)
+    return Scores(printable(name), official, leaderboard, samples, notes)
 
 
 def find_notes(
@@ -159,7 +159,7 @@ def as_dict(scores: Sequence[Scores], curves: bool = False) -> dict[str, dict]:
 def write_json(scores: Sequence[Scores], path: Path, curves: bool = False) -> None:
     """Write `as_dict` to a file."""
     text = json.dumps(as_dict(scores, curves), allow_nan=False) + "\n"
-    write_atomically(path, lambda beside: beside.write_text(text))
+    write_text(path, text)
 
 
 # ------------------------------------------------------------------- tables

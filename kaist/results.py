@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from kaist.annotations import read_image_list
-from kaist.files import InputError, load_json, read_text, write_atomically
+from kaist.files import InputError, load_json, read_text, write_text
 
 PEDESTRIAN = 1  # the category_id that counts
 
@@ -257,5 +257,5 @@ def write_detections(path: str | Path, detections: Detections, frames: Sequence[
         rows = zip(ids, values, strict=True)
         text = "".join(f"{i + 1}," + ",".join(f"{v:.9g}" for v in row) + "\n" for i, row in rows)
     listing = "\n".join(frames) + "\n"
-    write_atomically(frames_path(path), lambda beside: beside.write_text(listing))
-    write_atomically(path, lambda beside: beside.write_text(text))
+    write_text(frames_path(path), listing)
+    write_text(path, text)

@@ -1,8 +1,11 @@
 """Files are written whole or not at all, and whatever cannot be read or written is named."""
 
 import errno
+import itertools
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,3 +79,73 @@ def test_a_full_disk_is_told_with_the_need(tmp_path):
             write_atomically(path, write, size)
         assert ".tmp" not in str(error.value)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["frames.u8"]
+
+
+# ------------------------------------------------------------------------------ scripts
+
+PROJECT = Path(__file__).parents[2]
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+PRINTING = (["print('x\\n' * 100_000)"], ["print('x')"], ["print('x')", "sys.exit()"])
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that runs a script's `main`, whose body it is given, as entry scripts run it."""
+
+    def run(code, stdout=subprocess.PIPE, **environment):
+        body = "\n".join(f"    {line}" for line in code)
+        imports = "import sys\nfrom pathlib import Path\nfrom kaist.files import *\n"
+        script = tmp_path / "script.py"
+        script.write_text(f"{imports}def main():\n{body}\nrun_script(main)\n", encoding="utf-8")
+        own = {"PYTHONPATH": str(PROJECT), "PYTHONUNBUFFERED": ""}
+        return subprocess.run(
+            [sys.executable, script],
+            env={**os.environ, **own, **environment},
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+
+    return run
+
+
+@pytest.mark.parametrize("code", [["print('é 日 \\udce9')"], ["print('é 日 \\udce9')", "sys.exit()"]])
+def test_what_a_terminal_cannot_show_is_escaped(run, code):
+    done = run(code, **ASCII)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\xe9 \\u65e5 \\udce9\n", "")
+    assert run(code, PYTHONIOENCODING="utf-8").stdout == "é 日 \\udce9\n"
+    done = run(["raise InputError('日 cannot be read', 'rename it', file='\\udce9.txt')"], **ASCII)
+    assert (done.returncode, done.stderr) == (2, "error: \\udce9.txt: \\u65e5 cannot be read; rename it\n")
+
+
+def test_text_is_written_as_utf_8_in_every_locale(run, tmp_path):
+    path = tmp_path / "a.csv"
+    done = run([f"write_text(Path({str(path)!r}), 'caf\\udce9,日\\n')"], **ASCII)
+    assert done.returncode == 0, done.stderr
+    assert path.read_bytes() == "caf\\udce9,日\n".encode()
+
+
+def test_a_closed_pipe_ends_a_script_silently(run):
+    reader, writer = os.pipe()
+    os.close(reader)
+    for code, unbuffered in itertools.product(PRINTING, ("", "1")):
+        done = run(code, writer, PYTHONUNBUFFERED=unbuffered)
+        assert (done.returncode, done.stderr) == (141, ""), code
+    done = run(["print('x', flush=False)", "raise InputError('it is wrong', 'mend it')"], writer)
+    assert (done.returncode, done.stderr) == (2, "error: it is wrong; mend it\n")
+    os.close(writer)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_output_is_told_in_a_line(run):
+    for code, unbuffered in itertools.product(PRINTING, ("", "1")):
+        with Path("/dev/full").open("w") as full:
+            done = run(code, full, PYTHONUNBUFFERED=unbuffered)
+        assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
+
+
+def test_other_failures_still_say_where(run):
+    done = run(["raise OSError('a bug')"])
+    assert done.returncode == 1 and "OSError: a bug" in done.stderr
+    done = run(["open('/nowhere/at all')"])
+    assert (done.returncode, done.stderr) == (2, "error: /nowhere/at all: No such file or directory\n")

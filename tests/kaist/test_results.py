@@ -386,6 +386,17 @@ def test_script_takes_lists_and_subsets(annotations, tmp_path, monkeypatch, caps
         assert re.search(r"all +50\.00 +– +50\.00", out) and "left out 1 rows" in out
 
 
+def test_script_takes_names_that_are_not_utf_8(annotations, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9 \xe6\x97\xa5")
+    folder.mkdir()
+    path = folder / os.fsdecode(b"r\xe9sultat.txt")
+    path.write_text("1,100,100,40,100,0.9\n")
+    arguments = ("--detections", path, "--annotations", annotations, "--json", "n.json", "--out", "c.png")
+    assert "r\\udce9sultat " in run_eval(folder, *arguments)
+    assert list(json.loads((folder / "n.json").read_text())) == ["r\\udce9sultat"]
+    assert (folder / "c.png").stat().st_size > 1000
+
+
 def test_script_pictures_errors(annotations, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
