@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -47,6 +48,20 @@ class InputError(Exception):
 # ------------------------------------------------------------------- reading
 
 
+def check_file(path: Path) -> int:
+    """The size of a file in bytes; a folder is refused, and a pipe, which one would wait for.
+
+    Raises:
+        OSError: there is nothing.
+        InputError: it is something else.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise InputError(f"it is {kind}, not a file", "name a file", file=path)
+    return status.st_size
+
+
 def read_text(path: Path) -> str:
     """A text file's content, UTF-8 whatever the locale.
 
@@ -54,7 +69,7 @@ def read_text(path: Path) -> str:
         OSError: there is no such file.
         InputError: it is not text, or more than memory may hold (then it is not read).
     """
-    size = path.stat().st_size
+    size = check_file(path)
     if size > MAX_TEXT:
         problem = f"{size / 1e6:.0f} MB, and a text file may have {MAX_TEXT / 1e6:.0f}"
         raise InputError(problem, "split it, or leave out detections of low scores", file=path)

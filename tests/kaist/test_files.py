@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kaist.files import InputError, write_atomically
+from kaist.annotations import open_annotations, read_image_list
+from kaist.files import InputError, read_text, write_atomically
+from kaist.results import read_detections
 
 
 def system_error(number, path):
@@ -79,6 +81,26 @@ def test_a_full_disk_is_told_with_the_need(tmp_path):
             write_atomically(path, write, size)
         assert ".tmp" not in str(error.value)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["frames.u8"]
+
+
+def test_pipes_and_devices_are_refused_and_not_waited_for(tmp_path):
+    pipe = tmp_path / "I00019.txt"
+    os.mkfifo(pipe)
+    for path, kind in (
+        (pipe, "a pipe or a device"),
+        (Path("/dev/zero"), "a pipe or a device"),
+        (tmp_path, "a folder"),
+    ):
+        with pytest.raises(InputError, match=f"{path}: it is {kind}, not a file"):
+            read_text(path)
+    for read in (read_image_list, lambda path: read_detections(path, []), open_annotations):
+        with pytest.raises(InputError, match="I00019.txt: "):
+            read(pipe)
+    folder = tmp_path / "annotations/set06/V001"
+    folder.mkdir(parents=True)
+    os.rename(pipe, folder / pipe.name)
+    with pytest.raises(InputError, match="I00019.txt: it is a pipe"):
+        open_annotations(tmp_path).read("set06/V001/I00019")
 
 
 # ------------------------------------------------------------------------------ scripts
