@@ -102,8 +102,13 @@ def read_frame(root: Path, frame_id: str, input_mode: str, without: str = "") ->
     return np.array(visible)
 
 
-def cache_frames(folder: str | Path, root: Path, frame_ids: Sequence[str], input_mode: str) -> FrameCache:
+def cache_frames(
+    folder: str | Path, root: Path, frame_ids: Sequence[str], input_mode: str, check: bool = True
+) -> FrameCache:
     """The frames of a list decoded into a cache in `folder`, drawn only where it is not there yet.
+
+    Args:
+        check: compare every frame of a cache that is there with its checksum.
 
     Raises:
         InputError: an image cannot be read, or the disk is too small.
@@ -112,4 +117,4 @@ def cache_frames(folder: str | Path, root: Path, frame_ids: Sequence[str], input
     def read(frame_id: str) -> np.ndarray:
         return read_frame(root, frame_id, input_mode)
 
-    return open_cache(folder, Path(root), frame_ids, MODALITIES[input_mode], read)
+    return open_cache(folder, Path(root), frame_ids, MODALITIES[input_mode], read, check)
