@@ -363,7 +363,7 @@ def make_loader(
         if is_main_process():
             cache_frames(config["cache"], source, ids, config["input_mode"])
         barrier()
-        cache = cache_frames(config["cache"], source, ids, config["input_mode"])
+        cache = cache_frames(config["cache"], source, ids, config["input_mode"], check=False)
     dataset = KaistPairs(
         Path(config["data_root"]),
         frames,

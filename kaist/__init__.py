@@ -1,5 +1,14 @@
-"""The KAIST benchmark: its formats, its miss rate, its images and a drawn demo set. Never torch."""
+"""The KAIST benchmark without torch: its files, its miss rate, its images, and a drawn demo set.
 
+    import kaist
+    test_set = kaist.load_ground_truth("KAIST_annotation.json")
+    results = kaist.evaluate(test_set, kaist.read_detections("result.txt", test_set.frames))
+    print(results["Reasonable-all"].miss_rate)
+
+This much needs numpy alone.
+"""
+
+from kaist.annotations import open_annotations, read_image_list
 from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth
 from kaist.results import Detections, read_detections, write_detections
 
@@ -8,6 +17,8 @@ __all__ = [
     "GroundTruth",
     "evaluate",
     "load_ground_truth",
+    "open_annotations",
     "read_detections",
+    "read_image_list",
     "write_detections",
 ]

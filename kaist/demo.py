@@ -21,11 +21,9 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter
-from tqdm import tqdm
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
-from kaist.files import InputError, abandoned, run_script
+from kaist.files import InputError, run_script, stale_files
 from kaist.street import FOCAL, ROAD, SCENE_WIDTH, Canvas, Figure, Street, build_street, draw_figure, paint
 
 ROOT = Path("data/demo")
@@ -150,6 +148,8 @@ def compose(street: Street, groups: list[list[Figure]], pan: int) -> tuple[np.nd
 
 def draw_video(root: Path, set_id: int, video: int, frames: int, seed: int) -> dict[str, list]:
     """Draws and writes one video; returns frame id -> marks, as compose() makes them."""
+    from PIL import Image, ImageFilter
+
     rng = np.random.default_rng([seed, set_id, video])
     night = set_id % 6 >= 3
     empty, median = EMPTY_AND_HEIGHT[set_id < 6]
@@ -231,6 +231,8 @@ def draw_demo(
     Raises:
         InputError: root holds something or cannot be written, or there are too few frames.
     """
+    from tqdm import tqdm
+
     root = Path(root)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise InputError("the demo set's place is taken", "remove it or name another", file=root)
@@ -246,7 +248,7 @@ def draw_demo(
     total = train_frames + test_frames
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
-        for unfinished in abandoned(root.parent, f".{root.name}-*"):
+        for unfinished in stale_files(root.parent, f".{root.name}-*"):
             shutil.rmtree(unfinished)
         with (
             tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as beside,

@@ -52,8 +52,8 @@ def draw_errors(
     false, missed = spread(people, ranked.frame, false)[:n], spread(people, people.frame, missed)[:n]
     tiles = [(ranked.frame[i], ranked.boxes[i], f"score {ranked.scores[i]:.3g}") for i in false]
     for i in missed:
-        finder = matching.finder[i]
-        score = f"found at {ranked.scores[finder]:.3g}" if finder >= 0 else "never found"
+        det = matching.gt_match[i]
+        score = f"found at {ranked.scores[det]:.3g}" if det >= 0 else "never found"
         tiles.append((people.frame[i], people.boxes[i], f"{people.boxes[i, 3]:.0f} px, {score}"))
     headings = (
         f"{name}: false positives of the highest scores",
@@ -97,7 +97,7 @@ def find_errors(ground_truth: GroundTruth, matching: Matching) -> tuple[np.ndarr
     false = np.flatnonzero(matching.outcome == 0)
     allowed = allowed_false_positives(len(ground_truth.frames), np.array(OPERATING_FPPI))
     limit = false[allowed] if allowed < len(false) else len(matching.outcome)
-    missed = matching.positive & ((matching.finder < 0) | (matching.finder >= limit))
+    missed = matching.positive & ((matching.gt_match < 0) | (matching.gt_match >= limit))
     missed = np.flatnonzero(missed)
     return false, missed[np.argsort(-ground_truth.boxes[missed, 3], kind="stable")]
 

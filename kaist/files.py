@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
+import secrets
 import shutil
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -14,27 +18,65 @@ from pathlib import Path
 from typing import Any
 
 MAX_TEXT = 2**28  # bytes of a text file; published results of the whole test set have 2**22
-ABANDONED = 3600.0  # seconds without a write after which what was left unfinished is nobody's
+STALE = 3600.0  # seconds without a write after which a temporary file's writer is dead
 
 
-def check_length(path: Path) -> None:
-    """Refuse a text file that memory could not hold, unread."""
-    size = path.stat().st_size
-    if size > MAX_TEXT:
-        raise InputError(
-            f"{size / 1e6:.0f} MB, and a text file may have {MAX_TEXT / 1e6:.0f}",
-            "split it, or leave out detections of low scores",
-            file=path,
-        )
+class InputError(Exception):
+    """A file, flag or constant that cannot be used, told in one line.
+
+    Args:
+        problem: what is wrong, as a sentence without a full stop.
+        remedy: what the user can do about it.
+        file: the file at fault, if there is one.
+        line: its 1-based line number, if known.
+
+    Attributes: problem, remedy, file and line, as given.
+    """
+
+    def __init__(
+        self, problem: str, remedy: str, *, file: str | Path | None = None, line: int | None = None
+    ) -> None:
+        place = "" if file is None else f"{file}: " if line is None else f"{file}:{line}: "
+        super().__init__(f"{place}{problem}; {remedy}")
+        self.problem, self.remedy, self.file, self.line = problem, remedy, file, line
+
+    def __reduce__(self) -> tuple:
+        """Pickled as its message: a loader's worker process sends it to the main one."""
+        return type(self).__new__, (type(self), *self.args), vars(self)
+
+
+# ------------------------------------------------------------------- reading
+
+
+def check_file(path: Path) -> int:
+    """The size of a file in bytes; a folder is refused, and a pipe, which one would wait for.
+
+    Raises:
+        OSError: there is nothing.
+        InputError: it is something else.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
+        raise InputError(f"it is {kind}, not a file", "name a file", file=path)
+    return status.st_size
 
 
 def read_text(path: Path) -> str:
-    """A text file's content; what is not text, or too much of it, is refused."""
-    check_length(path)
+    """A text file's content, UTF-8 whatever the locale.
+
+    Raises:
+        OSError: there is no such file.
+        InputError: it is not text, or more than memory may hold (then it is not read).
+    """
+    size = check_file(path)
+    if size > MAX_TEXT:
+        problem = f"{size / 1e6:.0f} MB, and a text file may have {MAX_TEXT / 1e6:.0f}"
+        raise InputError(problem, "split it, or leave out detections of low scores", file=path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise InputError("not a text file", "name another file", file=path) from None
+        raise InputError("not a text file in UTF-8", "name another file", file=path) from None
 
 
 def load_json(text: str, path: Path) -> Any:
@@ -48,6 +90,9 @@ def load_json(text: str, path: Path) -> Any:
     raise InputError(f"broken JSON ({problem})", "copy or write it again", file=path, line=line)
 
 
+# ------------------------------------------------------------------- writing
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and those above it, if they are not there.
 
@@ -57,40 +102,51 @@ def make_folder(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(
-            f"cannot be made a folder ({error.strerror or error})", "choose another place", file=path
-        ) from None
+        problem = f"cannot be made a folder ({error.strerror or error})"
+        raise InputError(problem, "choose another place", file=path) from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
     """Write a file beside its place and rename it: what was there stays whole until then.
 
     The content has reached the disk before it gets its name, so that a power cut leaves the old
-    file or the new one.
+    file or the new one. Each writer has a temporary file of its own, under a random name.
 
     Args:
-        write: called with the temporary path; it creates the file.
+        write: called with the temporary path of an empty file, to fill it.
         size: bytes it is going to need, if that is known, for the message about a full disk.
 
     Raises:
         InputError: the file cannot be written there.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        write(beside)
-        with beside.open("r+b") as file:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        write(temporary)
+        with temporary.open("r+b") as file:
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            size = max(size, beside.stat().st_size if beside.exists() else 0)
-            beside.unlink(missing_ok=True)
+            size = max(size, temporary.stat().st_size if temporary.exists() else 0)
+            temporary.unlink(missing_ok=True)
             raise full_disk(path, size) from None
-        raise InputError(
-            f"cannot write it ({error.strerror or error})", "choose another place", file=path
-        ) from None
+        problem = f"cannot write it ({error.strerror or error})"
+        raise InputError(problem, "choose another place", file=path) from None
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a read-only disk; the file is not there
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically, as UTF-8 whatever the locale; what no UTF-8 can hold, such as
+    other bytes of a file's name, is escaped."""
+    write_atomically(path, lambda temporary: temporary.write_bytes(printable(text).encode()))
+
+
+def printable(text: str) -> str:
+    """The text with whatever UTF-8 cannot hold, such as other bytes of a file's name, escaped."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def full_disk(path: Path, size: int) -> InputError:
@@ -104,34 +160,13 @@ def full_disk(path: Path, size: int) -> InputError:
     )
 
 
-def abandoned(folder: Path, pattern: str) -> list[Path]:
+def stale_files(folder: Path, pattern: str) -> list[Path]:
     """What writers that were killed long ago left unfinished in a folder."""
-    old = time.time() - ABANDONED
+    old = time.time() - STALE
     return [path for path in folder.glob(pattern) if path.stat().st_mtime < old]
 
 
-class InputError(Exception):
-    """A file, flag or constant that cannot be used, told in one line.
-
-    Args:
-        problem: what is wrong, as a sentence without a full stop.
-        remedy: what the user can do about it.
-        file: the file at fault, if there is one.
-        line: its 1-based line number, if known.
-
-    Attributes: problem, file and line, as given.
-    """
-
-    def __init__(
-        self, problem: str, remedy: str, *, file: str | Path | None = None, line: int | None = None
-    ) -> None:
-        place = "" if file is None else f"{file}: " if line is None else f"{file}:{line}: "
-        super().__init__(f"{place}{problem}; {remedy}")
-        self.problem, self.file, self.line = problem, file, line
-
-    def __reduce__(self) -> tuple:
-        """Pickled as its message: a loader's worker process sends it to the main one."""
-        return type(self).__new__, (type(self), *self.args), vars(self)
+# ------------------------------------------------------------------- scripts
 
 
 def check_flags(check: Callable[[], object]) -> None:
@@ -147,8 +182,9 @@ def check_flags(check: Callable[[], object]) -> None:
 def run_script(main: Callable[[], None]) -> None:
     """Run an entry script's main(); an InputError becomes one line on stderr and exit code 2.
 
-    So does what the system says of a file, where nobody has foreseen it. Ctrl-C, SIGTERM and a
-    closed terminal unwind main() as exceptions (exit code 128 + signal).
+    So does an OSError that names its file, and an output that cannot be written. Ctrl-C, SIGTERM
+    and a closed terminal unwind main() as exceptions (exit code 128 + signal); a closed pipe ends
+    it silently. What the terminal's encoding lacks is escaped.
     """
 
     def stop(number: int, _: object) -> None:
@@ -160,16 +196,47 @@ def run_script(main: Callable[[], None]) -> None:
             signal.signal(number, stop)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as scripts have it while they import
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    end = None
     try:
-        main()
+        try:
+            main()
+        except SystemExit as error:  # as after --help
+            end = error
+        if sys.stdout:
+            sys.stdout.flush()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a name too long, a folder that may not be entered, a failing disk
-        if error.filename is None:
-            raise
-        print(f"error: {str(error.filename)[:200]}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        fail("interrupted", 130, "")
+    except OSError as error:
+        if error.filename is not None:  # a name too long, a folder that may not be entered, …
+            fail(f"{str(error.filename)[:200]}: {error.strerror}")
+        if not drop_output("\n"):
+            raise
+        if isinstance(error, BrokenPipeError):  # as by … | head -1
+            sys.exit(128 + signal.SIGPIPE)
+        fail(f"standard output: {error.strerror}")
+    if end:
+        raise end
+
+
+def fail(message: str, code: int = 2, kind: str = "error: ") -> None:
+    """End the process with a line on stderr."""
+    drop_output()
+    with contextlib.suppress(OSError):  # nobody may be there to read it
+        print(f"{kind}{message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def drop_output(probe: str = "") -> bool:
+    """Whether standard output cannot be written, not even `probe`; what waits is then dropped."""
+    try:
+        if sys.stdout:
+            print(end=probe, flush=True)
+        return False
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True

@@ -1,23 +1,24 @@
 """Frames decoded once into a memory map, for disks and page caches faster than a JPEG decoder.
 
-A cache is one file of raw uint8 pixels for one list of frames, shared read-only by every process
-that maps it. Its name tells what it was drawn from: the frames' paths, and their sizes and times
-of change; so a cache of other or changed images is never found, and redrawn.
+A cache is one file for one list of frames: their raw uint8 pixels, then a checksum of each. Its
+name tells what it was drawn from: the frames' paths, and their sizes and times of change; so a cache
+of other or changed images is never found, and redrawn. Every process maps it read-only.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
-from kaist.files import InputError, abandoned, write_atomically
-from kaist.remember import fingerprint
+from kaist.files import InputError, stale_files, write_atomically
 
 BLOCK = 64  # frames decoded before they are written
 
@@ -47,9 +48,28 @@ class FrameCache:
         """One frame, (512, 640, C) uint8, as `images.read_frame` gives it."""
         return self.all()[self.rows[frame_id]]
 
+    def damaged(self) -> list[str]:
+        """The frames whose pixels do not have their checksum; every pixel is read."""
+        from tqdm import tqdm
+
+        sums = np.fromfile(self.path, np.uint32, offset=int(np.prod(self.shape)))
+        frames = tqdm(
+            zip(self.rows, self.all(), sums, strict=True), "checking the cache", len(sums), leave=False
+        )
+        return [frame_id for frame_id, frame, expected in frames if checksum(frame) != expected]
+
     def __getstate__(self) -> dict:
         """Without the map: pickled for a worker process it would be a copy of all pixels."""
         return {**self.__dict__, "pixels": None}
+
+
+def checksum(frame: np.ndarray) -> int:
+    """A checksum of a frame, above 10 GB/s: the CRC-32 of its 2,560-byte lines' sum.
+
+    It finds what happens to files: holes, cut and shifted content, flipped bits, another frame.
+    """
+    lines = np.ascontiguousarray(frame).reshape(-1).view(np.uint64).reshape(-1, 320)
+    return zlib.crc32(np.add.reduce(lines, axis=0))
 
 
 def open_cache(
@@ -58,16 +78,19 @@ def open_cache(
     frame_ids: Sequence[str],
     modalities: Sequence[str],
     read: Callable[[str], np.ndarray],
+    check: bool = True,
 ) -> FrameCache:
-    """The cache of a list of frames in a folder; drawn if it is not there or not of these files.
+    """The cache of a list of frames in a folder; drawn if it is not there, damaged, or not of these
+    files.
 
     A stale cache of the same list is deleted first. What is drawn appears under its name when it
-    is whole; processes that map an older file keep it until they end.
+    is whole, whoever else draws it at the same time; processes that map an older file keep it.
 
     Args:
         folder: where caches are kept; made if need be. root: the images' KAIST root.
         modalities: whose images `read` decodes, 4 channels for both, 3 visible, 1 LWIR.
         read: frame id -> (512, 640, C) uint8.
+        check: compare every frame with its checksum, as a run does once.
 
     Raises:
         InputError: an image is missing or unreadable, or the disk is too small.
@@ -76,47 +99,66 @@ def open_cache(
     channels = sum({"visible": 3, "lwir": 1}[modality] for modality in modalities)
     paths = [image_path(root, frame_id, modality) for frame_id in frame_ids for modality in modalities]
     try:
-        mark = fingerprint(paths)
+        names, states = fingerprint(paths)
     except OSError as error:
-        raise InputError(
-            f"image not found ({error.strerror})", "check DATA_ROOT and the image list", file=error.filename
-        ) from None
-    name = f"frames-{mark.paths}"
-    path = folder / f"{name}-{mark.state}.u8"
+        problem = f"image not found ({error.strerror})"
+        raise InputError(problem, "check DATA_ROOT and the image list", file=error.filename) from None
+    path = folder / f"frames-{names}-{states}.u8"
     cache = FrameCache(path, {frame_id: i for i, frame_id in enumerate(frame_ids)}, channels)
-    size = int(np.prod(cache.shape))
-    if not (path.is_file() and path.stat().st_size == size):
-        make_room(folder, name, size)
-        write_atomically(path, lambda beside: draw(beside, frame_ids, read))
+    size = int(np.prod(cache.shape)) + 4 * len(frame_ids)
+    if path.is_file() and path.stat().st_size == size:
+        damaged = cache.damaged() if check else []
+        if not damaged:
+            return cache
+        print(f"warning: {path} is damaged ({len(damaged)} frames, {damaged[0]} first); it is drawn again")
+        cache.pixels = None
+    make_room(path, f"frames-{names}", size)
+    write_atomically(path, lambda temporary: draw(temporary, frame_ids, read), size)
     return cache
 
 
-def make_room(folder: Path, name: str, size: int) -> None:
-    """Make the folder, delete what is stale or unfinished of a list's caches, check the disk."""
+def fingerprint(paths: Iterable[str | Path]) -> tuple[str, str]:
+    """Which files (a hash of their paths), and their state (of their sizes and times of change).
+
+    Raises:
+        OSError: a file, its `filename`, is not there.
+    """
+    names, states = hashlib.sha256(), hashlib.sha256()
+    here = os.getcwd()
+    for path in paths:
+        status = os.stat(path)
+        names.update(f"{os.path.join(here, path)}\n".encode(errors="surrogateescape"))
+        states.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+    return names.hexdigest()[:16], states.hexdigest()[:16]
+
+
+def make_room(path: Path, name: str, size: int) -> None:
+    """Make a cache's folder, delete what is stale or unfinished of its list's, check the disk."""
+    folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(f"{name}-*.u8"):
-            stale.unlink()
-        for unfinished in abandoned(folder, f".{name}-*.tmp"):
-            unfinished.unlink()
+        stale = [other for other in folder.glob(f"{name}-*.u8") if other != path]
+        for other in [*stale, *stale_files(folder, f".{name}-*.tmp")]:
+            other.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise InputError(
-            f"cannot be used as a folder ({error.strerror})", "choose another with CACHE", file=folder
-        ) from None
+        problem = f"cannot be used as a folder ({error.strerror})"
+        raise InputError(problem, "choose another with CACHE", file=folder) from None
     if free < size:
-        raise InputError(
-            f"a cache of {size / 1e9:.1f} GB does not fit, {free / 1e9:.1f} GB are free",
-            "choose another folder with CACHE, or none",
-            file=folder,
-        )
+        problem = f"a cache of {size / 1e6:,.1f} MB does not fit, {free / 1e6:,.1f} MB are free"
+        raise InputError(problem, "choose another folder with CACHE, or none", file=folder)
 
 
 def draw(path: Path, frame_ids: Sequence[str], read: Callable[[str], np.ndarray]) -> None:
     """Decode all frames into a file, a block at a time; decoders run beside each other."""
+    from tqdm import tqdm
+
+    sums = []
     bar = tqdm(total=len(frame_ids), desc="decoding into the cache", unit="frame", leave=False)
     with path.open("wb") as file, ThreadPoolExecutor() as pool, bar:
         for start in range(0, len(frame_ids), BLOCK):
             for frame in pool.map(read, frame_ids[start : start + BLOCK]):
                 file.write(frame.data)
+                sums.append(checksum(frame))
                 bar.update()
+        file.write(np.array(sums, np.uint32).data)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES, image_path
 from kaist.files import InputError
 from kaist.frame_cache import FrameCache, open_cache
-from kaist.remember import remember
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # Visible R, G, B, then LWIR: the colour that normalisation by ImageNet's mean turns into zero.
 MEAN_COLOUR = np.array([124, 116, 104, 114], np.uint8)
@@ -35,24 +37,16 @@ def check_images(root: Path, frame_ids: Sequence[str], input_mode: str, without:
     Raises:
         InputError: for the first image that is missing, unreadable or of another size.
     """
-    paths = [
-        image_path(root, frame_id, modality)
-        for frame_id in frame_ids
-        for modality in MODALITIES[input_mode]
-        if modality != without
-    ]
-
-    def look() -> dict[str, np.ndarray]:
-        for path in paths:
-            with open_image(path):
-                pass
-        return {}
-
-    remember("images", paths, look)
+    modalities = [modality for modality in MODALITIES[input_mode] if modality != without]
+    for frame_id in frame_ids:
+        for modality in modalities:
+            open_image(image_path(root, frame_id, modality)).close()
 
 
 def open_image(path: Path) -> Image.Image:
     """Open an image of KAIST's size without decoding it."""
+    from PIL import Image
+
     try:
         with warnings.catch_warnings():  # Pillow warns of sizes that are refused below
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -128,8 +122,13 @@ def black_out(frame: np.ndarray, blackout: str) -> np.ndarray:
     return dark
 
 
-def cache_frames(folder: str | Path, root: Path, frame_ids: Sequence[str], input_mode: str) -> FrameCache:
+def cache_frames(
+    folder: str | Path, root: Path, frame_ids: Sequence[str], input_mode: str, check: bool = True
+) -> FrameCache:
     """The frames of a list decoded into a cache in `folder`, drawn only where it is not there yet.
+
+    Args:
+        check: compare every frame of a cache that is there with its checksum.
 
     Raises:
         InputError: an image cannot be read, or the disk is too small.
@@ -138,4 +137,4 @@ def cache_frames(folder: str | Path, root: Path, frame_ids: Sequence[str], input
     def read(frame_id: str) -> np.ndarray:
         return read_frame(root, frame_id, input_mode)
 
-    return open_cache(folder, Path(root), frame_ids, MODALITIES[input_mode], read)
+    return open_cache(folder, Path(root), frame_ids, MODALITIES[input_mode], read, check)

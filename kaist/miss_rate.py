@@ -1,26 +1,21 @@
-"""KAIST's log-average miss rate: people, matching, curves. Needs numpy alone.
-
-    from miss_rate import evaluate, load_ground_truth
-    from result_files import read_detections
-
-    people = load_ground_truth("KAIST_annotation.json")
-    results = evaluate(people, read_detections("result.txt", people.frames))
-    print(results["Reasonable-all"].miss_rate)
+"""KAIST's log-average miss rate: ground truth, matching, curves. Needs numpy alone.
 
 Protocols:
     official: bbGt.m of Piotr Dollár's toolbox with KAIST's settings, the benchmark's own numbers.
     leaderboard: the Python script behind the public leaderboard. Its two defects are repeated so
         that published tables can be compared: people in frames where the detector found nothing
-        are not counted, and the nine FPPI points are rounded to four digits.
+        are not counted, and the nine FPPI points are rounded to four digits. (A third is not: where
+        a subset of less than 100 frames begins with a false positive, it takes the last rate.)
 
-The order of a result file's rows changes nothing, but for one thing: detections of one frame with
-exactly the same score take their turn in the order of their rows, as in bbGt.m (see `rank`).
+Rows of a result file may stand in any order. Only among detections of one frame with the same score
+the order counts: the first row is matched first, as by bbGt.m's stable sort.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -91,13 +86,15 @@ class GroundTruth:
     ignore: np.ndarray
     source: Path | None = None
 
+    @cached_property
+    def set_numbers(self) -> np.ndarray:
+        """(n_frames,) int64: the number of each frame's set, 0 to 11."""
+        return np.array([int(frame_id[3:5]) for frame_id in self.frames], dtype=np.int64)
+
     def in_subset(self, subset: str) -> np.ndarray:
         """(n_frames,) bool: the frames of a setup's subset."""
-        if subset == "all":
-            return np.ones(len(self.frames), dtype=bool)
-        one_of_set = {frame_id[:5]: frame_id for frame_id in self.frames}
-        chosen = {s for s, f in one_of_set.items() if subset in (time_of_day(f), scene(f))}
-        return np.array([frame_id[:5] in chosen for frame_id in self.frames], dtype=bool)
+        sets = [f"set{number:02d}" for number in range(12)]
+        return np.array([subset in ("all", time_of_day(s), scene(s)) for s in sets])[self.set_numbers]
 
 
 def load_ground_truth(
@@ -159,89 +156,91 @@ def select_frames(
 
 
 class Overlaps(NamedTuple):
-    """Pairs of a detection and an object of the same frame that overlap enough.
+    """Pairs of a detection and a ground truth box of its frame that overlap by at least `OVERLAP`.
 
-    detection, object: (p,) int64 of the pairs that match if the object counts, by detection and
-    within one from the best overlap down (of equal ones the later object first).
-    absorbed, absorber: (q,) int64, detection and object of the pairs in which the object absorbs
-    the detection if it is ignored.
+    det, gt: (p,) int64, pairs by intersection over union, which match if the box counts; by
+    detection, and each detection's from the best overlap down (of equal ones the later box first).
+    ignored_det, ignoring_gt: (q,) int64, pairs by intersection over the detection's area: the
+    detection is ignored if the box is.
     """
 
-    detection: np.ndarray
-    object: np.ndarray
-    absorbed: np.ndarray
-    absorber: np.ndarray
+    det: np.ndarray
+    gt: np.ndarray
+    ignored_det: np.ndarray
+    ignoring_gt: np.ndarray
 
 
 def find_overlaps(ground_truth: GroundTruth, detections: Detections) -> Overlaps:
-    """All pairs with an overlap of at least 0.5, found in blocks of bounded memory.
-
-    Overlap is intersection over union for objects that count and intersection over the
-    detection's area for ignored ones; coordinates are continuous.
-    """
-    n_frames = len(ground_truth.frames)
-    first = np.searchsorted(ground_truth.frame, np.arange(n_frames + 1))
+    """All pairs, found in blocks of bounded memory; coordinates are continuous."""
+    first = np.searchsorted(ground_truth.frame, np.arange(len(ground_truth.frames) + 1))
     n_pairs = np.diff(first)[detections.frame]
     blocks = np.flatnonzero(np.diff(np.cumsum(n_pairs) // BLOCK)) + 1
+    det_edges, gt_edges = edges(detections.boxes), edges(ground_truth.boxes)
     found = []
     for rows in np.split(np.arange(len(n_pairs)), blocks):
         n = n_pairs[rows]
-        detection = np.repeat(rows, n)
-        start = first[detections.frame[rows]] - np.cumsum(n) + n
-        thing = np.arange(len(detection)) + np.repeat(start, n)
-        x, y, w, h = detections.boxes[detection].T
-        u, v, s, t = ground_truth.boxes[thing].T
-        width = np.minimum(x + w, u + s) - np.maximum(x, u)
-        height = np.minimum(y + h, v + t) - np.maximum(y, v)
-        shared = np.where((width > 0) & (height > 0), width * height, 0.0)
-        union = shared / (w * h + s * t - shared)
+        det = np.repeat(rows, n)
+        gt = np.arange(len(det)) + np.repeat(first[detections.frame[rows]] - np.cumsum(n) + n, n)
+        (x0, y0, x1, y1), (u0, v0, u1, v1) = det_edges[:4].take(det, 1), gt_edges[:4].take(gt, 1)
+        width, height = np.minimum(x1, u1) - np.maximum(x0, u0), np.minimum(y1, v1) - np.maximum(y0, v0)
+        touch = np.flatnonzero((width > 0) & (height > 0))
+        det, gt, shared = det[touch], gt[touch], (width * height)[touch]
+        area, gt_area = det_edges[4][det], gt_edges[4][gt]
+        union = shared / (area + gt_area - shared)
         match = np.flatnonzero(union >= OVERLAP)
-        match = match[np.lexsort((-thing[match], -union[match], detection[match]))]
-        with np.errstate(invalid="ignore"):  # a detection without area overlaps nothing
-            absorb = shared / (w * h) >= OVERLAP
-        found.append((detection[match], thing[match], detection[absorb], thing[absorb]))
+        match = match[np.lexsort((-gt[match], -union[match], det[match]))]
+        ignore = shared >= OVERLAP * area
+        found.append((det[match], gt[match], det[ignore], gt[ignore]))
     return Overlaps(*map(np.concatenate, zip(*found, strict=True)))
 
 
-def assign(detection: np.ndarray, thing: np.ndarray, n_objects: int) -> np.ndarray:
-    """Give objects to detections: in turn, each takes the first of its objects still free.
+def edges(boxes: np.ndarray) -> np.ndarray:
+    """(5, n) left, top, right, bottom and area of (n, 4) xywh boxes."""
+    x, y, w, h = boxes.T
+    return np.stack([x, y, x + w, y + h, w * h])
 
-    All frames at once, by proposals: every detection asks for its best object, an object keeps
-    the first-ranked detection that ever asks, and the others ask for their next one. As all
-    objects rank detections alike, this ends in exactly what serving them in turn gives.
+
+def match_greedily(det: np.ndarray, gt: np.ndarray, n_gt: int) -> np.ndarray:
+    """Match detections in turn: each takes the first of its ground truth boxes that is still free.
+
+    All frames at once, by proposals (Gale and Shapley, 1962): every detection proposes to its best
+    box, a box keeps the first-ranked detection that ever proposed, and the others go on to their
+    next box. As all boxes rank detections alike, this ends in exactly what serving them in turn
+    gives.
 
     Args:
-        detection, thing: (p,) pairs as in `Overlaps`, detections ranked by their number.
+        det, gt: (p,) pairs as in `Overlaps`, detections ranked by their number.
 
     Returns:
-        (n_objects,) int64: the detection that has each object, -1 if none.
+        (n_gt,) int64: the detection that each box is matched with, -1 if none.
     """
-    nobody = len(detection)
-    holder = np.full(n_objects, nobody)  # of each object, the pair in which it is held
-    asking = np.flatnonzero(np.diff(detection, prepend=-1))  # each detection's first pair
-    while len(asking):
-        wanted = thing[asking]
-        before = holder[wanted]
-        np.minimum.at(holder, wanted, asking)  # pairs are in order of rank
-        now = holder[wanted]
-        lost = np.concatenate([asking[now != asking], np.unique(before[before != now])])
-        lost = lost[lost + 1 < nobody]
-        asking = lost[detection[lost] == detection[lost + 1]] + 1
-    return np.append(detection, -1)[holder]
+    none = len(det)
+    kept = np.full(n_gt, none)  # of each box, the pair that it keeps
+    proposed = np.flatnonzero(np.diff(det, prepend=-1))  # each detection's first pair
+    while len(proposed):
+        boxes = gt[proposed]
+        before = kept[boxes]
+        np.minimum.at(kept, boxes, proposed)  # pairs are in order of rank
+        after = kept[boxes]
+        refused = np.concatenate([proposed[after != proposed], np.unique(before[before != after])])
+        refused = refused[refused + 1 < none]
+        proposed = refused[det[refused] == det[refused + 1]] + 1
+    return np.append(det, -1)[kept]
 
 
 @dataclass(frozen=True)
 class Matching:
-    """What became of detections and people under one setup and protocol.
+    """Matches under one setup and protocol.
 
-    outcome: (n,) int8 of each detection: 1 found a person, 0 false positive, -1 absorbed by an
-    ignored object or outside the subset; positive: (m,) bool, objects that count; finder: (m,)
-    int64, the detection that found each, or -1; frames: (n_frames,) bool, the subset.
+    outcome: (n,) int8 of each detection: 1 true positive, 0 false positive, -1 ignored: matched with
+    an ignored box, or outside the subset. positive: (m,) bool, ground truth that counts. gt_match:
+    (m,) int64, the detection that each such box is matched with, or -1. frames: (n_frames,) bool,
+    the subset.
     """
 
     outcome: np.ndarray
     positive: np.ndarray
-    finder: np.ndarray
+    gt_match: np.ndarray
     frames: np.ndarray
 
 
@@ -251,7 +250,7 @@ def match_setups(
     setups: Mapping[str, Setup] = SETUPS,
     protocol: str = "official",
 ) -> Iterator[tuple[str, Matching]]:
-    """Match the detections under each setup; the outcomes are in the order of `rank`ed ones."""
+    """Match `rank`ed detections under each setup; outcomes are in their order."""
     x, y, w, h = ground_truth.boxes.T
     usable = ~ground_truth.ignore & (x >= MARGIN) & (y >= MARGIN)
     usable &= (x + w <= FRAME_WIDTH - MARGIN) & (y + h <= FRAME_HEIGHT - MARGIN)
@@ -262,52 +261,36 @@ def match_setups(
         raise InputError(f"protocol {protocol!r} is unknown", f"use {' or '.join(PROTOCOLS)}")
     overlaps = find_overlaps(ground_truth, detections)
     matched: dict[tuple, tuple[np.ndarray, ...]] = {}  # setups differ by subset only, some of them
-    for name, setup in setups.items():
-        key = setup[:2]
-        if key not in matched:
-            low, high = setup.heights
-            counts = usable & (h >= low) & (h <= high)
-            counts &= np.isin(ground_truth.occlusion, setup.occlusion)
-            matched[key] = (counts, *match(overlaps, counts, len(detections.scores)))
-        counts, outcome, finder = matched[key]
-        frames = ground_truth.in_subset(setup.subset)
+    for name, (heights, levels, subset) in setups.items():
+        if (heights, levels) not in matched:
+            counts = usable & (h >= heights[0]) & (h <= heights[1])
+            counts &= np.array([level in levels for level in (0, 1, 2)])[ground_truth.occlusion]
+            matched[heights, levels] = (counts, *match(overlaps, counts, len(detections.scores)))
+        counts, outcome, gt_match = matched[heights, levels]
+        frames = ground_truth.in_subset(subset)
         outcome = np.where(frames[detections.frame], outcome, -1)
         positive = counts & (frames & counted)[ground_truth.frame]
-        yield name, Matching(outcome, positive, finder, frames)
+        yield name, Matching(outcome, positive, gt_match, frames)
 
 
 def match(overlaps: Overlaps, counts: np.ndarray, n_detections: int) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) outcome of each detection and (m,) finder of each object; `counts`: (m,) bool."""
+    """(n,) outcome of each detection and (m,) match of each box that counts; `counts`: (m,) bool."""
     outcome = np.zeros(n_detections, dtype=np.int8)
-    outcome[overlaps.absorbed[~counts[overlaps.absorber]]] = -1
-    chosen = counts[overlaps.object]
-    finder = assign(overlaps.detection[chosen], overlaps.object[chosen], len(counts))
-    outcome[finder[finder >= 0]] = 1  # what holds a person is not absorbed
-    return outcome, finder
+    outcome[overlaps.ignored_det[~counts[overlaps.ignoring_gt]]] = -1
+    pairs = counts[overlaps.gt]
+    gt_match = match_greedily(overlaps.det[pairs], overlaps.gt[pairs], len(counts))
+    outcome[gt_match[gt_match >= 0]] = 1  # a matched detection is never ignored
+    return outcome, gt_match
 
 
 def rank(detections: Detections) -> Detections:
-    """The detections from the highest score down; equal ones by frame, then by row.
-
-    If some frame's rows are not in descending order, the file has no order to keep, and equal
-    scores of one frame are ranked by x, y, w, h instead: every shuffle gives the same result.
-    """
-    by_frame = np.argsort(detections.frame, kind="stable")
-    frame, scores = detections.frame[by_frame], detections.scores[by_frame]
-    shuffled = np.any((np.diff(frame) == 0) & (np.diff(scores) > 0))
-    order = by_frame[np.argsort(-scores, kind="stable")]
-    if shuffled:
-        frame, scores = detections.frame[order], detections.scores[order]
-        equal = np.pad((np.diff(frame) == 0) & (np.diff(scores) == 0), 1)
-        tied = np.flatnonzero(equal[1:] | equal[:-1])
-        keys = (*detections.boxes[order[tied]].T[::-1], frame[tied], -scores[tied])
-        order[tied] = order[tied][np.lexsort(keys)]
-    return replace(
-        detections,
-        frame=detections.frame[order],
-        boxes=detections.boxes[order],
-        scores=detections.scores[order],
+    """The detections from the highest score down; equal ones by frame, then by row."""
+    order = np.argsort(detections.frame, kind="stable")
+    order = order[np.argsort(-detections.scores[order], kind="stable")]
+    frame, boxes, scores = (
+        values[order] for values in (detections.frame, detections.boxes, detections.scores)
     )
+    return replace(detections, frame=frame, boxes=boxes, scores=scores)
 
 
 # ------------------------------------------------------------------- miss rate
@@ -318,8 +301,8 @@ class Result:
     """One setup's miss rate and curve; rates are fractions.
 
     miss_rate, recall: nan where no person counts. rates: (9,) detection rate at FPPI `points`.
-    hits, scores: (k,) bool, float64, the detections that count, from the highest score down: true
-    or false positive. n_positive, n_frames: people that count, frames of the subset.
+    hits, scores: (k,) bool, float64, the detections that are not ignored, from the highest score
+    down: true or false positive. n_positive, n_frames: people that count, frames of the subset.
     """
 
     miss_rate: float
@@ -421,7 +404,7 @@ def id_shift(ground_truth: GroundTruth, detections: Detections) -> int:
         frame = detections.frame + shift
         inside = (frame >= 0) & (frame < len(ground_truth.frames))
         moved = Detections(frame[inside], detections.boxes[inside], detections.scores[inside])
-        fits[shift] = len(np.unique(find_overlaps(ground_truth, moved).object))
+        fits[shift] = len(np.unique(find_overlaps(ground_truth, moved).gt))
     best = max(fits, key=fits.__getitem__)
     return best if fits[best] >= max(20, 1.5 * fits[0]) else 0
 

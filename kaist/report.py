@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kaist.bootstrap import bootstrap, interval
-from kaist.files import write_atomically
+from kaist.files import printable, write_atomically, write_text
 from kaist.miss_rate import SCENE_SETUPS, SETUPS, GroundTruth, Result, evaluate, id_shift, rank
 from kaist.results import Detections, read_detections, write_detections
 
@@ -53,7 +53,7 @@ def score(
     if resamples:
         samples = bootstrap(ground_truth, detections, setups, resamples=resamples, by_video=by_video)
     notes = find_notes(ground_truth, detections, official[ALL], leaderboard[ALL])
-    return Scores(name, official, leaderboard, samples, notes)
+    return Scores(printable(name), official, leaderboard, samples, notes)
 
 
 def find_notes(
@@ -182,7 +182,7 @@ def defined(value: float) -> float | None:
 def write_json(scores: Sequence[Scores], path: Path, curves: bool = False) -> None:
     """Write `as_dict` to a file."""
     text = json.dumps(as_dict(scores, curves), allow_nan=False) + "\n"
-    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    write_text(path, text)
 
 
 # ------------------------------------------------------------------- tables

@@ -11,6 +11,7 @@ frame id a line, says which frames its ids mean; without one it is the list the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from kaist.annotations import read_image_list
-from kaist.files import InputError, load_json, read_text, write_atomically
+from kaist.files import InputError, load_json, read_text, write_text
 
 PEDESTRIAN = 1  # the category_id that counts
 
@@ -79,11 +80,9 @@ def frames_path(path: str | Path) -> Path:
 def read_detections(path: str | Path, frames: Sequence[str]) -> Detections:
     """Read a result file, text or JSON; the frames of its ids are indexed along `frames`.
 
-    Text is `image_id,x,y,w,h,score` a line with ids from 1; JSON a list of `{image_id,
-    category_id, bbox, score}` with ids from 0. Ids count along the companion `<stem>.frames.txt`
-    if there is one, else along `frames`. A file without rows is a legal result: no detections.
-
-    A box of zero width or height is legal too: it overlaps nothing, as in bbGt.m.
+    Ids count along the companion `<stem>.frames.txt` if there is one, else along `frames`. A file
+    without rows is a legal result: no detections. A box of zero width or height is legal too: it
+    overlaps nothing, as in bbGt.m.
 
     Raises:
         InputError: a malformed row, a negative size, a value that is not finite, or an id
@@ -94,15 +93,14 @@ def read_detections(path: str | Path, frames: Sequence[str]) -> Detections:
         raise InputError("result file not found", "check --detections", file=path)
     text = read_text(path)
     is_json = path.suffix == ".json" or text.lstrip()[:1] in ("[", "{")
-    rows, numbers, others = parse_json(text, path) if is_json else parse_text(text, path)
+    rows, places, others = parse_json(text, path) if is_json else parse_text(text, path)
     companion = frames_path(path)
     named = read_image_list(companion) if companion.is_file() else frames
 
     def refuse(bad: np.ndarray, problem: str, remedy: str) -> None:
         if bad.any():
             row = int(np.argmax(bad))
-            number = numbers[row]
-            line = entry_line(text, number) if is_json else number + 1
+            line = entry_line(text, places[row]) if is_json else places[row] + 1
             values = ",".join(f"{value:g}" for value in rows[row])
             raise InputError(f"{problem}: {values}", remedy, file=path, line=line)
 
@@ -122,35 +120,70 @@ def read_detections(path: str | Path, frames: Sequence[str]) -> Detections:
     return move_frames(detections, frame_places(named, frames, companion))
 
 
-def parse_text(text: str, path: Path) -> tuple[np.ndarray, range, int]:
+def parse_text(text: str, path: Path) -> tuple[np.ndarray, Sequence[int], int]:
     """Rows (n, 6) float64 of a text result, their places in the file, 0 other categories."""
-    lines = text.rstrip().split("\n") if text.strip() else []
-    if not lines:
-        return np.empty((0, 6)), range(0), 0
-    try:
-        rows = np.loadtxt(lines, delimiter=",", comments=None, ndmin=2)
-        if rows.shape != (len(lines), 6):  # it skips blank lines
+    text = text.rstrip()
+    if not text:
+        return np.empty((0, 6)), (), 0
+    rows = parse_decimals(f"{text}\n".encode())
+    if rows is None:
+        rows = parse_lines(text.split("\n"), path)
+    return rows, range(len(rows)), 0
+
+
+def parse_decimals(text: bytes) -> np.ndarray | None:
+    """Lines of six plain decimals, such as -12.3450, as rows (n, 6): all numbers at once.
+
+    Their digits are read as integers and divided by powers of ten. Up to 15 digits both are exact
+    floats, so that the quotient is the float that is nearest to the decimal, as float() has it.
+
+    Returns:
+        None for a text that holds anything else, or longer numbers.
+    """
+    first_line = text[: text.index(b"\n")].split(b",")  # tells most files of long numbers
+    if max(map(len, first_line)) > 17 or text.translate(None, b"0123456789-.,\n"):
+        return None
+    chars = np.frombuffer(text, np.uint8)
+    marks = np.flatnonzero((chars < ord("-")) | (chars == ord(".")))  # commas, line ends, points
+    point = chars[marks] == ord(".")
+    ends, points, field = marks[~point], marks[point], np.cumsum(~point)[point]
+    signs = np.flatnonzero(chars == ord("-"))
+    digits = np.diff(ends, prepend=-1) - 1  # of each number, once its point and sign are taken off
+    digits[field] -= 1
+    digits[np.searchsorted(ends, signs)] -= 1
+    plain = (chars[signs - 1] < ord("-")).all() and not (point[1:] & point[:-1]).any()
+    if not plain or digits.min() < 1 or digits.max() > 15:
+        return None  # a sign within a number, two points in one, none or too many digits
+    if len(ends) % 6 or (chars[ends].reshape(-1, 6) != tuple(b",,,,,\n")).any():
+        return None
+    decimals = np.zeros(len(ends))
+    decimals[field] = ends[field] - points - 1
+    whole = np.fromstring(text.replace(b".", b"").replace(b"\n", b","), np.int64, sep=",")
+    return (whole / 10.0**decimals).reshape(-1, 6)
+
+
+def parse_lines(lines: list[str], path: Path) -> np.ndarray:
+    """Rows (n, 6) float64 of a text result of any numbers."""
+
+    def load(some: list[str]) -> np.ndarray:
+        rows = np.loadtxt(some, delimiter=",", comments=None, ndmin=2)
+        if rows.shape != (len(some), 6):  # it skips blank lines
             raise ValueError
-    except ValueError:
-        number, line = next(bad for bad in enumerate(lines, 1) if not is_row(bad[1]))
-        raise InputError(
-            f"{line.strip()[:60]!r} is not image_id,x,y,w,h,score",
-            "correct or delete the line",
-            file=path,
-            line=number,
-        ) from None
-    return rows, range(len(lines)), 0
+        return rows
 
-
-def is_row(line: str) -> bool:
-    """Whether a line holds six numbers."""
     try:
-        return bool(line.strip()) and np.loadtxt([line], delimiter=",", comments=None).size == 6
+        return load(lines)
     except ValueError:
-        return False
+        for number, line in enumerate(lines, 1):
+            try:
+                load([line or "?"])
+            except ValueError:
+                problem = f"{line.strip()[:60]!r} is not image_id,x,y,w,h,score"
+                raise InputError(problem, "correct or delete the line", file=path, line=number) from None
+        raise
 
 
-def parse_json(text: str, path: Path) -> tuple[np.ndarray, list[int], int]:
+def parse_json(text: str, path: Path) -> tuple[np.ndarray, Sequence[int], int]:
     """Rows (n, 6) float64 of a JSON result's pedestrians, their places, how many others there are.
 
     A row is (image_id, x, y, w, h, score).
@@ -159,40 +192,40 @@ def parse_json(text: str, path: Path) -> tuple[np.ndarray, list[int], int]:
     if not isinstance(content, list):
         raise InputError("the JSON is not a list", "write a list of detections", file=path, line=1)
     try:
-        places = [i for i, entry in enumerate(content) if entry["category_id"] == PEDESTRIAN]
-        values = np.array([entry_row(content[i]) for i in places] or np.empty((0, 6)))
-        rows = values.astype(np.float64)
-        strange = values.dtype.kind not in "fi" or "true" in text or "false" in text
-        checked = content if strange else [e for e in content if e["category_id"] != PEDESTRIAN]
-        if not all(map(is_entry, checked)):
-            raise ValueError
+        rows = entry_rows(content)
     except (KeyError, TypeError, ValueError, OverflowError):
-        place = next((i for i, entry in enumerate(content) if not is_entry(entry)), 0)
+        place = next(i for i, entry in enumerate(content) if not is_entry(entry))
         raise InputError(
             f"{str(content[place])[:80]} is no detection",
             "write image_id, category_id, bbox [x, y, w, h] and score as numbers",
             file=path,
             line=entry_line(text, place),
         ) from None
+    places = [i for i, entry in enumerate(content) if entry["category_id"] == PEDESTRIAN]
     return rows, places, len(content) - len(places)
 
 
-def entry_row(entry: Mapping) -> tuple[float, ...]:
-    """(image_id, x, y, w, h, score) of a JSON entry."""
-    x, y, w, h = entry["bbox"]
-    return entry["image_id"], x, y, w, h, entry["score"]
+def entry_rows(entries: Sequence[Mapping]) -> np.ndarray:
+    """Rows (n, 6) float64 of the entries that are pedestrians.
+
+    Raises:
+        KeyError, TypeError, ValueError, OverflowError: an entry lacks a number.
+    """
+    categories = [entry["category_id"] for entry in entries]
+    found = [e for e, category in zip(entries, categories, strict=True) if category == PEDESTRIAN]
+    boxes = [entry["bbox"] for entry in found]
+    columns = [entry["image_id"] for entry in found], *zip(*boxes, strict=True), [e["score"] for e in found]
+    if {*map(type, itertools.chain(categories, *columns))} - {int, float}:
+        raise TypeError("a value is no number")
+    return np.array(columns, np.float64).T if found else np.empty((0, 6))
 
 
-def is_entry(entry: object) -> bool:
-    """Whether a JSON entry has all its fields as numbers, or is of another category."""
+def is_entry(entry: Mapping) -> bool:
+    """Whether `entry_rows` takes an entry."""
     try:
-        values = [entry["category_id"]]
-        if values[0] == PEDESTRIAN:
-            values += entry_row(entry)
-        [float(value) for value in values]
+        return entry_rows([entry]).shape[1] == 6
     except (KeyError, TypeError, ValueError, OverflowError):
         return False
-    return all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
 
 
 def entry_line(text: str, place: int) -> int:
@@ -212,21 +245,17 @@ def write_detections(path: str | Path, detections: Detections, frames: Sequence[
     """
     path = Path(path)
     values = np.column_stack([detections.boxes, detections.scores]).tolist()
+    ids = detections.frame.tolist()
     if path.suffix == ".json":
+        rows = ([float(f"{v:.9g}") for v in row] for row in values)
         content = [
-            {
-                "image_id": i,
-                "category_id": PEDESTRIAN,
-                "bbox": [float(f"{v:.9g}") for v in box],
-                "score": float(f"{score:.9g}"),
-            }
-            for i, (*box, score) in zip(detections.frame.tolist(), values, strict=True)
+            {"image_id": i, "category_id": PEDESTRIAN, "bbox": row[:4], "score": row[4]}
+            for i, row in zip(ids, rows, strict=True)
         ]
         text = json.dumps(content)
     else:
-        ids = (detections.frame + 1).tolist()
         rows = zip(ids, values, strict=True)
-        text = "".join(f"{i}," + ",".join(f"{v:.9g}" for v in row) + "\n" for i, row in rows)
+        text = "".join(f"{i + 1}," + ",".join(f"{v:.9g}" for v in row) + "\n" for i, row in rows)
     listing = "\n".join(frames) + "\n"
-    write_atomically(frames_path(path), lambda beside: beside.write_text(listing))
-    write_atomically(path, lambda beside: beside.write_text(text))
+    write_text(frames_path(path), listing)
+    write_text(path, text)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFilter
 
 from kaist.annotations import FRAME_HEIGHT
 
@@ -58,7 +57,7 @@ def paint(rng: np.random.Generator, material: str, night: bool) -> Paint:
     """One piece of a material: a visible colour and a heat drawn from its ranges."""
     colours, by_day, by_night = MATERIALS[material]
     heat = rng.uniform(*(by_night if night else by_day))
-    colour = np.array(ImageColor.getrgb(rng.choice(colours.split()))) + rng.normal(0, 7)
+    colour = np.array(tuple(bytes.fromhex(rng.choice(colours.split())[1:]))) + rng.normal(0, 7)
     return shade((*colour, heat), 1.0)
 
 
@@ -116,6 +115,8 @@ class Canvas:
         origin: Sequence[float] = (0, 0),
         unit: Sequence[float] = (1, 1),
     ) -> None:
+        from PIL import Image, ImageDraw
+
         left, top, right, bottom = box  # scene pixels; what lies outside the scene is not drawn
         self.left, self.top = max(0, int(left)), max(0, int(top))
         self.oversample = oversample
@@ -124,10 +125,11 @@ class Canvas:
         size = min(int(right), SCENE_WIDTH) - self.left, min(int(bottom), FRAME_HEIGHT) - self.top
         size = [max(1, side) * oversample for side in size]
         self.image, self.mask = Image.new("CMYK", size), Image.new("L", size)
+        self.pens = ImageDraw.Draw(self.image), ImageDraw.Draw(self.mask)
 
     def _draw(self, shape: str, corners: np.ndarray, colour: Paint, **how) -> None:
-        for image, fill in ((self.image, colour), (self.mask, 255)):
-            getattr(ImageDraw.Draw(image), shape)(corners.ravel().tolist(), fill=fill, **how)
+        for pen, fill in zip(self.pens, (colour, 255), strict=True):
+            getattr(pen, shape)(corners.ravel().tolist(), fill=fill, **how)
 
     def polygon(self, points: Points, colour: Paint) -> None:
         """A filled polygon."""
@@ -165,10 +167,8 @@ class Camera:
         return SCENE_WIDTH / 2 + FOCAL * x / z, self.horizon + FOCAL * (EYE - y) / z
 
     def rectangle(self, a: Sequence[float], b: Sequence[float]) -> Points:
-        """Corners of the rectangle between opposite corners a and b (x, y, z).
-
-        With one x it is a wall along the street; else its lower and upper edges run across.
-        """
+        """Corners of the rectangle between opposite corners a and b (x, y, z): a wall along the street
+        where they share x; else its lower and upper edges run across."""
         (x0, y0, z0), (x1, y1, z1) = a, b
         corners = (a, (x1, y0, z0 if x0 != x1 else z1), b, (x0, y1, z1 if x0 != x1 else z0))
         return [self.see(*corner) for corner in corners]
@@ -338,10 +338,10 @@ def draw_post(rng: np.random.Generator, camera: Camera, night: bool, x: float, z
 
 
 def draw_houses(rng: np.random.Generator, camera: Camera, night: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Sky, ground and two rows of houses, and the light of their windows.
+    """Sky, ground and two rows of houses, (FRAME_HEIGHT, SCENE_WIDTH, 4) float32, and the light of
+    their windows, (FRAME_HEIGHT, SCENE_WIDTH, 3) float32."""
+    from PIL import Image
 
-    Returns (FRAME_HEIGHT, SCENE_WIDTH, 4) and (FRAME_HEIGHT, SCENE_WIDTH, 3), float32.
-    """
     canvas = Canvas((0, 0, SCENE_WIDTH, FRAME_HEIGHT))
 
     def fill(material: str | Paint, a: Sequence[float], b: Sequence[float]) -> None:
@@ -410,6 +410,8 @@ class Street:
 
 def build_street(rng: np.random.Generator, night: bool) -> Street:
     """A new street: its ground and houses, what stands at its kerbs, its light."""
+    from PIL import Image, ImageFilter
+
     camera, props = Camera(rng.uniform(204, 216)), []
     background, lit = draw_houses(rng, camera, night)
     for side in (-1, 1):

@@ -12,12 +12,6 @@ PROJECT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache_folder(tmp_path_factory):
-    """What tests remember of files stays out of the user's cache folder."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="session", autouse=True)
 def tools_everywhere() -> None:
     """`python -m tools.x` finds the project from any folder that a test starts it in."""
     os.environ["PYTHONPATH"] = str(PROJECT)

@@ -469,7 +469,7 @@ def test_cache_says_when_it_cannot_be(demo_root, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=r"I99999.jpg: image not found"):
         cache_frames(tmp_path / "cache", demo_root, ["set00/V000/I99999"], "early")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
-    with pytest.raises(InputError, match=r"a cache of 0\.0 GB does not fit, 0\.0 GB are free"):
+    with pytest.raises(InputError, match=r"a cache of 3\.9 MB does not fit, 0\.0 MB are free"):
         cache_frames(tmp_path / "cache", demo_root, ids, "early")
 
 

@@ -6,23 +6,15 @@ import hashlib
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from kaist.annotations import (
-    FRAME_HEIGHT,
-    FRAME_WIDTH,
-    json_row,
-    line_row,
-    object_line,
-    parse_xml,
-    read_json,
-    xml_row,
-)
+from kaist.annotation_files import ObjectRow, json_row, parse_xml, read_json, read_lines, read_rows, xml_row
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError, load_json, read_text
 
 FAULTS = {
@@ -70,6 +62,7 @@ FAULTS = {
 # How the problems that readers tell of begin or end, and the fault each is.
 REFUSALS = {
     "not a text file": "not-text",
+    "is not a bbGt header": "bad-header",
     "are wanted": "too-few-columns",
     "is not a number": "not-a-number",
     "with positive size": "no-area",
@@ -171,28 +164,25 @@ Rows = list[tuple[int, str, tuple[float, ...]]]  # line (or place), label, box x
 
 def check_text(path: Path, columns: int) -> tuple[list[Fault], Rows]:
     """Faults of a text annotation, and its objects."""
-    faults, rows = [], []
+    errors: list[InputError] = []
     try:
-        lines = read_text(path).splitlines()
+        rows = as_rows(read_lines(path, columns, errors))
     except InputError as error:
         return [refusal(error, path)], []
-    if not lines or not lines[0].startswith("%"):
-        faults.append(Fault("bad-header", path, 1, "it does not begin with '% bbGt version=3'"))
-    for number, line in enumerate(lines[1:], 2):
-        if line.strip():
-            try:
-                label, box, *_ = line_row(line, columns, path, number)
-                rows.append((number, label, tuple(box)))
-            except InputError as error:
-                faults.append(refusal(error, path))
-    return [*faults, *suspicions(rows, path)], rows
+    return [*(refusal(error, path) for error in errors), *suspicions(rows, path)], rows
+
+
+def as_rows(objects: Sequence[ObjectRow]) -> Rows:
+    """What `suspicions` looks at."""
+    return [(row.number, row.label, tuple(row.box)) for row in objects]
 
 
 def check_xml(path: Path, frame_id: str) -> tuple[list[Fault], Rows]:
     """Faults of an XML annotation, and its objects."""
-    faults, rows = [], []
+    faults: list[Fault] = []
+    errors: list[InputError] = []
     try:
-        tree = parse_xml(path)
+        tree, lines = parse_xml(path)
     except InputError as error:
         return [refusal(error, path)], []
     named = re.findall(r"set\d\d|V\d{3}|I\d{5}", tree.findtext("filename", ""))
@@ -202,14 +192,9 @@ def check_xml(path: Path, frame_id: str) -> tuple[list[Fault], Rows]:
     size = [tree.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
     if any(size) and size != [str(FRAME_WIDTH), str(FRAME_HEIGHT)]:
         faults.append(Fault("contradicting-file", path, 0, f"its size is {size[0]}x{size[1]}"))
-    for i, item in enumerate(tree.iter("object")):
-        try:
-            label, box, *_ = xml_row(item, path, None)
-            rows.append((i, label, tuple(box)))
-        except InputError as error:
-            faults.append(refusal(error, path)._replace(line=object_line(path, i)))
-    found = suspicions(rows, path)
-    return [*faults, *(f._replace(line=object_line(path, f.line)) for f in found)], rows
+    numbered = zip(lines, tree.iter("object"), strict=True)
+    rows = as_rows(read_rows(numbered, xml_row, path, errors))
+    return [*faults, *(refusal(error, path) for error in errors), *suspicions(rows, path)], rows
 
 
 def check_json(path: Path) -> tuple[list[Fault], set[str]]:
@@ -238,7 +223,7 @@ def check_json(path: Path) -> tuple[list[Fault], set[str]]:
             add("json-repeated-id", f"annotation id {repeated} is there {used[repeated]} times")
         for number, item in enumerate(content["annotations"]):
             try:
-                label, box, *_ = json_row(item, number, labels, path)
+                label, box, *_ = json_row(path, labels, item, number)
             except InputError as error:
                 faults.append(refusal(error, path))
                 continue

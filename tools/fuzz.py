@@ -43,7 +43,8 @@ import eval as eval_script
 import train
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.config import OneLineParser, read_constants
-from kaist.annotations import read_bbgt, read_image_list, read_json, read_paired, read_xml
+from kaist.annotation_files import read_bbgt, read_json, read_paired, read_xml
+from kaist.annotations import read_image_list
 from kaist.demo import draw_demo
 from kaist.files import InputError, make_folder, run_script
 from kaist.images import read_image

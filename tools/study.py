@@ -30,7 +30,7 @@ import train
 from engine.config import OneLineParser, as_flags, show
 from engine.experiments import EXPERIMENTS
 from engine.run import same_recipe
-from kaist.files import InputError, make_folder, run_script, write_atomically
+from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
 
 CHECKPOINTS = "checkpoints"  # the runs are kept in a folder of the study's name below it
 OUT = "results"  # where the report's table and figure go
@@ -108,7 +108,7 @@ def main() -> None:
     make_folder(Path(OUT))
     command = " ".join(["python -m tools.study", arguments.study, *more])
     text = f"`{command}`: {study.question}\n\n{table}\n"
-    write_atomically(Path(OUT) / f"{arguments.study}.md", lambda path: path.write_text(text))
+    write_text(Path(OUT) / f"{arguments.study}.md", text)
     write_atomically(Path(OUT) / f"{arguments.study}.png", lambda path: draw(study, outcomes, path))
     print(text)
 

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from engine.checkpoint import load_checkpoint
-from kaist.annotations import image_path, read_image_list, read_json, read_xml
+from kaist.annotation_files import read_json, read_xml
+from kaist.annotations import image_path, read_image_list
 from kaist.error_sheet import draw_errors
 from kaist.files import MAX_TEXT, InputError
 from kaist.images import read_image

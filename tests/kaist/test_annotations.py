@@ -1,13 +1,13 @@
 """KAIST's files: image lists, every form of annotation, and how bad ones are named."""
 
 import json
-import os
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kaist.annotation_files import json_objects, json_row, make_objects
 from kaist.annotations import (
     image_path,
     open_annotations,
@@ -58,15 +58,6 @@ def make_json(path, annotations, frames=(FRAME,)):
     categories = [{"id": 0, "name": "__ignore__"}, {"id": 1, "name": "person"}]
     content = {"images": images, "annotations": items, "categories": categories}
     return write(path, json.dumps(content, indent=1))
-
-
-@pytest.fixture(scope="module")
-def reference():
-    default = Path(__file__).parents[3] / "shared" / "kaist"
-    root = Path(os.environ.get("KAIST_REFERENCE", default))
-    if not (root / "annotations" / "KAIST_annotation.json").is_file():
-        pytest.skip("KAIST_REFERENCE names no folder with annotations/KAIST_annotation.json")
-    return root
 
 
 def test_sets_tell_time_and_scene():
@@ -195,9 +186,27 @@ def test_bad_xml_is_named(tmp_path, old, new, word):
     path = write(tmp_path / f"annotations-xml-new/{FRAME}.xml", XML.replace(old, new, 1))
     with pytest.raises(InputError, match=word) as error:
         open_annotations(tmp_path).read(FRAME)
-    place, _, _ = str(error.value).removeprefix(f"{path}:").partition(":")
     starts = [i for i, line in enumerate(XML.splitlines(), 1) if "<object>" in line]
-    assert int(place) == starts[0] or word == "broken XML"
+    assert error.value.file == path and (error.value.line == starts[0] or word == "broken XML")
+
+
+def test_the_second_objects_line_is_told(tmp_path):
+    text = XML.replace("<h>70</h>", "<h>7_0</h>")
+    write(tmp_path / f"annotations-xml-new/{FRAME}.xml", text)
+    with pytest.raises(InputError, match=rf"{FRAME}.xml:4: '7_0' is not a number"):
+        open_annotations(tmp_path).read(FRAME)
+
+
+def test_an_xml_with_entities_is_refused_unread(tmp_path):
+    bomb = '<!DOCTYPE a [<!ENTITY x "xxxxxxxxxx"><!ENTITY y "&x;&x;">]>\n' + XML
+    write(tmp_path / f"annotations-xml-new/{FRAME}.xml", bomb)
+    with pytest.raises(InputError, match=rf"{FRAME}.xml:1: an XML with a DOCTYPE"):
+        open_annotations(tmp_path).read(FRAME)
+    write(
+        tmp_path / f"annotations-xml-new/{FRAME}.xml",
+        XML.replace("<annotation>", "<annotation><!-- <!DOCTYPE -->"),
+    )
+    check_objects(open_annotations(tmp_path).read(FRAME), 2)
 
 
 def test_another_xml_is_refused(tmp_path):
@@ -221,6 +230,8 @@ def test_bad_json_is_named(tmp_path):
         ([(0, [1, 2, 3, 4], 0, 0), (0, [1, 2, -3, 4], 0, 0)], "annotation 1 .*positive"),
         ([(0, [1, 2, 3, 4], 5, 0)], "annotation 0 .*occlusion 5"),
         ([(7, [1, 2, 3, 4], 0, 0)], "7"),
+        ([(0, [1, 2, 3, 4], 0, "0")], "annotation 0 .*ignore is '0', not 0, 1, true or false"),
+        ([(0, [1, 2, 3, 4], 0, 0), (0, [1, 2, 3, 4], 0, None)], "annotation 1 .*ignore is None"),
     ):
         with pytest.raises(InputError, match=word):
             open_annotations(make_json(path, annotations))
@@ -230,6 +241,86 @@ def test_bad_json_is_named(tmp_path):
     for text, word in (('{"images": [}', "a.json:1: broken JSON"), ("[]", "not a KAIST")):
         with pytest.raises(InputError, match=word):
             open_annotations(write(path, text))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_json_objects_are_refused_together_as_one_by_one(seed):
+    """What all at once is taken gives the rows' objects; what is refused, some row is refused for."""
+    rng = np.random.default_rng(seed)
+    strange = [None, "0", "", True, [], {}, float("nan"), 1e9, -1, 0, 2, 3, 0.5, 10**400]
+    taken = 0
+    for _ in range(300):
+        items = [
+            {"category_id": 1, "bbox": rng.integers(1, 99, 4).tolist(), "occlusion": 0, "ignore": int(i % 2)}
+            for i in range(3)
+        ]
+        item, value = items[rng.integers(3)], strange[rng.integers(len(strange))]
+        key = rng.choice(["category_id", "bbox", "occlusion", "ignore", "side", "more", "none"])
+        if key == "side":
+            item["bbox"][rng.integers(4)] = value
+        elif key == "more":
+            item["bbox"].append(3)
+        elif key != "none":
+            item[key] = value
+        try:
+            rows = [json_row("a.json", {1: "person", 2: 7}, item, i) for i, item in enumerate(items)]
+        except InputError:
+            with pytest.raises((KeyError, TypeError, ValueError, OverflowError)):
+                json_objects(items, {1: "person", 2: 7})
+            continue
+        taken += 1
+        expected, objects = make_objects(rows), json_objects(items, {1: "person", 2: 7})
+        assert objects.labels == expected.labels
+        for part in ("boxes", "occlusion", "ignore"):
+            np.testing.assert_array_equal(getattr(objects, part), getattr(expected, part))
+            assert getattr(objects, part).dtype == getattr(expected, part).dtype
+    assert 30 < taken < 270
+
+
+@pytest.mark.parametrize("form", ["bbgt", "flat", "xml", "paired", "json"])
+def test_many_frames_are_what_each_is_by_itself(tmp_path, form):
+    rng = np.random.default_rng(0)
+    frames = [f"set0{i % 3}/V00{i % 2}/I{i:05d}" for i in range(12)]
+    layout = {"paired": "{0}/lwir/{1}.txt", "xml": "{0}/{1}.xml", "flat": "{2}.txt"}.get(form, "{0}/{1}.txt")
+    found = []
+    for k, frame_id in enumerate(frames):
+        rows = [rng.integers((1, 1, 9, 9, 0), (99, 99, 99, 99, 3)).tolist() for _ in range(rng.integers(4))]
+        found += [(k, row[:4], row[4], int(row[0]) % 2) for row in rows]
+        if form == "xml":
+            text = "".join(
+                f"<object><name>person</name><bndbox><x>{x}</x><y>{y}</y><w>{w}</w><h>{h}</h></bndbox>"
+                f"<occlusion>{o}</occlusion></object>"
+                for x, y, w, h, o in rows
+            )
+            text = f"<annotation>{text}</annotation>"
+        else:
+            lines = (f"person {x} {y} {w} {h} {o} 0 0 0 0 0 0\n" for x, y, w, h, o in rows)
+            text = "% bbGt version=3\n" + "".join(lines)
+        write(tmp_path / "set" / layout.format(*frame_id.rsplit("/", 1), frame_id.replace("/", "_")), text)
+    source = tmp_path / "set"
+    if form == "json":
+        source = make_json(tmp_path / "a.json", rng.permutation(np.array(found, object)).tolist(), frames)
+    annotations = open_annotations(source)
+    assert annotations.form == ("bbgt" if form == "flat" else form)
+    order = [frames[i] for i in rng.permutation(12)[:9]]
+    objects, counts = annotations.read_all(order)
+    alone = [annotations.read(frame_id) for frame_id in order]
+    assert counts.tolist() == [len(o.boxes) for o in alone] and counts.dtype == np.int64
+    assert objects.labels == sum((o.labels for o in alone), ())
+    for part in ("boxes", "occlusion", "ignore"):
+        expected = np.concatenate([getattr(o, part) for o in alone])
+        np.testing.assert_array_equal(getattr(objects, part), expected)
+        assert getattr(objects, part).dtype == expected.dtype
+    boxes = sorted(box for k, box, *_ in found if frames[k] in order)
+    assert sorted(objects.boxes.tolist()) == boxes
+
+
+def test_a_nested_file_is_read_before_a_flat_one(tmp_path):
+    write(tmp_path / f"{FRAME.replace('/', '_')}.txt", BBGT)
+    annotations = open_annotations(tmp_path)
+    check_objects(annotations.read(FRAME), 3)
+    write(tmp_path / f"{FRAME}.txt", "% bbGt version=3\n")
+    assert len(annotations.read(FRAME).boxes) == 0
 
 
 def test_missing_annotations_are_named(tmp_path):

@@ -16,7 +16,14 @@ from kaist.annotations import image_path
 from kaist.files import InputError
 from kaist.miss_rate import evaluate, load_ground_truth
 from kaist.report import as_dict, draw_curves, headline, print_scores, report, score
-from kaist.results import Detections, frames_path, read_detections, write_detections
+from kaist.results import (
+    Detections,
+    frames_path,
+    parse_decimals,
+    parse_text,
+    read_detections,
+    write_detections,
+)
 
 PROJECT = Path(__file__).parents[2]
 FRAMES = ("set06/V000/I00000", "set06/V000/I00001", "set09/V000/I00000", "set09/V000/I00001")
@@ -35,15 +42,6 @@ def annotations(tmp_path):
     categories = [{"id": 1, "name": "person"}]
     path.write_text(json.dumps({"images": images, "annotations": items, "categories": categories}))
     return path
-
-
-@pytest.fixture(scope="module")
-def reference():
-    default = Path(__file__).parents[3] / "shared" / "kaist"
-    root = Path(os.environ.get("KAIST_REFERENCE", default))
-    if not (root / "results" / "reference.json").is_file():
-        pytest.skip("KAIST_REFERENCE names no folder with results/reference.json")
-    return root
 
 
 def read(path, text, frames=FRAMES):
@@ -126,6 +124,66 @@ def test_bad_text_is_named(tmp_path, line, word):
     with pytest.raises(InputError, match=word) as error:
         read(tmp_path / "a.txt", f"{good}\n{good}\n{line}\n{good}\n")
     assert f"{tmp_path / 'a.txt'}:3: " in str(error.value)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_numbers_are_what_float_reads(tmp_path, seed):
+    """Plain decimals, which are read all at once, and others, to the last bit; bad ones by line."""
+    rng = np.random.default_rng(seed)
+    forms = ["{:.0f}", "{:.1f}", "{:.4f}", "{:.8f}", "-{:.3f}", "{:.12f}", "{:.15f}", "{:.3e}", "{:06.2f}"]
+    strange = [
+        "",
+        "-",
+        ".",
+        "1.2.3",
+        "1-2",
+        "--1",
+        "1..2",
+        "5.",
+        ".5",
+        "-.5",
+        "0x1",
+        "1_0",
+        "١",
+        "+3",
+        "nan",
+        " 7 ",
+    ]
+    read_at_once = bad = 0
+    for trial in range(120):
+        some = rng.choice(forms[:5] if trial % 2 else forms, 3)
+        rows = [
+            [rng.choice(some).format(rng.uniform(0, 700)) for _ in range(6)]
+            for _ in range(rng.integers(1, 9))
+        ]
+        if trial % 3 == 0:
+            rows[rng.integers(len(rows))][rng.integers(6)] = rng.choice(strange)
+        lines = [",".join(row) for row in rows]
+        try:
+            expected = np.array([[plain_float(value) for value in row] for row in rows])
+        except ValueError:
+            bad += 1
+            with pytest.raises(InputError, match=r"a.txt:\d+: .* is not image_id,x,y,w,h,score"):
+                parse_text("\n".join(lines), tmp_path / "a.txt")
+            continue
+        found = parse_text("\n".join(lines) + "\n", tmp_path / "a.txt")[0]
+        np.testing.assert_array_equal(found, expected)
+        read_at_once += parse_decimals(("\n".join(lines) + "\n").encode()) is not None
+    assert read_at_once > 40 and bad > 10
+
+
+def plain_float(text):
+    """float(), without what only Python takes for a number."""
+    if not text.isascii() or "_" in text:
+        raise ValueError
+    return float(text)
+
+
+def test_commas_and_lines_are_not_mistaken_for_each_other(tmp_path):
+    for text in ("1,2,3\n4,5,6\n", "1,2,3,4,5\n6\n", "1,2,3,4,5,6,1,2,3,4,5,6\n"):
+        assert parse_decimals(text.encode()) is None
+        with pytest.raises(InputError, match="a.txt:1: .* is not image_id"):
+            read(tmp_path / "a.txt", text)
 
 
 @pytest.mark.parametrize(
@@ -326,6 +384,17 @@ def test_script_takes_lists_and_subsets(annotations, tmp_path, monkeypatch, caps
         run_main(monkeypatch, "--detections", "all.txt", "--annotations", annotations, "--subset", subset)
         out = capsys.readouterr().out
         assert re.search(r"all +50\.00 +50\.00", out) and "left out" not in out
+
+
+def test_script_takes_names_that_are_not_utf_8(annotations, tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9 \xe6\x97\xa5")
+    folder.mkdir()
+    path = folder / os.fsdecode(b"r\xe9sultat.txt")
+    path.write_text("1,100,100,40,100,0.9\n")
+    arguments = ("--detections", path, "--annotations", annotations, "--json", "n.json", "--out", "c.png")
+    assert "r\\udce9sultat " in run_eval(folder, *arguments)
+    assert list(json.loads((folder / "n.json").read_text())) == ["r\\udce9sultat"]
+    assert (folder / "c.png").stat().st_size > 1000
 
 
 def test_script_pictures_errors(annotations, tmp_path, monkeypatch, capsys):

@@ -142,7 +142,7 @@ def plant(root):
         (1, "incomplete-object", 2, xml(train[1], person).replace("<x>100</x>", "")),
         (2, "contradicting-file", 0, xml(train[3], person)),
         (3, "contradicting-file", 0, xml(train[3], person, width=320)),
-        (4, "broken-xml", 0, "<!DOCTYPE x>" + xml(train[4], person)),
+        (4, "broken-xml", 1, "<!DOCTYPE x>" + xml(train[4], person)),
         (5, "unknown-label", 3, xml(train[5], [*person, ("dog", (10, 200, 30, 80))])),
     ):
         path = root / "annotations-xml-new" / f"{train[i]}.xml"
