@@ -80,12 +80,15 @@ def new_pages(_: torch.device) -> Callable[[], int]:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is asked to keep memory")
-def test_freed_memory_is_kept():
+def test_freed_memory_is_kept(monkeypatch):
+    # With its threshold fixed, glibc takes each block from the system and gives it back. Left to
+    # itself it raises the threshold, and then a small block at the heap's top decides by chance
+    # whether the others are kept.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(128 * 1024))
     cpu = torch.device("cpu")
     usual, kept = Apart(new_pages, cpu), Apart(keeping, cpu, new_pages)
-    for count in (usual, kept):
-        count(), count()
-    assert kept() < usual() / 10
+    # A small block between freed ones can cost a kept heap one more block, a few times at most.
+    assert min(kept() for _ in range(8)) < min(usual() for _ in range(8)) / 10
 
 
 def takes(_: torch.device, megabytes: int) -> Callable[[], None]:
