@@ -47,7 +47,7 @@ from kaist.files import InputError, make_folder, run_script
 from kaist.images import read_image
 from kaist.results import read_detections
 from tools.faults import Fault, check_image, check_json, check_text, check_xml
-from tools.mutations import WORDS, XML_WORDS, mutate_bytes, mutate_json, mutate_text, mutate_zip
+from tools.mutations import JSON_WORDS, WORDS, XML_WORDS, mutate_bytes, mutate_text, mutate_zip
 
 CHUNK = 200  # inputs that a process takes at a time
 LIMIT = 100.0  # seconds that they may take
@@ -146,9 +146,9 @@ def make_seeds(folder: Path) -> dict[str, list[bytes]]:
     seeds = {
         "bbgt": [TEXT, TEXT + TEXT.split(b"\n")[1]],
         "xml": [XML],
-        "annotation-json": [json.dumps(people).encode()],
+        "annotation-json": [json.dumps(people, indent=i).encode() for i in (None, 1)],
         "result-text": [b"".join(b"%d,10.5,20,30.25,60,0.%d\n" % (i, i) for i in range(1, 10))],
-        "result-json": [json.dumps(rows).encode(), json.dumps(rows[:1], indent=1).encode()],
+        "result-json": [json.dumps(rows).encode(), json.dumps(rows[:2], indent=1).encode()],
         "image-list": ["\n".join(FRAMES).encode(), b"set00/V000/I00001\n"],
         "checkpoint": [(folder / "seed.pt").read_bytes()],
         "jpeg": [jpeg.getvalue()],
@@ -162,7 +162,7 @@ def make_readers(seeds: dict[str, list[bytes]]) -> dict[str, Reader]:
     constants = [f"--{name.replace('_', '-')}".encode() for name in read_constants(train.__file__)]
     text = partial(mutate_text, words=WORDS)
     flags = partial(mutate_text, words=(*WORDS, *constants, b"--help", b"--", b"-x", b"auto"))
-    xml = partial(mutate_text, words=WORDS + XML_WORDS)
+    xml, json_text = (partial(mutate_text, words=WORDS + more) for more in (XML_WORDS, JSON_WORDS))
     bbgt = partial(with_check, read_bbgt, lambda path: check_text(path, 11)[0])
     paired = partial(with_check, read_paired, lambda path: check_text(path, 5)[0])
     from_xml = partial(with_check, read_xml, lambda path: check_xml(path, FRAMES[19])[0])
@@ -179,9 +179,9 @@ def make_readers(seeds: dict[str, list[bytes]]) -> dict[str, Reader]:
         "bbgt": Reader(bbgt, "x.txt", seeds["bbgt"], text, 0.16),
         "paired": Reader(paired, "x.txt", seeds["bbgt"], text, 0.1),
         "xml": Reader(from_xml, "x.xml", seeds["xml"], xml, 0.12),
-        "annotation-json": Reader(from_json, "x.json", seeds["annotation-json"], mutate_json, 0.1),
+        "annotation-json": Reader(from_json, "x.json", seeds["annotation-json"], json_text, 0.1),
         "result-text": Reader(results, "x.txt", seeds["result-text"], text, 0.13),
-        "result-json": Reader(results, "x.json", seeds["result-json"], mutate_json, 0.12),
+        "result-json": Reader(results, "x.json", seeds["result-json"], json_text, 0.12),
         "frame-list": Reader(read_frame_list, "result.frames.txt", seeds["image-list"], text, 0.08),
         "image-list": Reader(read_image_list, "x.txt", seeds["image-list"], text, 0.107),
         "checkpoint": Reader(load_checkpoint, "x.pt", seeds["checkpoint"], mutate_zip, 0.04),
