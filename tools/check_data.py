@@ -1,6 +1,7 @@
 """Looks at every image and annotation of image lists, and reports all that is missing, broken or
 suspicious.
 
+    python -m tools.check_data ROOT
     python -m tools.check_data ROOT --list imageSets/train-all-02.txt
 
 All that training would refuse is found, and what it would learn from without a word: copies,
@@ -13,7 +14,7 @@ from __future__ import annotations
 import csv
 import signal
 import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import Namespace, RawDescriptionHelpFormatter
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -42,7 +43,7 @@ from tools.faults import (
     FAULTS,
     GREY,
     Fault,
-    Look,
+    ImageStats,
     check_image,
     check_json,
     check_text,
@@ -50,66 +51,71 @@ from tools.faults import (
     unreadable,
 )
 
-OUT = "faults.csv"
-SHOWN = 5  # faults of a kind in the table; the file has all
+MAX_SHOWN = 5  # faults of a kind in the table; the file has all
 
 
 class FrameReport(NamedTuple):
     """What was found at one frame.
 
-    pictures: (digest, file) of each sound image; has_image: whether any is there at all;
+    digests: digest -> file of the sound images; has_image: whether any is there at all;
     annotated: whether each of the annotations holds the frame.
     """
 
     faults: list[Fault]
-    pictures: list[tuple[bytes, Path]]
+    digests: dict[bytes, Path]
     has_image: bool
     annotated: list[bool]
 
 
 def main() -> int:
     """Check what the command line names; returns the exit code."""
+    arguments = parse_arguments()
+    root, out, modalities = arguments.root, arguments.out, MODALITIES[arguments.input_mode]
+    for folder in (root, out.parent):
+        if not folder.is_dir():
+            raise InputError("no such folder", "name another, or make it first", file=folder)
+    lists = [find_file(root, name) for name in arguments.list or ()]
+    lists = lists or sorted((root / "imageSets").glob("*.txt"))
+    if not lists:
+        raise InputError("no image lists here", "name some by --list", file=root / "imageSets")
+    forms, jsons = find_annotations(root, arguments.annotations)
+    frames: dict[str, tuple[Path, int]] = {}  # frame id -> the list and line that name it first
+    faults = [fault for path in lists for fault in check_list(path, frames, bool(arguments.list))]
+    faults += check_frames(root, frames, modalities, forms, jsons)
+    sources = ", ".join([*(form.form for form in forms), *(path.name for path in jsons)])
+    print(f"{len(frames)} frames of {len(lists)} lists, {' and '.join(modalities)}; annotations {sources}")
+    if not faults:
+        out.unlink(missing_ok=True)  # of an earlier check
+        print("no fault found")
+        return 0
+    write_atomically(out, lambda path: write_faults(faults, path))
+    print(f"{table(faults, root)}\nall of them: {out}")
+    n_missing = sum(fault.name == "missing-visible" for fault in faults)
+    if n_missing > len(frames) / 3:
+        print(f"{n_missing} of {len(frames)} visible images are missing: --input-mode lwir needs none")
+    return 1
+
+
+def parse_arguments() -> Namespace:
+    """The command line."""
+    kinds = "\n".join(f"  {name:20} {text}" for name, text in FAULTS.items())
     parser = OneLineParser(
         prog="python -m tools.check_data",
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
-        epilog="faults:\n" + "\n".join(f"  {name:20} {text}" for name, text in FAULTS.items()),
+        epilog=f"faults:\n{kinds}",
     )
     add = parser.add_argument
     add("root", type=Path, metavar="ROOT", help="folder with images/")
-    add(
-        "--list",
-        action="append",
-        required=True,
-        metavar="FILE",
-        help="an image list, below ROOT or any path; give several if they should share no frame",
-    )
-    add(
-        "--input-mode",
-        choices=MODALITIES,
-        default="early",
-        help="what will be trained, which says whose images are needed (%(default)s)",
-    )
-    add(
-        "--annotations",
-        default="all",
-        help="bbgt, xml, xml-sanitized, paired, json, a path, or all that ROOT holds",
-    )
-    add("--out", type=Path, default=Path(OUT), help="all faults as CSV (%(default)s)")
-    arguments = parser.parse_args()
-    root, out = arguments.root, arguments.out
-    for folder in (root, out.parent):
-        if not folder.is_dir():
-            raise InputError("no such folder", "name another, or make it first", file=folder)
-    lists = [find_file(root, name) for name in arguments.list]
-    forms, jsons = find_annotations(root, arguments.annotations)
-    faults, n_frames = check(root, lists, MODALITIES[arguments.input_mode], forms, jsons)
-    write_atomically(out, lambda beside: write_faults(faults, beside))
-    read = ", ".join([*(form.form for form in forms), *(path.name for path in jsons)])
-    images = " and ".join(MODALITIES[arguments.input_mode])
-    print(f"{n_frames} frames, {images}; annotations {read}")
-    print(table(faults, root) + f"\nall of them: {out}" if faults else "no fault found")
-    return 1 if faults else 0
+    words = "an image list, below ROOT or any path; several should share no frame (default: all of "
+    words += "imageSets, of which those to train and to test should share none)"
+    add("--list", action="append", metavar="FILE", help=words)
+    words = "what will be trained, which says whose images are needed (%(default)s)"
+    add("--input-mode", choices=MODALITIES, default="early", help=words)
+    words = "bbgt, xml, xml-sanitized, paired, json, a path, or all that ROOT holds"
+    add("--annotations", default="all", help=words)
+    add("--out", type=Path, default=Path("faults.csv"), help="all faults as CSV (%(default)s)")
+    return parser.parse_args()
 
 
 def find_annotations(root: Path, where: str) -> tuple[list[Annotations], list[Path]]:
@@ -123,53 +129,71 @@ def find_annotations(root: Path, where: str) -> tuple[list[Annotations], list[Pa
         return ([], [named]) if named.is_file() else ([open_annotations(named)], [])
     jsons = [root / place / JSON_NAME for place in (".", "annotations")]
     jsons = [path for path in jsons if path.is_file() and where in ("all", "json")]
-    kinds = [kind for kind in FOLDERS if where in ("all", kind)]
-    folders = [(root / FOLDERS[kind], kind) for kind in kinds]
+    folders = [(root / folder, kind) for kind, folder in FOLDERS.items() if where in ("all", kind)]
     forms = [Annotations(*f, modality="lwir") for f in folders if has_annotations(*f)]
     if not forms and not jsons:
         open_annotations(root, "auto" if where == "all" else where)  # says what it looked for
     return forms, jsons
 
 
-def check(
-    root: Path, lists: list[Path], modalities: Sequence[str], forms: list[Annotations], jsons: list[Path]
-) -> tuple[list[Fault], int]:
-    """All faults of the frames of some lists, and how many frames there are.
+def check_list(path: Path, frames: dict[str, tuple[Path, int]], disjoint: bool) -> Iterator[Fault]:
+    """Faults of an image list; its frames are added to `frames`.
+
+    Args:
+        disjoint: whether it may share no frame with any other list; else with those alone of which
+            one is to train and the other to test, by their names.
 
     Raises:
-        InputError: a list is not there or is no text.
+        InputError: it is not there or is no text.
     """
-    faults: list[Fault] = []
-    frames: dict[str, tuple[Path, int]] = {}  # frame id -> the list and line that name it first
-    for path in lists:
-        faults += check_list(path, frames)
-    held = []
-    for path in jsons:
-        found, json_frames = check_json(path)
-        faults += found
-        held.append(json_frames)
+    if not path.is_file():
+        read_image_list(path)  # says what is there instead
+    ids = [(line, text.strip()) for line, text in enumerate(read_text(path).splitlines(), 1) if text.strip()]
+    if not ids:
+        yield Fault("list-empty", path, 0, "it lists no frame")
+    own: dict[str, int] = {}
+    for line, frame_id in ids:
+        if not FRAME_ID.fullmatch(frame_id):
+            yield Fault("list-bad-id", path, line, f"{frame_id[:60]!r} is not a frame id")
+            continue
+        if own.setdefault(frame_id, line) != line:
+            yield Fault("list-repeated-id", path, line, f"{frame_id} is in line {own[frame_id]} too")
+        other, other_line = frames.setdefault(frame_id, (path, line))
+        if other != path and (disjoint or ("test" in path.stem) != ("test" in other.stem)):
+            yield Fault("list-overlap", path, line, f"{frame_id} is in {other}:{other_line} too")
 
+
+def check_frames(
+    root: Path,
+    frames: dict[str, tuple[Path, int]],
+    modalities: Sequence[str],
+    forms: list[Annotations],
+    jsons: list[Path],
+) -> list[Fault]:
+    """All faults of frames, of which the list and line are known that name each, and of JSON files."""
+    checked = [check_json(path) for path in jsons]
+    faults = [fault for found, _ in checked for fault in found]
     first: dict[bytes, Path] = {}
     annotated: dict[Path, dict[str, list[bool]]] = defaultdict(dict)
-    deaf = (signal.SIGINT, signal.SIG_IGN)  # only the parent answers Ctrl-C
-    with ProcessPoolExecutor(initializer=signal.signal, initargs=deaf) as pool:
+    ignore_sigint = (signal.SIGINT, signal.SIG_IGN)  # the main process handles it
+    with ProcessPoolExecutor(initializer=signal.signal, initargs=ignore_sigint) as pool:
         reports = pool.map(partial(check_frame, root, modalities, forms), frames, chunksize=8)
         bar = tqdm(reports, "checking", len(frames), unit="frame", leave=False)
         for (frame_id, place), report in zip(frames.items(), bar, strict=True):
-            row = report.annotated + [frame_id in json_frames for json_frames in held]
+            row = report.annotated + [frame_id in json_frames for _, json_frames in checked]
             if not report.has_image and not any(row):
                 faults.append(Fault("unknown-frame", *place, f"{frame_id} has no file at all"))
                 continue
             annotated[place[0]][frame_id] = row
             faults += report.faults
-            for digest, path in report.pictures:
+            for digest, path in report.digests.items():
                 other = first.setdefault(digest, path)
                 if other != path:
                     problem = f"the same picture as {relative(other, root)}"
                     faults.append(Fault("copied-image", path, 0, problem))
     for rows in annotated.values():
         faults += missing_annotations(rows, forms, jsons)
-    return faults, len(frames)
+    return faults
 
 
 def missing_annotations(
@@ -182,40 +206,13 @@ def missing_annotations(
     Args:
         rows: frame id -> whether each of the forms and JSON files holds it.
     """
-    counts = [any(column) for column in zip(*rows.values(), strict=True)]
-    if not any(counts):
-        counts[:1] = [True] * len(counts[:1])
+    in_use = [any(column) for column in zip(*rows.values(), strict=True)]
+    in_use[0] |= not any(in_use)
     for frame_id, row in rows.items():
-        for i, (counts_here, there) in enumerate(zip(counts, row, strict=True)):
-            if counts_here and not there:
+        for i, there in enumerate(row):
+            if in_use[i] and not there:
                 path = Path(forms[i].path(frame_id)) if i < len(forms) else jsons[i - len(forms)]
                 yield Fault("missing-annotation", path, 0, f"{frame_id} is not annotated")
-
-
-def check_list(path: Path, frames: dict[str, tuple[Path, int]]) -> Iterator[Fault]:
-    """Faults of an image list; its frames are added to `frames`.
-
-    Raises:
-        InputError: it is not there or is no text.
-    """
-    if not path.is_file():
-        read_image_list(path)  # says what is there instead
-    empty = True
-    for line, text in enumerate(read_text(path).splitlines(), 1):
-        frame_id = text.strip()
-        if not frame_id:
-            continue
-        empty = False
-        if not FRAME_ID.fullmatch(frame_id):
-            yield Fault("list-bad-id", path, line, f"{frame_id[:60]!r} is not a frame id")
-            continue
-        where, other = frames.setdefault(frame_id, (path, line))
-        if where != path:
-            yield Fault("list-overlap", path, line, f"{frame_id} is in {where}:{other} too")
-        elif other != line:
-            yield Fault("list-repeated-id", path, line, f"{frame_id} is in line {other} too")
-    if empty:
-        yield Fault("list-empty", path, 0, "it lists no frame")
 
 
 # ------------------------------------------------------------------------------ one frame
@@ -228,23 +225,20 @@ def check_frame(
     paths = {modality: image_path(root, frame_id, modality) for modality in modalities}
     seen = {modality: check_image(path, modality) for modality, path in paths.items()}
     faults = [result for result in seen.values() if isinstance(result, Fault)]
-    looks = {modality: look for modality, look in seen.items() if isinstance(look, Look)}
-    has_image = bool(looks) or any(not fault.name.startswith("missing-") for fault in faults)
-    faults += compare_modalities(looks, paths)
-    pictures = {look.digest: paths[modality] for modality, look in looks.items()}
-    annotated = []
-    for form in forms:
-        found, there = check_annotation(form, frame_id)
-        faults += found
-        annotated.append(there)
-    return FrameReport(faults, list(pictures.items()), has_image, annotated)
+    images = {modality: stats for modality, stats in seen.items() if isinstance(stats, ImageStats)}
+    has_image = bool(images) or any(not fault.name.startswith("missing-") for fault in faults)
+    faults += compare_modalities(images, paths)
+    annotations = [check_annotation(form, frame_id) for form in forms]
+    faults += [fault for found, _ in annotations for fault in found]
+    digests = {stats.digest: paths[modality] for modality, stats in images.items()}
+    return FrameReport(faults, digests, has_image, [there for _, there in annotations])
 
 
-def compare_modalities(looks: dict[str, Look], paths: dict[str, Path]) -> Iterator[Fault]:
+def compare_modalities(images: dict[str, ImageStats], paths: dict[str, Path]) -> Iterator[Fault]:
     """Images that look as if they were of the other modality."""
-    grey = "visible" in looks and looks["visible"].colour < GREY
-    coloured = "lwir" in looks and looks["lwir"].colour > COLOURED
-    if len({look.digest for look in looks.values()}) < len(looks):
+    grey = "visible" in images and images["visible"].colour < GREY
+    coloured = "lwir" in images and images["lwir"].colour > COLOURED
+    if len({stats.digest for stats in images.values()}) < len(images):
         yield Fault("same-image", paths["lwir"], 0, "the same picture as the visible image")
     elif grey and coloured:
         yield Fault("swapped-modalities", paths["lwir"], 0, "it has colours, the visible has none")
@@ -258,19 +252,17 @@ def check_annotation(form: Annotations, frame_id: str) -> tuple[list[Fault], boo
     """Faults of a frame's annotation, and whether it is there; its absence is no fault yet."""
     modalities = ("visible", "lwir") if form.form == "paired" else (form.modality,)
     paths = [Path(Annotations(form.source, form.form, m).path(frame_id)) for m in modalities]
-    absent = [unreadable(path, "missing-annotation") for path in paths]
-    if all(fault and fault.name == "missing-annotation" for fault in absent):
+    faults, labels = [], []
+    for path in paths:
+        if fault := unreadable(path, "missing-annotation"):
+            faults.append(fault)
+        else:
+            is_xml, columns = path.suffix == ".xml", 5 if form.form == "paired" else 11
+            found, rows = check_xml(path, frame_id) if is_xml else check_text(path, columns)
+            faults += found
+            labels.append([label for _, label, _ in rows])
+    if not labels and {fault.name for fault in faults} == {"missing-annotation"}:
         return [], False
-    faults = [fault for fault in absent if fault]
-    labels = []
-    for path in (path for path, fault in zip(paths, absent, strict=True) if not fault):
-        found, rows = (
-            check_xml(path, frame_id)
-            if path.suffix == ".xml"
-            else check_text(path, columns=5 if form.form == "paired" else 11)
-        )
-        faults += found
-        labels.append([label for _, label, _ in rows])
     if not faults and labels[0] != labels[-1]:
         problem = f"{labels[0]} in the visible file, {labels[1]} here"
         faults.append(Fault("unpaired-objects", paths[1], 0, problem))
@@ -290,11 +282,11 @@ def table(faults: list[Fault], root: Path) -> str:
     lines = []
     for name in FAULTS:
         found = [fault for fault in faults if fault.name == name]
-        for fault in found[:SHOWN]:
+        for fault in found[:MAX_SHOWN]:
             place = f"{relative(fault.file, root)}:{fault.line}".removesuffix(":0")
             lines.append((name, place, fault.problem))
-        if len(found) > SHOWN:
-            lines.append((name, f"… and {len(found) - SHOWN} more", ""))
+        if len(found) > MAX_SHOWN:
+            lines.append((name, f"… and {len(found) - MAX_SHOWN} more", ""))
     widths = [max(len(line[i]) for line in lines) for i in range(2)]
     rows = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in lines]
     kinds = len({fault.name for fault in faults})

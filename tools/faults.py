@@ -6,15 +6,25 @@ import hashlib
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from kaist.annotation_files import ObjectRow, json_row, parse_xml, read_json, read_lines, read_rows, xml_row
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
+from kaist.annotations import (
+    FRAME_HEIGHT,
+    FRAME_WIDTH,
+    ObjectRow,
+    json_row,
+    line_row,
+    object_line,
+    parse_xml,
+    read_json,
+    xml_row,
+)
 from kaist.files import InputError, load_json, read_text
 
 FAULTS = {
@@ -33,6 +43,7 @@ FAULTS = {
     "broken-image": "an image that cannot be decoded to its end",
     "wrong-size": "an image that is not 640x512",
     "huge-image": "a size that would fill the memory",
+    "16-bit-image": "an image of 16 bits or floating point, which would be clipped to white",
     "constant-image": "one colour all over",
     "grey-visible": "a visible image without colours",
     "coloured-lwir": "an LWIR image with colours",
@@ -59,8 +70,8 @@ FAULTS = {
     "json-repeated-id": "an id or frame that a JSON holds twice",
     "json-unknown-image": "a JSON object of an image that is not in it",
 }
-# How the problems that readers tell of begin or end, and the fault each is.
-REFUSALS = {
+# How the messages of readers begin or end, and the fault each tells of.
+MESSAGES = {
     "not a text file": "not-text",
     "is not a bbGt header": "bad-header",
     "are wanted": "too-few-columns",
@@ -80,9 +91,11 @@ HEIGHTS = (10, 450)  # pixels; KAIST's objects have 20 to 309
 PERSON_ASPECTS = (0.08, 4.0)  # width / height
 ASPECTS = (0.08, 16.0)  # the same of other objects; KAIST's crowds reach 10.7
 OTHER_ENDINGS = (".JPG", ".jpeg", ".JPEG", ".png", ".PNG")
-HUGE = 16 * FRAME_WIDTH * FRAME_HEIGHT  # pixels
+MAX_PIXELS = 16 * FRAME_WIDTH * FRAME_HEIGHT
 GREY, COLOURED = 6, 10  # 99.5th percentile of max - min over the channels; KAIST's LWIR has 3
 FLAT = 1.0  # standard deviation of grey values; KAIST's darkest LWIR frames have 7
+
+Rows = list[tuple[int, str, tuple[float, ...]]]  # line (or place), label, box x, y, w, h
 
 
 class Fault(NamedTuple):
@@ -94,7 +107,7 @@ class Fault(NamedTuple):
     problem: str
 
 
-class Look(NamedTuple):
+class ImageStats(NamedTuple):
     """A decoded image: a digest of its pixels and how coloured it is (see `COLOURED`)."""
 
     digest: bytes
@@ -114,14 +127,12 @@ def unreadable(path: Path, missing: str) -> Fault | None:
         if not path.is_file():
             return Fault("unreadable-file", path, 0, "it is no file")
         with path.open("rb") as file:
-            if not file.read(1):
-                return Fault("empty-file", path, 0, "it holds nothing")
+            return None if file.read(1) else Fault("empty-file", path, 0, "it holds nothing")
     except OSError as error:
         return Fault("unreadable-file", path, 0, str(error.strerror or error))
-    return None
 
 
-def check_image(path: Path, modality: str) -> Fault | Look:
+def check_image(path: Path, modality: str) -> Fault | ImageStats:
     """What is wrong with one image, or how it looks."""
     if fault := unreadable(path, f"missing-{modality}"):
         return fault
@@ -137,8 +148,10 @@ def check_image(path: Path, modality: str) -> Fault | Look:
         return Fault("broken-image", path, 0, str(error))
     with image:
         size = "{}x{}".format(*image.size)
-        if image.width * image.height > HUGE:
+        if image.width * image.height > MAX_PIXELS:
             return Fault("huge-image", path, 0, f"it declares {size} pixels")
+        if image.mode[0] in "IF" or (image.tile and "16" in str(image.tile[0].args)):
+            return Fault("16-bit-image", path, 0, "convert it to 8 bits, scaled by its own range")
         if image.size != (FRAME_WIDTH, FRAME_HEIGHT):
             return Fault("wrong-size", path, 0, f"{size}, not {FRAME_WIDTH}x{FRAME_HEIGHT}")
         try:
@@ -149,101 +162,115 @@ def check_image(path: Path, modality: str) -> Fault | Look:
     if few.mean(2).std() < FLAT:
         return Fault("constant-image", path, 0, f"all of it is about {few.mean():.0f}")
     colour = np.percentile(few.max(2) - few.min(2), 99.5)
-    return Look(hashlib.blake2b(pixels.tobytes(), digest_size=16).digest(), float(colour))
+    return ImageStats(hashlib.blake2b(pixels.tobytes(), digest_size=16).digest(), float(colour))
 
 
-def refusal(error: InputError, path: Path) -> Fault:
+# ------------------------------------------------------------------------------ annotations
+
+
+def to_fault(error: InputError, path: Path, line: int) -> Fault:
     """What a reader refused, under its name."""
-    said = error.problem
-    name = next(name for words, name in REFUSALS.items() if said.startswith(words) or said.endswith(words))
-    return Fault(name, path, error.line or 0, said)
+    message = error.problem
+    names = (name for words, name in MESSAGES.items() if message.startswith(words) or message.endswith(words))
+    return Fault(next(names), path, error.line or line, message)
 
 
-Rows = list[tuple[int, str, tuple[float, ...]]]  # line (or place), label, box x, y, w, h
+def check_objects(
+    objects: Iterable[tuple[int, Callable[[], ObjectRow]]], path: Path
+) -> tuple[list[Fault], Rows]:
+    """Faults of an annotation's objects, and those that can be read, each with its line.
+
+    Args:
+        objects: the line of each, and a call that reads it.
+    """
+    faults, rows = [], []
+    for line, read in objects:
+        try:
+            label, box, *_ = read()
+            rows.append((line, label, tuple(box)))
+        except InputError as error:
+            faults.append(to_fault(error, path, line))
+    return [*faults, *implausible_objects(rows, path)], rows
 
 
 def check_text(path: Path, columns: int) -> tuple[list[Fault], Rows]:
     """Faults of a text annotation, and its objects."""
-    errors: list[InputError] = []
     try:
         rows = as_rows(read_lines(path, columns, errors))
     except InputError as error:
-        return [refusal(error, path)], []
-    return [*(refusal(error, path) for error in errors), *suspicions(rows, path)], rows
-
-
-def as_rows(objects: Sequence[ObjectRow]) -> Rows:
-    """What `suspicions` looks at."""
-    return [(row.number, row.label, tuple(row.box)) for row in objects]
+        return [to_fault(error, path, 0)], []
+    objects = [(n, partial(line_row, x, columns, path, n)) for n, x in enumerate(lines[1:], 2) if x.strip()]
+    faults, rows = check_objects(objects, path)
+    if not lines or not lines[0].startswith("%"):
+        faults.append(Fault("bad-header", path, 1, "it does not begin with '% bbGt version=3'"))
+    return faults, rows
 
 
 def check_xml(path: Path, frame_id: str) -> tuple[list[Fault], Rows]:
     """Faults of an XML annotation, and its objects."""
-    faults: list[Fault] = []
-    errors: list[InputError] = []
     try:
         tree, lines = parse_xml(path)
     except InputError as error:
-        return [refusal(error, path)], []
+        return [to_fault(error, path, 0)], []
+    items = enumerate(tree.iter("object"))
+    faults, rows = check_objects(
+        ((object_line(path, i), partial(xml_row, x, path, None)) for i, x in items), path
+    )
     named = re.findall(r"set\d\d|V\d{3}|I\d{5}", tree.findtext("filename", ""))
     if set(named) - set(frame_id.split("/")):
-        problem = f"its filename is {tree.findtext('filename')!r}"
-        faults.append(Fault("contradicting-file", path, 0, problem))
+        faults.append(Fault("contradicting-file", path, 0, f"its filename is {tree.findtext('filename')!r}"))
     size = [tree.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
     if any(size) and size != [str(FRAME_WIDTH), str(FRAME_HEIGHT)]:
         faults.append(Fault("contradicting-file", path, 0, f"its size is {size[0]}x{size[1]}"))
-    numbered = zip(lines, tree.iter("object"), strict=True)
-    rows = as_rows(read_rows(numbered, xml_row, path, errors))
-    return [*faults, *(refusal(error, path) for error in errors), *suspicions(rows, path)], rows
+    return faults, rows
 
 
 def check_json(path: Path) -> tuple[list[Fault], set[str]]:
     """Faults of a test JSON, and the frames it holds."""
     faults: list[Fault] = []
     frames: set[str] = set()
-    ids: set[Any] = set()
-    rows: dict[Any, Rows] = defaultdict(list)
-
-    def add(name: str, problem: str) -> None:
-        faults.append(Fault(name, path, 0, problem))
-
     try:
         content = load_json(read_text(path), path)
+        faults += (Fault(name, path, 0, problem) for name, problem in contradictions(content, frames))
         labels = {category["id"]: category["name"] for category in content["categories"]}
-        for image in content["images"]:
-            if image["id"] in ids or image["im_name"] in frames:
-                add("json-repeated-id", f"image {image['id']} or {image['im_name']} is there twice")
-            ids.add(image["id"])
-            frames.add(image["im_name"])
-            size = image.get("width", FRAME_WIDTH), image.get("height", FRAME_HEIGHT)
-            if size != (FRAME_WIDTH, FRAME_HEIGHT):
-                add("contradicting-file", f"{image['im_name']} is of size {size[0]}x{size[1]}")
-        used = Counter(item.get("id", number) for number, item in enumerate(content["annotations"]))
-        for repeated in (i for i, n in used.items() if n > 1):
-            add("json-repeated-id", f"annotation id {repeated} is there {used[repeated]} times")
+        of_image: dict[Any, list] = defaultdict(list)
         for number, item in enumerate(content["annotations"]):
-            try:
-                label, box, *_ = json_row(path, labels, item, number)
-            except InputError as error:
-                faults.append(refusal(error, path))
-                continue
-            if item["image_id"] not in ids:
-                add("json-unknown-image", f"annotation {number} is of image {item['image_id']}")
-            rows[item["image_id"]].append((number, label, tuple(box)))
-        found = [fault for objects in rows.values() for fault in suspicions(objects, path)]
-        faults += [
-            fault._replace(line=0, problem=f"annotation {fault.line}: {fault.problem}") for fault in found
-        ]
+            of_image[item.get("image_id")].append((number, partial(json_row, item, number, labels, path)))
+        for fault in (fault for objects in of_image.values() for fault in check_objects(objects, path)[0]):
+            where = "" if fault.problem.startswith("annotation ") else f"annotation {fault.line}: "
+            faults.append(fault._replace(line=0, problem=where + fault.problem))
         if not faults:
             read_json(path)
     except InputError as error:
-        faults.append(refusal(error, path))
+        faults.append(to_fault(error, path, 0))
     except (AttributeError, KeyError, TypeError) as error:
-        add("broken-json", f"no KAIST annotation ({type(error).__name__}: {error})")
+        words = f"no KAIST annotation ({type(error).__name__}: {error})"
+        faults.append(Fault("broken-json", path, 0, words))
     return faults, frames
 
 
-def suspicions(rows: Rows, path: Path) -> Iterator[Fault]:
+def contradictions(content: Any, frames: set[str]) -> Iterator[tuple[str, str]]:
+    """What a test JSON's parts say against each other; its frames are added to `frames`."""
+    ids: set[Any] = set()
+    for image in content["images"]:
+        if image["id"] in ids or image["im_name"] in frames:
+            yield "json-repeated-id", f"image {image['id']} or {image['im_name']} is there twice"
+        ids.add(image["id"])
+        frames.add(image["im_name"])
+        size = image.get("width", FRAME_WIDTH), image.get("height", FRAME_HEIGHT)
+        if size != (FRAME_WIDTH, FRAME_HEIGHT):
+            yield "contradicting-file", f"{image['im_name']} is of size {size[0]}x{size[1]}"
+    used = Counter(item.get("id", number) for number, item in enumerate(content["annotations"]))
+    for repeated in (i for i, n in used.items() if n > 1):
+        yield "json-repeated-id", f"annotation id {repeated} is there {used[repeated]} times"
+    for number, item in enumerate(content["annotations"]):
+        if "image_id" in item and item["image_id"] not in ids:
+            yield "json-unknown-image", f"annotation {number} is of image {item['image_id']}"
+        if item.get("ignore", 0) not in (0, 1):
+            yield "incomplete-object", f"annotation {number}: ignore is {item['ignore']!r}, not 0 or 1"
+
+
+def implausible_objects(rows: Rows, path: Path) -> Iterator[Fault]:
     """What is odd about well-formed objects of one frame."""
     boxes = set()
     for line, label, box in rows:

@@ -5,8 +5,7 @@
 Inputs are valid files and command lines, mutated with a knowledge of their structure. A reader may
 take one or refuse it with an InputError; any other exception, a hang, or a file that training
 would refuse and the data check calls clean is a failure. Failing inputs are kept in `--out`; they
-belong into tests/test_fuzz.py. Each input depends on its reader, number and seed alone. Not for
-Windows, which has no alarms.
+belong into tests/tools/test_fuzz.py. Each input depends on its reader, number and seed alone.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import faulthandler
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -26,12 +24,13 @@ import time
 import traceback
 import warnings
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import redirect_stdout
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
-from queue import Empty
 from typing import Any, NamedTuple
 
 import torch
@@ -43,40 +42,46 @@ import eval as eval_script
 import train
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.config import OneLineParser, read_constants
-from kaist.annotation_files import read_bbgt, read_json, read_paired, read_xml
-from kaist.annotations import read_image_list
-from kaist.demo import draw_demo
+from kaist.annotations import read_bbgt, read_image_list, read_json, read_paired, read_xml
 from kaist.files import InputError, make_folder, run_script
 from kaist.images import read_image
 from kaist.results import read_detections
 from tools.faults import Fault, check_image, check_json, check_text, check_xml
-from tools.mutations import WORDS, XML_WORDS, mutate_bytes, mutate_json, mutate_png, mutate_text, mutate_zip
+from tools.mutations import JSON_WORDS, WORDS, XML_WORDS, mutate_bytes, mutate_text, mutate_zip
 
-INPUTS, SEED = 1_000_000, 0
-LIMIT = 10.0  # seconds of the processor that one input may take
-OUT = "fuzz-failures"
+CHUNK = 200  # inputs that a process takes at a time
+LIMIT = 100.0  # seconds that they may take
+MAX_KEPT = 3  # failing inputs of a kind that are kept
 FRAMES = [f"set06/V000/I{number:05d}" for number in range(20)]
-XML = """<?xml version="1.0"?>
+TEXT = b"% bbGt version=3\nperson 10 20 30 60 1 0 0 0 0 0 0\npeople 300 200 90 60 0 0 0 0 0 1 0\n"
+XML = b"""<?xml version="1.0"?>
 <annotation><filename>set06/V000/I00019</filename>
 <size><width>640</width><height>512</height><depth>4</depth></size>
 <object><name>person</name><bndbox><x>10</x><y>20</y><w>30</w><h>60</h></bndbox>
 <occlusion>0</occlusion></object>
-<object><name>people</name><bndbox><x>9</x><y>8</y><w>7</w><h>6</h></bndbox></object></annotation>
+<object><name>people</name><bndbox><x>9</x><y>8</y><w>17</w><h>36</h></bndbox></object></annotation>
 """
+FLAGS = {
+    "train-flags": [
+        b"--experiment 26 --lr 1e-3 --infusion 1,1,0,0,0,0 --no-augment",
+        b"--batch-size=8 --input-size 300,300 --device cpu",
+    ],
+    "eval-flags": [
+        b"--detections %b --annotations x.json --bootstrap 10 --by-video" % os.fsencode(__file__),
+        b"--checkpoint x --subset night --out x.png --show-errors 2",
+    ],
+    "detect-flags": [b"x.jpg --checkpoint y --min-score 0.2 --out z --device cpu"],
+}
 
 
 class Reader(NamedTuple):
-    """What is fed: a call on a file, valid files, how they are mutated, its share of all inputs."""
+    """A call on a file, the file's name, valid content, its mutation, its share of all inputs."""
 
     read: Callable[[Path], Any]
     file: str
     seeds: list[bytes]
     mutate: Callable[[random.Random, list[bytes]], bytes]
     share: float
-
-
-class Hang(BaseException):
-    """An input took longer than `LIMIT`."""
 
 
 # ------------------------------------------------------------------------------ readers
@@ -93,6 +98,12 @@ def with_check(read: Callable[[Path], Any], check: Callable[[Path], list], path:
         raise
 
 
+def check_picture(path: Path) -> list[Fault]:
+    """The data check of one image, as a list."""
+    result = check_image(path, "visible")
+    return [result] if isinstance(result, Fault) else []
+
+
 def parse_flags(parse: Callable[[], Any], path: Path) -> None:
     """Give a script's parser a file's lines as its command line."""
     argv = [os.fsdecode(line) for line in path.read_bytes().replace(b"\0", b"").split(b"\n")]
@@ -107,65 +118,43 @@ def parse_flags(parse: Callable[[], Any], path: Path) -> None:
         sys.argv = kept
 
 
-def read_companion(path: Path) -> None:
-    """Read a result file whose companion is `path`."""
+def read_frame_list(path: Path) -> None:
+    """Read a result file whose list of frames is `path`."""
     result = path.with_name("result.txt")
     result.write_text("1,10,20,30,60,0.5\n20,10,20,30,60,0.5\n")
     read_detections(result, FRAMES)
 
 
-def draw_seeds(folder: Path) -> dict[str, list[bytes]]:
-    """Valid content for each kind of file, of a small demo set drawn below `folder`."""
-    root = folder / "demo"
-    draw_demo(root, train_frames=6, test_frames=6, progress=False)
-    content = json.loads((root / "KAIST_annotation.json").read_text())
-    content |= {"images": content["images"][:4], "annotations": content["annotations"][:6]}
-    ids = [image["id"] for image in content["images"]]
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in ids]
-    rows = [
-        {"image_id": i, "category_id": 1 + (i == 2), "bbox": [10.5, 20, 30, 60], "score": 0.5}
-        for i in range(4)
-    ]
-    pictures: dict[str, list[bytes]] = {"JPEG": [], "PNG": []}
-    for path in sorted((root / "images").rglob("*.jpg"))[:4]:
-        for kind in pictures:
-            buffer = io.BytesIO()
-            image = Image.open(path)
-            image = image.quantize(8) if kind == "PNG" else image  # both small
-            image.save(buffer, kind, quality=5)
-            pictures[kind].append(buffer.getvalue())
-    path = folder / "seed.pt"
-    tensors = {"w": torch.zeros(3), "b": torch.ones(2, 2, dtype=torch.float16)}
-    save_checkpoint(
-        path,
-        {
-            "model": tensors,
-            "model_args": {"size": (300, 300), "width": 0.5},
-            "config": {"lr": 1e-3},
-            "experiment": "26",
-            "epoch": 3,
-        },
-    )
-    return {
-        "bbgt": [path.read_bytes() for path in sorted((root / "annotations").rglob("*.txt"))],
-        "xml": [XML.encode()],
-        "annotation-json": [json.dumps(content).encode()],
-        "result-text": [b"".join(b"%d,10.5,20,30.25,60,0.%d\n" % (i, i) for i in range(1, 10))],
-        "result-json": [json.dumps(rows).encode(), json.dumps(rows[:1], indent=1).encode()],
-        "image-list": ["\n".join(FRAMES).encode(), b"set00/V000/I00001\n"],
-        "checkpoint": [path.read_bytes()],
-        "jpeg": pictures["JPEG"],
-        "png": pictures["PNG"],
-        "train-flags": [
-            b"--experiment\n26\n--lr\n1e-3\n--infusion\n1,1,0,0,0,0\n--no-augment",
-            b"--batch-size=8\n--input-size\n300,300\n--device\ncpu",
-        ],
-        "eval-flags": [
-            b"--detections\n%b\n--annotations\nx.json\n--bootstrap\n10\n--by-video" % os.fsencode(__file__),
-            b"--checkpoint\nx\n--subset\nnight\n--out\nx.png\n--show-errors\n2",
-        ],
-        "detect-flags": [b"x.jpg\n--checkpoint\ny\n--min-score\n0.2\n--out\nz\n--device\ncpu"],
+def make_seeds(folder: Path) -> dict[str, list[bytes]]:
+    """Valid content for each kind of file; a checkpoint is written below `folder`."""
+    row = {"image_id": 0, "category_id": 1, "bbox": [10.5, 20, 30, 60], "score": 0.5}
+    rows = [row | {"image_id": i, "category_id": 1 + (i == 2)} for i in range(4)]
+    objects = [row | {"id": i, "image_id": i // 2, "occlusion": i % 3, "ignore": i % 2} for i in range(6)]
+    people = {
+        "categories": [{"id": 1, "name": "person"}, {"id": 2, "name": "people"}],
+        "images": [{"id": i, "im_name": FRAMES[i], "width": 640, "height": 512} for i in range(4)],
+        "annotations": [item | {"bbox": [10 * i, 20, 30, 60]} for i, item in enumerate(objects)],
     }
+    gradient = Image.linear_gradient("L").resize((640, 512))
+    picture = Image.merge("RGB", [gradient, gradient.rotate(180), gradient])
+    jpeg, png = io.BytesIO(), io.BytesIO()
+    picture.save(jpeg, "JPEG", quality=5)
+    picture.quantize(8).save(png, "PNG")
+    tensors = {"w": torch.zeros(3), "b": torch.ones(2, 2, dtype=torch.float16)}
+    state = {"model": tensors, "model_args": {"size": (300, 300), "width": 0.5}, "epoch": 3}
+    save_checkpoint(folder / "seed.pt", state | {"config": {"lr": 1e-3}, "experiment": "26"})
+    seeds = {
+        "bbgt": [TEXT, TEXT + TEXT.split(b"\n")[1]],
+        "xml": [XML],
+        "annotation-json": [json.dumps(people, indent=i).encode() for i in (None, 1)],
+        "result-text": [b"".join(b"%d,10.5,20,30.25,60,0.%d\n" % (i, i) for i in range(1, 10))],
+        "result-json": [json.dumps(rows).encode(), json.dumps(rows[:2], indent=1).encode()],
+        "image-list": ["\n".join(FRAMES).encode(), b"set00/V000/I00001\n"],
+        "checkpoint": [(folder / "seed.pt").read_bytes()],
+        "jpeg": [jpeg.getvalue()],
+        "png": [png.getvalue()],
+    }
+    return seeds | {name: [b"\n".join(line.split()) for line in lines] for name, lines in FLAGS.items()}
 
 
 def make_readers(seeds: dict[str, list[bytes]]) -> dict[str, Reader]:
@@ -173,7 +162,7 @@ def make_readers(seeds: dict[str, list[bytes]]) -> dict[str, Reader]:
     constants = [f"--{name.replace('_', '-')}".encode() for name in read_constants(train.__file__)]
     text = partial(mutate_text, words=WORDS)
     flags = partial(mutate_text, words=(*WORDS, *constants, b"--help", b"--", b"-x", b"auto"))
-    xml = partial(mutate_text, words=WORDS + XML_WORDS)
+    xml, json_text = (partial(mutate_text, words=WORDS + more) for more in (XML_WORDS, JSON_WORDS))
     bbgt = partial(with_check, read_bbgt, lambda path: check_text(path, 11)[0])
     paired = partial(with_check, read_paired, lambda path: check_text(path, 5)[0])
     from_xml = partial(with_check, read_xml, lambda path: check_xml(path, FRAMES[19])[0])
@@ -181,38 +170,33 @@ def make_readers(seeds: dict[str, list[bytes]]) -> dict[str, Reader]:
     visible = partial(with_check, partial(read_image, modality="visible"), check_picture)
     lwir = partial(with_check, partial(read_image, modality="lwir"), check_picture)
     results = partial(read_detections, frames=FRAMES)
+    parsers = {
+        "train-flags": (train.configure, 0.002),
+        "eval-flags": (eval_script.parse_arguments, 0.008),
+        "detect-flags": (detect.parse_arguments, 0.008),
+    }
     return {
         "bbgt": Reader(bbgt, "x.txt", seeds["bbgt"], text, 0.16),
         "paired": Reader(paired, "x.txt", seeds["bbgt"], text, 0.1),
         "xml": Reader(from_xml, "x.xml", seeds["xml"], xml, 0.12),
-        "annotation-json": Reader(from_json, "x.json", seeds["annotation-json"], mutate_json, 0.1),
+        "annotation-json": Reader(from_json, "x.json", seeds["annotation-json"], json_text, 0.1),
         "result-text": Reader(results, "x.txt", seeds["result-text"], text, 0.13),
-        "result-json": Reader(results, "x.json", seeds["result-json"], mutate_json, 0.12),
-        "companion": Reader(read_companion, "result.frames.txt", seeds["image-list"], text, 0.08),
+        "result-json": Reader(results, "x.json", seeds["result-json"], json_text, 0.12),
+        "frame-list": Reader(read_frame_list, "result.frames.txt", seeds["image-list"], text, 0.08),
         "image-list": Reader(read_image_list, "x.txt", seeds["image-list"], text, 0.107),
         "checkpoint": Reader(load_checkpoint, "x.pt", seeds["checkpoint"], mutate_zip, 0.04),
         "jpeg": Reader(lwir, "x.jpg", seeds["jpeg"], mutate_bytes, 0.015),
-        "png": Reader(visible, "x.jpg", seeds["png"], mutate_png, 0.01),
-        "train-flags": Reader(partial(parse_flags, train.configure), "x", seeds["train-flags"], flags, 0.002),
-        "eval-flags": Reader(
-            partial(parse_flags, eval_script.parse_arguments), "x", seeds["eval-flags"], flags, 0.008
-        ),
-        "detect-flags": Reader(
-            partial(parse_flags, detect.parse_arguments), "x", seeds["detect-flags"], flags, 0.008
-        ),
+        "png": Reader(visible, "x.jpg", seeds["png"], mutate_bytes, 0.01),
+    } | {
+        name: Reader(partial(parse_flags, parse), "x", seeds[name], flags, share)
+        for name, (parse, share) in parsers.items()
     }
-
-
-def check_picture(path: Path) -> list[Fault]:
-    """The data check of one image, as a list."""
-    result = check_image(path, "visible")
-    return [result] if isinstance(result, Fault) else []
 
 
 # ------------------------------------------------------------------------------ feeding
 
 
-def feed(reader: Reader, data: bytes, folder: Path) -> bool:
+def run_one(reader: Reader, data: bytes, folder: Path) -> bool:
     """Write an input below `folder` and read it; returns whether it was refused.
 
     Raises:
@@ -234,151 +218,102 @@ def make_input(name: str, reader: Reader, number: int, seed: int) -> bytes:
     return reader.mutate(random.Random(f"{seed} {name} {number}"), reader.seeds)
 
 
-def hang(*_: Any) -> None:
-    """The answer to an alarm."""
-    raise Hang(f"more than {LIMIT:g} s")
+Failure = tuple[str, bytes, str]  # name, input, traceback
 
 
-def work(
-    rank: int,
-    workers: int,
-    counts: dict[str, int],
-    seeds: dict[str, list[bytes]],
-    seed: int,
-    folder: Path,
-    queue: multiprocessing.Queue,
-) -> None:
-    """Feed every `workers`-th input; puts (reader, inputs, refused, seconds, failures)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers Ctrl-C
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked process has inherited another answer
-    torch.set_num_threads(1)
-    folder.mkdir()
-    readers = make_readers(seeds)
-    for name, count in counts.items():
-        numbers = range(rank, count, workers)
-        for start in range(0, len(numbers), 200):
-            # Who waits for something, or hangs in C, hears no alarm: then the process ends.
-            faulthandler.dump_traceback_later(60 * LIMIT, exit=True)
-            some = numbers[start : start + 200]
-            queue.put((name, *feed_many(name, readers[name], some, seed, folder)))
-    queue.put(None)
-
-
-def feed_many(
-    name: str, reader: Reader, numbers: Sequence[int], seed: int, folder: Path
-) -> tuple[int, int, float, list[tuple[int, bytes, str]]]:
-    """Feed some inputs; returns how many, how many were refused, the seconds it took, and
-    (number, input, traceback) of those that failed."""
-    refused, failures, started = 0, [], time.perf_counter()
-    signal.signal(signal.SIGPROF, hang)
+def feed(
+    readers: dict[str, Reader], seed: int, folder: Path, name: str, numbers: Iterable[int]
+) -> tuple[Counter[str], list[Failure]]:
+    """Feed a reader the inputs of some numbers; returns how many were taken, refused and failed."""
+    counts, failures = Counter(), []
     for number in numbers:
-        data = make_input(name, reader, number, seed)
-        signal.setitimer(signal.ITIMER_PROF, LIMIT)
+        data = make_input(name, readers[name], number, seed)
         try:
-            refused += feed(reader, data, folder)
+            counts["refused" if run_one(readers[name], data, folder) else "taken"] += 1
         except BaseException:
-            failures.append((number, data, traceback.format_exc()))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-    return len(numbers), refused, time.perf_counter() - started, failures
+            counts["failed"] += 1
+            failures.append((f"{name}-{number}", data, traceback.format_exc()))
+    return counts, failures
+
+
+def feed_chunk(
+    seeds: dict[str, list[bytes]], seed: int, folder: Path, chunk: tuple[str, range]
+) -> tuple[str, Counter[str], list[Failure]]:
+    """Feed one chunk in a process of the pool, in at most `LIMIT` seconds: else the process ends."""
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    torch.set_num_threads(1)
+    own = folder / str(os.getpid())
+    own.mkdir(exist_ok=True)
+    fed = feed(make_readers(seeds), seed, own, *chunk)
+    faulthandler.cancel_dump_traceback_later()
+    return chunk[0], *fed
+
+
+def feed_all(
+    seeds: dict[str, list[bytes]], counts: dict[str, int], seed: int, workers: int, folder: Path
+) -> Iterator[tuple[str, Counter[str], list[Failure]]]:
+    """Feed all readers in several processes. An input that ends its process ends everything, and
+    is among what the processes were reading, which then is the last that is yielded."""
+    starts = [(name, start) for name, count in counts.items() for start in range(0, count, CHUNK)]
+    chunks = [(name, range(start, min(start + CHUNK, counts[name]))) for name, start in starts]
+    ignore_sigint = (signal.SIGINT, signal.SIG_IGN)  # the main process handles it
+    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore_sigint) as pool:
+        try:
+            yield from pool.map(partial(feed_chunk, seeds, seed, folder), chunks)
+        except BrokenProcessPool:
+            own = [path for path in folder.iterdir() if path.name.isdigit()]
+            read = [max(path.iterdir(), key=lambda file: file.stat().st_mtime_ns) for path in own]
+            trace = "a process died that was reading this or another died-… file\n"
+            died = [(f"died-{file.parent.name}-{file.name}", file.read_bytes(), trace) for file in read]
+            yield "died", Counter(failed=1), died
 
 
 def main() -> None:
-    """Feed all readers their shares of the inputs, in several processes."""
-    parser = OneLineParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--inputs", type=int, default=INPUTS, help="of all readers together (%(default)s)")
-    add("--seed", type=int, default=SEED, help="another seed, other inputs (%(default)s)")
-    add("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
-    add("--reader", action="append", help="feed this one alone; may be repeated")
-    add("--out", type=Path, default=Path(OUT), help="folder for what fails (%(default)s)")
-    arguments = parser.parse_args()
-    memory = Path("/dev/shm")
-    started = time.perf_counter()
+    """Feed all readers their shares of the inputs; exit code 1 if any fails."""
+    arguments, parser = parse_arguments()
+    started, memory = time.perf_counter(), Path("/dev/shm")
+    totals: dict[str, Counter[str]] = defaultdict(Counter)
+    kinds: Counter[str] = Counter()
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        seeds = draw_seeds(Path(folder))
+        seeds = make_seeds(Path(folder))
         readers = make_readers(seeds)
         chosen = arguments.reader or list(readers)
         if set(chosen) - set(readers):
             parser.error(f"the readers are {', '.join(readers)}")
         share = sum(readers[name].share for name in chosen)
         counts = {name: math.ceil(arguments.inputs * readers[name].share / share) for name in chosen}
-        fed, failed = run(counts, seeds, arguments, Path(folder))
-    print(
-        f"{fed:,} inputs in {time.perf_counter() - started:.0f} s, "
-        f"{failed} failures" + f", kept in {arguments.out}" * bool(failed)
-    )
-    sys.exit(bool(failed))
+        results = feed_all(seeds, counts, arguments.seed, arguments.workers, Path(folder))
+        with tqdm(total=sum(counts.values()), unit="input") as bar, suppress(KeyboardInterrupt):
+            for name, fed, failures in results:
+                bar.update(fed.total())
+                totals[name] += fed
+                for label, data, trace in failures:
+                    kind = name + re.sub(r"\d+", "0", trace.splitlines()[-1])[:80]
+                    kinds[kind] += 1
+                    if name == "died" or kinds[kind] <= MAX_KEPT:
+                        make_folder(arguments.out)
+                        (arguments.out / label).write_bytes(data)
+                        (arguments.out / f"{label}.trace").write_text(trace, errors="backslashreplace")
+    print(f"{'reader':16} {'refused':>9} {'taken':>9} {'failed':>6}")
+    for name, fed in totals.items():
+        print(f"{name:16} {fed['refused']:9,} {fed['taken']:9,} {fed['failed']:6}")
+    total = sum(totals.values(), Counter())
+    kept = f", kept in {arguments.out}" if total["failed"] else ""
+    seconds = time.perf_counter() - started
+    print(f"{total.total():,} inputs in {seconds:.0f} s, {total['failed']} failures{kept}")
+    sys.exit(bool(total["failed"]))
 
 
-def run(
-    counts: dict[str, int], seeds: dict[str, list[bytes]], arguments: Namespace, folder: Path
-) -> tuple[int, int]:
-    """Run the processes, keep what fails, print a table; returns how many were fed and failed."""
-    queue: multiprocessing.Queue = multiprocessing.Queue()
-    workers = [
-        multiprocessing.Process(
-            target=work,
-            args=(rank, arguments.workers, counts, seeds, arguments.seed, folder / str(rank), queue),
-            daemon=True,
-        )
-        for rank in range(arguments.workers)
-    ]
-    for worker in workers:
-        worker.start()
-    rows = {name: [0, 0, 0.0, 0] for name in counts}
-    kept: Counter[str] = Counter()
-    bar = tqdm(total=sum(counts.values()), unit="input")
-    try:
-        for name, n, refused, seconds, failures in messages(queue, workers):
-            bar.update(n)
-            new = n, refused, seconds, len(failures)
-            rows[name] = [a + b for a, b in zip(rows[name], new, strict=True)]
-            for number, data, trace in failures:
-                kind = name + re.sub(r"\d+", "0", trace.splitlines()[-1])[:80]
-                kept[kind] += 1
-                if kept[kind] <= 3:
-                    keep(arguments.out / f"{name}-{number}", data, trace)
-    finally:  # Ctrl-C leaves the table of what was fed
-        bar.close()
-        print_table(rows)
-    died = [rank for rank, worker in enumerate(workers) if worker.join() or worker.exitcode]
-    for rank in died:
-        newest = max((folder / str(rank)).iterdir(), key=lambda path: path.stat().st_mtime_ns)
-        keep(arguments.out / f"died-{newest.name}", newest.read_bytes(), "the process died\n")
-    return sum(row[0] for row in rows.values()), sum(row[3] for row in rows.values()) + len(died)
-
-
-def messages(queue: multiprocessing.Queue, workers: list) -> Iterator[tuple]:
-    """What the processes put, until all have ended."""
-    running = len(workers)
-    while running:
-        try:
-            message = queue.get(timeout=1)
-        except Empty:
-            if not any(worker.is_alive() for worker in workers) and queue.empty():
-                return
-            continue
-        if message is None:
-            running -= 1
-        else:
-            yield message
-
-
-def print_table(rows: dict[str, list]) -> None:
-    """How many inputs of each reader were refused, taken and failed, and the time they took."""
-    print(f"{'reader':16} {'inputs':>9} {'refused':>9} {'taken':>9} {'failed':>6} {'us each':>8}")
-    for name, (n, refused, seconds, failed) in rows.items():
-        print(
-            f"{name:16} {n:9,} {refused:9,} {n - refused - failed:9,} {failed:6} "
-            f"{1e6 * seconds / max(1, n):8.0f}"
-        )
-
-
-def keep(path: Path, data: bytes, trace: str) -> None:
-    """Keep a failing input and what it did."""
-    make_folder(path.parent)
-    path.write_bytes(data)
-    path.with_name(f"{path.name}.trace").write_text(trace, errors="backslashreplace")
+def parse_arguments() -> tuple[Namespace, OneLineParser]:
+    """The command line, and the parser, to refuse more of it."""
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--inputs", type=int, default=1_000_000, help="of all readers together (%(default)s)")
+    add("--seed", type=int, default=0, help="another seed, other inputs (%(default)s)")
+    add("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
+    add("--reader", action="append", help="feed this one alone; may be repeated")
+    add("--out", type=Path, default=Path("fuzz-failures"), help="for what fails (%(default)s)")
+    return parser.parse_args(), parser
 
 
 if __name__ == "__main__":

@@ -32,28 +32,14 @@ from kaist.demo import open_root
 from kaist.files import InputError, run_script, write_atomically
 from ssd.boxes import feature_map_sizes, prior_shapes
 
-MATCH = 0.5  # IoU from which a prior learns a person
-BANDS = {
-    "all": (0, np.inf),
-    "< 55 px": (0, 55),
-    "55 to 115": (55, 115),
-    ">= 115": (115, np.inf),
-}  # of person heights in pixels of the frame
+MATCH_IOU = 0.5  # from which a prior learns a person
+BANDS = {"all": (0, np.inf), "< 55 px": (0, 55), "55 to 115": (55, 115), ">= 115": (115, np.inf)}  # heights
 CELLS = (0.5, 3.0)  # of a map wide are the derived shapes it takes
 ANNOTATED = re.compile(r"(set\d\d)[/_](V\d{3})[/_](?:visible/|lwir/)?(I\d{5})\.(?:xml|txt)$")
 
 
-class Coverage(NamedTuple):
-    """Best overlaps of n persons: overlaps (6, n) IoU with the best prior of each map."""
-
-    name: str
-    size: tuple[int, int]
-    n_priors: int
-    overlaps: np.ndarray
-
-
 def main() -> None:
-    """Print the tables and draw the curve, or derive the pedestrian set."""
+    """Print the table and draw the curve, or derive the pedestrian set."""
     arguments = parse_arguments()
     persons, heights = read_persons(arguments)
     if arguments.derive:
@@ -61,7 +47,6 @@ def main() -> None:
         return
     found = [cover(persons, name, size) for name in arguments.priors for size in arguments.sizes]
     print(coverage_table(found, heights))
-    print("\n" + map_table(found))
     write_atomically(arguments.out, lambda path: draw(found, heights, path))
     print(f"\ncoverage over height: {arguments.out}")
 
@@ -69,33 +54,18 @@ def main() -> None:
 def parse_arguments() -> Namespace:
     """The command line."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    names = CHOICES["priors"]
+    add, names, sizes = parser.add_argument, CHOICES["priors"], [(300, 300), (512, 640)]
     add("--data-root", default="data/demo", help="KAIST root (default: the demo set)")
-    add(
-        "--image-list",
-        default="imageSets/train-all.txt",
-        help="frames to look at: below the root, any path, or all that are annotated",
-    )
+    words = "frames to look at: below the root, any path, or all that are annotated"
+    add("--image-list", default="imageSets/train-all.txt", help=words)
     add("--annotations", default="auto", help="a form, as of train.py, or a path")
     add("--priors", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    add(
-        "--sizes",
-        nargs="+",
-        type=input_size,
-        default=[(300, 300), (512, 640)],
-        metavar="HxW",
-        help="inputs (default: 300x300 512x640)",
-    )
+    words = "inputs (default: 300x300 512x640)"
+    add("--sizes", nargs="+", type=input_size, default=sizes, metavar="HxW", help=words)
     add("--min-height", type=float, default=12.0, help="lower persons are left out, pixels")
     add("--margin", type=float, default=5.0, help="so are those closer to the border, pixels")
-    add(
-        "--derive",
-        type=int,
-        default=0,
-        metavar="K",
-        help="print a set of K heights for the first of the sizes",
-    )
+    words = "print a set of K heights for the first of the sizes"
+    add("--derive", type=int, default=0, metavar="K", help=words)
     add("--out", type=Path, default=Path("priors.png"), help="the curve (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.derive == 1 or arguments.derive < 0:
@@ -149,6 +119,15 @@ def annotated_frames(annotations: Annotations) -> list[str]:
 # ----------------------------------------------------------------------------------- coverage
 
 
+class Coverage(NamedTuple):
+    """How a set's priors at an input of (height, width) match persons: best_iou (n,) of each."""
+
+    name: str
+    size: tuple[int, int]
+    n_priors: int
+    best_iou: np.ndarray
+
+
 def cover(persons: np.ndarray, name: str, size: tuple[int, int]) -> Coverage:
     """How well the priors of a set, on the maps of an input of (height, width), match persons."""
     shapes, map_sizes = prior_shapes(name), feature_map_sizes(size)
@@ -159,7 +138,7 @@ def cover(persons: np.ndarray, name: str, size: tuple[int, int]) -> Coverage:
 def best_overlaps(
     persons: np.ndarray, shapes: list[list[tuple[float, float]]], map_sizes: list[tuple[int, int]]
 ) -> np.ndarray:
-    """(maps, n) IoU of each person with the best prior of each map.
+    """(n,) IoU of each person with its best prior.
 
     Among priors of one shape the overlap falls with the distance along either axis: the best is
     the one of the cell that a person's centre lies in, and no other has to be looked at.
@@ -170,91 +149,54 @@ def best_overlaps(
         map_sizes: (h, w) of each map.
     """
     centre, size = persons[:, None, :2], persons[:, None, 2:]
-    best = np.empty((len(shapes), len(persons)))
-    for i, (map_shapes, (h, w)) in enumerate(zip(shapes, map_sizes, strict=True)):
+    best = np.zeros(len(persons))
+    for map_shapes, (h, w) in zip(shapes, map_sizes, strict=True):
         cells = np.array([w, h])
         cell = np.clip(np.floor(centre * cells), 0, cells - 1)
         distance = np.abs(centre - (cell + 0.5) / cells)
         prior = np.minimum(map_shapes, 1.0)
-        shared = np.minimum(np.minimum(size, prior), (size + prior) / 2 - distance)
-        shared = shared.clip(0).prod(2)
-        best[i] = (shared / (size.prod(2) + prior.prod(1) - shared)).max(1)
+        shared = np.minimum(np.minimum(size, prior), (size + prior) / 2 - distance).clip(0).prod(2)
+        best = np.maximum(best, (shared / (size.prod(2) + prior.prod(1) - shared)).max(1))
     return best
-
-
-def in_band(heights: np.ndarray, band: tuple[float, float]) -> np.ndarray:
-    """(n,) bool: which heights lie in a band, its lower end included."""
-    return (heights >= band[0]) & (heights < band[1])
 
 
 def coverage_table(found: list[Coverage], heights: np.ndarray) -> str:
     """Share of persons with a prior of IoU >= 0.5, and mean best IoU, by height; in Markdown."""
-    counts = [f"{name} ({in_band(heights, band).sum():,})" for name, band in BANDS.items()]
-    lines = [
-        f"| priors, % of persons matched (mean best IoU) | input | number | {' | '.join(counts)} |",
-        "|---|---|---" + "|---" * len(BANDS) + "|",
-    ]
-    for c in found:
-        best, cells = c.overlaps.max(0), []
-        for band in BANDS.values():
-            inside = best[in_band(heights, band)]
-            cells.append(
-                f"{100 * np.mean(inside >= MATCH):.1f} ({np.mean(inside):.2f})" if len(inside) else "–"
-            )
-        lines.append(f"| `{c.name}` | {show_size(c)} | {c.n_priors:,} | {' | '.join(cells)} |")
+    bands = {name: (heights >= low) & (heights < high) for name, (low, high) in BANDS.items()}
+    columns = ["% of persons matched (mean best IoU)", "input", "priors"]
+    columns += [f"{name} ({inside.sum():,})" for name, inside in bands.items()]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, size, n_priors, best in found:
+        shares = [
+            f"{100 * np.mean(best[inside] >= MATCH_IOU):.1f} ({np.mean(best[inside]):.2f})"
+            if inside.any()
+            else "–"
+            for inside in bands.values()
+        ]
+        lines.append(f"| `{name}` | {'{}x{}'.format(*size)} | {n_priors:,} | {' | '.join(shares)} |")
     return "\n".join(lines)
-
-
-def map_table(found: list[Coverage]) -> str:
-    """For each map the share of persons whose best prior it holds, and the share it matches."""
-    n = len(found[0].overlaps)
-    lines = [
-        "| by map: % whose best prior it holds / % it matches alone | input"
-        + "".join(f" | map {i + 1}" for i in range(n))
-        + " |",
-        "|---|---" + "|---" * n + "|",
-    ]
-    for c in found:
-        holds = np.bincount(c.overlaps.argmax(0), minlength=n) / c.overlaps.shape[1]
-        alone = (c.overlaps >= MATCH).mean(1)
-        cells = [f"{100 * a:.1f} / {100 * b:.1f}" for a, b in zip(holds, alone, strict=True)]
-        lines.append(f"| `{c.name}` | {show_size(c)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def show_size(coverage: Coverage) -> str:
-    """The input as its user typed it."""
-    return "{}x{}".format(*coverage.size)
 
 
 def draw(found: list[Coverage], heights: np.ndarray, path: Path) -> None:
     """Share of persons matched over their height, a line a set, above the persons' histogram."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    figure = Figure(figsize=(8, 4.8), layout="constrained")
     axis = figure.subplots()
     edges = np.geomspace(max(heights.min(), 1), heights.max() + 1, 31)
     counts = np.histogram(heights, edges)[0]
     axis.stairs(counts / counts.max(), edges, fill=True, color="0.9", label="persons (scaled)")
-    middle = np.sqrt(edges[1:] * edges[:-1])
-    sets, sizes = ([*dict.fromkeys(values)] for values in zip(*(c[:2] for c in found), strict=True))
-    for c in found:
-        hits = np.histogram(heights[c.overlaps.max(0) >= MATCH], edges)[0]
-        seen = counts > 0
-        axis.plot(
-            middle[seen],
-            hits[seen] / counts[seen],
-            color=f"C{sets.index(c.name)}",
-            linestyle=("-", "--", ":", "-.")[sizes.index(c.size) % 4],
-            label=f"{c.name}, {show_size(c)}: {100 * hits.sum() / counts.sum():.1f}%",
-        )
-    axis.axvline(55, color="0.6", linewidth=0.8)
-    axis.set(
-        xscale="log",
-        xlabel="person height, pixels of the 640x512 frame",
-        ylim=(0, 1.02),
-        ylabel="persons with a prior of IoU >= 0.5",
-    )
+    middle, seen = np.sqrt(edges[1:] * edges[:-1]), counts > 0
+    names, sizes = ([*dict.fromkeys(values)] for values in zip(*(c[:2] for c in found), strict=True))
+    for name, size, _, best in found:
+        hits = np.histogram(heights[best >= MATCH_IOU], edges)[0]
+        colour, dashes = f"C{names.index(name)}", ("-", "--", ":", "-.")[sizes.index(size) % 4]
+        label = f"{name}, {'{}x{}'.format(*size)}: {100 * hits.sum() / counts.sum():.1f}%"
+        axis.plot(middle[seen], hits[seen] / counts[seen], dashes, color=colour, label=label)
+    axis.axvline(55, color="0.6", linewidth=0.8, label="55 px: Reasonable")
+    axis.set(xscale="log", xlabel="person height, pixels of the 640x512 frame")
+    axis.set(ylim=(0, 1.02), ylabel="persons with a prior of IoU >= 0.5")
+    axis.set_title(f"What sets of priors match of {len(heights):,} persons")
     ticks = [tick for tick in (15, 20, 30, 55, 80, 115, 200, 400) if edges[0] <= tick <= edges[-1]]
     axis.set_xticks(ticks, [str(tick) for tick in ticks])
     axis.set_xticks([], minor=True)
@@ -268,13 +210,12 @@ def draw(found: list[Coverage], heights: np.ndarray, path: Path) -> None:
 def derive(persons: np.ndarray, count: int, size: tuple[int, int]) -> str:
     """A set of upright priors as the lines of `prior_shapes` to hold it, with what it matches."""
     ratio, heights = derive_heights(persons, count, size)
-    shapes = [[(ratio * h, h) for h in of_map] for of_map in heights]
-    best = best_overlaps(persons, shapes, feature_map_sizes(size)).max(0)
-    rows = "\n".join(f"            {tuple(of_map)}," for of_map in heights)
-    in_frame = ratio * FRAME_WIDTH / FRAME_HEIGHT
+    shapes = [[(ratio * h, h) for h in map_heights] for map_heights in heights]
+    best = best_overlaps(persons, shapes, feature_map_sizes(size))
+    rows = "\n".join(f"            {tuple(map_heights)}," for map_heights in heights)
     return (
-        f"width/height {ratio:g} in fractions of the input, {in_frame:.2f} in the frame; "
-        f"{100 * np.mean(best >= MATCH):.1f}% of the persons matched\n\n"
+        f"width/height {ratio:g} in fractions of the input, {ratio * FRAME_WIDTH / FRAME_HEIGHT:.2f} in the "
+        f"frame; {100 * np.mean(best >= MATCH_IOU):.1f}% of the persons matched\n\n"
         f"        heights = (\n{rows}\n        )\n"
         f"        return [[({ratio:g} * h, h) for h in map_heights] for map_heights in heights]"
     )

@@ -1,7 +1,6 @@
 """The plain way: what tools/benchmark.py measures this project's fast paths against.
 
-Written as a tutorial would, one image, one box, one file at a time; whatever comes with
-torchvision is called.
+Written as tutorials and torchvision are: a loop over images or files, vectorised within each.
 """
 
 from __future__ import annotations
@@ -15,76 +14,74 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.ops import box_convert, box_iou, clip_boxes_to_image
+from torchvision.ops import box_area, box_convert
 from torchvision.transforms import v2
 
 from datasets import Frame
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
 from kaist.miss_rate import FPPI_POINTS, GroundTruth, Setup
 from pseudo_gt import box_masks
-from ssd.boxes import Predictions, decode, encode
+from ssd.boxes import Predictions, encode
 
 
 def plain_multibox_loss(predictions: Predictions, boxes: Tensor, labels: Tensor, priors: Tensor) -> Tensor:
-    """loc + conf as tutorials write it: image by image, hard negatives by sorting them all."""
-    area = priors[:, 2] * priors[:, 3]
-    total, n_positive = torch.zeros((), device=priors.device), 0
-    for loc, conf, image_boxes, image_labels in zip(*predictions[:2], boxes, labels, strict=True):
-        target = torch.zeros(len(priors), dtype=torch.int64, device=priors.device)
-        for box in image_boxes[image_labels == -1]:
-            target[intersection(box[None], priors)[0] >= 0.5 * area] = -1
-        people = image_boxes[image_labels == 1]
-        shared = intersection(people, priors)
-        iou = shared / ((people[:, 2:] - people[:, :2]).prod(1)[:, None] + area - shared)
-        owner = torch.zeros_like(target)
-        if len(people):
-            best, owner = iou.max(0)
-            target[best >= 0.5] = 1
-        for _ in people:  # each owns a prior, the best overlap of all first
-            person, prior = divmod(int(iou.argmax()), len(priors))
-            target[prior], owner[prior] = 1, person
-            iou[person], iou[:, prior] = -1, -1
-        positive = target == 1
-        offsets = encode(box_convert(people[owner[positive]], "xyxy", "cxcywh"), priors[positive])
-        entropy = F.cross_entropy(conf, target.clamp(min=0), reduction="none")
-        negatives = entropy[target == 0].sort(descending=True).values
-        n = int(positive.sum())
-        total = total + F.smooth_l1_loss(loc[positive], offsets, reduction="sum")
-        total = total + entropy[positive].sum() + negatives[: max(3, 3 * n)].sum()
-        n_positive += n
-    return total / max(1, n_positive)
+    """loc + conf of a batch: matched image by image, hard negatives by sorting all priors of each.
+
+    Args:
+        boxes: (N, M, 4) xyxy fractions; labels: (N, M); priors: (P, 4) cxcywh.
+    """
+    matches = [plain_match(*objects, priors) for objects in zip(boxes, labels, strict=True)]
+    target, matched_idxs = (torch.stack(part) for part in zip(*matches, strict=True))
+    image, prior = (target == 1).nonzero(as_tuple=True)
+    matched = box_convert(boxes[image, matched_idxs[image, prior]], "xyxy", "cxcywh")
+    offsets = encode(matched, priors[prior])
+    loc = F.smooth_l1_loss(predictions.loc[image, prior], offsets, reduction="sum")
+
+    conf = F.cross_entropy(predictions.conf.flatten(0, 1), target.clamp(min=0).flatten(), reduction="none")
+    conf = conf.view(target.shape)
+    hardest = conf.masked_fill(target != 0, 0).sort(1, descending=True).values
+    n_negatives = (3 * (target == 1).sum(1, keepdim=True)).clamp(min=3)
+    negatives = hardest[torch.arange(len(priors), device=priors.device) < n_negatives]
+    return (loc + conf[image, prior].sum() + negatives.sum()) / max(1, len(image))
 
 
-def intersection(boxes: Tensor, priors: Tensor) -> Tensor:
-    """(m, P) overlap areas of boxes (m, 4) xyxy with priors (P, 4) cxcywh."""
+def plain_match(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
+    """(P,) 1 person, 0 background or -1 ignored for each prior of an image, and (P,) its object.
+
+    Args:
+        boxes: (M, 4) xyxy; labels: (M,); priors: (P, 4) cxcywh.
+    """
     corners = box_convert(priors, "cxcywh", "xyxy")
-    low = torch.max(boxes[:, None, :2], corners[:, :2])
-    high = torch.min(boxes[:, None, 2:], corners[:, 2:])
-    return (high - low).clamp(min=0).prod(2)
+    low, high = torch.max(boxes[:, None, :2], corners[:, :2]), torch.min(boxes[:, None, 2:], corners[:, 2:])
+    shared = (high - low).clamp_(min=0)
+    shared = shared[..., 0] * shared[..., 1]
+    areas, people = priors[:, 2] * priors[:, 3], (labels == 1).nonzero()[:, 0]
+    target = -(shared[labels == -1] >= 0.5 * areas).any(0).long()
+    if not len(people):
+        return target, torch.zeros_like(target)
+    iou = shared[people] / (box_area(boxes[people])[:, None] + areas - shared[people])
+    best, matched_idxs = iou.max(0)
+    target[best >= 0.5] = 1
+    own = best_priors(iou)
+    target[own] = 1
+    matched_idxs[own] = torch.arange(len(people), device=own.device)
+    return target, people[matched_idxs]
 
 
-def plain_detect(
-    predictions: Predictions, priors: Tensor, *, min_score: float, nms_iou: float, max_boxes: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Decode and NMS as tutorials write it: all overlaps, then a loop over the candidates."""
-    results = []
-    for loc, conf in zip(*predictions[:2], strict=True):
-        scores = torch.sigmoid(conf[:, 1] - conf[:, 0])
-        scores, order = scores.sort(descending=True, stable=True)
-        order = order[scores >= min_score]
-        boxes = box_convert(decode(loc[order], priors[order]), "cxcywh", "xyxy")
-        boxes = clip_boxes_to_image(boxes, (1, 1))
-        iou = box_iou(boxes, boxes)
-        dropped = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-        for i in range(len(boxes)):
-            if not dropped[i]:
-                dropped[i + 1 :] |= iou[i, i + 1 :] > nms_iou
-        kept = (~dropped).nonzero().squeeze(1)[:max_boxes]
-        results.append((boxes[kept], scores[kept]))
-    return results
+def best_priors(iou: Tensor) -> Tensor:
+    """(m,) each person's own prior of overlaps (m, P); of two that want one, the better has it."""
+    best, own = iou.max(1)
+    while True:
+        order = best.argsort(descending=True).cpu().numpy()
+        first = np.unique(own.cpu().numpy()[order], return_index=True)[1]
+        if len(first) == len(own):
+            return own
+        losers = np.delete(order, first)
+        iou[losers, own[losers]] = -1
+        best[losers], own[losers] = iou[losers].max(1)
 
 
-def recipe_sample(root: Path) -> Callable[[Frame], tuple]:
+def v2_sample(root: Path) -> Callable[[Frame], tuple]:
     """torchvision's SSD recipe on a pair: zoom-out on a canvas, crop, flip, resize, masks."""
     transform = v2.Compose(
         [
@@ -98,17 +95,11 @@ def recipe_sample(root: Path) -> Callable[[Frame], tuple]:
     )
 
     def sample(frame: Frame) -> tuple:
-        pair = [
-            tv_tensors.Image(Image.open(image_path(root, frame.id, modality)).convert("RGB"))
-            for modality in ("visible", "lwir")
-        ]
-        target = {
-            "boxes": tv_tensors.BoundingBoxes(
-                frame.boxes_px, format="XYXY", canvas_size=(FRAME_HEIGHT, FRAME_WIDTH)
-            ),
-            "labels": torch.from_numpy(frame.labels),
-        }
-        visible, lwir, target = transform(*pair, target)
+        paths = [image_path(root, frame.id, modality) for modality in ("visible", "lwir")]
+        pair = [tv_tensors.Image(Image.open(path).convert("RGB")) for path in paths]
+        size = (FRAME_HEIGHT, FRAME_WIDTH)
+        boxes = tv_tensors.BoundingBoxes(frame.boxes_px, format="XYXY", canvas_size=size)
+        visible, lwir, target = transform(*pair, {"boxes": boxes, "labels": torch.from_numpy(frame.labels)})
         boxes = (target["boxes"] / 300)[None]
         masks = box_masks(boxes, target["labels"][None], [(38, 38), (19, 19)])
         return torch.cat([visible, lwir[:1]]), boxes, masks
@@ -123,24 +114,23 @@ def plain_miss_rates(path: Path, ground_truth: GroundTruth, setups: dict[str, Se
         image_id, *row = map(float, line.split(","))
         rows[int(image_id) - 1].append(row)
     people: list[list[tuple]] = [[] for _ in ground_truth.frames]
-    for i, *person in zip(
-        ground_truth.frame, ground_truth.boxes, ground_truth.occlusion, ground_truth.ignore, strict=True
-    ):
+    columns = ground_truth.boxes, ground_truth.occlusion, ground_truth.ignore
+    for i, *person in zip(ground_truth.frame, *columns, strict=True):
         people[i].append(tuple(person))
 
     rates = {}
     for name, setup in setups.items():
         frames = np.flatnonzero(ground_truth.in_subset(setup.subset))
         hits: list[tuple[float, bool]] = []
-        n_positive = 0
+        n_people = 0
         for i in frames:
-            objects = [(box, counts(box, occlusion, ignore, setup)) for box, occlusion, ignore in people[i]]
-            n_positive += sum(positive for _, positive in objects)
+            objects = [(person[0], counts(*person, setup)) for person in people[i]]
+            n_people += sum(positive for _, positive in objects)
             hits += match_frame(rows[i], objects)
         hits.sort(key=lambda hit: -hit[0])
         found = np.array([hit for _, hit in hits], dtype=bool)
-        fppi, rate = np.cumsum(~found) / len(frames), np.cumsum(found) / n_positive
-        reached = [max(rate[fppi <= point], default=0.0) for point in FPPI_POINTS]
+        fppi, recall = np.cumsum(~found) / len(frames), np.cumsum(found) / n_people
+        reached = [max(recall[fppi <= point], default=0.0) for point in FPPI_POINTS]
         rates[name] = float(np.exp(np.log(np.maximum(1 - np.array(reached), 1e-10)).mean()))
     return rates
 
@@ -154,21 +144,21 @@ def counts(box: np.ndarray, occlusion: int, ignore: bool, setup: Setup) -> bool:
 
 
 def match_frame(rows: list[list[float]], objects: list[tuple[np.ndarray, bool]]) -> list[tuple[float, bool]]:
-    """(score, found a person) of one frame's detections, without those that are absorbed."""
+    """(score, found a person) of one frame's detections, without those that are ignored."""
     results, taken = [], set()
     for *box, score in sorted(rows, key=lambda row: -row[-1]):
-        best, chosen, absorbed = 0.5, None, False
+        best, chosen, ignored = 0.5, None, False
         x, y, w, h = box
         for k, ((u, v, s, t), positive) in enumerate(objects):
             width, height = min(x + w, u + s) - max(x, u), min(y + h, v + t) - max(y, v)
             shared = width * height if width > 0 and height > 0 else 0.0
             if not positive:
-                absorbed |= shared / (w * h) >= 0.5
+                ignored |= shared / (w * h) >= 0.5
             elif k not in taken and shared / (w * h + s * t - shared) >= best:
                 best, chosen = shared / (w * h + s * t - shared), k
         if chosen is not None:
             taken.add(chosen)
             results.append((score, True))
-        elif not absorbed:
+        elif not ignored:
             results.append((score, False))
     return results

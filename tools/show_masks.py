@@ -6,11 +6,12 @@ so that masks which do not follow the boxes are seen at once.
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import torch
 
-from datasets import Augmentation, Batch, Collate, KaistPairs, load_frames
+from datasets import Augmentation, Batch, Collate, Frame, KaistPairs, load_frames
 from engine.config import check_config, parse_flags, read_constants
 from kaist.annotations import find_annotations, find_file, read_image_list
 from kaist.demo import open_root
@@ -40,7 +41,7 @@ def main() -> None:
     order = torch.randperm(len(frame_ids), generator=torch.manual_seed(config["seed"]))
     annotations = find_annotations(root, config["annotations"], "lwir")
     frames = load_frames([frame_ids[i] for i in order], annotations, min_height=12, margin=5)
-    frames = [frame for frame in frames if (frame.labels == 1).any()][: config["samples"]]
+    frames = of_many_videos([frame for frame in frames if (frame.labels == 1).any()])[: config["samples"]]
     if not frames:
         raise InputError("no frame has a person to draw", "choose another IMAGE_LIST", file=root)
     check_images(root, [frame.id for frame in frames], config["input_mode"])
@@ -61,35 +62,52 @@ def main() -> None:
     print(f"{config['out']}: {len(frames)} augmented samples, green persons, red ignored objects")
 
 
-def draw_masks(batch: Batch, path: Path) -> None:
-    """Draw a batch: its visible and LWIR images with boxes, then every mask."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
+def of_many_videos(frames: list[Frame]) -> list[Frame]:
+    """The frames in another order: the first of each video, then the second of each, …"""
+    seen: Counter[str] = Counter()
 
-    channels = batch.images.shape[1]
-    panels = {1: [[0]], 3: [[0, 1, 2]], 4: [[0, 1, 2], [3]]}[channels]
-    columns = len(panels) + len(batch.masks)
-    figure = Figure(figsize=(1.7 * columns, 1.75 * len(batch.images)), layout="constrained")
-    axes = figure.subplots(len(batch.images), columns, squeeze=False)
+    def turn(frame: Frame) -> int:
+        video = frame.id.rpartition("/")[0]
+        seen[video] += 1
+        return seen[video]
+
+    return sorted(frames, key=turn)
+
+
+def draw_masks(batch: Batch, path: Path) -> None:
+    """Draw a batch: its visible and LWIR images with boxes, then every mask, and a legend."""
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch, Rectangle
+
+    panels = {"visible": [0, 1, 2], "LWIR": [3]}
+    if batch.images.shape[1] != 4:
+        panels = {"image": [0] if batch.images.shape[1] == 1 else [0, 1, 2]}
+    colours = {-1: "tab:red", 0: "0.85", 1: "limegreen"}  # of labels and of a mask's cells
+    columns, n = len(panels) + len(batch.masks), len(batch.images)
+    figure = Figure(figsize=(2 * columns, 2.15 * n + 0.5), layout="constrained")
+    axes = figure.subplots(n, columns, squeeze=False)
     for row, image, boxes, labels, frame_id, *masks in zip(
         axes, batch.images, batch.boxes, batch.labels, batch.frame_ids, *batch.masks, strict=True
     ):
         height, width = image.shape[1:]
-        row[0].set_title(frame_id, fontsize=7)
-        for axis, panel in zip(row, panels, strict=False):
-            axis.imshow(image[panel].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+        for axis, (title, channels) in zip(row, panels.items(), strict=False):
+            axis.imshow(image[channels].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+            axis.set_title(title)
             for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist(), strict=True):
                 if label:
-                    size = (x1 - x0) * width, (y1 - y0) * height
-                    colour = "lime" if label == 1 else "red"
-                    outline = Rectangle((x0 * width, y0 * height), *size, fill=False, color=colour)
-                    axis.add_patch(outline)
+                    corner, size = (x0 * width, y0 * height), ((x1 - x0) * width, (y1 - y0) * height)
+                    axis.add_patch(Rectangle(corner, *size, fill=False, color=colours[label], linewidth=1.5))
+        row[0].set_title(f"{frame_id}\n{row[0].get_title()}")
         for axis, mask in zip(row[len(panels) :], masks, strict=True):
-            axis.imshow(mask.numpy(), cmap="RdYlGn", vmin=-1, vmax=1)
-            axis.set_title("{} x {}".format(*mask.shape), fontsize=7)
+            axis.imshow(mask.numpy(), cmap=ListedColormap([*colours.values()]), vmin=-1, vmax=1)
+            axis.set_title("mask {} x {}".format(*mask.shape))
         for axis in row:
             axis.set_axis_off()
-    figure.savefig(path, format="png", dpi=130)
+    names = "ignored, neither of these", "background", "person"
+    patches = [Patch(color=c, label=name) for c, name in zip(colours.values(), names, strict=True)]
+    figure.legend(handles=patches[::-1], loc="outside lower center", ncols=3, fontsize="large")
+    figure.savefig(path, format="png", dpi=100)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Does a change help, and how much? Rows of the lab book made small, over several seeds.
+"""Does a change help, and how much? Rows of the lab book scaled down, over several seeds.
 
     python -m tools.study infusion                    # runs what is not there yet, then reports
     python -m tools.study infusion --report           # reports on the runs that are there
@@ -19,7 +19,6 @@ import subprocess
 import sys
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,23 +31,11 @@ from engine.experiments import EXPERIMENTS
 from engine.run import same_recipe
 from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
 
-CHECKPOINTS = "checkpoints"  # the runs are kept in a folder of the study's name below it
-OUT = "results"  # where the report's table and figure go
-SMALL = {
-    "width": 0.125,
-    "pretrained": "none",
-    "lr": 2e-3,
-    "schedule": "cosine",
-    "batch_size": 8,
-    "epochs": 8,
-    "eval_every": 8,
-    "zoom_out": 1.5,
-    "min_score": 0.01,
-}
+SMALL = {"width": 0.125, "pretrained": "none", "lr": 2e-3, "schedule": "cosine", "batch_size": 8}
+SMALL |= {"epochs": 8, "eval_every": 8, "zoom_out": 1.5, "min_score": 0.01}
 
 
-@dataclass(frozen=True)
-class Study:
+class Study(NamedTuple):
     """A question: what it compares, and with what.
 
     baseline: the row that all are compared with; arms: name -> (row, changes to it); small: what
@@ -59,21 +46,26 @@ class Study:
     baseline: str
     arms: dict[str, tuple[str, dict[str, Any]]]
     seeds: int
-    small: dict[str, Any] = field(default_factory=dict)
+    small: dict[str, Any]
+
+
+def rows(names: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Arms that are rows as they are."""
+    return {name: (name, {}) for name in names.split()}
 
 
 STUDIES = {
     "infusion": Study(
         "Does segmentation infusion help, where, and how much?",
         "12",
-        {row: (row, {}) for row in ("18", "19", "20", "21", "22", "26", "27", "28")}
-        | {"26, SEG_WEIGHT 10": ("26", {"seg_weight": 10.0})},
+        rows("18 19 20 21 22 26 27 28") | {"26, SEG_WEIGHT 10": ("26", {"seg_weight": 10.0})},
         seeds=5,
+        small={},
     ),
     "beyond": Study(
         "What do the changes beyond the log bring, each by itself?",
         "26",
-        {row: (row, {}) for row in ("31", "32", "33", "34", "36", "37", "38", "40", "12", "19")},
+        rows("31 32 33 34 36 37 38 40 12 19"),
         seeds=3,
         small={"schedule": None, "epochs": 12, "eval_every": 12},
     ),
@@ -87,7 +79,7 @@ STUDIES = {
     "kaist": Study(
         "What does each row reach as the lab book has it, at full size?",
         "26",
-        {row: (row, {}) for row in ("12", "19", *map(str, range(31, 41)))},
+        rows("12 19 31 32 33 34 35 36 37 38 39 40"),
         seeds=1,
         small=dict.fromkeys(SMALL),
     ),
@@ -97,19 +89,18 @@ STUDIES = {
 def main() -> None:
     """Run what a study lacks, and report on what it has."""
     arguments, more = parse_arguments()
-    study = STUDIES[arguments.study]
-    folder = Path(CHECKPOINTS) / f"study-{arguments.study}"
+    study, out = STUDIES[arguments.study], arguments.out
+    folder = Path("checkpoints") / f"study-{arguments.study}"
     runs = plan(study, folder, arguments.seeds or study.seeds, more)
     if not arguments.report:
         make_folder(folder)
         run_all([run for run in runs if not is_finished(run)], arguments.jobs)
-    outcomes = [read_outcome(run) for run in runs if is_finished(run)]
-    table = report(study, outcomes)
-    make_folder(Path(OUT))
+    by_arm = group(study, [read_outcome(run) for run in runs if is_finished(run)])
     command = " ".join(["python -m tools.study", arguments.study, *more])
-    text = f"`{command}`: {study.question}\n\n{table}\n"
-    write_text(Path(OUT) / f"{arguments.study}.md", text)
-    write_atomically(Path(OUT) / f"{arguments.study}.png", lambda path: draw(study, outcomes, path))
+    text = f"`{command}`: {study.question}\n\n{report(study, by_arm)}\n"
+    make_folder(out)
+    write_atomically(out / f"{arguments.study}.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(out / f"{arguments.study}.png", lambda path: draw(study, by_arm, path))
     print(text)
 
 
@@ -121,6 +112,7 @@ def parse_arguments() -> tuple[Namespace, list[str]]:
     add("--seeds", type=int, default=0, help="runs of each arm (default: the study's own)")
     add("--jobs", type=int, default=1, help="runs at a time, sharing the cores (%(default)s)")
     add("--report", action="store_true", help="run nothing, report on what is there")
+    add("--out", type=Path, default=Path("docs/results"), help="for table and figure (%(default)s)")
     arguments, more = parser.parse_known_args()
     if arguments.jobs < 1 or arguments.seeds < 0:
         parser.error("--jobs and --seeds take a number above 0")
@@ -146,22 +138,18 @@ def plan(study: Study, folder: Path, seeds: int, more: list[str]) -> list[StudyR
     Raises:
         InputError: flags that train.py refuses, or a folder that holds a run of other constants.
     """
-    arms = {study.baseline: (study.baseline, {}), **study.arms}
     runs = []
     for seed in range(seeds):
-        for arm, (row, changes) in arms.items():
+        for arm, (row, changes) in (rows(study.baseline) | study.arms).items():
             changed = "".join(f"-{key}-{show(value)}" for key, value in changes.items())
             name = f"row{row}{changed}-seed{seed}"
             values = SMALL | study.small | changes | {"seed": seed}
-            said = {key: value for key, value in values.items() if value is not None}
-            flags = ["--experiment", row, *as_flags(said), *more]
-            flags += ["--checkpoints", str(folder), "--name", name]
+            flags = as_flags({key: value for key, value in values.items() if value is not None})
+            flags = ["--experiment", row, *flags, *more, "--checkpoints", str(folder), "--name", name]
             runs.append(StudyRun(arm, seed, folder / name, flags, train.configure(flags)))
-    for run in runs:
-        if run.folder.exists() and not same_recipe(run.folder, vars(run.config)):
-            raise InputError(
-                "it holds a run of other constants", "move it away to run the study anew", file=run.folder
-            )
+            if runs[-1].folder.exists() and not same_recipe(folder / name, runs[-1].config):
+                remedy = "move it away to run the study anew"
+                raise InputError("it holds a run of other constants", remedy, file=folder / name)
     return runs
 
 
@@ -176,25 +164,19 @@ def run_all(runs: list[StudyRun], jobs: int) -> None:
     Raises:
         InputError: runs that ended badly, after all others were made.
     """
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
-    def train_one(run: StudyRun) -> bool:
-        said = run.folder.with_suffix(".out")
-        with said.open("w") as file:
+    def train_one(run: StudyRun) -> int:
+        with run.folder.with_suffix(".out").open("w") as file:
             command = [sys.executable, train.__file__, *run.flags]
-            done = subprocess.run(command, stdout=file, stderr=file, env=environment)
-        return done.returncode == 0
+            return subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
 
     with ThreadPoolExecutor(jobs) as pool:
-        ended = list(tqdm(pool.map(train_one, runs), total=len(runs), desc="runs", unit="run"))
-    failed = [run.folder for run, well in zip(runs, ended, strict=True) if not well]
+        codes = list(tqdm(pool.map(train_one, runs), total=len(runs), desc="runs", unit="run"))
+    failed = [run.folder.with_suffix(".out") for run, code in zip(runs, codes, strict=True) if code]
     if failed:
-        raise InputError(
-            f"{len(failed)} of {len(runs)} runs failed",
-            "what it said is in this file; the same command goes on",
-            file=failed[0].with_suffix(".out"),
-        )
+        remedy = "what it said is in this file; the same command goes on"
+        raise InputError(f"{len(failed)} of {len(runs)} runs failed", remedy, file=failed[0])
 
 
 # ------------------------------------------------------------------------------ reporting
@@ -207,7 +189,7 @@ class Outcome(NamedTuple):
     seed: int
     miss_rates: np.ndarray
     recall: float
-    mask_ious: dict[str, float]
+    mask_ious: list[float]
     minutes: float
 
 
@@ -218,56 +200,10 @@ def read_outcome(run: StudyRun) -> Outcome:
     rates = [official[f"Reasonable-{part}"]["miss_rate"] for part in ("all", "day", "night")]
     with (run.folder / "log.csv").open(encoding="utf-8") as file:
         log = list(csv.DictReader(file))
-    ious = {
-        key.removeprefix("iou_"): float(value) for key, value in log[-1].items() if key.startswith("iou_")
-    }
+    ious = [float(value) for key, value in log[-1].items() if key.startswith("iou_")]
     minutes = sum(float(row["seconds"]) for row in log) / 60
-    rates = 100 * np.array(rates, dtype=float)
-    return Outcome(run.arm, run.seed, rates, 100 * official["Reasonable-all"]["recall"], ious, minutes)
-
-
-def report(study: Study, outcomes: list[Outcome]) -> str:
-    """The table, in Markdown: each arm's miss rate, and its paired difference from the baseline.
-
-    p is that of a paired t-test over the seeds that both have; p (Holm) corrects it for the
-    number of arms that are compared.
-    """
-    by_arm = group(study, outcomes)
-    compared = {
-        arm: paired_test(differences(by_arm, study.baseline, arm)) for arm in by_arm if arm != study.baseline
-    }
-    adjusted = holm({arm: test.p for arm, test in compared.items()})
-    lines = [
-        "| arm | seeds | miss rate all (%) | day | night | recall | minus the baseline, 95% | p | "
-        "p (Holm) | mask IoU by map |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for arm, own in by_arm.items():
-        rates = np.array([outcome.miss_rates for outcome in own])
-        spread = f" ± {rates[:, 0].std(ddof=1):.1f}" if len(own) > 1 else ""
-        cells = [
-            describe_arm(study, arm),
-            str(len(own)),
-            f"{rates[:, 0].mean():.1f}{spread}",
-            *(f"{value:.1f}" for value in rates[:, 1:].mean(0)),
-            f"{np.mean([outcome.recall for outcome in own]):.1f}",
-        ]
-        if arm == study.baseline:
-            cells += ["baseline", "", ""]
-        else:
-            cells += comparison_cells(compared[arm], adjusted[arm])
-        ious = [f"{np.mean([o.mask_ious[name] for o in own]):.2f}" for name in own[0].mask_ious]
-        lines.append(f"| {' | '.join([*cells, ', '.join(ious)])} |")
-    minutes = np.median([outcome.minutes for outcome in outcomes])
-    return "\n".join([*lines, "", f"Median training time of a run: {minutes:.1f} minutes."])
-
-
-def comparison_cells(test: PairedTest, adjusted: float) -> list[str]:
-    """A test's difference with its interval, p, and corrected p; of one pair the difference."""
-    if np.isnan(test.p):
-        return [f"{test.mean:+.1f}", "", ""]
-    interval = f"{test.mean:+.1f} [{test.low:+.1f}, {test.high:+.1f}]"
-    return [interval, f"{test.p:.3f}", f"{adjusted:.3f}"]
+    recall = 100 * official["Reasonable-all"]["recall"]
+    return Outcome(run.arm, run.seed, 100 * np.array(rates, dtype=float), recall, ious, minutes)
 
 
 def group(study: Study, outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
@@ -283,22 +219,42 @@ def group(study: Study, outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
     return by_arm
 
 
-def differences(by_arm: dict[str, list[Outcome]], baseline: str, arm: str) -> np.ndarray:
-    """Miss rate of an arm minus the baseline's, in points, for each seed that both have."""
-    reference = {outcome.seed: outcome.miss_rates[0] for outcome in by_arm[baseline]}
-    return np.array(
-        [
-            outcome.miss_rates[0] - reference[outcome.seed]
-            for outcome in by_arm[arm]
-            if outcome.seed in reference
-        ]
+def report(study: Study, by_arm: dict[str, list[Outcome]]) -> str:
+    """The table, in Markdown: each arm's miss rate, and its paired difference from the baseline.
+
+    p is that of a paired t-test over the seeds that both have; p (Holm) corrects it for the
+    number of arms that are compared.
+    """
+    reference = {outcome.seed: outcome.miss_rates[0] for outcome in by_arm[study.baseline]}
+    differences = {
+        arm: [o.miss_rates[0] - reference[o.seed] for o in own if o.seed in reference]
+        for arm, own in by_arm.items()
+        if arm != study.baseline
+    }
+    tests = {arm: paired_test(np.array(values)) for arm, values in differences.items()}
+    adjusted = holm({arm: test.p for arm, test in tests.items()})
+    columns = (
+        "arm|seeds|miss rate all (%)|day|night|recall|minus the baseline, 95%|p|p (Holm)|mask IoU by map"
     )
-
-
-def describe_arm(study: Study, arm: str) -> str:
-    """An arm in the lab book's own words."""
-    row, changes = study.arms.get(arm, (arm, {}))
-    return arm if changes else f"{arm}: {EXPERIMENTS[row].words}"
+    lines = [f"| {columns.replace('|', ' | ')} |", "|---" * 10 + "|"]
+    for arm, own in by_arm.items():
+        rates = np.array([outcome.miss_rates for outcome in own])
+        row, changes = study.arms.get(arm, (arm, {}))
+        name = arm if changes else f"{arm}: {EXPERIMENTS[row]['words']}"
+        spread = f" ± {rates[:, 0].std(ddof=1):.1f}" if len(own) > 1 else ""
+        numbers = [*rates[:, 1:].mean(0), np.mean([outcome.recall for outcome in own])]
+        cells = [name, str(len(own)), f"{rates[:, 0].mean():.1f}{spread}", *(f"{x:.1f}" for x in numbers)]
+        if arm == study.baseline:
+            cells += ["baseline", "", ""]
+        elif np.isnan(tests[arm].p):
+            cells += [f"{tests[arm].mean:+.1f}", "", ""]
+        else:
+            mean, low, high, p = tests[arm]
+            cells += [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.3f}", f"{adjusted[arm]:.3f}"]
+        ious = np.mean([outcome.mask_ious for outcome in own], axis=0)
+        lines.append(f"| {' | '.join([*cells, ', '.join(f'{x:.2f}' for x in ious)])} |")
+    minutes = np.median([outcome.minutes for own in by_arm.values() for outcome in own])
+    return "\n".join([*lines, "", f"Median training time of a run: {minutes:.1f} minutes."])
 
 
 class PairedTest(NamedTuple):
@@ -338,33 +294,22 @@ def holm(p: dict[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def draw(study: Study, outcomes: list[Outcome], path: Path) -> None:
+def draw(study: Study, by_arm: dict[str, list[Outcome]], path: Path) -> None:
     """Every run's miss rate as a dot, lines between the runs of a seed, each arm's mean a bar."""
     from matplotlib.figure import Figure
 
-    by_arm = group(study, outcomes)
-    figure = Figure(figsize=(1.5 + 1.1 * len(by_arm), 4), layout="constrained")
+    figure = Figure(figsize=(2.6 + 1.1 * len(by_arm), 4), layout="constrained")
     axis = figure.subplots()
-    places = {arm: i for i, arm in enumerate(by_arm)}
-    for seed in sorted({outcome.seed for outcome in outcomes}):
-        own = [outcome for outcome in sum(by_arm.values(), []) if outcome.seed == seed]
-        axis.plot(
-            [places[outcome.arm] for outcome in own],
-            [outcome.miss_rates[0] for outcome in own],
-            "o-",
-            markersize=4,
-            linewidth=0.6,
-            alpha=0.7,
-            label=f"seed {seed}",
-        )
-    for arm, own in by_arm.items():
-        mean = np.mean([outcome.miss_rates[0] for outcome in own])
-        axis.hlines(mean, places[arm] - 0.3, places[arm] + 0.3, color="black", linewidth=2)
-    baseline = np.mean([outcome.miss_rates[0] for outcome in by_arm[study.baseline]])
-    axis.axhline(baseline, color="grey", linestyle=":")
-    axis.set_xticks(list(places.values()), [arm.replace(", ", "\n") for arm in places])
+    for seed in sorted({outcome.seed for own in by_arm.values() for outcome in own}):
+        dots = [(i, o.miss_rates[0]) for i, own in enumerate(by_arm.values()) for o in own if o.seed == seed]
+        axis.plot(*zip(*dots, strict=True), "o-", markersize=4, linewidth=0.6, label=f"seed {seed}")
+    means = [np.mean([outcome.miss_rates[0] for outcome in own]) for own in by_arm.values()]
+    x = np.arange(len(means))
+    axis.hlines(means, x - 0.3, x + 0.3, color="black", linewidth=2, label="mean")
+    axis.axhline(means[0], color="grey", linestyle=":", label="the baseline's mean")
+    axis.set_xticks(x, [arm.replace(", ", "\n") for arm in by_arm])
     axis.set(xlabel="row of the lab book", ylabel="miss rate, Reasonable (%)", title=study.question)
-    axis.legend(fontsize="small", ncols=2)
+    figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, format="png", dpi=110)
 
 

@@ -1,15 +1,13 @@
-"""Synthetic work for tools/benchmark.py: batches, training steps, result files, annotations; its
-memory and the machine it runs on.
-"""
+"""What tools/benchmark.py times: training steps, detectors, drawn inputs, processes of their own."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import platform
 import resource
 import sys
 from collections.abc import Callable, Iterator
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -18,47 +16,80 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.models.detection import ssd300_vgg16
 
-from datasets import Batch
+from datasets import Batch, Frame, KaistPairs
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
+from kaist.frame_cache import FrameCache
 from kaist.images import read_image
 from kaist.miss_rate import GroundTruth
 from kaist.results import Detections, write_detections
 from model import SSD300
 from pseudo_gt import box_masks
+from ssd.augment import Augmentation
 from ssd.boxes import Predictions
 from ssd.losses import MultiBoxLoss, SegmentationLoss
 from utils import autocast, detect_image, keep_memory
 
-MODEL = {
-    "input_mode": "early",
-    "batch_norm": False,
-    "width": 1.0,
-    "infusion": (1, 1, 0, 0, 0, 0),
-    "infusion_conv": False,
-    "prior_set": "ssd300",
-    "size": (300, 300),
-}
+MODEL = {"input_mode": "early", "batch_norm": False, "width": 1.0, "prior_set": "ssd300", "size": (300, 300)}
+MODEL |= {"infusion": (1, 1, 0, 0, 0, 0), "infusion_conv": False}
 LIMITS = {"min_score": 0.01, "nms_iou": 0.45, "max_boxes": 200}  # of detection, as in training
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in ru_maxrss
 
 
-def random_objects(n: int, people: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Boxes (n, people + 1, 4) of pedestrians' shape and labels: the last object is ignored."""
-    g = torch.Generator().manual_seed(people)
-    height = torch.rand(n, people + 1, generator=g) * 0.4 + 0.1
-    size = torch.stack([0.35 * height, height], -1)
-    corner = torch.rand(n, people + 1, 2, generator=g) * (1 - size)
-    labels = torch.ones(n, people + 1, dtype=torch.int64)
-    labels[:, -1] = -1
-    return torch.cat([corner, corner + size], -1).to(device), labels.to(device)
+class Subprocess:
+    """A function in a process of its own, which ends when this object is gone.
+
+    make(*arguments) is called there and gives the function; a call runs it and returns what it
+    returns. All of them have to be picklable.
+    """
+
+    def __init__(self, make: Callable[..., Callable[[], object]], *arguments: object) -> None:
+        context = get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        context.Process(target=worker, args=(theirs, make, arguments), daemon=True).start()
+        theirs.close()
+
+    def __call__(self) -> object:
+        """Raises EOFError or OSError where the process has died; it has said why on stderr."""
+        self.pipe.send(None)
+        return self.pipe.recv()
 
 
-def random_predictions(n: int, mean: float, device: torch.device) -> Predictions:
-    """Predictions of 8,732 priors; the margin of person over background is `mean` +- 2."""
-    g = torch.Generator().manual_seed(n)
-    conf = torch.randn(n, 8732, 2, generator=g) * 2**0.5
-    conf[..., 1] += mean
-    return Predictions((torch.randn(n, 8732, 4, generator=g) / 2).to(device), conf.to(device), [])
+def worker(pipe: Connection, make: Callable, arguments: tuple) -> None:
+    """Run make(*arguments)() whenever asked, as long as there is somebody to ask."""
+    function = make(*arguments)
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        pipe.send(function())
+
+
+def with_malloc_tuning(make: Callable, *arguments: object) -> Callable:
+    """make(…) where the C library keeps freed memory, as in train.py, eval.py and detect.py."""
+    keep_memory()
+    return make(*arguments)
+
+
+# ------------------------------------------------------------------------------ this project's
+
+
+def make_model(**changes: object) -> SSD300:
+    """A network of MODEL's arguments, but for some."""
+    return SSD300(**(MODEL | changes))
+
+
+def make_pairs(root: Path, frames: list[Frame], cache: FrameCache | None) -> KaistPairs:
+    """Augmented training samples of a KAIST root, from its files or a frame cache."""
+    return KaistPairs(
+        root,
+        frames,
+        input_mode="early",
+        size=(300, 300),
+        augmentation=Augmentation(),
+        masks_follow=True,
+        seed=0,
+        cache=cache,
+    )
 
 
 def our_step(
@@ -67,17 +98,16 @@ def our_step(
     n: int,
     batches: Iterator[Batch] | None = None,
     **changes: object,
-) -> Callable:
+) -> Callable[[], None]:
     """A training step with masks, as train.py makes it, on the next of the batches or, without
     any, again and again on n frames of 3 people."""
-    model = SSD300(**(MODEL | changes)).to(device, memory_format=torch.channels_last).train()
+    model = make_model(**changes).to(device, memory_format=torch.channels_last).train()
     if batches is None:
         images = torch.randint(256, (n, 4, *model.size), dtype=torch.uint8, device=device)
         boxes, labels = random_objects(n, 3, device)
         masks = box_masks(boxes, labels, [model.map_sizes[i] for i in model.infused_maps])
         batches = itertools.repeat(Batch(images, boxes, labels, masks, []))
-    loss = our_loss(model)
-    on_gpu = device.type == "cuda"
+    loss, on_gpu = our_loss(model), device.type == "cuda"
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, fused=on_gpu)
     network = torch.compile(model, dynamic=False) if on_gpu else model
 
@@ -105,18 +135,18 @@ def our_loss(model: SSD300) -> Callable[[Predictions, Batch], Tensor]:
     return loss
 
 
-def trunk_step(device: torch.device, precision: torch.dtype, n: int, **changes: object) -> Callable:
+def trunk_step(device: torch.device, precision: torch.dtype, n: int, **changes: object) -> Callable[[], None]:
     """The same network's convolutions, ReLUs and pools, forward and backward, and nothing else."""
-    model = SSD300(**(MODEL | changes)).to(device, memory_format=torch.channels_last)
+    model = make_model(**changes).to(device, memory_format=torch.channels_last)
     images = torch.randn(n, 4, *model.size, device=device).to(memory_format=torch.channels_last)
-    gradients = None
+    heads = [*model.loc_heads, *model.conf_heads, *model.seg_heads]
+    gradients: list[Tensor] = []
 
     def outputs() -> list[Tensor]:
         conv4_3 = model.to_conv4_3(images)
         maps = [conv4_3, model.conv6_7(model.to_conv5_3(conv4_3))]
         for extra in model.extras:
             maps.append(extra(maps[-1]))
-        heads = [*model.loc_heads, *model.conf_heads, *model.seg_heads]
         inputs = [*maps, *maps, *(maps[i] for i in model.infused_maps)]
         return [head(x) for head, x in zip(heads, inputs, strict=True)]
 
@@ -124,24 +154,34 @@ def trunk_step(device: torch.device, precision: torch.dtype, n: int, **changes: 
         outputs = torch.compile(outputs)
 
     def step() -> None:
-        nonlocal gradients
         model.zero_grad()
         with autocast(device, precision):
             out = outputs()
-        gradients = gradients or [torch.randn_like(x) for x in out]
+        gradients[:] = gradients or [torch.randn_like(x) for x in out]
         torch.autograd.backward(out, gradients)
 
     return step
 
 
-def torchvision_step(device: torch.device, n: int) -> Callable:
+def our_image(device: torch.device, precision: torch.dtype, path: Path) -> Callable[[], None]:
+    """Detection in a visible image's file, as detect.py makes it."""
+    model = make_model(input_mode="visible").to(device, memory_format=torch.channels_last).eval()
+
+    def run() -> None:
+        detect_image(model, read_image(path, "visible"), precision, LIMITS)
+
+    return run
+
+
+# ------------------------------------------------------------------------------ torchvision's
+
+
+def torchvision_step(device: torch.device, n: int) -> Callable[[], None]:
     """A training step of torchvision's SSD300 in fp32, without masks."""
     model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2).to(device).train()
     images = list(torch.rand(n, 3, 300, 300, device=device))
-    boxes, _ = random_objects(n, 3, device)
-    targets = [
-        {"boxes": b[:3] * 300, "labels": torch.ones(3, dtype=torch.int64, device=device)} for b in boxes
-    ]
+    labels = torch.ones(3, dtype=torch.int64, device=device)
+    targets = [{"boxes": b[:3] * 300, "labels": labels} for b in random_objects(n, 3, device)[0]]
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9)
 
     def step() -> None:
@@ -153,19 +193,8 @@ def torchvision_step(device: torch.device, n: int) -> Callable:
     return step
 
 
-def our_image(device: torch.device, precision: torch.dtype, path: Path) -> Callable:
-    """Detection in a visible image's file, as detect.py makes it."""
-    model = SSD300(**(MODEL | {"input_mode": "visible"}))
-    model = model.to(device, memory_format=torch.channels_last).eval()
-
-    def run() -> None:
-        detect_image(model, read_image(path, "visible"), precision, LIMITS)
-
-    return run
-
-
-def torchvision_image(device: torch.device, path: Path) -> Callable:
-    """The same by torchvision's SSD300 in fp32."""
+def torchvision_image(device: torch.device, path: Path) -> Callable[[], None]:
+    """Detection in an image's file by torchvision's SSD300 in fp32."""
     model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2).to(device).eval()
 
     @torch.inference_mode()
@@ -175,46 +204,32 @@ def torchvision_image(device: torch.device, path: Path) -> Callable:
     return run
 
 
-def keeping(device: torch.device, make: Callable, *arguments: object) -> Callable:
-    """make(device, …) with freed memory kept, as train.py and detect.py keep it."""
-    keep_memory()
-    return make(device, *arguments)
+# ------------------------------------------------------------------------------ inputs, memory
 
 
-def added_memory(device: torch.device, make: Callable, *arguments: object) -> Callable[[], int]:
-    """A function that gives the bytes by which the peak of this process rises above what it held
-    in the first step of make(device, …)."""
-    step = make(device, *arguments)
-
-    def measure() -> int:
-        if device.type == "cuda":
-            before = torch.cuda.memory_allocated(device)
-            step()
-            return torch.cuda.max_memory_allocated(device) - before
-        before = memory("VmRSS")
-        step()
-        return memory("VmHWM") - before
-
-    return measure
+def random_objects(n: int, people: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Boxes (n, people + 1, 4) of pedestrians' shape and labels: the last object is ignored."""
+    g = torch.Generator().manual_seed(people)
+    height = torch.rand(n, people + 1, generator=g) * 0.4 + 0.1
+    size = torch.stack([0.35 * height, height], -1)
+    corner = torch.rand(n, people + 1, 2, generator=g) * (1 - size)
+    labels = torch.ones(n, people + 1, dtype=torch.int64)
+    labels[:, -1] = -1
+    return torch.cat([corner, corner + size], -1).to(device), labels.to(device)
 
 
-def memory(field: str) -> int:
-    """Bytes that this process holds ("VmRSS") or held at most ("VmHWM"), as Linux tells; elsewhere
-    the most so far has to do for both.
-
-    Not `resource` where there is better: on Linux a process begins with its parent's peak there.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
-    [line] = [line for line in status.read_text().splitlines() if line.startswith(field)]
-    return int(line.split()[1]) * 1024
+def random_predictions(n: int, mean: float, device: torch.device) -> Predictions:
+    """Predictions of 8,732 priors; the margin of person over background is `mean` +- 2."""
+    g = torch.Generator().manual_seed(n)
+    conf = torch.randn(n, 8732, 2, generator=g) * 2**0.5
+    conf[..., 1] += mean
+    return Predictions((torch.randn(n, 8732, 4, generator=g) / 2).to(device), conf.to(device), [])
 
 
-def synthetic_result(folder: Path, n_frames: int) -> tuple[GroundTruth, Path]:
+def random_result(folder: Path, n_frames: int) -> tuple[GroundTruth, Path]:
     """Two people a frame, and a result file with six boxes a frame, some on the people."""
     rng = np.random.default_rng(0)
-    ids = frame_ids(n_frames)
+    ids = [f"set{6 + i % 6:02d}/V{i // 6 // 5000:03d}/I{i // 6 % 5000:05d}" for i in range(n_frames)]
     height = rng.uniform(30, 200, 2 * n_frames)
     size = np.stack([0.41 * height, height], 1)
     boxes = np.concatenate([rng.random(size.shape) * ((FRAME_WIDTH, FRAME_HEIGHT) - size), size], 1)
@@ -229,35 +244,31 @@ def synthetic_result(folder: Path, n_frames: int) -> tuple[GroundTruth, Path]:
     return people, path
 
 
-def frame_ids(n: int) -> list[str]:
-    """n frame ids in six sets."""
-    return [f"set{6 + i % 6:02d}/V{i // 6 // 5000:03d}/I{i // 6 % 5000:05d}" for i in range(n)]
+def added_memory(
+    make: Callable[..., Callable], device: torch.device, *arguments: object
+) -> Callable[[], int]:
+    """A function that gives the bytes by which the peak of this process rises above what it held
+    in the first step of make(device, …)."""
+    step = make(device, *arguments)
+
+    def measure() -> int:
+        on_gpu = device.type == "cuda"
+        before = torch.cuda.memory_allocated(device) if on_gpu else process_memory("VmRSS")
+        step()
+        return (torch.cuda.max_memory_allocated(device) if on_gpu else process_memory("VmHWM")) - before
+
+    return measure
 
 
-def draw_annotations(folder: Path, n: int) -> list[str]:
-    """Write n bbGt files of 0 to 4 people each into a KAIST root; returns the frames' ids."""
-    ids = frame_ids(n)
-    for i, frame_id in enumerate(ids):
-        path = folder / "annotations" / f"{frame_id}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        people = "".join(f"person {50 + 90 * k} 200 40 98 0 0 0 0 0 0 0\n" for k in range(i % 5))
-        path.write_text("% bbGt version=3\n" + people)
-        os.utime(path, (1e9, 1e9))  # of long ago, so that they can be remembered
-    return ids
+def process_memory(field: str) -> int:
+    """Bytes that this process holds ("VmRSS") or held at most ("VmHWM"), as Linux tells; elsewhere
+    the most so far has to do for both.
 
-
-def describe_machine(device: torch.device, precision: torch.dtype) -> str:
-    """One line on the processor, the device, its precision and torch's version."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    parts = [
-        names[0] if names else platform.processor(),
-        f"{torch.get_num_threads()} threads",
-        torch.backends.cpu.get_cpu_capability(),
-    ]
-    if device.type == "cuda":
-        parts.append(torch.cuda.get_device_name(device))
-    parts.append(f"convolutions in {str(precision).removeprefix('torch.')}")
-    parts.append(f"torch {torch.__version__}")
-    return ", ".join(parts)
+    Not `resource` where there is better: on Linux a process begins with its parent's peak there.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    [line] = [line for line in status.read_text().splitlines() if line.startswith(field)]
+    return int(line.split()[1]) * 1024

@@ -20,17 +20,60 @@ from engine.checkpoint import load_checkpoint, save_checkpoint
 from kaist.files import InputError
 
 PROJECT = Path(train.__file__).parent
-QUICK = (
-    "--checkpoints checkpoints --name custom --batch-size 2 --workers 0 --width 0.0625 --device cpu "
-    "--precision fp32 --eval-every 1"
-).split()
-MOMENTS = ["step"] * 4 + ["write"] * 3 + ["start", "evaluation"] * 2  # in which a run is killed
+QUICK = [
+    "--batch-size",
+    "2",
+    "--workers",
+    "0",
+    "--width",
+    "0.0625",
+    "--device",
+    "cpu",
+    "--precision",
+    "fp32",
+    "--eval-every",
+    "1",
+]
+# When a run is killed: at the so-and-so-many-th time in its process that it opens, or renames, a file
+# of such a name ("later": after its first checkpoint). "half" cuts the file first, as a write that
+# was under way leaves it.
+KILLS = [
+    *("open config.json 1", "rename config.json 1 half", "open set00 1", "rename last.pt 1 half"),
+    *("later set03 1", "rename last.pt 2 half", "later set06 1", "rename best.pt 1 half"),
+    *(
+        "rename last.pt 3",
+        "later set00 1",
+        "rename last.pt 4 half",
+        "later set06 2",
+        "rename detections.txt 1",
+    ),
+]
 
 # Runs train.py's main() in a process of its own for each line of flags, says its id and, when it
 # has ended, how; torch is imported only once, which is most of the time that such a start takes.
 NURSERY = """
-import os, sys, traceback, train
+import os, signal, sys, traceback, train
 from kaist.files import run_script
+
+def kill_at(moment, name, count, half=""):
+    seen, saved = [], []
+
+    def look(event, arguments):
+        path = arguments[event == "os.rename"] if event in ("open", "os.rename") else None
+        if not isinstance(path, (str, os.PathLike)):
+            return
+        path, renamed = os.fspath(path), event == "os.rename"
+        if renamed and path.endswith("last.pt"):
+            saved.append(path)
+        if {"open": not renamed, "rename": renamed, "later": saved and not renamed}[moment] and name in path:
+            seen.append(path)
+            if len(seen) == int(count):
+                if half:
+                    os.truncate(arguments[0], os.path.getsize(arguments[0]) // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+
 for line in sys.stdin:
     child = os.fork()
     if child:
@@ -42,7 +85,10 @@ for line in sys.stdin:
         said = os.open(line.split()[0], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(said, 1)
         os.dup2(said, 2)
-        sys.argv = ["train.py", *line.split()[1:]]
+        kill, _, flags = line.partition("|")
+        sys.argv = ["train.py", *flags.split()]
+        if kill.split()[1:]:
+            kill_at(*kill.split()[1:])
         code = 1
         run_script(train.main)
         code = 0
@@ -71,10 +117,10 @@ class Nursery:
             stdout=subprocess.PIPE,
         )
 
-    def start(self, *flags):
-        """The new process's id."""
+    def start(self, *flags, kill=""):
+        """The new process's id; `kill` is a line of KILLS."""
         self.said.unlink(missing_ok=True)
-        self.process.stdin.write(" ".join(map(str, [self.said, *flags])) + "\n")
+        self.process.stdin.write(" ".join(map(str, [self.said, kill, "|", *flags])) + "\n")
         self.process.stdin.flush()
         return int(self.process.stdout.readline())
 
@@ -124,10 +170,6 @@ def wait_for(happens, seconds=60):
         time.sleep(0.0005)
 
 
-def changed_at(path):
-    return path.stat().st_mtime_ns if path.exists() else None
-
-
 def rows_of(folder):
     """log.csv without what the clock decides."""
     rows = list(csv.DictReader((folder / "log.csv").open()))
@@ -157,27 +199,14 @@ def test_a_run_killed_many_times_ends_as_one_never_interrupted(nursery, data, tm
     flags = [*data, "--epochs", "6", "--save-minutes", "1e-6"]  # a checkpoint after every step
     whole, killed = tmp_path / "whole/custom", tmp_path / "killed/custom"
     nursery.run(*flags, "--checkpoints", whole.parent, "--save-minutes", "0")
-    rng, unfinished = random.Random(0), 0
-    last = killed / "last.pt"
-    for moment in rng.sample(MOMENTS, len(MOMENTS)):
-        before = changed_at(last)
-        child = nursery.start(*flags, "--checkpoints", killed.parent)
-        if moment == "start":
-            time.sleep(rng.uniform(0, 0.2))
-        elif moment == "step":
-            wait_for(lambda old=before: changed_at(last) != old)
-            time.sleep(rng.uniform(0, 0.05))
-        elif moment == "write":
-            wait_for(lambda: any(killed.glob(".last.pt.*.tmp")))
-        else:
-            wait_for(lambda: nursery.says("detecting"))
-            time.sleep(rng.uniform(0, 0.05))
-        os.kill(child, signal.SIGKILL)
-        assert nursery.end() == -signal.SIGKILL, "the run was over before it was killed"
+    unfinished = 0
+    for kill in KILLS:
+        nursery.start(*flags, "--checkpoints", killed.parent, kill=kill)
+        assert nursery.end() == -signal.SIGKILL, f"the run ended before: {kill}"
         unfinished += any(killed.glob(".*.tmp"))
-        if last.exists():
-            load_checkpoint(last)
-    assert unfinished, "no kill fell into a write"
+        if (killed / "last.pt").exists():
+            load_checkpoint(killed / "last.pt")
+    assert unfinished >= sum("half" in kill for kill in KILLS)
     nursery.run(*flags, "--checkpoints", killed.parent)
 
     assert rows_of(killed) == rows_of(whole) and len(rows_of(whole)) == 6

@@ -17,17 +17,17 @@ from kaist.annotations import open_annotations, read_image_list
 from kaist.miss_rate import SETUPS, evaluate
 from kaist.results import read_detections
 from model import SSD300
-from ssd.boxes import detect
+from ssd.losses import MultiBoxLoss
 from tools import benchmark
-from tools.reference import plain_detect, plain_miss_rates, recipe_sample
-from tools.timing import Apart
+from tools.reference import best_priors, plain_miss_rates, plain_multibox_loss, v2_sample
 from tools.workloads import (
     MODEL,
+    Subprocess,
     added_memory,
-    draw_annotations,
-    keeping,
+    random_objects,
     random_predictions,
-    synthetic_result,
+    random_result,
+    with_malloc_tuning,
 )
 
 
@@ -57,13 +57,13 @@ def test_rounds_go_in_turns():
 
 
 def test_a_function_apart_has_its_own_process():
-    counting = Apart(partial, os.getpid)
+    counting = Subprocess(partial, os.getpid)
     assert counting() == counting() != os.getpid()
 
 
 def test_a_function_apart_that_fails_is_not_waited_for(capfd):
     with pytest.raises((EOFError, OSError)):
-        Apart(partial, os.listdir, "/no/such/folder")()
+        Subprocess(partial, os.listdir, "/no/such/folder")()
     assert "/no/such/folder" in capfd.readouterr().err
 
 
@@ -80,12 +80,15 @@ def new_pages(_: torch.device) -> Callable[[], int]:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is asked to keep memory")
-def test_freed_memory_is_kept():
+def test_freed_memory_is_kept(monkeypatch):
+    # With its threshold fixed, glibc takes each block from the system and gives it back. Left to
+    # itself it raises the threshold, and then a small block at the heap's top decides by chance
+    # whether the others are kept.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(128 * 1024))
     cpu = torch.device("cpu")
-    usual, kept = Apart(new_pages, cpu), Apart(keeping, cpu, new_pages)
-    for count in (usual, kept):
-        count(), count()
-    assert kept() < usual() / 10
+    usual, kept = Subprocess(new_pages, cpu), Subprocess(with_malloc_tuning, new_pages, cpu)
+    # A small block between freed ones can cost a kept heap one more block, a few times at most.
+    assert min(kept() for _ in range(8)) < min(usual() for _ in range(8)) / 10
 
 
 def takes(_: torch.device, megabytes: int) -> Callable[[], None]:
@@ -99,16 +102,16 @@ def takes(_: torch.device, megabytes: int) -> Callable[[], None]:
 
 def test_added_memory_is_the_steps_own():
     held = torch.ones(600 * 2**20, dtype=torch.uint8)  # by the parent, of which it knows nothing
-    add = Apart(added_memory, torch.device("cpu"), takes, 100)
+    add = Subprocess(added_memory, takes, torch.device("cpu"), 100)
     assert 99 * 2**20 < add() < 200 * 2**20
     del held
 
 
 def test_rows_say_whether_the_target_is_met():
-    assert benchmark.faster("work", 2.0, 5.0, "plain", 2.5).met
-    assert not benchmark.faster("work", 2.0, 4.9, "plain", 2.5).met
-    assert benchmark.share("work", "1", "2", 0.8, 0.8).met
-    assert str(benchmark.faster("w", 2.0, 5.0, "p", 2.5)).endswith("| >= 2.5x | met |")
+    assert benchmark.speedup_row("work", 2.0, 5.0, "plain", 2.5).passed
+    assert not benchmark.speedup_row("work", 2.0, 4.9, "plain", 2.5).passed
+    assert benchmark.ratio_row("work", "1", "2", 0.8, 0.8).passed
+    assert str(benchmark.speedup_row("w", 2.0, 5.0, "p", 2.5)).endswith("| >= 2.5x | met |")
 
 
 def test_training_is_timed_from_the_cache_to_the_weights(tmp_path):
@@ -118,18 +121,24 @@ def test_training_is_timed_from_the_cache_to_the_weights(tmp_path):
     assert [row.work.split(" alone")[0] for row in rows[1:]] == ["data and augmentation", "losses", "update"]
 
 
-@pytest.mark.parametrize("mean", [-3.6, -8.94, -30.0])
-def test_plain_detection_agrees(mean):
+@pytest.mark.parametrize("people", [0, 3, 60])
+def test_plain_loss_agrees(people):
+    cpu = torch.device("cpu")
     priors = SSD300(**(MODEL | {"width": 0.01})).priors
-    limits = {"min_score": 0.05, "nms_iou": 0.45, "max_boxes": 50}
-    predictions = random_predictions(1, mean, torch.device("cpu"))
-    [(boxes, scores)] = detect(predictions, priors, **limits)
-    [(plain_boxes, plain_scores)] = plain_detect(predictions, priors, **limits)
-    assert torch.equal(boxes, plain_boxes) and torch.equal(scores, plain_scores)
+    predictions, objects = random_predictions(2, 0.0, cpu), random_objects(2, people, cpu)
+    loss = MultiBoxLoss(priors, loc_loss="smooth_l1", loc_reduction="sum")
+    ours = sum(loss(predictions, *objects))
+    assert torch.isclose(plain_multibox_loss(predictions, *objects, priors), ours, rtol=1e-5)
+
+
+def test_persons_that_want_one_prior_share_by_overlap():
+    # Two persons want prior 0, the third prior 1, which the loser of prior 0 wants next and more.
+    iou = torch.tensor([[0.9, 0.1, 0.0, 0.0], [0.8, 0.7, 0.0, 0.0], [0.0, 0.6, 0.5, 0.0]])
+    assert best_priors(iou).tolist() == [0, 1, 2]
 
 
 def test_plain_miss_rates_agree(tmp_path):
-    people, path = synthetic_result(tmp_path, 200)
+    people, path = random_result(tmp_path, 200)
     plain = plain_miss_rates(path, people, SETUPS)
     ours = evaluate(people, read_detections(path, people.frames))
     assert len({round(rate, 6) for rate in plain.values()}) > 3
@@ -141,13 +150,7 @@ def test_recipe_gives_what_our_samples_hold(demo_root):
     ids = read_image_list(demo_root / "imageSets/train-all.txt")
     frames = load_frames(ids, open_annotations(demo_root), min_height=12, margin=5)
     torch.manual_seed(0)
-    image, boxes, masks = recipe_sample(demo_root)(frames[0])
+    image, boxes, masks = v2_sample(demo_root)(frames[0])
     assert image.shape == (4, 300, 300) and image.dtype == torch.uint8
     assert boxes.shape[::2] == (1, 4) and (boxes >= 0).all() and (boxes <= 1).all()
     assert [tuple(mask.shape) for mask in masks] == [(1, 38, 38), (1, 19, 19)]
-
-
-def test_drawn_annotations_are_read(tmp_path):
-    ids = draw_annotations(tmp_path, 13)
-    frames = load_frames(ids, open_annotations(tmp_path), min_height=12, margin=5)
-    assert [len(frame.boxes_px) for frame in frames] == [i % 5 for i in range(13)]

@@ -1,7 +1,6 @@
 """Broken input: what once ended in a traceback, and two thousand inputs of fuzz.py."""
 
 import math
-import signal
 import struct
 import subprocess
 import sys
@@ -43,7 +42,7 @@ REGRESSIONS = [
     ("xml", b"<!DOCTYPE a [<!ENTITY a 'x'><!ENTITY b '&a;&a;'>]><annotation>&b;</annotation>"),
     ("xml", b'<?xml version="1.0" encoding="utf-16"?><annotation/>'.decode().encode("utf-16")),
     ("image-list", "set٠٦/V٠٠٠/I٠٠٠٠٠".encode()),  # digits, but not 0 to 9
-    ("companion", b"set06/V000/I00000\x00"),
+    ("frame-list", b"set06/V000/I00000\x00"),
     ("checkpoint", b"PK\x03\x04"),
     ("train-flags", b"--lr\n1e400"),
     ("train-flags", b"--input-size\n" + b"9" * 5000 + b",300"),
@@ -55,49 +54,55 @@ REGRESSIONS = [
 
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory):
-    return fuzz.make_readers(fuzz.draw_seeds(tmp_path_factory.mktemp("seeds")))
+    return fuzz.make_readers(fuzz.make_seeds(tmp_path_factory.mktemp("seeds")))
 
 
 @pytest.mark.parametrize(("name", "data"), REGRESSIONS)
 def test_what_once_ended_in_a_traceback_is_refused(readers, tmp_path, name, data):
-    assert fuzz.feed(readers[name], data, tmp_path)
+    assert fuzz.run_one(readers[name], data, tmp_path)
 
 
 def test_what_is_valid_is_taken(readers, tmp_path):
     for name, data in (("annotation-json", ANNOTATIONS), ("result-json", RESULT)):
-        assert not fuzz.feed(readers[name], data, tmp_path)
+        assert not fuzz.run_one(readers[name], data, tmp_path)
     for name, reader in readers.items():
-        assert not fuzz.feed(reader, reader.seeds[0], tmp_path), name
+        assert not fuzz.run_one(reader, reader.seeds[0], tmp_path), name
 
 
 def test_two_thousand_inputs(readers, tmp_path):
     assert math.isclose(sum(reader.share for reader in readers.values()), 1, abs_tol=0.01)
     for name, reader in readers.items():
         n = math.ceil(2000 * reader.share)
-        count, refused, _, failures = fuzz.feed_many(name, reader, range(n), 1, tmp_path)
+        counts, failures = fuzz.feed(readers, 1, tmp_path, name, range(n))
         assert not failures, failures[0]
-        assert count == n and refused > 0
+        assert counts.total() == n and counts["refused"] > 0
 
 
-def test_failures_and_hangs_are_told(readers, tmp_path, monkeypatch):
+def test_failures_are_told(tmp_path):
     def read(path):
         raise [KeyError("x"), InputError("x", "y")][path.read_bytes().count(b"a") % 2]
 
-    def spin(path):
-        while True:
-            pass
-
-    monkeypatch.setattr(fuzz, "LIMIT", 0.1)
     inputs = iter([b"", b"a", b"", b"aaa"])
-    reader = fuzz.Reader(read, "x", [], lambda *_: next(inputs), 1)
-    n, refused, _, failures = fuzz.feed_many("x", reader, range(4), 0, tmp_path)
-    assert (n, refused) == (4, 2)
-    assert [(number, data) for number, data, _ in failures] == [(0, b""), (2, b"")]
+    readers = {"x": fuzz.Reader(read, "x", [], lambda *_: next(inputs), 1)}
+    counts, failures = fuzz.feed(readers, 0, tmp_path, "x", range(4))
+    assert counts == {"refused": 2, "failed": 2}
+    assert [failure[:2] for failure in failures] == [("x-0", b""), ("x-2", b"")]
     assert "KeyError: 'x'" in failures[0][2]
-    reader = fuzz.Reader(spin, "x", [], lambda *_: b"z", 1)
-    *_, [(_, data, trace)] = fuzz.feed_many("x", reader, [0], 0, tmp_path)
-    assert data == b"z" and "Hang: more than 0.1 s" in trace
-    assert signal.getitimer(signal.ITIMER_PROF)[0] == 0
+
+
+def test_an_input_that_hangs_ends_the_run_and_is_kept(tmp_path):
+    script = """
+import time, pathlib, sys
+from tools import fuzz
+spin = fuzz.Reader(lambda path: time.sleep(60), "x", [], lambda *_: b"slow", 1)
+fuzz.LIMIT, fuzz.make_readers = 1.0, lambda seeds: {"x": spin}
+[(name, counts, failures)] = fuzz.feed_all({}, {"x": 1}, 0, 1, pathlib.Path())
+print(name, counts["failed"], *failures[0][:2])
+"""
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split()[:2] == ["died", "1"] and done.stdout.endswith("b'slow'\n"), done.stderr
+    assert "Timeout" in done.stderr and "time.sleep" not in done.stdout
 
 
 def test_a_refused_file_that_the_check_calls_clean_is_a_failure(tmp_path):
@@ -128,19 +133,8 @@ def test_a_name_that_the_system_refuses_is_told_in_one_line(tmp_path):
 
 
 def test_script_counts_its_inputs(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "tools.fuzz",
-        "--inputs",
-        "400",
-        "--workers",
-        "2",
-        "--reader",
-        "bbgt",
-        "--reader",
-        "image-list",
-    ]
+    flags = ["--inputs", "400", "--workers", "2", "--reader", "bbgt", "--reader", "image-list"]
+    command = [sys.executable, "-m", "tools.fuzz", *flags]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "bbgt" in done.stdout and "xml" not in done.stdout

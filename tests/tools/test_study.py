@@ -99,20 +99,22 @@ def test_holms_correction_by_hand():
 
 
 def outcome(arm, seed, rate):
-    return Outcome(arm, seed, np.array([rate, rate, rate]), 90.0, {"map1": 0.5}, 1.0)
+    return Outcome(arm, seed, np.array([rate, rate, rate]), 90.0, [0.5], 1.0)
 
 
 def test_a_study_compares_seed_by_seed():
-    question = Study("Is it?", "12", {"19": ("19", {}), "26": ("26", {})}, seeds=3)
+    question = Study("Is it?", "12", {"19": ("19", {}), "26": ("26", {})}, seeds=3, small={})
     rates = {"12": (30, 40, 50), "19": (29, 39, 49.5), "26": (31, 40, 49)}
     outcomes = [outcome(arm, seed, rate) for arm, own in rates.items() for seed, rate in enumerate(own)]
-    table = study.report(question, outcomes + [outcome("19", 9, 5.0)])  # no such baseline
+    outcomes.append(outcome("19", 9, 5.0))  # a seed that the baseline has not
+    table = study.report(question, study.group(question, outcomes))
     line = next(line for line in table.splitlines() if line.startswith("| 19"))
     assert "-0.8 [-1.6, -0.1]" in line and "| 4 |" in line
-    table = study.report(question, [outcome("12", 0, 30), outcome("26", 0, 29)])
+    two = study.group(question, [outcome("12", 0, 30), outcome("26", 0, 29)])
+    table = study.report(question, two)
     assert "| -1.0 |  |  |" in table and "nan" not in table  # one seed has no interval
     with pytest.raises(InputError, match="no finished runs to compare"):
-        study.report(question, [outcome("19", 0, 1.0)])
+        study.group(question, [outcome("19", 0, 1.0)])
 
 
 def test_the_kaist_study_leaves_rows_as_they_are(tmp_path):
@@ -149,8 +151,8 @@ def test_a_study_runs_goes_on_and_reports(one_study, monkeypatch, capsys):
         one_study("--report")
     one_study("--jobs", "2")
     said = capsys.readouterr().out
-    assert said.count("\n| 12") == 1 and Path("results/tiny.png").stat().st_size > 5000
-    assert Path("results/tiny.md").read_text().strip() in said
+    assert said.count("\n| 12") == 1 and Path("docs/results/tiny.png").stat().st_size > 5000
+    assert Path("docs/results/tiny.md").read_text().strip() in said
     runs = sorted(p.name for p in Path("checkpoints/study-tiny").iterdir() if p.is_dir())
     assert runs == ["row12-seed0", "row26-lr-0.0001-seed0"]
 
