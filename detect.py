@@ -16,7 +16,8 @@ import sys
 import time
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from engine.config import CHOICES, OneLineParser, find_folder
 from kaist.annotations import FRAME_HEIGHT, FRAME_ID, FRAME_WIDTH, MODALITIES, Objects, open_test_annotations
 from kaist.files import InputError, make_folder, run_script, write_atomically
+from kaist.report import persons
 
 CHECKPOINTS = "checkpoints"  # the newest finished run here is used unless --checkpoint names one
 MIN_SCORE = 0.3  # draw and print detections from this score up
@@ -33,6 +35,11 @@ OUT = "detections"  # folder for pictures and detections.csv
 DEVICE = "auto"  # auto, cpu, cuda, mps
 ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 LISTED = 20  # images that are told one by one, of more a progress bar; and boxes of one image
+
+MISSING = (
+    "keep both in visible/ and lwir/ under one name, name them by --visible and --lwir, or use a network "
+    "trained with MODALITY_DROPOUT"
+)
 
 Pair = dict[str, Path]  # modality -> file of one frame
 
@@ -46,6 +53,9 @@ def main() -> None:
     arguments = parse_arguments()
     failures: list[InputError] = []
     images = list_images(arguments.images, failures)
+    pairs = [{"visible": arguments.visible, "lwir": arguments.lwir}] if arguments.visible else []
+    if not images and not pairs:
+        raise InputError("there is no image to look at", "the lines above say why")
 
     # Here, so that a wrong flag or name is answered at once: torch takes a while.
     from engine.checkpoint import choose_checkpoint
@@ -58,12 +68,11 @@ def main() -> None:
     model, config, _ = open_network(path, device, min_score=arguments.min_score)
     precision = choose_precision(arguments.precision or config.precision, device)
     wanted = MODALITIES[config.input_mode]
-    pairs = [{"visible": arguments.visible, "lwir": arguments.lwir}] if arguments.visible else []
     pairs += find_pairs(images, config, failures)
     if alone := sum(not pair.keys() >= set(wanted) for pair in pairs):
         print(f"note: {count_of(alone)} without the other modality, which is blanked")
 
-    annotated, few, table = open_annotated(pairs), len(pairs) <= LISTED, arguments.out / "detections.csv"
+    annotated, few, table = read_annotated(pairs), len(pairs) <= LISTED, arguments.out / "detections.csv"
     counts, n_rescaled, n_full, start = [], 0, 0, time.monotonic()
     bar = tqdm(pairs, "detecting", unit="image", leave=False, disable=few)
     for pair, name in zip(bar, output_names(pairs), strict=True):
@@ -78,7 +87,7 @@ def main() -> None:
         width, height = next(iter(views.values())).size
         scale = np.tile((width / FRAME_WIDTH, height / FRAME_HEIGHT), 2)
         n_rescaled += any(view.size != (FRAME_WIDTH, FRAME_HEIGHT) for view in views.values())
-        boxes, objects = boxes * scale, annotated(next(iter(pair.values())))
+        boxes, objects = boxes * scale, annotated.get(next(iter(pair.values())))
         objects = objects and replace(objects, boxes=objects.boxes * scale)
         picture, out = draw_pair(views, boxes, scores, objects, name), arguments.out / f"{name}.png"
         make_folder(arguments.out)
@@ -87,14 +96,10 @@ def main() -> None:
         counts.append(len(scores))
         n_full += np.count_nonzero(scores >= MIN_SCORE) >= config.max_boxes
         if few:
-            print(f"{out}: {len(scores)} {'person' if len(scores) == 1 else 'people'}")
-            for (x, y, w, h), score in zip(boxes[:LISTED].tolist(), scores[:LISTED].tolist(), strict=True):
-                print(f"  x {x:6.1f}  y {y:6.1f}  w {w:6.1f}  h {h:6.1f}  score {score:.3f}")
-            if len(scores) > LISTED:
-                print(f"  and {len(scores) - LISTED} more, in {table}")
-    speed = len(counts) / (time.monotonic() - start)
+            print_boxes(out, boxes, scores)
     if not few:
-        print(f"{arguments.out}: {count_of(len(counts))}, {sum(counts)} people, {speed:.1f} images/s")
+        speed = len(counts) / (time.monotonic() - start)
+        print(f"{arguments.out}: {count_of(len(counts))}, {persons(sum(counts))}, {speed:.1f} images/s")
     if n_rescaled:
         print(f"note: {count_of(n_rescaled)} of another size than KAIST's; boxes are in their own pixels")
     if n_full:
@@ -107,6 +112,15 @@ def main() -> None:
 def count_of(n: int) -> str:
     """A number of images, in words."""
     return f"{n} image" if n == 1 else f"{n} images"
+
+
+def print_boxes(out: Path, boxes: np.ndarray, scores: np.ndarray) -> None:
+    """Tell a picture's boxes (k, 4) xywh and scores (k,), the best `LISTED` of them."""
+    print(f"{out}: {persons(len(scores))}")
+    for (x, y, w, h), score in zip(boxes[:LISTED].tolist(), scores[:LISTED].tolist(), strict=True):
+        print(f"  x {x:6.1f}  y {y:6.1f}  w {w:6.1f}  h {h:6.1f}  score {score:.3f}")
+    if len(scores) > LISTED:
+        print(f"  and {len(scores) - LISTED} more, in detections.csv")
 
 
 def parse_arguments() -> Namespace:
@@ -180,11 +194,10 @@ def find_pairs(images: Sequence[Path], config: Namespace, failures: list[InputEr
         missing = [m for m in needed if m not in pair]
         if missing and (lone or not config.modality_dropout):
             problem = (
-                f"the {missing[0]} image is missing, which a network with input {config.input_mode!r} needs"
+                f"the {missing[0]} image is missing, and a network with input {config.input_mode!r} needs it"
             )
-            remedy = "keep both in visible/ and lwir/ under one name, name them by --visible and --lwir, or "
-            remedy += "use a network trained with MODALITY_DROPOUT"
-            skip(InputError(problem, remedy, file=path), failures, len(images))
+            error = InputError(problem, MISSING, file=path)
+            skip(error, failures, len(images))
         else:
             pairs[tuple(pair.values())] = pair
     return list(pairs.values())
@@ -221,26 +234,19 @@ def frame_of(path: Path) -> tuple[Path, str] | None:
     return (path.parents[4], frame_id) if FRAME_ID.fullmatch(frame_id) and len(path.parents) > 4 else None
 
 
-def open_annotated(pairs: Sequence[Pair]) -> Callable[[Path], Objects | None]:
-    """A function that gives the annotated objects of an image's frame, None where none are at hand."""
-    frames = defaultdict(list)
-    for frame in filter(None, (frame_of(next(iter(pair.values()))) for pair in pairs)):
-        frames[frame[0]].append(frame[1])
-    annotations = {}
-    for root, frame_ids in frames.items():
-        try:
-            annotations[root] = open_test_annotations(root, frame_ids)
-        except InputError:
-            continue
-
-    def annotated(path: Path) -> Objects | None:
-        root, frame_id = frame_of(path) or (None, "")
-        try:
-            return annotations[root].read(frame_id) if root in annotations else None
-        except InputError:
-            return None
-
-    return annotated
+def read_annotated(pairs: Sequence[Pair]) -> dict[Path, Objects]:
+    """First file of a pair -> the annotated objects of its frame, where KAIST's annotations are at hand."""
+    frames: dict[Path, dict[Path, str]] = defaultdict(dict)
+    for path in (next(iter(pair.values())) for pair in pairs):
+        if frame := frame_of(path):
+            frames[frame[0]][path] = frame[1]
+    found = {}
+    for root, ids in frames.items():
+        with suppress(InputError):
+            annotations = open_test_annotations(root, list(ids.values()))
+            for path, frame_id in ids.items():
+                found[path] = annotations.read(frame_id)
+    return found
 
 
 def write_rows(path: Path, name: str, boxes: np.ndarray, scores: np.ndarray, first: bool) -> None:

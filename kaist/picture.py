@@ -67,12 +67,12 @@ def draw_pair(
     line = max(2, height // 256)
     bar = round(1.7 * font.size)
     sheet = Image.new("RGB", (width * len(images) + line * (len(images) - 1), height + 2 * bar), STRIP)
-    legend = [(FOUND, False, f"{len(boxes)} found, with score")]
+    legend = [(FOUND, f"{len(boxes)} found, with score")]
     if annotated is not None:
         n_people = int(annotated.is_person.sum())
-        legend.append((PERSON, True, f"{n_people} annotated"))
+        legend.append((PERSON, f"{n_people} annotated (dashed)"))
         if n_people < len(annotated.boxes):
-            legend.append((IGNORED, True, f"{len(annotated.boxes) - n_people} annotated to be ignored"))
+            legend.append((IGNORED, f"{len(annotated.boxes) - n_people} annotated as ignored (dashed)"))
     for i, (modality, image) in enumerate(images.items()):
         panel = image.convert("RGB").resize((width, height))
         pen = ImageDraw.Draw(panel)
@@ -86,15 +86,10 @@ def draw_pair(
         sheet.paste(panel, (left, bar))
         caption = CAPTIONS[modality] + (f"  {title}" if i == 0 else "")
         ImageDraw.Draw(sheet).text((left + 6, bar / 2), caption, "white", font, anchor="lm")
-    pen, left = ImageDraw.Draw(sheet), 6
-    for colour, is_dashed, words in legend:
-        sample = (left, height + 1.25 * bar, bar, bar / 2)
-        if is_dashed:
-            draw_dashed(pen, sample, colour, line)
-        else:
-            pen.rectangle((left, sample[1], left + bar, sample[1] + bar / 2), outline=colour, width=line)
-        pen.text((left + bar + 6, height + 1.5 * bar), words, "white", font, anchor="lm")
-        left += bar + 24 + font.getlength(words)
+    left = 6.0
+    for colour, words in legend:
+        ImageDraw.Draw(sheet).text((left, height + 1.5 * bar), words, colour, font, anchor="lm")
+        left += font.getlength(words) + bar
     return sheet
 
 
