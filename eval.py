@@ -246,12 +246,9 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
         most = f"the most detections there can be, {config.max_boxes}, at scores from {SURE} up"
         print(f"warning: {n_full} frames with {most}: this network is not trained")
 
-    parts = [path.stem] if path.stem != "last" else []
-    unfinished = path.stem == "last" and epoch is not None and epoch < config.epochs
-    parts += [f"epoch{epoch}"] if unfinished else []
-    parts += [Path(value).stem for value in (*given.values(), arguments.subset) if value]
-    parts += [f"without-{arguments.blackout}"] if arguments.blackout else []
-    suffix = "".join(f"-{part}" for part in parts)
+    unfinished = epoch is not None and epoch < config.epochs
+    suffix = name_suffix(path, f"epoch{epoch}" * unfinished, *given.values(), arguments.subset)
+    suffix += f"-without-{arguments.blackout}" if arguments.blackout else ""
     name = path.resolve().parent.name + suffix
     writable = os.access(path.parent, os.W_OK)
     with tempfile.TemporaryDirectory() as spare:
@@ -265,6 +262,12 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
         print(f"note: {path.parent} is read-only, so nothing is written there; --out FILE draws the curves")
         pictures = [None, None]
     return [Found(name, test_set, detections, root, *pictures)]
+
+
+def name_suffix(path: Path, epoch: str, *flags: str | None) -> str:
+    """What the files of an evaluation have in their names beyond those of a run's own `last.pt`."""
+    parts = [path.stem if path.stem != "last" else epoch, *(Path(flag).stem for flag in flags if flag)]
+    return "".join(f"-{part}" for part in parts if part)
 
 
 def check_blackout(config: Namespace, blackout: str) -> None:
