@@ -79,8 +79,9 @@ def read_published(path: Path) -> dict[str, Tensor]:
         raise InputError(
             f"not a readable file of weights ({unpickling_problem(error)})", REMEDY, file=path
         ) from None
-    if isinstance(content, dict) and isinstance(content.get("model"), dict | StandIn):
-        content = content["model"]
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict | StandIn):
+            content = content[key]
     state = module_state(content) if isinstance(content, StandIn) else content
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError("not a state dictionary of tensors", REMEDY, file=path)
