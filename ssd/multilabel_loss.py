@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_convert, box_iou
 
-from engine.distributed import ALONE, Team
+from engine.distributed import all_reduce_sum, world_size
 from ssd.boxes import Predictions, encode
 
 VISIBLE, LWIR, BOTH = 1, 2, 3  # labels of a pair's persons: where they are seen
@@ -25,17 +25,13 @@ class MultiLabelLoss(nn.Module):
         priors: (P, 4) cxcywh fractions.
         match_iou: a prior answers for the object that it overlaps most, by at least this IoU.
         negative_ratio: mined negatives for each positive.
-        team: the processes that share a batch: the positives of all of them are counted.
     """
 
-    def __init__(
-        self, priors: Tensor, *, match_iou: float = 0.5, negative_ratio: int = 3, team: Team = ALONE
-    ) -> None:
+    def __init__(self, priors: Tensor, *, match_iou: float = 0.5, negative_ratio: int = 3) -> None:
         super().__init__()
         self.register_buffer("priors", priors, persistent=False)
         self.match_iou = match_iou
         self.negative_ratio = negative_ratio
-        self.team = team
 
     def forward(self, predictions: Predictions, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(loc, conf) losses, two float32 scalars, for the whole batch.
@@ -47,7 +43,7 @@ class MultiLabelLoss(nn.Module):
         """
         target, matched_idxs = match_multilabel(boxes, labels, self.priors, self.match_iou)
         positive = target > 0
-        n_positives = self.team.sum(positive.sum()).clamp(min=1) / self.team.size
+        n_positives = all_reduce_sum(positive.sum()).clamp(min=1) / world_size()
 
         matched = boxes.gather(1, matched_idxs.unsqueeze(2).expand(-1, -1, 4))
         offsets = encode(box_convert(matched, "xyxy", "cxcywh"), self.priors)
