@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kaist.files import InputError
 from ssd.boxes import EXTRA_LAYERS, Predictions, feature_map_sizes, prior_shapes
 from ssd.layers import VGG16_STAGES, Detector, L2Norm, scaled_width, vgg_stage
+from ssd.multispectral import MLPD, INSANet
 
 # What a batch carries.
 INPUT_CHANNELS = {"lwir": 1, "visible": 3, "mean": 4, "early": 4, "halfway": 4}
@@ -137,14 +138,19 @@ class HalfwayFusion(nn.Module):
             self.join[0].weight.copy_(torch.cat([half, half], dim=1)[..., None, None])
 
 
-def build_model(checkpoint: dict[str, Any]) -> SSD300:
+def make_network(network: str = "ssd300", **arguments: Any) -> Detector:
+    """An untrained network: "ssd300", "mlpd" or "insanet", of that class's arguments."""
+    return {"ssd300": SSD300, "mlpd": MLPD, "insanet": INSANet}[network](**arguments)
+
+
+def build_model(checkpoint: dict[str, Any]) -> Detector:
     """The network of a checkpoint, rebuilt from its own arguments; no weights are downloaded.
 
     Raises:
         InputError: the weights are not those of such a network.
     """
     try:
-        model = SSD300(**checkpoint["model_args"])
+        model = make_network(**checkpoint["model_args"])
         model.load_state_dict(checkpoint["model"])
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0][:120]
@@ -154,7 +160,7 @@ def build_model(checkpoint: dict[str, Any]) -> SSD300:
     return model
 
 
-def mirror(model: SSD300, predictions: Predictions) -> Predictions:
+def mirror(model: Detector, predictions: Predictions) -> Predictions:
     """What predictions of mirror images say of the images themselves, prior by prior; no masks.
 
     Each prior's mirror image is the prior of the same shape in the column counted from the other

@@ -37,8 +37,11 @@ class Predictions(NamedTuple):
     seg: list[Tensor]
 
 
-def feature_map_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
-    """(height, width) of the six feature maps for an input of (height, width) pixels.
+def feature_map_sizes(size: tuple[int, int], network: str = "ssd300") -> list[tuple[int, int]]:
+    """(height, width) of a network's six feature maps for an input of (height, width) pixels.
+
+    The maps of "mlpd" and "insanet" are an eighth of the input, a 16th, a 32nd and three times a
+    64th, rounded up.
 
     Raises:
         InputError: the input is too small for six maps, or larger than any use of it.
@@ -54,6 +57,9 @@ def feature_map_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
 
     if max(size) > 10_000:
         raise InputError("INPUT_SIZE is beyond 10,000 pixels a side", "KAIST frames are 512,640")
+    if network != "ssd300":
+        sides = [[math.ceil(side / n) for n in (8, 16, 32, 64, 64, 64)] for side in size]
+        return list(zip(*sides, strict=True))
     sizes = list(zip(chain(size[0]), chain(size[1]), strict=True))
     if min(sizes[-1]) < 1:
         raise InputError(

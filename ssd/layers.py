@@ -28,6 +28,7 @@ class Detector(nn.Module):
     read. The priors are the non-persistent buffer `priors`, (P, 4) cxcywh fractions of the input.
 
     Attributes:
+        n_logits: of a prior: background and person, or background and a person in each modality.
         size: (height, width) of the input in pixels.
         map_sizes: (height, width) of each feature map, finest first.
         infused_maps: indices of the maps with a segmentation head.

@@ -8,7 +8,6 @@ what the authors' networks do.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kaist.files import InputError
-from ssd.boxes import prior_shapes
+from ssd.boxes import feature_map_sizes, prior_shapes
 from ssd.layers import VGG16_STAGES, Detector, L2Norm, scaled_width, vgg_stage
 
 # Of KAIST's training frames: R, G, B, then LWIR.
@@ -57,13 +56,17 @@ class MultispectralSSD(Detector):
         scaled = partial(scaled_width, width=width)
         self.add_backbone(scaled)
         self.conv4_3_norm = L2Norm(scaled(512))
-        sizes = multispectral_map_sizes(self.size)
+        sizes = feature_map_sizes(self.size, "mlpd")
         shapes = prior_shapes(prior_set)
         self.add_heads([scaled(512)] * 6, sizes, shapes, N_LOGITS, infusion, infusion_conv)
         self.add_normalisation(MEAN, STD)
 
     def add_backbone(self, scaled: Callable[[int], int]) -> None:
         """Make the layers up to the six maps."""
+        raise NotImplementedError
+
+    def backbones(self) -> list[list[nn.Module]]:
+        """VGG16's layers of each stream in their order; shared ones are in both."""
         raise NotImplementedError
 
 
@@ -81,6 +84,10 @@ class MLPD(MultispectralSSD):
         self.visible, self.lwir = stream(3), stream(1)
         self.stages = lower_stages(scaled)
         self.joins = nn.ModuleList(join(scaled(512)) for _ in range(6))
+
+    def backbones(self) -> list[list[nn.Module]]:
+        """VGG16's layers of each stream in their order; shared ones are in both."""
+        return [[*stream, *self.stages[0][:9]] for stream in (self.visible, self.lwir)]
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """The six maps the heads read, finest first."""
@@ -110,6 +117,11 @@ class INSANet(MultispectralSSD):
         self.to_conv4_3 = vgg_stage(second, scaled(256), scaled, batch_norm=True)
         self.to_conv4_3.append(same_size_pool())
         self.stages = lower_stages(scaled)
+
+    def backbones(self) -> list[list[nn.Module]]:
+        """VGG16's layers of each stream in their order; shared ones are in both."""
+        trunk = [*self.to_conv4_3, *self.stages[0][:9]]
+        return [[*stream[:-2], *trunk] for stream in (self.visible, self.lwir)]
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """The six maps the heads read, finest first."""
@@ -163,12 +175,6 @@ def join(channels: int) -> nn.Sequential:
         nn.BatchNorm2d(channels, momentum=0.01),
         nn.ReLU(inplace=True),
     )
-
-
-def multispectral_map_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
-    """(height, width) of the six feature maps for an input of (height, width) pixels."""
-    sides = [[math.ceil(side / n) for n in (8, 16, 32, 64, 64, 64)] for side in size]
-    return list(zip(*sides, strict=True))
 
 
 # ------------------------------------------------------------------------ spectral attention

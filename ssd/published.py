@@ -123,6 +123,15 @@ def is_published(state: dict[str, Tensor]) -> bool:
     return any(key.startswith("pred_convs.") for key in state)
 
 
+def tutorial_input_mode(state: dict[str, Tensor], input_mode: str) -> str:
+    """The INPUT_MODE that a tutorial network's first filters are made for: the one given if it fits."""
+    if "base.conv1_1.weight" not in state:
+        return input_mode
+    channels = state["base.conv1_1.weight"].shape[1]
+    fitting = {1: ("lwir",), 3: ("visible", "mean"), 4: ("early",)}.get(channels, ())
+    return input_mode if input_mode in fitting or not fitting else fitting[0]
+
+
 def load_published(model: Detector, state: dict[str, Tensor], file: Path) -> None:
     """Fill a network with the state that `read_published` returned, in place.
 
@@ -133,13 +142,18 @@ def load_published(model: Detector, state: dict[str, Tensor], file: Path) -> Non
         InputError: names the first tensor that is missing, or has another shape.
     """
     own = model.state_dict()
+    check_published(model, state, file)
     with torch.no_grad():
-        for key, value in converted(model, state, file).items():
+        for key, value in converted(model, state).items():
             own[key].copy_(value)
 
 
-def converted(model: Detector, state: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The published tensors under a network's own names; raises as `load_published` does."""
+def check_published(model: Detector, state: dict[str, Tensor], file: Path) -> None:
+    """Compare a published state with the network that it should be of.
+
+    Raises:
+        InputError: names the first tensor that is missing, or has another shape.
+    """
     own, names = model.state_dict(), published_names(model)
     missing = [theirs for theirs in names.values() if theirs not in state]
     missing = [theirs for theirs in missing if not theirs.endswith("num_batches_tracked")]
@@ -151,17 +165,22 @@ def converted(model: Detector, state: dict[str, Tensor], file: Path) -> dict[str
             REMEDY,
             file=file,
         )
-    values = {ours: state[theirs] for ours, theirs in names.items() if theirs in state}
-    for ours, value in values.items():
+    for ours, theirs in names.items():
         wanted = tuple(own[ours].shape)
         if ours == "conv4_3_norm.scale":
             wanted = (1, *wanted, 1, 1)
-        if tuple(value.shape) != wanted:
+        if theirs in state and tuple(state[theirs].shape) != wanted:
             raise InputError(
-                f"{names[ours]} has shape {tuple(value.shape)}, this network wants {wanted}",
+                f"{theirs} has shape {tuple(state[theirs].shape)}, this network wants {wanted}",
                 "check INPUT_MODE, WIDTH and PRIORS",
                 file=file,
             )
+
+
+def converted(model: Detector, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The published tensors under a network's own names and in its order."""
+    names = published_names(model)
+    values = {ours: state[theirs] for ours, theirs in names.items() if theirs in state}
     values["conv4_3_norm.scale"] = values["conv4_3_norm.scale"].flatten()
     if not isinstance(model, MLPD | INSANet):
         for i, shapes in enumerate(prior_shapes("ssd300")):
@@ -180,6 +199,7 @@ def other_kind(model: Detector, state: dict[str, Tensor]) -> str:
         "MLPD": "base.feat_1.weight",
         "INSANet": "base.conv1x1_vis.weight",
         "the SSD tutorial's SSD300": "aux_convs.conv8_1.weight",
+        "one of train.py's checkpoints: leave --experiment away": "conv4_3_norm.scale",
     }
     kinds = [kind for kind, key in marks.items() if key in state and kind != network_name(model)]
     return f", but {kinds[0]}" if kinds else ""
