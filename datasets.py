@@ -230,7 +230,7 @@ def frame_loader(
     """
     frames = frames_of(ground_truth, config)[rank() :: world_size()]
     check_images(root, [frame.id for frame in frames], config["input_mode"], without)
-    map_sizes = feature_map_sizes(config["input_size"])
+    map_sizes = feature_map_sizes(config["input_size"], config.get("network", "ssd300"))
     dataset = KaistPairs(
         root,
         frames,

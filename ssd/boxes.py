@@ -27,8 +27,9 @@ EXTRA_LAYERS = ((256, 512, 2, 1), (128, 256, 2, 1), (128, 256, 1, 0), (128, 256,
 class Predictions(NamedTuple):
     """What the network says of a batch.
 
-    loc: (N, P, 4) encoded offsets of each prior; conf: (N, P, 2) logits of background and person;
-    seg: per infused map (N, 2, h, w) mask logits; empty unless asked for.
+    loc: (N, P, 4) encoded offsets of each prior; conf: (N, P, 2) logits of background and person, or
+    (N, P, 3) of background, person in visible and person in LWIR; seg: per infused map (N, 2, h, w)
+    mask logits; empty unless asked for.
     """
 
     loc: Tensor
@@ -36,8 +37,11 @@ class Predictions(NamedTuple):
     seg: list[Tensor]
 
 
-def feature_map_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
-    """(height, width) of the six feature maps for an input of (height, width) pixels.
+def feature_map_sizes(size: tuple[int, int], network: str = "ssd300") -> list[tuple[int, int]]:
+    """(height, width) of a network's six feature maps for an input of (height, width) pixels.
+
+    The maps of "mlpd" and "insanet" are an eighth of the input, a 16th, a 32nd and three times a
+    64th, rounded up.
 
     Raises:
         InputError: the input is too small for six maps, or larger than any use of it.
@@ -53,6 +57,9 @@ def feature_map_sizes(size: tuple[int, int]) -> list[tuple[int, int]]:
 
     if max(size) > 10_000:
         raise InputError("INPUT_SIZE is beyond 10,000 pixels a side", "KAIST frames are 512,640")
+    if network != "ssd300":
+        sides = [[math.ceil(side / n) for n in (8, 16, 32, 64, 64, 64)] for side in size]
+        return list(zip(*sides, strict=True))
     sizes = list(zip(chain(size[0]), chain(size[1]), strict=True))
     if min(sizes[-1]) < 1:
         raise InputError(
@@ -71,6 +78,9 @@ def prior_shapes(prior_set: str) -> list[list[tuple[float, float]]]:
     "pedestrian": upright boxes alone, of the median person's shape (width/height 0.44 in a 640x512
     frame, so 0.35 in its fractions) and eight heights from 0.062 to 1, each on the maps whose cells
     suit its width; as `python -m tools.priors --derive 8` prints it for KAIST's train-all-02 list.
+
+    "multispectral": MLPD's and INSANet's, half as wide as high and square in a 640x512 frame, each
+    in three sizes; larger than the frame where they are.
     """
     if prior_set == "pedestrian":
         heights = (
@@ -82,6 +92,15 @@ def prior_shapes(prior_set: str) -> list[list[tuple[float, float]]]:
             (1.0,),
         )
         return [[(0.35 * h, h) for h in map_heights] for map_heights in heights]
+    if prior_set == "multispectral":
+        return [
+            [
+                (side * scale * math.sqrt(ratio) / 640, side * scale / math.sqrt(ratio) / 512)
+                for ratio in (1 / 2, 1)
+                for scale in (1, 2 ** (1 / 3), 2 ** (2 / 3))
+            ]
+            for side in (40, 80, 160, 200, 280, 360)
+        ]
     scales = {
         "ssd300": (0.1, 0.2, 0.375, 0.55, 0.725, 0.9, 1.075),
         "ssd300-coco": (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05),
@@ -94,11 +113,11 @@ def prior_shapes(prior_set: str) -> list[list[tuple[float, float]]]:
         shapes.append([(s, s), (between, between)])
         for root in map(math.sqrt, map_ratios):
             shapes[-1] += [(s * root, s / root), (s / root, s * root)]
-    return shapes
+    return [[(min(w, 1.0), min(h, 1.0)) for w, h in map_shapes] for map_shapes in shapes]
 
 
 def make_priors(map_sizes: list[tuple[int, int]], shapes: list[list[tuple[float, float]]]) -> Tensor:
-    """(P, 4) float32 cxcywh priors as fractions of the input, widths and heights at most 1.
+    """(P, 4) float32 cxcywh priors as fractions of the input.
 
     A cell's priors share its centre ((column + 0.5) / w, (row + 0.5) / h). Priors may cross the
     border: 2,740 of SSD300's 8,732 do.
@@ -107,7 +126,7 @@ def make_priors(map_sizes: list[tuple[int, int]], shapes: list[list[tuple[float,
     for (h, w), map_shapes in zip(map_sizes, shapes, strict=True):
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         centres = torch.stack([(columns + 0.5) / w, (rows + 0.5) / h], dim=-1)
-        wh = torch.tensor(map_shapes).clamp(max=1.0).expand(h, w, -1, 2)
+        wh = torch.tensor(map_shapes).expand(h, w, -1, 2)
         centres = centres.unsqueeze(2).expand_as(wh)
         priors.append(torch.cat([centres, wh], dim=-1).reshape(-1, 4))
     return torch.cat(priors)
@@ -153,16 +172,29 @@ def load_nms() -> Callable[[Tensor, Tensor, float], Tensor]:
         return nms
 
 
+def person_scores(conf: Tensor) -> Tensor:
+    """Scores (…,) of logits (…, C).
+
+    Of two, background and person, the person's probability; of three, background, person in
+    visible and person in LWIR, the mean of both persons' probabilities.
+    """
+    if conf.shape[-1] == 2:
+        return torch.sigmoid(conf[..., 1] - conf[..., 0])
+    return conf.sigmoid()[..., 1:].mean(dim=-1)
+
+
 @torch.no_grad()
 def detect(
     predictions: Predictions, priors: Tensor, *, min_score: float, nms_iou: float, max_boxes: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Boxes and scores of each image: decode, clip to the frame, drop overlaps.
 
+    Boxes of three logits are not clipped: MLPD's and INSANet's authors do not.
+
     Args:
-        predictions: loc (N, P, 4) and conf (N, P, 2).
+        predictions: loc (N, P, 4) and conf (N, P, 2) or (N, P, 3), see `person_scores`.
         priors: (P, 4) cxcywh fractions.
-        min_score: candidates below this person probability are dropped.
+        min_score: candidates up to this score are dropped.
         nms_iou: of two boxes that overlap by more than this IoU the lower-scored one is dropped.
         max_boxes: keep at most so many boxes an image.
 
@@ -170,7 +202,8 @@ def detect(
         For each image xyxy boxes (k, 4) as fractions of the frame and their scores (k,), by
         descending score. An image without detections has k = 0.
     """
-    scores = torch.sigmoid(predictions.conf[..., 1] - predictions.conf[..., 0])
+    scores = person_scores(predictions.conf)
+    clip = predictions.conf.shape[-1] == 2
     results: dict[int, tuple[Tensor, Tensor]] = {}
     # Greedy NMS decides on a box from the higher-scored ones alone, so NMS of a prefix keeps
     # just what NMS of everything keeps of it: decode and suppress until that is enough.
@@ -178,12 +211,13 @@ def detect(
     waiting = torch.arange(len(scores), device=scores.device)
     while len(waiting):
         own = scores[waiting]
-        candidates = own >= min_score
+        candidates = own > min_score
         if candidates.sum(dim=1).max() > prefix:
             candidates &= own >= own.topk(prefix, dim=1).values[:, -1:]
         image, prior = candidates.nonzero(as_tuple=True)
         boxes = decode(predictions.loc[waiting[image], prior], priors[prior])
-        boxes = to_corners(boxes).clamp(0, 1)
+        boxes = to_corners(boxes)
+        boxes = boxes.clamp(0, 1) if clip else boxes
         lengths = image.bincount(minlength=len(own)).tolist()
         parts = zip(boxes.split(lengths), own[image, prior].split(lengths), strict=True)
         unfinished = []

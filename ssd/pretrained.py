@@ -19,6 +19,9 @@ from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
 from engine.checkpoint import unpickling_problem
 from engine.config import refuse
 from kaist.files import InputError
+from ssd.layers import Detector
+from ssd.multispectral import MultispectralSSD
+from ssd.published import check_published, is_published, load_published, read_published
 
 STATES = "take a state file of torchvision's VGG16, VGG16-BN or SSD300"
 
@@ -30,7 +33,7 @@ def load_pretrained(model: nn.Module, source: str) -> None:
         model: the network. conv1_1 is adapted to its channels, see `adapt_channels`.
         source: "imagenet" (the backbone; VGG16-BN's where the model has BatchNorm), "coco"
             (backbone, extra layers and, where the priors are COCO's, the heads, of whose 91
-            classes background and person are kept), "none", or the path of a state file that
+            classes background and person are kept), "none", or the path of a file that
             `check_pretrained` has passed.
 
     Raises:
@@ -44,37 +47,44 @@ def load_pretrained(model: nn.Module, source: str) -> None:
     elif source == "coco":
         state = download(SSD300_VGG16_Weights.COCO_V1)
     else:
-        state = read_state(Path(source))
+        state = read_published(Path(source))
+        if is_published(state):
+            load_published(model, state, Path(source))
+            return
     convert = convert_torchvision_ssd if is_ssd(state) else convert_torchvision_vgg
     convert(model, state)
 
 
-def check_pretrained(source: str, *, width: float, batch_norm: bool) -> None:
+def check_pretrained(source: str, model: Detector, *, width: float, batch_norm: bool) -> None:
     """Refuse published weights that the network cannot take, before anything else is read.
 
     Args:
         source: PRETRAINED: "none", "imagenet", "coco" or a path.
+        model: the network, whose tensors may be without values (on the "meta" device).
         width, batch_norm: the network's WIDTH and BATCH_NORM.
 
     Raises:
         InputError: the combination cannot be, or the file is no torchvision state of VGG16,
-            VGG16-BN or SSD300; the line names what it lacks.
+            VGG16-BN or SSD300 and no published network like this one; the line names what it lacks.
     """
     if source == "none":
+        return
+    state = {} if source in ("imagenet", "coco") else read_published(Path(source))
+    if is_published(state):
+        check_published(model, state, Path(source))
         return
     if width != 1.0:
         refuse("pretrained", source, "published weights need WIDTH = 1.0")
     if source in ("imagenet", "coco"):
         ssd = source == "coco"
     else:
-        ssd = check_file(Path(source), batch_norm)
+        ssd = check_file(Path(source), state, batch_norm)
     if ssd and batch_norm:
         refuse("pretrained", source, "an SSD300's weights need BATCH_NORM = False")
 
 
-def check_file(file: Path, batch_norm: bool) -> bool:
-    """Check a state file, see `check_pretrained`; whether it is an SSD300's."""
-    state = read_state(file)
+def check_file(file: Path, state: dict[str, Tensor], batch_norm: bool) -> bool:
+    """Check a file's state, see `check_pretrained`; whether it is an SSD300's."""
     if is_ssd(state):
         check_state(file, state, "SSD300", ssd300_vgg16)
         return True
@@ -93,25 +103,6 @@ def check_file(file: Path, batch_norm: bool) -> bool:
 def is_ssd(state: dict[str, Tensor]) -> bool:
     """Whether a torchvision state is that of an SSD300 instead of a classifier."""
     return any(key.startswith("backbone.") for key in state)
-
-
-def read_state(path: Path) -> dict[str, Tensor]:
-    """A state file's tensors; nothing in the file can run code.
-
-    Raises:
-        InputError: no such file, or not a dictionary of tensors.
-    """
-    if not path.is_file():
-        raise InputError("no such file of weights", "PRETRAINED is none, imagenet, coco or a file", file=path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch meets in a foreign or damaged file
-        raise InputError(
-            f"not a readable file of weights ({unpickling_problem(error)})", STATES, file=path
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError("not a state dictionary of tensors", STATES, file=path)
-    return state
 
 
 def check_state(path: Path, state: dict[str, Tensor], kind: str, make: Callable[..., nn.Module]) -> None:
@@ -182,6 +173,9 @@ def convert_torchvision_vgg(model: nn.Module, state: dict[str, Tensor]) -> None:
             )
         for layer, values in zip(ours, theirs.values(), strict=True):
             copy_layer(layer, values)
+    if isinstance(model, MultispectralSSD):  # its conv6 is another; LWIR begins with red's filters
+        copy_tensor(model.lwir[0].weight, state["features.0.weight"][:, :1])
+        return
     conv6, conv7 = (layer for layer in model.conv6_7 if isinstance(layer, nn.Conv2d))
     fc6 = state["classifier.0.weight"].view(4096, 512, 7, 7)[::4, :, ::3, ::3]
     fc7 = state["classifier.3.weight"].view(4096, 4096, 1, 1)[::4, ::4]
@@ -191,6 +185,8 @@ def convert_torchvision_vgg(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def backbones(model: nn.Module) -> list[list[nn.Module]]:
     """The layers up to conv5_3, once for each stream that has layers of its own up to conv4_3."""
+    if isinstance(model, MultispectralSSD):
+        return model.backbones()
     first = model.to_conv4_3
     streams = [first.visible, first.lwir] if model.input_mode == "halfway" else [first]
     return [[*stream, *model.to_conv5_3] for stream in streams]

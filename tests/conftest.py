@@ -1,5 +1,6 @@
 """What several test files share: a small demo set, and where the real KAIST files may lie."""
 
+import importlib.util
 import os
 import signal
 from pathlib import Path
@@ -40,3 +41,21 @@ def reference() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real KAIST files at {path}: set KAIST_REFERENCE to their folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def published(reference) -> Path:
+    """The folder of published networks' outputs, beside that of real KAIST files."""
+    path = reference.parent / "published"
+    if not path.is_dir():
+        pytest.skip(f"no outputs of published networks at {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def by_rule(published):
+    """The module that makes the weights and inputs of those outputs."""
+    spec = importlib.util.spec_from_file_location("by_rule", published / "by_rule.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

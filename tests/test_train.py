@@ -321,7 +321,7 @@ def test_foreign_checkpoints_are_refused(tmp_path):
 def checkpoint(tmp_path):
     """A checkpoint of an untrained early-fusion network."""
     config = train.configure(["--width", "0.0625"])
-    model = train.SSD300(**train.model_arguments(config))
+    model = train.make_network(**train.model_arguments(config))
     path = tmp_path / "untrained.pt"
     save_checkpoint(
         path,

@@ -222,7 +222,7 @@ def test_a_run_killed_many_times_ends_as_one_never_interrupted(nursery, data, tm
 def test_no_layer_draws_random_numbers():
     """So that a checkpoint needs no generator's state."""
     config = train.configure(["--width", "0.0625"])
-    model = train.SSD300(**train.model_arguments(config)).train()
+    model = train.make_network(**train.model_arguments(config)).train()
     before = torch.get_rng_state()
     model(torch.zeros(2, 4, 300, 300, dtype=torch.uint8))
     assert torch.equal(torch.get_rng_state(), before)
@@ -433,7 +433,7 @@ def test_spawned_workers_give_the_same_batches(data, demo_root):
     def batches(*flags):
         config = train.configure([*data, *flags])
         frames, _ = train.read_training_frames(config)
-        model = train.SSD300(**train.model_arguments(config))
+        model = train.make_network(**train.model_arguments(config))
         loader = train.make_loader(vars(config), frames, model, torch.device("cpu"))
         return [(b.images, b.boxes, b.labels, b.masks, b.frame_ids) for b in loader.epoch(3)]
 
@@ -448,7 +448,7 @@ def test_too_little_shared_memory_is_told(data, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # forked workers have it too
     config = train.configure([*data, "--workers", "1", "--start-method", "fork"])
     frames, _ = train.read_training_frames(config)
-    model = train.SSD300(**train.model_arguments(config))
+    model = train.make_network(**train.model_arguments(config))
     loader = train.make_loader(vars(config), frames, model, torch.device("cpu"))
     with pytest.raises(InputError, match="too little shared memory.*--shm-size"):
         list(loader.epoch(0))

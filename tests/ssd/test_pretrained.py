@@ -8,7 +8,7 @@ from torchvision.models.detection import ssd300_vgg16
 
 import train
 from kaist.files import InputError
-from model import SSD300
+from model import SSD300, make_network
 from ssd.pretrained import load_pretrained
 
 WIDE = ["--width", "1.0"]
@@ -37,6 +37,24 @@ def test_a_vgg_state_file_fills_the_backbone(make, flags, tmp_path):
     load_pretrained(model, config.pretrained)
     assert (model.to_conv4_3[0].weight == state["features.0.weight"][0, 0, 0, 0]).all()
     assert (model.conv6_7[3].bias == state["classifier.3.bias"][0]).all()
+
+
+@pytest.mark.parametrize("row", ["41", "42"])
+def test_both_streams_of_mlpd_and_insanet_start_from_vgg16_bn(row, tmp_path):
+    state = state_of(vgg16_bn)
+    red_differs = torch.arange(3.0).view(1, 3, 1, 1).expand(64, 3, 3, 3)
+    path = save(tmp_path, state | {"features.0.weight": red_differs})
+    config = train.configure(["--experiment", row, "--pretrained", path])
+    model = make_network(**train.model_arguments(config))
+    load_pretrained(model, path)
+    assert torch.equal(model.visible[0].weight, red_differs)
+    assert torch.equal(model.lwir[0].weight, red_differs[:, :1])
+    assert (model.lwir[1].running_var == state["features.1.running_var"][0]).all()
+    assert (model.stages[0][7].weight == state["features.41.weight"][0]).all()  # conv5_3's BatchNorm
+    conv4_3 = model.visible[30] if row == "41" else model.to_conv4_3[7]
+    assert isinstance(conv4_3, nn.Conv2d)
+    assert (conv4_3.weight == state["features.30.weight"][0, 0, 0, 0]).all()
+    assert model.stages[0][10].weight.std() > 0.01  # conv6_1 is another's
 
 
 def test_an_ssd_state_file_fills_everything(tmp_path):
@@ -79,8 +97,8 @@ def test_what_is_no_state_file_is_refused(tmp_path):
     path.write_bytes(b"nonsense")
     with pytest.raises(InputError, match="x.pth: not a readable file of weights"):
         train.configure(["--pretrained", str(path), *PLAIN])
-    torch.save(nn.Linear(1, 1), path)  # a pickled object
-    with pytest.raises(InputError, match="not a readable file of weights"):
+    torch.save(nn.Linear(1, 1), path)  # a pickled object of another network
+    with pytest.raises(InputError, match="lacks features.0.weight"):
         train.configure(["--pretrained", str(path), *PLAIN])
     torch.save({"epoch": 3}, path)
     with pytest.raises(InputError, match="not a state dictionary"):

@@ -1,0 +1,166 @@
+"""What the networks share: VGG16's layers, the heads on six feature maps, and the forward pass.
+
+Sources: Liu et al., "SSD: Single Shot MultiBox Detector" (ECCV 2016); Brazil et al., "Illuminating
+Pedestrians via Simultaneous Detection & Segmentation" (ICCV 2017) for segmentation infusion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssd.boxes import Predictions, make_priors
+
+NORM_FLOOR = 1e-3  # length below which conv4_3's features are not scaled to unit length
+
+# VGG16 up to conv5_3: convolutions' widths, "M" a 2x2 max-pool. The third pool rounds up
+# (75 -> 38), the one before conv6 keeps its resolution.
+VGG16_STAGES = ((64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512), ("M", 512, 512, 512))
+
+
+class Detector(nn.Module):
+    """A network with loc, conf and mask heads on six feature maps.
+
+    A subclass makes its backbone, calls `add_heads`, and says in `feature_maps` what the heads
+    read. The priors are the non-persistent buffer `priors`, (P, 4) cxcywh fractions of the input.
+
+    Attributes:
+        n_logits: of a prior: background and person, or background and a person in each modality.
+        size: (height, width) of the input in pixels.
+        map_sizes: (height, width) of each feature map, finest first.
+        infused_maps: indices of the maps with a segmentation head.
+    """
+
+    def add_heads(
+        self,
+        map_widths: Sequence[int],
+        map_sizes: list[tuple[int, int]],
+        shapes: list[list[tuple[float, float]]],
+        n_logits: int,
+        infusion: Sequence[int],
+        infusion_conv: bool,
+    ) -> None:
+        """Make priors and heads, and initialise all convolutions.
+
+        Args:
+            map_widths: channels of each map.
+            shapes: (width, height) of each map's priors, see `make_priors`.
+            n_logits: of a prior.
+            infusion: for each map 1 where it has a segmentation head, else 0.
+            infusion_conv: a 3x3 convolution of the map's own width before that head's 1x1.
+        """
+        self.map_sizes = map_sizes
+        self.register_buffer("priors", make_priors(map_sizes, shapes), persistent=False)
+        maps = list(zip(map_widths, map(len, shapes), strict=True))
+        self.loc_heads = nn.ModuleList(nn.Conv2d(w, 4 * n, 3, padding=1) for w, n in maps)
+        self.conf_heads = nn.ModuleList(nn.Conv2d(w, n_logits * n, 3, padding=1) for w, n in maps)
+        self.n_logits = n_logits
+        self.apply(init_convolution)
+        # conv4_3's features arrive 20 times longer than others: start from small predictions.
+        for head in (*self.loc_heads, *self.conf_heads):
+            nn.init.normal_(head.weight, std=0.01)
+        # Last, so that networks of one seed start alike whatever is infused.
+        self.infused_maps = [i for i, infused in enumerate(infusion) if infused]
+        self.seg_heads = nn.ModuleList(infusion_head(map_widths[i], infusion_conv) for i in self.infused_maps)
+        self.seg_heads.apply(init_convolution)
+        for head in self.seg_heads:
+            nn.init.normal_(head[-1].weight, std=0.01)
+
+    def add_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Make the buffers by which images are normalised, from shares of 255 a channel."""
+        for name, values in (("mean", mean), ("std", std)):
+            buffer = torch.tensor(values).view(1, -1, 1, 1) * 255
+            self.register_buffer(name, buffer, persistent=False)
+
+    def map_priors(self) -> list[Tensor]:
+        """The priors of each feature map, (P_i, 4) cxcywh fractions."""
+        cells = zip(self.map_sizes, self.loc_heads, strict=True)
+        return list(self.priors.split([h * w * head.out_channels // 4 for (h, w), head in cells]))
+
+    def forward(self, images: Tensor, with_masks: bool = False) -> Predictions:
+        """Predict from (N, C, H, W) uint8 images; mask logits in training or on request only."""
+        return self.predict(self.normalise(images), with_masks or self.training)
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(N, C, H, W) uint8 -> float32 with each channel's mean and spread."""
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+    def predict(self, x: Tensor, with_masks: bool) -> Predictions:
+        """`forward` on images that are already normalised."""
+        maps = self.feature_maps(x)
+        loc = flatten_heads(self.loc_heads, maps, 4)
+        conf = flatten_heads(self.conf_heads, maps, self.n_logits)
+        seg = []
+        if with_masks:
+            heads = zip(self.infused_maps, self.seg_heads, strict=True)
+            seg = [head(maps[i]).float() for i, head in heads]
+        return Predictions(loc.float(), conf.float(), seg)
+
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """The six maps the heads read, finest first."""
+        raise NotImplementedError
+
+
+def scaled_width(channels: int, width: float) -> int:
+    """A layer's channels under a width multiplier, in eights."""
+    return max(8, round(channels * width / 8) * 8)
+
+
+def vgg_stage(
+    stage: Sequence[int | str], in_channels: int, scaled: Callable[[int], int], batch_norm: bool
+) -> nn.Sequential:
+    """A run of VGG16: 3x3 convolutions (with BatchNorm where asked), ReLUs and max-pools."""
+    layers: list[nn.Module] = []
+    for width in stage:
+        if width == "M":
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+            continue
+        layers.append(nn.Conv2d(in_channels, scaled(width), 3, padding=1))
+        if batch_norm:
+            layers.append(nn.BatchNorm2d(scaled(width)))
+        layers.append(nn.ReLU(inplace=True))
+        in_channels = scaled(width)
+    return nn.Sequential(*layers)
+
+
+class L2Norm(nn.Module):
+    """Each cell's feature vector scaled to unit length, times a learned factor a channel.
+
+    ParseNet (Liu et al., 2015), with SSD's initial factor 20. Computed in float32, and
+    `F.normalize` keeps value and gradient finite where a cell's features are all zero. A cell of
+    hardly any features is not scaled up all the way: the gradient is at most 20 / NORM_FLOOR times
+    its own, where it could else be as good as infinite (flat images, a network's first steps).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((channels,), 20.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, h, w) -> the same shape, float32."""
+        return F.normalize(x.float(), eps=NORM_FLOOR) * self.scale.view(1, -1, 1, 1)
+
+
+def infusion_head(width: int, with_conv: bool) -> nn.Sequential:
+    """Segmentation infusion: (N, width, h, w) -> (N, 2, h, w) logits of background and person."""
+    conv = [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True)] if with_conv else []
+    return nn.Sequential(*conv, nn.Conv2d(width, 2, 1))
+
+
+def init_convolution(module: nn.Module) -> None:
+    """He initialisation for convolutions, biases zero; other modules are left alone."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def flatten_heads(heads: nn.ModuleList, maps: list[Tensor], values: int) -> Tensor:
+    """Apply head i to map i; (N, P, values) in the priors' order: map, row, column, shape."""
+    outputs = [
+        head(x).permute(0, 2, 3, 1).reshape(len(x), -1, values) for head, x in zip(heads, maps, strict=True)
+    ]
+    return torch.cat(outputs, dim=1)

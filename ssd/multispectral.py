@@ -1,0 +1,284 @@
+"""MLPD and INSANet: SSDs on two streams of VGG16-BN, visible and LWIR, with a logit for each.
+
+Kim et al., "MLPD: Multi-Label Pedestrian Detector in Multispectral Domain" (RA-L 2021); Lee et
+al., "INSANet: INtra-INter Spectral Attention Network for Effective Feature Fusion of Multispectral
+Pedestrian Detection" (Sensors 2024). With their authors' weights (`ssd/published.py`) they compute
+what the authors' networks do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kaist.files import InputError
+from ssd.boxes import feature_map_sizes, prior_shapes
+from ssd.layers import VGG16_STAGES, Detector, L2Norm, scaled_width, vgg_stage
+
+# Of KAIST's training frames: R, G, B, then LWIR.
+MEAN = (0.3465, 0.3219, 0.2842, 0.1598)
+STD = (0.2358, 0.2265, 0.2274, 0.0813)
+N_LOGITS = 3  # background, person in visible, person in LWIR
+WINDOWS = 16  # attention windows a side
+OTHER_WINDOW = -100.0  # added to the attention of tokens that the shift alone brought together
+
+
+class MultispectralSSD(Detector):
+    """What MLPD and INSANet share: the layers below conv4_3's map, the heads, the input.
+
+    Batches carry visible first, LWIR last: (N, 4, H, W) uint8. conf has three logits a prior:
+    background, person in visible, person in LWIR.
+
+    Args:
+        width: multiplier of every layer's width; 1.0 is as published.
+        infusion: for each of the six maps 1 where it has a segmentation head, else 0.
+        infusion_conv: a 3x3 convolution of the map's own width before the head's 1x1.
+        prior_set: a name in `prior_shapes`; "multispectral" is as published.
+        size: (height, width) of the input in pixels; (512, 640) as published.
+    """
+
+    def __init__(
+        self,
+        *,
+        width: float,
+        infusion: Sequence[int],
+        infusion_conv: bool,
+        prior_set: str,
+        size: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        self.prior_set = prior_set
+        self.size = tuple(size)
+        scaled = partial(scaled_width, width=width)
+        self.add_backbone(scaled)
+        self.conv4_3_norm = L2Norm(scaled(512))
+        sizes = feature_map_sizes(self.size, "mlpd")
+        shapes = prior_shapes(prior_set)
+        self.add_heads([scaled(512)] * 6, sizes, shapes, N_LOGITS, infusion, infusion_conv)
+        self.add_normalisation(MEAN, STD)
+
+    def add_backbone(self, scaled: Callable[[int], int]) -> None:
+        """Make the layers up to the six maps."""
+        raise NotImplementedError
+
+    def backbones(self) -> list[list[nn.Module]]:
+        """VGG16's layers of each stream in their order; shared ones are in both."""
+        raise NotImplementedError
+
+
+class MLPD(MultispectralSSD):
+    """Two streams to conv4_3, the same layers for both from there, joined at each of six maps.
+
+    In training BatchNorm of the shared layers sees one stream after the other.
+    """
+
+    def add_backbone(self, scaled: Callable[[int], int]) -> None:
+        def stream(channels: int) -> nn.Sequential:
+            layers = vgg_stage(VGG16_STAGES[0], channels, scaled, batch_norm=True)
+            return layers.append(same_size_pool())
+
+        self.visible, self.lwir = stream(3), stream(1)
+        self.stages = lower_stages(scaled)
+        self.joins = nn.ModuleList(join(scaled(512)) for _ in range(6))
+
+    def backbones(self) -> list[list[nn.Module]]:
+        """VGG16's layers of each stream in their order; shared ones are in both."""
+        return [[*stream, *self.stages[0][:9]] for stream in (self.visible, self.lwir)]
+
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """The six maps the heads read, finest first."""
+        streams = [map_chain(self.visible(x[:, :3]), self.stages),
+                   map_chain(self.lwir(x[:, 3:]), self.stages)]  # fmt: skip
+        pairs = zip(self.joins, *streams, strict=True)
+        maps = [join(torch.cat([visible, lwir], dim=1)) for join, visible, lwir in pairs]
+        return [self.conv4_3_norm(maps[0]), *maps[1:]]
+
+
+class INSANet(MultispectralSSD):
+    """Two streams to conv3_3, spectral attention between them, and one trunk from their mean.
+
+    The sides of the input are multiples of 64 pixels: conv3_3's map, a quarter of them, is divided
+    into 16 x 16 windows.
+    """
+
+    def add_backbone(self, scaled: Callable[[int], int]) -> None:
+        first, second = VGG16_STAGES[0][:9], VGG16_STAGES[0][9:]
+
+        def stream(channels: int) -> nn.Sequential:
+            layers = vgg_stage(first, channels, scaled, batch_norm=True)
+            return layers.extend([nn.Conv2d(scaled(256), scaled(256), 1), nn.ReLU(inplace=True)])
+
+        self.visible, self.lwir = stream(3), stream(1)
+        self.attention = SpectralAttention(scaled(256), (self.size[0] / 4, self.size[1] / 4))
+        self.to_conv4_3 = vgg_stage(second, scaled(256), scaled, batch_norm=True)
+        self.to_conv4_3.append(same_size_pool())
+        self.stages = lower_stages(scaled)
+
+    def backbones(self) -> list[list[nn.Module]]:
+        """VGG16's layers of each stream in their order; shared ones are in both."""
+        trunk = [*self.to_conv4_3, *self.stages[0][:9]]
+        return [[*stream[:-2], *trunk] for stream in (self.visible, self.lwir)]
+
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """The six maps the heads read, finest first."""
+        fused = self.attention(self.visible(x[:, :3]), self.lwir(x[:, 3:]))
+        maps = map_chain(self.to_conv4_3(fused), self.stages)
+        return [self.conv4_3_norm(maps[0]), *maps[1:]]
+
+
+def same_size_pool() -> nn.MaxPool2d:
+    """`pool4` of both: 3x3 at stride 1, so that conv4_3's and conv5's maps have the same cells."""
+    return nn.MaxPool2d(3, stride=1, padding=1)
+
+
+def lower_stages(scaled: Callable[[int], int]) -> nn.ModuleList:
+    """From each of the maps 1 to 5 to the next one: conv5 and conv6, conv7, conv8, conv9, conv10.
+
+    conv6_1 and conv7_2 have BatchNorm, the layers after them have not.
+    """
+    wide, narrow = scaled(512), scaled(256)
+
+    def conv(*shape: int, batch_norm: bool = False, **how: int) -> list[nn.Module]:
+        norm = [nn.BatchNorm2d(shape[1])] if batch_norm else []
+        return [nn.Conv2d(*shape, **how), *norm, nn.ReLU(inplace=True)]
+
+    def extra(stride: int, batch_norm: bool = False) -> nn.Sequential:
+        return nn.Sequential(
+            *conv(wide, narrow, 1, stride=stride), *conv(narrow, wide, 3, padding=1, batch_norm=batch_norm)
+        )
+
+    conv5_6 = nn.Sequential(
+        *vgg_stage(VGG16_STAGES[1][1:], wide, scaled, batch_norm=True),
+        nn.MaxPool2d(2, ceil_mode=True),
+        *conv(wide, wide, 3, padding=1, batch_norm=True),
+        *conv(wide, wide, 1),
+    )
+    return nn.ModuleList([conv5_6, extra(2, batch_norm=True), extra(2), extra(1), extra(1)])
+
+
+def map_chain(first: Tensor, stages: nn.ModuleList) -> list[Tensor]:
+    """The first map and what each stage makes of the one before it."""
+    maps = [first]
+    for stage in stages:
+        maps.append(stage(maps[-1]))
+    return maps
+
+
+def join(channels: int) -> nn.Sequential:
+    """MLPD's fusion of two streams at a map: (N, 2 channels, h, w) -> (N, channels, h, w)."""
+    return nn.Sequential(
+        nn.Conv2d(2 * channels, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels, momentum=0.01),
+        nn.ReLU(inplace=True),
+    )
+
+
+# ------------------------------------------------------------------------ spectral attention
+
+
+class SpectralAttention(nn.Module):
+    """INSANet's intra-inter spectral attention: two rounds in windows, the second one shifted.
+
+    Args:
+        channels: of each stream's map.
+        size: (height, width) of the map.
+
+    Raises:
+        InputError: the map does not divide into `WINDOWS` windows a side.
+    """
+
+    def __init__(self, channels: int, size: tuple[float, float]) -> None:
+        super().__init__()
+        if any(side % WINDOWS for side in size):
+            raise InputError(
+                f"INPUT_SIZE = {tuple(int(4 * side) for side in size)} cannot be used by INSANet",
+                "take multiples of 64, such as 512,640",
+            )
+        self.window = tuple(int(side) // WINDOWS for side in size)
+        self.shift = tuple(side // 2 for side in self.window)
+        self.rounds = nn.ModuleList(AttentionRound(channels) for _ in range(2))
+        self.register_buffer("mask", shift_mask(self.window, self.shift), persistent=False)
+
+    def forward(self, visible: Tensor, lwir: Tensor) -> Tensor:
+        """The mean (N, C, h, w) of both streams, each (N, C, h, w), after two rounds."""
+        height, width = visible.shape[2:]
+        x = torch.cat([visible, lwir]).permute(0, 2, 3, 1)
+        x = self.rounds[0](to_windows(x, self.window), None)
+        x = from_windows(x, self.window, height, width)
+        up, left = self.shift
+        x = self.rounds[1](to_windows(x.roll((-up, -left), (1, 2)), self.window), self.mask)
+        x = from_windows(x, self.window, height, width).roll((up, left), (1, 2))
+        visible, lwir = x.chunk(2)
+        return ((visible + lwir) / 2).permute(0, 3, 1, 2)
+
+
+class AttentionRound(nn.Module):
+    """Attention within each stream, then from each stream to the other one as it came in."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.intra = Attention(channels)
+        self.inter = Attention(channels)
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * channels, 8 * channels, bias=False),
+            nn.GELU(),
+            nn.Linear(8 * channels, channels, bias=False),
+            nn.LayerNorm(channels),
+        )
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Renew both streams, (2N, windows, tokens, C), visible first, then LWIR."""
+        other = torch.cat(x.chunk(2)[::-1])
+        x = x + self.intra(x, x, mask)
+        found = self.inter(x, other, mask)
+        return x + self.mlp(torch.cat([x, found], dim=-1))
+
+
+class Attention(nn.Module):
+    """One head of attention within windows, projected and normalised; nothing encodes positions."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.fc = (nn.Linear(channels, channels, bias=False) for _ in range(4))
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
+        """What queries of `x` find in `source`, both (N, windows, tokens, C).
+
+        `mask` (windows, tokens, tokens) is added to the attention's logits.
+        """
+        found = F.scaled_dot_product_attention(self.q(x), self.k(source), self.v(source), attn_mask=mask)
+        return self.norm(self.fc(found))
+
+
+def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """(N, H, W, C) -> (N, windows, tokens, C): windows and tokens by row, then column."""
+    n, height, width, channels = x.shape
+    h, w = window
+    x = x.reshape(n, height // h, h, width // w, w, channels).transpose(2, 3)
+    return x.reshape(n, -1, h * w, channels)
+
+
+def from_windows(x: Tensor, window: tuple[int, int], height: int, width: int) -> Tensor:
+    """The inverse of `to_windows`: (N, windows, tokens, C) -> (N, height, width, C)."""
+    h, w = window
+    x = x.reshape(len(x), height // h, width // w, h, w, -1).transpose(2, 3)
+    return x.reshape(len(x), height, width, -1)
+
+
+def shift_mask(window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    """Swin's mask (windows, tokens, tokens): 0, and `OTHER_WINDOW` between tokens that are
+    neighbours only because the shifted map continues at its other side (Liu et al., 2021)."""
+    regions = []
+    for side, step in zip(window, shift, strict=True):
+        region = torch.zeros(WINDOWS * side)
+        region[-side:] = 1
+        region[WINDOWS * side - step :] = 2
+        regions.append(region)
+    region = 3 * regions[0][:, None] + regions[1]
+    own = to_windows(region[None, :, :, None], window).squeeze(3).squeeze(0)
+    return torch.where(own.unsqueeze(1) == own.unsqueeze(2), 0.0, OTHER_WINDOW)

@@ -1,0 +1,321 @@
+"""Networks as other authors saved them: MLPD, INSANet, and the SSD tutorial's SSD300.
+
+Such a file is a pickle of a whole module, alone or under "model" beside an optimiser, and would run
+its author's code when it is loaded. Here inert stand-ins take the place of its classes, and tensors
+and names alone are read. A state dictionary of the same names is read as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.checkpoint import unpickling_problem
+from kaist.files import InputError
+from ssd.boxes import VARIANCES, prior_shapes
+from ssd.layers import Detector
+from ssd.multispectral import MLPD, INSANet
+
+# Classes of these modules are read as stand-ins; any other class or function is refused.
+STAND_IN_MODULES = ("model.", "insa.", "torch.nn.", "torch.optim.", "numpy.")
+REMEDY = "take the authors' file, or a state dictionary with their names"
+VGG16 = [f"conv{i}_{j}" for i, n in enumerate((2, 2, 3, 3, 3), 1) for j in range(1, n + 1)]
+LOWER_STAGES = [[*VGG16[10:], "conv6_1", "conv6_2"], *([f"conv{i}_1", f"conv{i}_2"] for i in range(7, 11))]
+HEADS = {
+    "multispectral": ("conv4_3", "conv6", "conv7", "conv8", "conv9", "conv10"),
+    "tutorial": ("conv4_3", "conv7", "conv8_2", "conv9_2", "conv10_2", "conv11_2"),
+}
+
+
+# --------------------------------------------------------------------------------- reading
+
+
+class StandIn:
+    """An object of a class that a file names: it keeps the state it is given and does nothing."""
+
+    state: dict[str, Any] = {}
+
+    def __new__(cls, *_: object) -> StandIn:
+        return object.__new__(cls)
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        if isinstance(state, dict):
+            self.state = state
+
+    def members(self, kind: str) -> list[tuple[str, Any]]:
+        """Names and values of `_parameters`, `_buffers` or `_modules`."""
+        found = self.state.get(kind)
+        return list(found.items()) if isinstance(found, dict) else []
+
+
+def plain_dict(*_: object) -> dict:
+    """What stands in for a defaultdict: a dict can be filled without a call of anything."""
+    return {}
+
+
+def read_published(path: Path) -> dict[str, Tensor]:
+    """The state dictionary of a file's network; nothing in the file can run code.
+
+    Keys are the author's, without the "module." of DataParallel.
+
+    Raises:
+        InputError: no such file, a damaged one, one that names other classes or functions than
+            networks and optimisers are made of, or one without a network.
+    """
+    try:
+        with torch.serialization.safe_globals(stand_ins(path)):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError("no such file of weights", "check the path", file=path) from None
+    except Exception as error:  # whatever torch meets in a foreign or damaged file
+        raise InputError(
+            f"not a readable file of weights ({unpickling_problem(error)})", REMEDY, file=path
+        ) from None
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict | StandIn):
+            content = content[key]
+    state = module_state(content) if isinstance(content, StandIn) else content
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise InputError("not a state dictionary of tensors", REMEDY, file=path)
+    return {str(key).removeprefix("module."): value.detach() for key, value in state.items()}
+
+
+def stand_ins(path: Path) -> list[tuple[Any, str]]:
+    """Stand-ins for the classes that a file names, each with that name."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except ValueError:  # of the format before zip archives, where only state dictionaries are read
+        return []
+    known = {"collections.defaultdict": plain_dict, "builtins.dict": StandIn}
+    known |= {name: StandIn for name in names if name.startswith(STAND_IN_MODULES)}
+    return [(known[name], name) for name in names if name in known]
+
+
+def module_state(module: StandIn) -> dict[str, Tensor]:
+    """The parameters and buffers of a module and of those in it, by their dotted names."""
+    state: dict[str, Tensor] = {}
+    waiting, seen = [("", module)], {id(module)}
+    while waiting:
+        prefix, module = waiting.pop()
+        for name, value in (*module.members("_parameters"), *module.members("_buffers")):
+            if isinstance(value, Tensor):
+                state[f"{prefix}{name}"] = value
+        for name, child in module.members("_modules"):
+            if isinstance(child, StandIn) and id(child) not in seen:
+                seen.add(id(child))
+                waiting.append((f"{prefix}{name}.", child))
+    return state
+
+
+# --------------------------------------------------------------------------------- converting
+
+
+def is_published(state: dict[str, Tensor]) -> bool:
+    """Whether a state has the names of MLPD, INSANet or the SSD tutorial's network."""
+    return any(key.startswith("pred_convs.") for key in state)
+
+
+def tutorial_input_mode(state: dict[str, Tensor], input_mode: str) -> str:
+    """The INPUT_MODE that a tutorial network's first filters are made for: the one given if it fits."""
+    if "base.conv1_1.weight" not in state:
+        return input_mode
+    channels = state["base.conv1_1.weight"].shape[1]
+    fitting = {1: ("lwir",), 3: ("visible", "mean"), 4: ("early",)}.get(channels, ())
+    return input_mode if input_mode in fitting or not fitting else fitting[0]
+
+
+def load_published(model: Detector, state: dict[str, Tensor], file: Path) -> None:
+    """Fill a network with the state that `read_published` returned, in place.
+
+    Segmentation heads are left alone: the published networks have none. The loc heads of the
+    tutorial's SSD300 are converted from its priors to ours, so that they predict the same boxes.
+
+    Raises:
+        InputError: names the first tensor that is missing, or has another shape.
+    """
+    own = model.state_dict()
+    check_published(model, state, file)
+    with torch.no_grad():
+        for key, value in converted(model, state).items():
+            own[key].copy_(value)
+
+
+def check_published(model: Detector, state: dict[str, Tensor], file: Path) -> None:
+    """Compare a published state with the network that it should be of.
+
+    Raises:
+        InputError: names the first tensor that is missing, or has another shape.
+    """
+    own, names = model.state_dict(), published_names(model)
+    missing = [theirs for theirs in names.values() if theirs not in state]
+    missing = [theirs for theirs in missing if not theirs.endswith("num_batches_tracked")]
+    kind = network_name(model)
+    if missing:
+        raise InputError(
+            f"it lacks {missing[0]} and so is not {kind} ({len(missing)} of {len(names)} tensors "
+            f"are missing){other_kind(model, state)}",
+            REMEDY,
+            file=file,
+        )
+    for ours, theirs in names.items():
+        wanted = tuple(own[ours].shape)
+        if ours == "conv4_3_norm.scale":
+            wanted = (1, *wanted, 1, 1)
+        if theirs in state and tuple(state[theirs].shape) != wanted:
+            raise InputError(
+                f"{theirs} has shape {tuple(state[theirs].shape)}, this network wants {wanted}",
+                "check INPUT_MODE, WIDTH and PRIORS",
+                file=file,
+            )
+
+
+def converted(model: Detector, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The published tensors under a network's own names and in its order."""
+    names = published_names(model)
+    values = {ours: state[theirs] for ours, theirs in names.items() if theirs in state}
+    values["conv4_3_norm.scale"] = values["conv4_3_norm.scale"].flatten()
+    if not isinstance(model, MLPD | INSANet):
+        for i, shapes in enumerate(prior_shapes("ssd300")):
+            convert_tutorial_heads(values, i, shapes)
+    return values
+
+
+def network_name(model: Detector) -> str:
+    """What a network is called beside its authors' other ones."""
+    return type(model).__name__ if isinstance(model, MLPD | INSANet) else "the SSD tutorial's SSD300"
+
+
+def other_kind(model: Detector, state: dict[str, Tensor]) -> str:
+    """ ", but X" where a state is one of the other networks."""
+    marks = {
+        "MLPD": "base.feat_1.weight",
+        "INSANet": "base.conv1x1_vis.weight",
+        "the SSD tutorial's SSD300": "aux_convs.conv8_1.weight",
+        "one of train.py's checkpoints: leave --experiment away": "conv4_3_norm.scale",
+    }
+    kinds = [kind for kind, key in marks.items() if key in state and kind != network_name(model)]
+    return f", but {kinds[0]}" if kinds else ""
+
+
+def published_names(model: Detector) -> dict[str, str]:
+    """Our state-dict keys -> the published ones of the same network.
+
+    Raises:
+        InputError: no published network is like this one.
+    """
+    if isinstance(model, MLPD | INSANet):
+        layers, heads, scale = multispectral_layers(model), HEADS["multispectral"], "base."
+    else:
+        if model.input_mode == "halfway" or model.prior_set != "ssd300":
+            raise InputError(
+                "the SSD tutorial's weights do not fit this network",
+                "they need PRIORS = ssd300, and an INPUT_MODE other than halfway",
+            )
+        layers, heads, scale = tutorial_layers(model), HEADS["tutorial"], ""
+    for i, name in enumerate(heads):
+        layers[f"loc_heads.{i}"] = f"pred_convs.loc_{name}"
+        layers[f"conf_heads.{i}"] = f"pred_convs.cl_{name}"
+    names = {}
+    for ours, theirs in layers.items():
+        for key in model.get_submodule(ours).state_dict():
+            names[f"{ours}.{key}"] = f"{theirs}.{key}"
+    return names | {"conv4_3_norm.scale": f"{scale}rescale_factors"}
+
+
+def multispectral_layers(model: MLPD | INSANet) -> dict[str, str]:
+    """Our names of MLPD's or INSANet's layers -> the published ones; without heads."""
+    layers = {}
+    convs = VGG16[:10] if isinstance(model, MLPD) else [*VGG16[:7], "conv1x1"]
+    for name, suffix in (("visible", "_vis"), ("lwir", "_lwir")):
+        layers |= pair_layers(model, name, convs, suffix)
+    for i, convs in enumerate(LOWER_STAGES):
+        layers |= pair_layers(model, f"stages.{i}", convs)
+    if isinstance(model, MLPD):
+        for i in range(6):
+            layers |= pair_layers(model, f"joins.{i}", [f"feat_{i + 1}"])
+        return layers
+    layers |= pair_layers(model, "to_conv4_3", VGG16[7:10])
+    for i in range(2):
+        ours, theirs = f"attention.rounds.{i}", f"base.insa.insa.{i}"
+        for kind in ("intra", "inter"):
+            for name in ("q", "k", "v"):
+                layers[f"{ours}.{kind}.{name}"] = f"{theirs}.{kind}_attn.{name}_emb"
+            for name in ("fc", "norm"):
+                layers[f"{ours}.{kind}.{name}"] = f"{theirs}.{kind}_attn.{name}"
+        for place, name in ((0, "mlp.0"), (2, "mlp.2"), (3, "ffn_norm")):
+            layers[f"{ours}.mlp.{place}"] = f"{theirs}.inter_attn.{name}"
+    return layers
+
+
+def tutorial_layers(model: Detector) -> dict[str, str]:
+    """Our names of SSD300's layers -> those of the SSD tutorial; without heads."""
+    layers = pair_layers(model, "to_conv4_3", VGG16[:10])
+    layers |= pair_layers(model, "to_conv5_3", VGG16[10:])
+    layers |= pair_layers(model, "conv6_7", ("conv6", "conv7"))
+    for i in range(4):
+        names = (f"conv{8 + i}_1", f"conv{8 + i}_2")
+        layers |= pair_layers(model, f"extras.{i}", names, part="aux_convs")
+    return layers
+
+
+def pair_layers(
+    model: Detector, name: str, convs: Iterable[str], suffix: str = "", part: str = "base"
+) -> dict[str, str]:
+    """Names of the layers of one sequence -> the published ones.
+
+    Args:
+        name: of the sequence in our network.
+        convs: published names of its convolutions; a BatchNorm is called after the convolution
+            before it.
+        suffix: of the stream, behind those names.
+        part: of the published network that the layers are in.
+    """
+    pairs, convs = {}, iter(convs)
+    for place, layer in model.get_submodule(name).named_children():
+        if isinstance(layer, nn.Conv2d):
+            conv = next(convs)
+            pairs[f"{name}.{place}"] = f"{part}.{conv}{suffix}"
+        elif isinstance(layer, nn.BatchNorm2d):
+            pairs[f"{name}.{place}"] = f"{part}.{conv}_bn{suffix}"
+    return pairs
+
+
+def convert_tutorial_heads(values: dict[str, Tensor], i: int, shapes: list[tuple[float, float]]) -> None:
+    """Bring the heads of map `i` from the tutorial's priors to ours, in place.
+
+    The tutorial has the ratios above 1 before those below, ours come in pairs. Two of its shapes
+    differ from the paper's (the last map's second square; ratios of 0.333): what is predicted
+    relative to those is rescaled, so that the decoded boxes are the same.
+    """
+    theirs = tutorial_shapes(i)
+    order = [0, 1, 2, 4, 3, 5] if len(theirs) == 6 else [0, 1, 2, 3]
+    sides = torch.tensor([theirs[j] for j in order]) / torch.tensor(shapes)
+    for kind, n in (("loc", 4), ("conf", 2)):
+        for name in ("weight", "bias"):
+            key = f"{kind}_heads.{i}.{name}"
+            value = values[key].unflatten(0, (-1, n))[order]
+            if kind == "loc":
+                factor = torch.cat([sides, torch.ones_like(sides)], dim=1)
+                value = value * factor.view(*factor.shape, *[1] * (value.ndim - 2))
+                if name == "bias":
+                    value[:, 2:] += sides.log() / VARIANCES[1]
+            values[key] = value.flatten(0, 1)
+
+
+def tutorial_shapes(i: int) -> list[tuple[float, float]]:
+    """(width, height) of the tutorial's priors of map `i`, fractions, in its own order."""
+    scales = (0.1, 0.2, 0.375, 0.55, 0.725, 0.9)
+    ratios = (2, 0.5) if i in (0, 4, 5) else (2, 3, 0.5, 0.333)
+    between = math.sqrt(scales[i] * scales[i + 1]) if i < 5 else 1.0
+    shapes = [(scales[i], scales[i]), (between, between)]
+    for root in map(math.sqrt, ratios):
+        shapes.append((min(1.0, scales[i] * root), min(1.0, scales[i] / root)))
+    return shapes
