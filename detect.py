@@ -256,8 +256,13 @@ def write_rows(path: Path, name: str, boxes: np.ndarray, scores: np.ndarray, fir
         [name, *(f"{value:.4f}" for value in box), f"{score:.8f}"]
         for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
     ]
-    with path.open("w" if first else "a", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+    try:
+        mode = "w" if first else "a"
+        with path.open(mode, encoding="utf-8", errors="backslashreplace", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+    except OSError as error:
+        problem = f"cannot write it ({error.strerror})"
+        raise InputError(problem, "free some room or choose another --out", file=path) from None
 
 
 if __name__ == "__main__":

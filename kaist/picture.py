@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Objects
-from kaist.files import InputError
+from kaist.files import InputError, check_file
 
 FOUND, PERSON, IGNORED = "lime", "white", "orange"  # colours of boxes
 STRIP = "#202020"  # behind captions
@@ -24,14 +24,17 @@ def open_view(path: Path, modality: str) -> Image.Image:
     """Decode an image of any size: visible as RGB, LWIR as one channel of 8 bits.
 
     Raises:
-        InputError: it is no image, is broken, or has more than 8 bits a channel.
+        InputError: it is missing, is no image, is broken, or has more than 8 bits a channel.
     """
     mode = "RGB" if modality == "visible" else "L"
     try:
+        check_file(path)
         with warnings.catch_warnings(), Image.open(path, formats=("JPEG", "PNG", "TIFF")) as image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image.draft(mode, None)  # as the frames that it was trained on are read
             image.load()
+    except InputError:
+        raise
     except Exception as error:  # whatever Pillow meets in broken data
         raise InputError(f"unreadable image ({error})", "copy it again", file=path) from None
     if image.mode.startswith(("I", "F")):
@@ -41,9 +44,7 @@ def open_view(path: Path, modality: str) -> Image.Image:
 
 def to_array(view: Image.Image) -> np.ndarray:
     """An image as (512, 640, channels) uint8, rescaled where it is of another size."""
-    pixels = np.array(
-        view if view.size == (FRAME_WIDTH, FRAME_HEIGHT) else view.resize((FRAME_WIDTH, FRAME_HEIGHT))
-    )
+    pixels = np.array(view.resize((FRAME_WIDTH, FRAME_HEIGHT)))
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 

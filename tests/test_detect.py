@@ -160,6 +160,23 @@ def test_images_of_more_than_8_bits_are_refused(tmp_path):
             open_view(tmp_path / name, "lwir")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system")
+def test_a_pipe_or_a_missing_partner_is_refused_not_waited_for(run, tmp_path):
+    draw(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    for name, message in (("pipe.png", "it is a pipe"), ("none.png", "unreadable image")):
+        with pytest.raises(InputError, match=f"{name}: {message}"):
+            run("--visible", "a.png", "--lwir", name)
+    assert not Path("detections").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_told_in_a_line(tmp_path):
+    (tmp_path / "detections.csv").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="cannot write it"):
+        detect.write_rows(tmp_path / "detections.csv", "a", np.ones((1, 4)), np.ones(1), first=True)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
 def test_a_name_that_is_no_text_loses_nothing(run, found, tmp_path):
     folder = tmp_path / "x/visible"
