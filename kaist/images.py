@@ -89,9 +89,12 @@ def open_image(path: Path) -> Image.Image:
         raise
     except Exception as error:  # whatever Pillow meets in broken data, or a size beyond reason
         raise InputError(f"unreadable image ({error})", "copy it again", file=path) from None
-    if image.width * image.height <= MAX_PIXELS:
+    deep = image.mode[0] in "IF" or ";16" in str(image.tile)
+    if not deep and image.width * image.height <= MAX_PIXELS:
         return image
     image.close()
+    if deep:
+        raise InputError("not an 8-bit image", "scale all frames alike to 0 … 255", file=path)
     problem = f"the image is {image.width}x{image.height}, too large to decode"
     raise InputError(problem, "scale it down", file=path)
 

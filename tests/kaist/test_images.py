@@ -20,6 +20,48 @@ def random_pixels(size=(512, 640), channels=3):
     return np.array(Image.fromarray(small.squeeze()).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
+def sixteen_bits(path, kind):
+    """A PNG or TIFF of 16 bits or floats."""
+    grey = random_pixels(channels=1).astype(np.uint16) * 257
+    if kind == "float":
+        Image.fromarray(grey.astype(np.float32) / 65535).save(path, "TIFF")
+    elif kind == "32 bits":
+        Image.fromarray(grey.astype(np.int32)).save(path, "TIFF")
+    elif kind == "colours":
+        path.write_bytes(colour_png(random_pixels().astype(np.uint16) * 257))
+    else:
+        Image.fromarray(grey).save(path, kind)
+
+
+def colour_png(pixels):
+    """A 16-bit RGB PNG, which Pillow reads but does not write."""
+    import struct
+    import zlib
+
+    def chunk(name, content):
+        crc = zlib.crc32(name + content)
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", crc)
+
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "float", "32 bits", "colours"])
+def test_deep_images_are_refused(tmp_path, kind):
+    """Pillow would clip them: a thermal image of 14 bits came out white."""
+    path = tmp_path / "images/set00/V000/lwir/I00000.png"
+    path.parent.mkdir(parents=True)
+    sixteen_bits(path, kind)
+    for read in (
+        lambda: read_image(path, "lwir"),
+        lambda: check_images(tmp_path, ["set00/V000/I00000"], "lwir"),
+    ):
+        with pytest.raises(InputError, match="I00000.png: not an 8-bit image; scale all frames alike"):
+            read()
+
+
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".jpeg", ".tif", ".tiff", ".JPG", ".PNG", ".TIF"])
 def test_images_are_found_by_any_ending(demo_root, tmp_path, suffix, capsys):
     """Beside others: visible keeps its .jpg, LWIR has another ending and content."""
