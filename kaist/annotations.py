@@ -47,6 +47,8 @@ MODALITIES = {
     "early": ("visible", "lwir"),
     "halfway": ("visible", "lwir"),
 }
+# Of images, in the order in which they are looked for.
+SUFFIXES = (".jpg", ".png", ".jpeg", ".tif", ".tiff", ".JPG", ".PNG", ".JPEG", ".TIF", ".TIFF")
 REMEDY = "set ANNOTATIONS (--annotations) to a form or a path"
 
 
@@ -94,9 +96,10 @@ def find_file(root: Path, name: str) -> Path:
 
 
 def image_path(root: Path, frame_id: str, modality: str) -> Path:
-    """`<root>/images/set00/V000/<modality>/I00000.jpg`."""
+    """`<root>/images/set00/V000/<modality>/I00000.jpg`, or a file there with another of `SUFFIXES`."""
     video, name = frame_id.rsplit("/", 1)
-    return Path(f"{root}/images/{video}/{modality}/{name}.jpg")
+    stem = f"{root}/images/{video}/{modality}/{name}"
+    return Path(stem + next((suffix for suffix in SUFFIXES if os.path.exists(stem + suffix)), SUFFIXES[0]))
 
 
 class Annotations:

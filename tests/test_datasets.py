@@ -97,7 +97,7 @@ def test_modalities_and_channels(demo_root):
     [
         (lambda p: p.unlink(), "image not found"),
         (lambda p: p.write_bytes(b"no image"), "unreadable image"),
-        (lambda p: Image.new("RGB", (320, 256)).save(p), "the image is 320x256"),
+        (lambda p: Image.new("I;16", (640, 512)).save(p, "PNG"), "not an 8-bit image"),
     ],
 )
 def test_bad_images_are_named_before_training(demo_root, tmp_path, damage, message):

@@ -35,7 +35,7 @@ FAULTS = {
     "unknown-frame": "a listed frame with neither image nor annotation",
     "missing-visible": "no visible image",
     "missing-lwir": "no LWIR image",
-    "misnamed-image": "the image is there under another ending (.JPG, .png)",
+    "misnamed-image": "the image is there under an ending that is not read (.bmp, .webp)",
     "broken-link": "a link to a file that is not there",
     "unreadable-file": "a file that may not be read, or that is no file",
     "empty-file": "a file of 0 bytes",
@@ -90,8 +90,8 @@ LABELS = {"person", "people", "cyclist", "person?", "__ignore__"}
 HEIGHTS = (10, 450)  # pixels; KAIST's objects have 20 to 309
 PERSON_ASPECTS = (0.08, 4.0)  # width / height
 ASPECTS = (0.08, 16.0)  # the same of other objects; KAIST's crowds reach 10.7
-OTHER_ENDINGS = (".JPG", ".jpeg", ".JPEG", ".png", ".PNG")
-MAX_PIXELS = 16 * FRAME_WIDTH * FRAME_HEIGHT
+OTHER_ENDINGS = (".bmp", ".webp", ".gif", ".Jpg", ".Png")
+MAX_PIXELS = 16 * FRAME_WIDTH * FRAME_HEIGHT  # pixels
 GREY, COLOURED = 6, 10  # 99.5th percentile of max - min over the channels; KAIST's LWIR has 3
 FLAT = 1.0  # standard deviation of grey values; KAIST's darkest LWIR frames have 7
 
@@ -122,7 +122,7 @@ def unreadable(path: Path, missing: str) -> Fault | None:
         if not path.exists():
             for ending in OTHER_ENDINGS if path.suffix == ".jpg" else ():
                 if path.with_suffix(ending).exists():
-                    return Fault("misnamed-image", path.with_suffix(ending), 0, "name it .jpg")
+                    return Fault("misnamed-image", path.with_suffix(ending), 0, "save it as JPEG or PNG")
             return Fault(missing, path, 0, "no such file")
         if not path.is_file():
             return Fault("unreadable-file", path, 0, "it is no file")

@@ -86,7 +86,7 @@ def plant(root):
     add("missing-visible", visible[0])
     lwir[1].unlink()
     add("missing-lwir", lwir[1])
-    add("misnamed-image", visible[2].rename(visible[2].with_suffix(".JPG")))
+    add("misnamed-image", visible[2].rename(visible[2].with_suffix(".bmp")))
     lwir[3].unlink()
     lwir[3].symlink_to("nowhere.jpg")
     add("broken-link", lwir[3])
