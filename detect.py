@@ -26,7 +26,7 @@ from engine.checkpoint import choose_checkpoint, load_checkpoint
 from engine.config import OneLineParser
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES
 from kaist.files import InputError, make_folder, run_script, write_atomically
-from kaist.images import join_modalities, read_image
+from kaist.images import MEAN_COLOUR, join_modalities, read_image
 from model import SSD300, build_model
 from utils import choose_device, choose_precision, detect_image
 
@@ -144,7 +144,7 @@ def detect_pair(
     wanted = MODALITIES[config["input_mode"]]
     images = {m: read_image(path, m) for m, path in pair.items() if m in wanted}
     precision = choose_precision(config["precision"], model.priors.device)
-    return detect_image(model, join_modalities(images, config["input_mode"]), precision, config)
+    return detect_image(model, join_modalities(images, config["input_mode"], MEAN_COLOUR), precision, config)
 
 
 def draw_pair(pair: dict[str, Path], boxes: np.ndarray, scores: np.ndarray) -> Image.Image:

@@ -18,7 +18,7 @@ from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError
 from kaist.results import Detections
 from model import SSD300, mirror
-from ssd.augment import resize, view_pixels, whole_frame
+from ssd.augment import whole_frame
 from ssd.boxes import Predictions, detect
 from ssd.losses import IGNORE, PERSON
 
@@ -178,8 +178,7 @@ def detect_image(
     model: SSD300, frame: np.ndarray, precision: torch.dtype, config: dict[str, Any]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Boxes (k, 4) xywh pixels and scores (k,), best first, of a frame as from `read_frame`."""
-    whole = whole_frame(frame.shape[2], model.size).view
-    image = view_pixels(resize(frame, whole), whole, model.size).unsqueeze(0)
+    image = whole_frame(frame.shape[2], model.size).apply(frame).unsqueeze(0)
     with torch.inference_mode():
         predictions = predict(model, image.to(model.priors.device), precision, config)
     [(boxes, scores)] = detect(predictions, model.priors, **limits(config))

@@ -17,18 +17,17 @@ from kaist.annotations import image_path, make_objects, open_annotations, read_i
 from kaist.files import InputError
 from kaist.images import cache_frames, check_images
 from kaist.images import read_frame as read
+from model import INPUT_CHANNELS
 from ssd.augment import (
     Augmentation,
+    Transform,
     colour_matrix,
     distort,
-    draw_recipe,
     frame_mean,
     mean_colour,
     random_window,
-    resize,
-    snap,
-    view_boxes,
-    view_pixels,
+    round_to_pixels,
+    sample_transform,
     whole_frame,
 )
 
@@ -45,8 +44,8 @@ def pairs(root, frames=None, **changes):
         "augmentation": Augmentation(),
         "masks_follow": True,
         "seed": 7,
-    }
-    return KaistPairs(root, frames, **(settings | changes))
+    } | changes
+    return KaistPairs(root, frames, filler=mean_colour(INPUT_CHANNELS[settings["input_mode"]]), **settings)
 
 
 def batches(dataset, workers=0, epoch=0, skip=0, shuffle=True, maps=((38, 38),)):
@@ -125,6 +124,13 @@ def test_truncated_image_is_named_from_any_worker(demo_root, tmp_path, workers):
 # ------------------------------------------------------------------------------- augmentation
 
 
+def geometry(window, flip=False, channels=4):
+    """A Transform that takes a window and changes no colour."""
+    plain = whole_frame(channels, SIZE)
+    crop = round_to_pixels(window, SIZE, flip)
+    return Transform(crop, plain.matrix, plain.offset, SIZE, mean_colour(channels))
+
+
 def test_unaugmented_sample_is_the_resized_frame(demo_root):
     dataset = pairs(demo_root, augmentation=None)
     sample = dataset[0, 0]
@@ -147,10 +153,10 @@ def test_boxes_follow_the_pixels():
         frame = np.zeros((512, 640, 4), np.uint8)
         frame[y : y + h, x : x + w] = 255
         box = np.array([[x, y, x + w, y + h]], np.float32)
-        view = snap(random_window(rng, box, 4.0), SIZE, flip=bool(rng.random() < 0.5))
-        image = view_pixels(resize(frame, view), view, SIZE)
-        filler = (image == mean_colour(4).view(4, 1, 1)).all(0)
-        boxes, labels = view_boxes(box, np.array([1]), view, SIZE)
+        t = geometry(random_window(rng, box, 4.0), flip=bool(rng.random() < 0.5))
+        image = t.apply(frame)
+        filler = (image == torch.from_numpy(t.filler).view(4, 1, 1)).all(0)
+        boxes, labels = t.move(box, np.array([1]))
         if not len(boxes):
             continue
         seen += 1
@@ -172,10 +178,9 @@ def test_one_resize_equals_canvas_crop_and_resize():
     for _ in range(40):
         window = random_window(rng, np.zeros((0, 4)), 3.0)
         window = tuple(float(round(edge)) for edge in window)
-        view = snap(window, SIZE, flip=False)
-        ours = view_pixels(resize(frame, view), view, SIZE).numpy().transpose(1, 2, 0)
+        ours = geometry(window, channels=3).apply(frame).numpy().transpose(1, 2, 0)
         x0, y0, x1, y1 = map(int, window)
-        canvas = np.tile(mean_colour(3).numpy(), (y1 - y0, x1 - x0, 1))
+        canvas = np.tile(mean_colour(3), (y1 - y0, x1 - x0, 1))
         left, top, right, bottom = max(x0, 0), max(y0, 0), min(x1, 640), min(y1, 512)
         canvas[top - y0 : bottom - y0, left - x0 : right - x0] = frame[top:bottom, left:right]
         plain = np.asarray(Image.fromarray(canvas).resize((300, 300), Image.Resampling.BILINEAR))
@@ -261,8 +266,8 @@ def test_frames_without_people_are_cropped_too():
 
 def test_persons_leave_with_their_centre_and_crowds_only_with_their_last_pixel():
     box = np.array([[90.0, 100, 130, 200]] * 2, np.float32)
-    view = snap((112, 0, 432, 512), SIZE, flip=False)  # the centre, 110, is just outside
-    boxes, labels = view_boxes(box, np.array([1, -1]), view, SIZE)
+    t = geometry((112, 0, 432, 512))  # the centre, 110, is just outside
+    boxes, labels = t.move(box, np.array([1, -1]))
     assert labels.tolist() == [-1]
     assert np.allclose(boxes[0], [0, 100 / 512, 18 / 320, 200 / 512], atol=0.01)
 
@@ -300,15 +305,16 @@ def test_colour_steps_against_torchvision(kind):
 
 
 def draw(frame, rng):
-    return draw_recipe(rng, np.zeros((0, 4)), frame_mean(frame), Augmentation(), SIZE)
+    mean = frame_mean(frame)
+    return sample_transform(rng, np.zeros((0, 4)), mean, Augmentation(), SIZE, mean_colour(len(mean)))
 
 
 def test_distortion_keeps_modalities_apart():
     frame = np.full((512, 640, 4), 100, np.uint8)
     frame[..., 3] = 200
     content = torch.from_numpy(frame[:30, :30].transpose(2, 0, 1).copy())
-    recipes = [draw(frame, np.random.default_rng(i)) for i in range(60)]
-    changed = torch.stack([distort(content, r.matrix, r.offset).flatten(1).float().mean(1) for r in recipes])
+    drawn = [draw(frame, np.random.default_rng(i)) for i in range(60)]
+    changed = torch.stack([distort(content, t.matrix, t.offset).flatten(1).float().mean(1) for t in drawn])
     assert (changed[:, 3] != 200).float().mean() > 0.3
     ratios = changed[:, 3] / changed[:, 0]
     assert ratios.std() > 0.1  # not one draw for both
@@ -329,7 +335,7 @@ def test_distortion_is_the_matrix_rounded_and_clipped():
     frame = np.random.default_rng(0).integers(0, 256, (512, 640, 4), dtype=np.uint8)
     content = torch.from_numpy(frame[:30, :30].transpose(2, 0, 1).copy())
     for seed in range(20):
-        recipe = draw(frame, np.random.default_rng(seed))
+        t = draw(frame, np.random.default_rng(seed))
         rng = np.random.default_rng(seed)  # the window and the flip are drawn first
         random_window(rng, np.zeros((0, 4)), 4.0), rng.random()
         mean = frame[::8, ::8].mean((0, 1))
@@ -338,7 +344,7 @@ def test_distortion_is_the_matrix_rounded_and_clipped():
             matrix, offset = colour_matrix(rng, mean[part], True)
             expected.append(np.einsum("ij,jhw->ihw", matrix, content[part]) + offset[:, None, None])
         expected = np.concatenate(expected).clip(0, 255)
-        ours = distort(content, recipe.matrix, recipe.offset).numpy()
+        ours = distort(content, t.matrix, t.offset).numpy()
         assert np.abs(ours - expected).max() < 0.51  # to the nearest
 
 

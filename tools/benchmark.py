@@ -39,7 +39,7 @@ from kaist.images import cache_frames, read_frame
 from kaist.miss_rate import SETUPS, evaluate, load_ground_truth
 from kaist.results import read_detections
 from model import SSD300
-from ssd.augment import Augmentation
+from ssd.augment import Augmentation, mean_colour
 from ssd.boxes import Predictions, detect
 from ssd.losses import MultiBoxLoss
 from tools.reference import plain_detect, plain_miss_rates, plain_multibox_loss, recipe_sample
@@ -136,6 +136,7 @@ def training_rows(bench: Bench, n: int, width: float, n_frames: int, workers: in
         frames,
         input_mode="early",
         size=(300, 300),
+        filler=mean_colour(4),
         augmentation=Augmentation(),
         masks_follow=True,
         seed=0,
@@ -270,6 +271,7 @@ def bench_sample(bench: Bench) -> Iterator[Row]:
             frames,
             input_mode="early",
             size=(300, 300),
+            filler=mean_colour(4),
             augmentation=Augmentation(),
             masks_follow=True,
             seed=0,

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import torch
 
-from datasets import Augmentation, Batch, Collate, KaistPairs, load_frames
+from datasets import Batch, Collate, KaistPairs, load_frames
 from engine.config import check_config, parse_flags, read_constants
 from kaist.annotations import find_annotations, find_file, read_image_list
 from kaist.demo import open_root
 from kaist.files import InputError, run_script, write_atomically
 from kaist.images import check_images
+from model import INPUT_CHANNELS
+from ssd.augment import Augmentation, mean_colour
 from ssd.boxes import feature_map_sizes
 
 DATA_ROOT = "data/demo"  # KAIST root; the demo set is drawn here if it is absent
@@ -49,6 +51,7 @@ def main() -> None:
         frames,
         input_mode=config["input_mode"],
         size=(300, 300),
+        filler=mean_colour(INPUT_CHANNELS[config["input_mode"]]),
         augmentation=Augmentation(config["zoom_out"]),
         masks_follow=config["masks_follow"],
         seed=config["seed"],
