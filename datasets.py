@@ -35,21 +35,23 @@ from kaist.files import InputError
 from kaist.frame_cache import FrameCache
 from kaist.images import cache_frames, check_images, read_frame
 from kaist.miss_rate import GroundTruth
-from model import INPUT_CHANNELS, SSD300
 from pseudo_gt import MapRange, box_masks
 from ssd.augment import (
     MAX_PASTED,
     Augmentation,
     Transform,
     frame_mean,
-    mean_colour,
     paste_people,
     sample_transform,
     whole_frame,
 )
-from ssd.boxes import feature_map_sizes
 from ssd.device_augment import DeviceFrames, TransformBatch, send
-from ssd.losses import BACKGROUND, IGNORE
+
+# What is taken from a configuration: by KaistPairs, Augmentation, training_loader and test_loader.
+PAIRS = ("input_mode", "input_size", "masks_follow", "seed")
+AUGMENTATION = ("zoom_out", "hue_saturation", "lwir_jitter", "copy_paste", "modality_dropout")
+TRAINING = ("batch_size", "workers", "start_method", "cache", "loader", "max_bad_frames")
+TESTING = ("input_mode", "input_size", "min_height", "margin", "batch_size", "workers", "start_method")
 
 # ------------------------------------------------------------------------- frames
 
@@ -83,15 +85,26 @@ def load_frames(
 ) -> list[Frame]:
     """Read the annotations of all frames; a malformed file stops here, before any training."""
     objects, counts = annotations.read_all(frame_ids)
-    boxes = objects.boxes.astype(np.float32)
-    boxes[:, 2:] += boxes[:, :2]
     labels = label_objects(objects.boxes, objects.is_person, min_height, margin)
-    ends = counts.cumsum().tolist()
-    starts = [0, *ends[:-1]]
-    return [
-        Frame(frame_id, boxes[start:end], labels[start:end])
-        for frame_id, start, end in zip(frame_ids, starts, ends, strict=True)
-    ]
+    return split_objects(frame_ids, objects.boxes, labels, counts)
+
+
+def frames_of(ground_truth: GroundTruth, min_height: float, margin: float) -> list[Frame]:
+    """A test list's frames, with the labels that training would give their objects."""
+    labels = label_objects(ground_truth.boxes, ~ground_truth.ignore, min_height, margin)
+    counts = np.bincount(ground_truth.frame, minlength=len(ground_truth.frames))
+    return split_objects(ground_truth.frames, ground_truth.boxes, labels, counts)
+
+
+def split_objects(
+    frame_ids: Sequence[str], boxes: np.ndarray, labels: np.ndarray, counts: np.ndarray
+) -> list[Frame]:
+    """Frames of so many objects each; boxes (n, 4) xywh pixels of one frame after the other."""
+    corners = boxes.astype(np.float32)
+    corners[:, 2:] += corners[:, :2]
+    first = counts.cumsum()[:-1]
+    objects = zip(np.split(corners, first), np.split(labels, first), strict=True)
+    return [Frame(frame_id, *own) for frame_id, own in zip(frame_ids, objects, strict=True)]
 
 
 # ------------------------------------------------------------------------- samples
@@ -122,7 +135,7 @@ class KaistPairs(Dataset):
 
     root: folder with `images/`; frames: as from `load_frames`.
     input_mode: "lwir", "visible", "mean", "early" or "halfway".
-    size: (height, width) of the network's input.
+    input_size: (height, width) of the network's input.
     filler: (C,) uint8, the colour around a frame and of a blanked modality.
     augmentation: None resizes the whole frame.
     masks_follow: masks show the boxes after augmentation. False repeats the mistake of the logged
@@ -138,7 +151,7 @@ class KaistPairs(Dataset):
     frames: list[Frame]
     _: dataclasses.KW_ONLY
     input_mode: str
-    size: tuple[int, int]
+    input_size: tuple[int, int]
     filler: np.ndarray
     augmentation: Augmentation | None
     masks_follow: bool
@@ -166,10 +179,10 @@ class KaistPairs(Dataset):
 
     def draw(self, rng: np.random.Generator, frame: Frame, mean: np.ndarray) -> Sample:
         """A sample of a frame with this mean colour, its image still a Transform."""
-        whole = transform = whole_frame(len(mean), self.size)
+        whole = transform = whole_frame(len(mean), self.input_size)
         if self.augmentation is not None:
             people = frame.boxes_px[frame.labels == 1]
-            transform = sample_transform(rng, people, mean, self.augmentation, self.size, self.filler)
+            transform = sample_transform(rng, people, mean, self.augmentation, self.input_size, self.filler)
         objects = transform.move(frame.boxes_px, frame.labels)
         mask_objects = objects if self.masks_follow else whole.move(frame.boxes_px, frame.labels)
         return Sample(transform, *objects, *mask_objects, frame.id)
@@ -293,11 +306,9 @@ class DeviceLoader:
         map_range: MapRange | None = None,
         device: torch.device,
     ) -> None:
-        self.size = dataset.size
+        self.size = dataset.input_size
         self.map_sizes = map_sizes
-        self.map_range = map_range and dataclasses.replace(
-            map_range, priors=[priors.to(device) for priors in map_range.priors]
-        )
+        self.map_range = map_range and map_range.to(device)
         self.device = device
         self.filler = torch.from_numpy(dataset.filler).to(device)
         self.frames = DeviceFrames(dataset.cache, device)
@@ -340,52 +351,77 @@ def collate_transforms(
 # ------------------------------------------------------------------------- loaders
 
 
-def frame_loader(
-    root: Path, ground_truth: GroundTruth, config: dict[str, Any], device: torch.device, without: str = ""
-) -> BatchLoader:
-    """Batches of whole frames in their order, with the infused maps' masks of their people, after
-    a look at every image.
+def training_loader(
+    dataset: KaistPairs,
+    *,
+    device: torch.device,
+    cache: str = "",
+    loader: str = "auto",
+    max_bad_frames: int = 0,
+    **settings: Any,
+) -> BatchLoader | DeviceLoader:
+    """Shuffled batches with masks.
 
-    Each process gets every `world_size`-th frame. A modality that is `without` is blanked.
+    Args:
+        cache: folder for decoded frames, "" for none.
+        loader: who makes batches: "workers", "device", or "auto": a GPU where it can.
+        max_bad_frames: those that may turn out to be unreadable, as in `BatchLoader`.
+        settings: batch_size, workers, start_method, map_sizes and map_range as of `DeviceLoader`.
     """
-    frames = frames_of(ground_truth, config)[rank() :: world_size()]
-    check_images(root, [frame.id for frame in frames], config["input_mode"], without)
-    map_sizes = feature_map_sizes(config["input_size"])
+    if cache:
+        ids = [frame.id for frame in dataset.frames]
+        if is_main_process():
+            cache_frames(cache, dataset.root, ids, dataset.input_mode)
+        barrier()
+        drawn = cache_frames(cache, dataset.root, ids, dataset.input_mode)
+        dataset = dataclasses.replace(dataset, cache=drawn)
+    on_gpu = device.type == "cuda"
+    pasted = dataset.augmentation is not None and dataset.augmentation.copy_paste > 0
+    able = on_gpu and not device_loader_conflict(cache, pasted)
+    if loader == "device" or (loader == "auto" and able):
+        device_loader = DeviceLoader(dataset, device=device, **settings)
+        if is_main_process():
+            print(device_loader.frames)
+        return device_loader
+    return batch_loader(dataset, shuffle=True, pin_memory=on_gpu, max_bad=max_bad_frames, **settings)
+
+
+def test_loader(
+    root: Path,
+    ground_truth: GroundTruth,
+    *,
+    device: torch.device,
+    input_mode: str,
+    input_size: tuple[int, int],
+    filler: np.ndarray,
+    min_height: float,
+    margin: float,
+    without: str = "",
+    **settings: Any,
+) -> BatchLoader:
+    """Batches of a test list's whole frames in their order, after a look at every image.
+
+    Each process gets every `world_size`-th frame.
+
+    Args:
+        min_height, margin: whom the masks ignore, as in `label_objects`.
+        without: a modality that is blanked.
+        settings: batch_size, workers, start_method and map_sizes as of `DeviceLoader`.
+    """
+    frames = frames_of(ground_truth, min_height, margin)[rank() :: world_size()]
+    check_images(root, [frame.id for frame in frames], input_mode, without)
     dataset = KaistPairs(
         root,
         frames,
-        input_mode=config["input_mode"],
-        size=config["input_size"],
-        filler=mean_colour(INPUT_CHANNELS[config["input_mode"]]),
+        input_mode=input_mode,
+        input_size=input_size,
+        filler=filler,
         augmentation=None,
         masks_follow=True,
-        seed=config["seed"],
+        seed=0,
         without=without,
     )
-    return batch_loader(
-        dataset,
-        batch_size=config["batch_size"],
-        workers=config["workers"],
-        start_method=config.get("start_method", "auto"),  # older checkpoints have none
-        shuffle=False,
-        map_sizes=[map_sizes[i] for i in infused_maps(config)],
-        pin_memory=device.type == "cuda",
-    )
-
-
-def frames_of(ground_truth: GroundTruth, config: dict[str, Any]) -> list[Frame]:
-    """A test list's frames, with the labels that training would give their objects."""
-    first = np.searchsorted(ground_truth.frame, np.arange(1, len(ground_truth.frames)))
-    labels = label_objects(ground_truth.boxes, ~ground_truth.ignore, config["min_height"], config["margin"])
-    corners = ground_truth.boxes.astype(np.float32)
-    corners[:, 2:] += corners[:, :2]
-    objects = zip(np.split(corners, first), np.split(labels, first), strict=True)
-    return [Frame(i, *own) for i, own in zip(ground_truth.frames, objects, strict=True)]
-
-
-def infused_maps(config: dict[str, Any]) -> list[int]:
-    """Indices of the feature maps with a segmentation head."""
-    return [i for i, infused in enumerate(config["infusion"]) if infused]
+    return batch_loader(dataset, shuffle=False, pin_memory=device.type == "cuda", **settings)
 
 
 def batch_loader(
@@ -402,60 +438,8 @@ def batch_loader(
         map_range: as in `Collate`; settings: as of `BatchLoader`.
     """
     # A GPU wants shapes that stay; a CPU nothing to do for padding.
-    objects = max_objects(dataset) if pin_memory else 1
-    collate = Collate(map_sizes, map_range, objects)
+    collate = Collate(map_sizes, map_range, max_objects(dataset) if pin_memory else 1)
     return BatchLoader(dataset, collate, pin_memory=pin_memory, **settings)
-
-
-def make_loader(
-    config: dict[str, Any], frames: list[Frame], model: SSD300, device: torch.device
-) -> BatchLoader | DeviceLoader:
-    """Training batches with masks for the infused maps."""
-    names = ("zoom_out", "hue_saturation", "lwir_jitter", "copy_paste", "modality_dropout")
-    augmentation = Augmentation(**{name: config[name] for name in names})
-    cache = None
-    if config["cache"]:
-        ids, source = [frame.id for frame in frames], Path(config["data_root"])
-        if is_main_process():
-            cache_frames(config["cache"], source, ids, config["input_mode"])
-        barrier()
-        cache = cache_frames(config["cache"], source, ids, config["input_mode"])
-    dataset = KaistPairs(
-        Path(config["data_root"]),
-        frames,
-        input_mode=config["input_mode"],
-        size=config["input_size"],
-        filler=mean_colour(INPUT_CHANNELS[config["input_mode"]]),
-        augmentation=augmentation if config["augment"] else None,
-        masks_follow=config["masks_follow"],
-        seed=config["seed"],
-        cache=cache,
-    )
-    settings = {
-        "batch_size": config["batch_size"],
-        "workers": config["workers"],
-        "start_method": config["start_method"],
-        "map_sizes": [model.map_sizes[i] for i in model.infused_maps],
-        "map_range": choose_range(config, model),
-    }
-    on_gpu = device.type == "cuda"
-    able = on_gpu and not device_loader_conflict(config)
-    if config["loader"] == "device" or (config["loader"] == "auto" and able):
-        loader = DeviceLoader(dataset, device=device, **settings)
-        if is_main_process():
-            print(loader.frames)
-        return loader
-    return batch_loader(
-        dataset, shuffle=True, pin_memory=on_gpu, max_bad=config["max_bad_frames"], **settings
-    )
-
-
-def choose_range(config: dict[str, Any], model: SSD300) -> MapRange | None:
-    """Which persons belong into a map's mask: None for all of them."""
-    if config["out_of_range"] == "keep":
-        return None
-    outside = {"background": BACKGROUND, "ignore": IGNORE}[config["out_of_range"]]
-    return MapRange([p.cpu() for p in model.map_priors()], model.infused_maps, outside)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,9 @@ def detect_pair(
     wanted = MODALITIES[config["input_mode"]]
     images = {m: read_image(path, m) for m, path in pair.items() if m in wanted}
     precision = choose_precision(config["precision"], model.priors.device)
-    return detect_image(model, join_modalities(images, config["input_mode"], MEAN_COLOUR), precision, config)
+    frame = join_modalities(images, config["input_mode"], MEAN_COLOUR)
+    nms_settings = {name: config[name] for name in ("min_score", "nms_iou", "max_boxes")}
+    return detect_image(model, frame, precision, test_flip=config.get("test_flip", False), **nms_settings)
 
 
 def draw_pair(pair: dict[str, Path], boxes: np.ndarray, scores: np.ndarray) -> Image.Image:

@@ -192,10 +192,11 @@ def run_checkpoint(
     # Here, because result files are evaluated without torch.
     import torch
 
-    from datasets import frame_loader
+    from datasets import test_loader
     from engine.checkpoint import load_checkpoint
     from kaist.miss_rate import open_test_set
-    from model import build_model
+    from model import INPUT_CHANNELS, build_model
+    from ssd.augment import mean_colour
     from utils import choose_device, choose_precision, detect_frames
 
     checkpoint = load_checkpoint(path)
@@ -206,9 +207,22 @@ def run_checkpoint(
     device = choose_device(config["device"])
     precision = choose_precision(config["precision"], device)
     ground_truth = open_test_set(root, config["test_list"], config["test_annotations"])
-    loader = frame_loader(root, ground_truth, config, device, without=without)
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last)
-    return config, ground_truth, *detect_frames(model, loader, device, precision, config)
+    names = ("input_mode", "input_size", "min_height", "margin", "batch_size", "workers")
+    loader = test_loader(
+        root,
+        ground_truth,
+        device=device,
+        filler=mean_colour(INPUT_CHANNELS[config["input_mode"]]),
+        without=without,
+        start_method=config.get("start_method", "auto"),  # older checkpoints have none
+        map_sizes=[model.map_sizes[i] for i in model.infused_maps],
+        **{name: config[name] for name in names},
+    )
+    nms_settings = {name: config[name] for name in ("min_score", "nms_iou", "max_boxes")}
+    test_flip = config.get("test_flip", False)
+    detections, mask_ious = detect_frames(model, loader, precision, test_flip=test_flip, **nms_settings)
+    return config, ground_truth, detections, mask_ious
 
 
 def check_missing(config: dict[str, Any], without: str) -> None:

@@ -40,7 +40,7 @@ def pairs(root, frames=None, **changes):
         frames = load_frames(ids, open_annotations(root), min_height=12, margin=5)
     settings = {
         "input_mode": "early",
-        "size": SIZE,
+        "input_size": SIZE,
         "augmentation": Augmentation(),
         "masks_follow": True,
         "seed": 7,

@@ -31,7 +31,7 @@ def dataset(demo_root, tmp_path_factory):
     def pairs(**changes):
         settings = {
             "input_mode": "early",
-            "size": (300, 300),
+            "input_size": (300, 300),
             "augmentation": Augmentation(),
             "masks_follow": True,
             "seed": 7,
@@ -69,7 +69,7 @@ def check(plain, ours):
     "changes",
     [
         {},
-        {"input_mode": "visible", "size": (320, 272)},
+        {"input_mode": "visible", "input_size": (320, 272)},
         {"input_mode": "lwir"},
         {"augmentation": Augmentation(zoom_out=1.0, hue_saturation=False, lwir_jitter=False)},
         {"augmentation": None},
@@ -161,8 +161,6 @@ def test_nothing_waits_for_a_value_on_the_device(dataset):
 
 
 def test_what_keeps_batches_off_the_device_is_said():
-    config = {"cache": "folder", "augment": True, "copy_paste": 0.0}
-    assert not device_loader_conflict(config)
-    assert "CACHE" in device_loader_conflict(config | {"cache": ""})
-    assert "COPY_PASTE" in device_loader_conflict(config | {"copy_paste": 0.5})
-    assert not device_loader_conflict(config | {"copy_paste": 0.5, "augment": False})
+    assert not device_loader_conflict("folder", copy_paste=False)
+    assert "CACHE" in device_loader_conflict("", copy_paste=False)
+    assert "COPY_PASTE" in device_loader_conflict("folder", copy_paste=True)

@@ -69,7 +69,7 @@ def test_dropout_blanks_one_modality_and_changes_no_other_draw(demo_root):
             demo_root,
             frames,
             input_mode="early",
-            size=(60, 75),
+            input_size=(60, 75),
             filler=mean_colour(4),
             augmentation=Augmentation(modality_dropout=dropout),
             masks_follow=True,
@@ -241,7 +241,7 @@ def test_test_flip_treats_left_and_right_alike():
 
     def found(flip, images):
         with torch.inference_mode():
-            predictions = predict(model, images, torch.float32, {"test_flip": flip})
+            predictions = predict(model, images, torch.float32, test_flip=flip)
         return detect(predictions, model.priors, **limits)[0]
 
     def difference(flip):

@@ -68,7 +68,7 @@ KAIST_FRAMES = 25_086  # of the training set, cleaned of none
 
 def start(make: Callable[..., Callable], device: torch.device, *arguments: object) -> Callable:
     """What make(device, …) gives, on a CPU in a process of its own: what ours asks of the C
-    library's allocator (`keep_memory`) is not for its rivals."""
+    library's allocator (`tune_malloc`) is not for its rivals."""
     return Apart(make, device, *arguments) if device.type == "cpu" else make(device, *arguments)
 
 
@@ -135,7 +135,7 @@ def training_rows(bench: Bench, n: int, width: float, n_frames: int, workers: in
         root,
         frames,
         input_mode="early",
-        size=(300, 300),
+        input_size=(300, 300),
         filler=mean_colour(4),
         augmentation=Augmentation(),
         masks_follow=True,
@@ -270,7 +270,7 @@ def bench_sample(bench: Bench) -> Iterator[Row]:
             bench.demo,
             frames,
             input_mode="early",
-            size=(300, 300),
+            input_size=(300, 300),
             filler=mean_colour(4),
             augmentation=Augmentation(),
             masks_follow=True,
@@ -403,7 +403,8 @@ def row_detector(bench: Bench, config: dict[str, Any], frame_id: str) -> Callabl
 
     def run() -> object:
         frame = read_frame(bench.demo, frame_id, config["input_mode"])
-        return detect_image(model, frame, bench.precision, config)
+        nms_settings = {name: config[name] for name in ("min_score", "nms_iou", "max_boxes")}
+        return detect_image(model, frame, bench.precision, test_flip=config["test_flip"], **nms_settings)
 
     return run
 

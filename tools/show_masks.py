@@ -50,7 +50,7 @@ def main() -> None:
         root,
         frames,
         input_mode=config["input_mode"],
-        size=(300, 300),
+        input_size=(300, 300),
         filler=mean_colour(INPUT_CHANNELS[config["input_mode"]]),
         augmentation=Augmentation(config["zoom_out"]),
         masks_follow=config["masks_follow"],

@@ -27,7 +27,7 @@ from model import SSD300
 from pseudo_gt import box_masks
 from ssd.boxes import Predictions
 from ssd.losses import MultiBoxLoss, SegmentationLoss
-from utils import autocast, detect_image, keep_memory
+from utils import autocast, detect_image, tune_malloc
 
 MODEL = {
     "input_mode": "early",
@@ -159,7 +159,7 @@ def our_image(device: torch.device, precision: torch.dtype, path: Path) -> Calla
     model = model.to(device, memory_format=torch.channels_last).eval()
 
     def run() -> None:
-        detect_image(model, read_image(path, "visible"), precision, LIMITS)
+        detect_image(model, read_image(path, "visible"), precision, **LIMITS)
 
     return run
 
@@ -177,7 +177,7 @@ def torchvision_image(device: torch.device, path: Path) -> Callable:
 
 def keeping(device: torch.device, make: Callable, *arguments: object) -> Callable:
     """make(device, …) with freed memory kept, as train.py and detect.py keep it."""
-    keep_memory()
+    tune_malloc()
     return make(device, *arguments)
 
 

@@ -46,7 +46,7 @@ def make_loader(root, workers=0, max_bad=0):
         root,
         frames,
         input_mode="early",
-        size=(300, 300),
+        input_size=(300, 300),
         filler=mean_colour(4),
         masks_follow=True,
         augmentation=Augmentation(),

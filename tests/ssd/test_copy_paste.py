@@ -63,7 +63,7 @@ def data_set(root, frames, **options):
         root,
         frames,
         input_mode="early",
-        size=(300, 300),
+        input_size=(300, 300),
         filler=mean_colour(4),
         augmentation=Augmentation(**options),
         masks_follow=True,
