@@ -24,7 +24,6 @@ from torch import nn
 from tqdm import tqdm
 
 import datasets
-from datasets import Frame, load_frames
 from engine.distributed import (
     all_reduce_mean,
     average_gradients,
@@ -41,6 +40,7 @@ from engine.optim import GuardedStep, lr_factor, make_optimizer, set_lr, update_
 from engine.run import Run
 from kaist import demo
 from kaist.annotations import Annotations, find_annotations, find_file, read_image_list
+from kaist.frames import Frame, load_frames
 from kaist.images import check_images
 from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth, open_test_set
 from kaist.report import count_people, headline, report

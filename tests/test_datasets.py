@@ -12,9 +12,10 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from datasets import KaistPairs, batch_loader, label_objects, load_frames
+from datasets import KaistPairs, batch_loader
 from kaist.annotations import image_path, make_objects, open_annotations, read_image_list
 from kaist.files import InputError
+from kaist.frames import label_objects, load_frames
 from kaist.images import cache_frames, check_images
 from kaist.images import read_frame as read
 from model import INPUT_CHANNELS

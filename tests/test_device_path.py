@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 
 import engine.loader
-from datasets import Collate, DeviceLoader, KaistPairs, batch_loader, load_frames
+from datasets import Collate, DeviceLoader, KaistPairs, batch_loader
 from engine.config import device_loader_conflict
 from engine.loader import EpochBatches
 from kaist.annotations import open_annotations, read_image_list
+from kaist.frames import load_frames
 from kaist.images import cache_frames
 from model import INPUT_CHANNELS, SSD300
 from pseudo_gt import MapRange

@@ -11,11 +11,12 @@ import torch
 import detect as detect_script
 import eval as eval_script
 import train
-from datasets import KaistPairs, load_frames
+from datasets import KaistPairs
 from engine.checkpoint import save_checkpoint
 from engine.optim import update_ema
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.files import InputError
+from kaist.frames import load_frames
 from kaist.images import read_frame
 from model import SSD300, mirror
 from ssd.augment import Augmentation, mean_colour, sample_transform

@@ -2,7 +2,7 @@
 
 import torch
 
-from datasets import frames_of
+from kaist.frames import frames_of
 from kaist.miss_rate import load_ground_truth
 from utils import mask_intersection_union
 

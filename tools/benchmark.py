@@ -29,12 +29,13 @@ from torch import Tensor
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert
 
-from datasets import Collate, DeviceLoader, KaistPairs, load_frames
+from datasets import Collate, DeviceLoader, KaistPairs
 from engine.config import OneLineParser, model_arguments, resolve_row
 from engine.experiments import EXPERIMENTS
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.demo import draw_demo
 from kaist.files import run_script
+from kaist.frames import load_frames
 from kaist.images import cache_frames, read_frame
 from kaist.miss_rate import SETUPS, evaluate, load_ground_truth
 from kaist.results import read_detections

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from datasets import Batch, Collate, KaistPairs, load_frames
+from datasets import Batch, Collate, KaistPairs
 from engine.config import check_config, parse_flags, read_constants
 from kaist.annotations import find_annotations, find_file, read_image_list
 from kaist.demo import open_root
 from kaist.files import InputError, run_script, write_atomically
+from kaist.frames import load_frames
 from kaist.images import check_images
 from model import INPUT_CHANNELS
 from ssd.augment import Augmentation, mean_colour

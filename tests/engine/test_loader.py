@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import train
-from datasets import KaistPairs, batch_loader, load_frames
+from datasets import KaistPairs, batch_loader
 from engine.checkpoint import load_checkpoint
 from engine.loader import BadFrames, EpochBatches
 from kaist.annotations import image_path, open_annotations, read_image_list
+from kaist.frames import load_frames
 from kaist.images import check_images
 from ssd.augment import Augmentation, mean_colour
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from datasets import load_frames
 from kaist import images, remember
 from kaist.annotations import READERS, image_path, open_annotations, read_image_list
 from kaist.files import InputError
+from kaist.frames import load_frames
 from kaist.images import check_images
 from kaist.miss_rate import load_ground_truth
 

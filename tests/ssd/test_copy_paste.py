@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from datasets import Collate, KaistPairs, load_frames
+from datasets import Collate, KaistPairs
 from kaist.annotations import open_annotations, read_image_list, time_of_day
+from kaist.frames import load_frames
 from ssd.augment import MAX_PASTED, Augmentation, mean_colour, paste_people
 
 BLACK, WHITE = np.zeros((512, 640, 4), np.uint8), np.full((512, 640, 4), 255, np.uint8)
