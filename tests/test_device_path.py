@@ -36,11 +36,11 @@ def dataset(demo_root, tmp_path_factory):
             "augmentation": Augmentation(),
             "masks_follow": True,
             "seed": 7,
+            "filler": mean_colour(INPUT_CHANNELS[changes.get("input_mode", "early")]),
         } | changes
         # The cache in another order than the frames: rows are not indices.
         cache = cache_frames(folder, demo_root, ids[::-1], settings["input_mode"])
-        filler = mean_colour(INPUT_CHANNELS[settings["input_mode"]])
-        return KaistPairs(demo_root, frames, cache=cache, filler=filler, **settings)
+        return KaistPairs(demo_root, frames, cache=cache, **settings)
 
     return pairs
 
@@ -74,6 +74,7 @@ def check(plain, ours):
         {"input_mode": "lwir"},
         {"augmentation": Augmentation(zoom_out=1.0, hue_saturation=False, lwir_jitter=False)},
         {"augmentation": None},
+        {"filler": np.array([9, 0, 255, 1], np.uint8), "augmentation": Augmentation(modality_dropout=0.9)},
         {"masks_follow": False},
     ],
 )
