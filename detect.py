@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from engine.config import CHOICES, OneLineParser, find_folder
+from engine.config import CHOICES, OneLineParser, find_folder, pick
 from kaist.annotations import FRAME_HEIGHT, FRAME_ID, FRAME_WIDTH, MODALITIES, Objects, open_test_annotations
 from kaist.files import InputError, make_folder, run_script, write_atomically
 from kaist.report import persons
@@ -59,7 +59,7 @@ def main() -> None:
 
     # Here, so that a wrong flag or name is answered at once: torch takes a while.
     from engine.checkpoint import choose_checkpoint
-    from kaist.images import join_modalities
+    from kaist.images import MEAN_COLOUR, join_modalities
     from kaist.picture import draw_pair, open_view, to_array
     from utils import choose_device, choose_precision, detect_image, open_network
 
@@ -68,6 +68,7 @@ def main() -> None:
     model, config, _ = open_network(path, device, min_score=arguments.min_score)
     precision = choose_precision(arguments.precision or config.precision, device)
     wanted = MODALITIES[config.input_mode]
+    detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")
     pairs += find_pairs(images, config, failures)
     if alone := sum(not pair.keys() >= set(wanted) for pair in pairs):
         print(f"note: {count_of(alone)} without the other modality, which is blanked")
@@ -82,8 +83,8 @@ def main() -> None:
             skip(error, failures, len(pairs))
             continue
         arrays = {modality: to_array(view) for modality, view in views.items() if modality in wanted}
-        frame = join_modalities(arrays, config.input_mode)
-        boxes, scores = detect_image(model, frame, precision, vars(config))
+        frame = join_modalities(arrays, config.input_mode, MEAN_COLOUR)
+        boxes, scores = detect_image(model, frame, precision, **detection)
         width, height = next(iter(views.values())).size
         scale = np.tile((width / FRAME_WIDTH, height / FRAME_HEIGHT), 2)
         n_rescaled += any(view.size != (FRAME_WIDTH, FRAME_HEIGHT) for view in views.values())

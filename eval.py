@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.compare import compare_runs, tell_apart
-from engine.config import OneLineParser, find_folder
+from engine.config import OneLineParser, find_folder, pick
 from kaist.annotations import MODALITIES, read_image_list, scene, time_of_day
 from kaist.files import InputError, run_script
 from kaist.miss_rate import GroundTruth, load_ground_truth, open_test_set, select_frames
@@ -215,9 +215,11 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     (`detections-best.txt`). Nothing is written where the folder is read-only.
     """
     # Here, because result files are evaluated without torch.
-    from datasets import frame_loader
+    from datasets import TESTING, test_loader
     from engine.checkpoint import choose_checkpoint
     from kaist.demo import open_root
+    from model import INPUT_CHANNELS
+    from ssd.augment import mean_colour
     from utils import choose_device, choose_precision, detect_frames, open_network
 
     path = choose_checkpoint(arguments.checkpoint, find_folder(CHECKPOINTS))
@@ -236,9 +238,13 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
         nothing = Detections(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0))
         frames = choose_frames(test_set.frames, arguments.subset)
         test_set, _ = select_frames(test_set, nothing, frames)
-    loader = frame_loader(root, test_set, vars(config), device, without=arguments.blackout)
+    map_sizes = [model.map_sizes[i] for i in model.infused_maps]
+    filler = mean_colour(INPUT_CHANNELS[config.input_mode])
+    settings = {"device": device, "filler": filler, "map_sizes": map_sizes, **pick(config, *TESTING)}
+    loader = test_loader(root, test_set, without=arguments.blackout, **settings)
     precision = choose_precision(config.precision, device)
-    detections, masks = detect_frames(model, loader, device, precision, vars(config))
+    detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")
+    detections, masks = detect_frames(model, loader, precision, **detection)
     if masks:
         print("masks: " + ", ".join(f"{name} {value:.3f}" for name, value in masks.items()))
     sure = np.bincount(detections.frame[detections.scores >= SURE])

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torchvision.ops import box_convert, box_iou
-
-if TYPE_CHECKING:
-    pass
 
 
 def box_masks(
@@ -50,6 +46,10 @@ class MapRange:
     maps: list[int]
     outside: int
 
+    def to(self, device: torch.device) -> MapRange:
+        """The same with its priors on a device."""
+        return MapRange([priors.to(device) for priors in self.priors], self.maps, self.outside)
+
     def labels(self, boxes: Tensor, labels: Tensor) -> list[Tensor]:
         """(N, M) labels for each wanted map, of boxes and labels as `box_masks` takes them."""
         corners = box_convert(torch.cat(self.priors), "cxcywh", "xyxy")
@@ -58,6 +58,19 @@ class MapRange:
         best_of_all = torch.stack(best).amax(0)
         out = [(best[i] < 0.5) & (best[i] < best_of_all) & (labels == 1) for i in self.maps]
         return [labels.masked_fill(outside, self.outside) for outside in out]
+
+
+def choose_range(out_of_range: str, priors: list[Tensor], maps: list[int]) -> MapRange | None:
+    """Which persons belong into a map's mask: None for all of them.
+
+    Args:
+        out_of_range: what the others become: "keep" (a person as well), "background" or "ignore".
+        priors, maps: as of `MapRange`.
+    """
+    if out_of_range == "keep":
+        return None
+    outside = {"background": 0, "ignore": -1}[out_of_range]
+    return MapRange([p.cpu() for p in priors], maps, outside)
 
 
 def one_map(boxes: Tensor, labels: Tensor, h: int, w: int) -> Tensor:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
+from itertools import compress
 from pathlib import Path
 
-from engine.config import describe, model_arguments, read_config, refuse, run_name
+from engine.config import describe, model_arguments, pick, read_config, refuse, run_name
 from kaist.files import InputError, check_flags, run_script
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and typos answer at once
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from datasets import Frame, frame_loader, load_frames, make_loader
+import datasets
 from engine.distributed import (
     all_reduce_mean,
     average_gradients,
@@ -39,10 +40,13 @@ from engine.optim import GuardedStep, lr_factor, make_optimizer, set_lr, update_
 from engine.run import Run
 from kaist import demo
 from kaist.annotations import Annotations, find_annotations, find_file, read_image_list
+from kaist.frames import Frame, load_frames
 from kaist.images import check_images
 from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth, open_test_set
 from kaist.report import count_people, headline, report
-from model import SSD300
+from model import INPUT_CHANNELS, SSD300
+from pseudo_gt import choose_range
+from ssd.augment import Augmentation, mean_colour
 from ssd.boxes import feature_map_sizes
 from ssd.losses import Criterion
 from ssd.pretrained import check_pretrained, load_pretrained
@@ -130,12 +134,13 @@ def main() -> None:
         demo.open_root(config.data_root)
     barrier()
     frames, held_out = read_training_frames(config)
-    test_set = open_test_set(Path(config.data_root), config.test_list, config.test_annotations)
+    root, filler = Path(config.data_root), mean_colour(INPUT_CHANNELS[config.input_mode])
+    test_set = open_test_set(root, config.test_list, config.test_annotations)
     val_set = load_ground_truth(training_annotations(config), held_out) if held_out else test_set
-    test_loader = frame_loader(Path(config.data_root), test_set, vars(config), device)
-    val_loader = (
-        frame_loader(Path(config.data_root), val_set, vars(config), device) if held_out else test_loader
-    )
+    map_sizes = list(compress(feature_map_sizes(config.input_size), config.infusion))
+    testing = {"device": device, "filler": filler, "map_sizes": map_sizes, **pick(config, *datasets.TESTING)}
+    test_loader = datasets.test_loader(root, test_set, **testing)
+    val_loader = datasets.test_loader(root, val_set, **testing) if held_out else test_loader
 
     # Model. Published weights are read by one process; the others get them from it.
     torch.manual_seed(config.seed)
@@ -144,20 +149,18 @@ def main() -> None:
         load_pretrained(model, config.pretrained)
     model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else model  # is evaluated and kept
-    train_loader = make_loader(vars(config), frames, model, device)
+    options = Augmentation(**pick(config, *datasets.AUGMENTATION)) if config.augment else None
+    keywords = pick(config, *datasets.PAIRS)
+    pairs = datasets.KaistPairs(root, frames, filler=filler, augmentation=options, **keywords)
+    map_range = choose_range(config.out_of_range, model.map_priors(), model.infused_maps)
+    masks = {"map_sizes": map_sizes, "map_range": map_range}
+    train_loader = datasets.training_loader(pairs, device=device, **masks, **pick(config, *datasets.TRAINING))
 
     # Loss and optimiser.
-    terms = ("loc_loss", "loc_reduction", "seg_cells", "seg_maps", "seg_weight")
-    settings = {name: getattr(config, name) for name in terms}
-    criterion = Criterion(model.priors, model.infused_maps, **settings).to(device)
-    optimizer = make_optimizer(
-        model,
-        criterion,
-        name=config.optimizer,
-        lr=config.lr,
-        bias_lr_factor=config.bias_lr_factor,
-        weight_decay=config.weight_decay,
-    )
+    terms = pick(config, "loc_loss", "loc_reduction", "seg_cells", "seg_maps", "seg_weight")
+    criterion = Criterion(model.priors, model.infused_maps, **terms).to(device)
+    steps = pick(config, "lr", "bias_lr_factor", "weight_decay")
+    optimizer = make_optimizer(model, criterion, name=config.optimizer, **steps)
     run.terms = criterion.terms
     parts = {"model": ema, "optimizer": optimizer, "criterion": criterion}
     run.restore(parts if ema is model else {**parts, "raw_model": model})
@@ -169,6 +172,7 @@ def main() -> None:
     if is_main_process():
         print_banner(run, frames, test_set, model, f"{device} in {str(precision).removeprefix('torch.')}")
     detections = None
+    detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")
     with run:
         for epoch in range(run.epoch, config.epochs):
             train_epoch(run, network, model, ema, criterion, optimizer, train_loader, device, precision)
@@ -176,11 +180,11 @@ def main() -> None:
             average_statistics(ema)
             scores = criterion.learned_weights()
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-                detections, mask_scores = detect_frames(ema, val_loader, device, precision, vars(config))
+                detections, mask_scores = detect_frames(ema, val_loader, precision, **detection)
                 scores |= headline(evaluate(val_set, detections)) | mask_scores
             run.end_epoch(scores)
         if detections is None or held_out:
-            detections, _ = detect_frames(ema, test_loader, device, precision, vars(config))
+            detections, _ = detect_frames(ema, test_loader, precision, **detection)
     if is_main_process():
         report(run.folder.name, test_set, detections, run.folder)
         print(run.closing_words())

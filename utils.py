@@ -1,4 +1,4 @@
-"""What several rooms need and none owns: devices, precision, checkpoints."""
+"""Shared by train.py, eval.py and detect.py: devices, precision, the network over frames."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError
 from kaist.results import Detections
 from model import SSD300, build_model, mirror
-from ssd.augment import resize, view_pixels, whole_frame
+from ssd.augment import whole_frame
 from ssd.boxes import Predictions, detect
 from ssd.losses import IGNORE, PERSON
 
@@ -52,17 +52,16 @@ def choose_device(name: str) -> torch.device:
         torch.backends.cudnn.benchmark = True  # shapes stay: the fastest kernel is worth a search
         torch.set_float32_matmul_precision("high")
     if device.type == "cpu":
-        keep_memory()
+        tune_malloc()
     return device
 
 
-def keep_memory() -> None:
-    """Have the C library keep what is freed for the next step; by glibc alone, else a no-op.
+def tune_malloc() -> None:
+    """Have glibc keep freed memory for the next step; a no-op with other C libraries.
 
-    What glibc gives back to the system comes again page by page, each filled with zeros first: for
-    a training step's feature maps about a tenth of its time. 32 MiB is as far as glibc's own
-    threshold grows; larger blocks are taken from what is kept where they fit, which holds the peak
-    down.
+    Memory that glibc returns to the system has to be mapped and zeroed again, page by page. That
+    is about a tenth of a training step's time. 32 MiB is as far as glibc's own threshold grows.
+    Larger blocks are taken from what is kept where they fit, which holds the peak down.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -126,33 +125,40 @@ def open_network(path: Path, device: torch.device, **changes: Any) -> tuple[SSD3
 
 
 def detect_frames(
-    model: SSD300, loader: BatchLoader, device: torch.device, precision: torch.dtype, config: dict[str, Any]
+    model: SSD300,
+    loader: BatchLoader,
+    precision: torch.dtype,
+    *,
+    test_flip: bool = False,
+    **nms_settings: float,
 ) -> tuple[Detections, dict[str, float]]:
     """Detections of every frame of a loader, and how well the mask heads know where people are.
 
     Args:
-        config: its `min_score`, `nms_iou` and `max_boxes` are `model.detect`'s; `test_flip`
-            averages over mirror images too.
         loader: of every `world_size`-th frame; the detections of all come back.
+        test_flip: average over each frame and its mirror image.
+        nms_settings: min_score, nms_iou and max_boxes, as of `ssd.boxes.detect`.
 
     Returns:
         The detections, in xywh pixels of the 640x512 frame; and "iou_map1", … of each infused map:
         the cells that both the predicted and the box-shaped mask call person, of all frames, over
         those that one of them does. Ignored cells are left out; NaN where no cell is a person's.
     """
+    device = model.priors.device
     was_training = model.training
     model.eval()
     found: list[tuple[Tensor, Tensor]] = []
     cells = torch.zeros(len(model.infused_maps), 2, dtype=torch.int64, device=device)
+    bar = tqdm(
+        loader.epoch(0), total=len(loader), desc="detecting", leave=False, disable=not is_main_process()
+    )
     with torch.inference_mode():
-        for batch in tqdm(
-            loader.epoch(0), total=len(loader), desc="detecting", leave=False, disable=not is_main_process()
-        ):
+        for batch in bar:
             images = batch.images.to(device, non_blocking=True)
-            predictions = predict(model, images, precision, config, with_masks=True)
+            predictions = predict(model, images, precision, test_flip, with_masks=True)
             for i, (logits, mask) in enumerate(zip(predictions.seg, batch.masks, strict=True)):
-                cells[i] += shared_cells(logits, mask.to(device))
-            pairs = detect(predictions, model.priors, **limits(config))
+                cells[i] += mask_intersection_union(logits, mask.to(device))
+            pairs = detect(predictions, model.priors, **nms_settings)
             found += [(boxes.cpu(), scores.cpu()) for boxes, scores in pairs]
     model.train(was_training)
     shares = gather(found)
@@ -160,12 +166,12 @@ def detect_frames(
     found = [to_pixels(boxes, scores) for boxes, scores in found]
     frame = np.repeat(np.arange(len(found)), [len(scores) for _, scores in found])
     detections = Detections(frame, *map(np.concatenate, zip(*found, strict=True)))
-    both, either = all_reduce_sum(cells).double().T
+    intersection, union = all_reduce_sum(cells).double().T
     names = [f"iou_map{i + 1}" for i in model.infused_maps]
-    return detections, dict(zip(names, (both / either).tolist(), strict=True))
+    return detections, dict(zip(names, (intersection / union).tolist(), strict=True))
 
 
-def shared_cells(logits: Tensor, mask: Tensor) -> Tensor:
+def mask_intersection_union(logits: Tensor, mask: Tensor) -> Tensor:
     """(2,) int64: cells that both call person, and cells that either does.
 
     Args:
@@ -176,33 +182,39 @@ def shared_cells(logits: Tensor, mask: Tensor) -> Tensor:
 
 
 def predict(
-    model: SSD300, images: Tensor, precision: torch.dtype, config: dict[str, Any], with_masks: bool = False
+    model: SSD300, images: Tensor, precision: torch.dtype, test_flip: bool, with_masks: bool = False
 ) -> Predictions:
-    """The network's word on (N, C, H, W) uint8 images; with a configuration's `test_flip` loc and
-    conf are averaged with those of their mirror images."""
+    """Forward pass of (N, C, H, W) uint8 images.
+
+    With `test_flip` loc and conf are averaged with those of the mirror images.
+    """
     with autocast(images.device, precision):
         predictions = model(images, with_masks)
-        if config.get("test_flip"):  # checkpoints of older versions do not speak of it
+        if test_flip:
             mirrored = mirror(model, model(images.flip(3)))
             loc, conf = ((a + b) / 2 for a, b in zip(predictions[:2], mirrored[:2], strict=True))
             predictions = Predictions(loc, conf, predictions.seg)
     return predictions
 
 
-def limits(config: dict[str, Any]) -> dict[str, float]:
-    """What `model.detect` is told by a configuration."""
-    return {name: config[name] for name in ("min_score", "nms_iou", "max_boxes")}
-
-
 def detect_image(
-    model: SSD300, frame: np.ndarray, precision: torch.dtype, config: dict[str, Any]
+    model: SSD300,
+    frame: np.ndarray,
+    precision: torch.dtype,
+    *,
+    test_flip: bool = False,
+    **nms_settings: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (k, 4) xywh pixels and scores (k,), best first, of a frame as from `read_frame`."""
-    whole = whole_frame(frame.shape[2], model.size).view
-    image = view_pixels(resize(frame, whole), whole, model.size).unsqueeze(0)
+    """Boxes (k, 4) xywh pixels and scores (k,), best first, of one frame.
+
+    Args:
+        frame: (512, 640, C) uint8, as from `read_frame`.
+        test_flip, nms_settings: as of `detect_frames`.
+    """
+    image = whole_frame(frame.shape[2], model.size).apply(frame).unsqueeze(0)
     with torch.inference_mode():
-        predictions = predict(model, image.to(model.priors.device), precision, config)
-    [(boxes, scores)] = detect(predictions, model.priors, **limits(config))
+        predictions = predict(model, image.to(model.priors.device), precision, test_flip)
+    [(boxes, scores)] = detect(predictions, model.priors, **nms_settings)
     return to_pixels(boxes, scores)
 
 

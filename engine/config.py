@@ -248,8 +248,10 @@ def check_config(values: dict[str, Any]) -> None:
             refuse(name, ascii(value), "write it in UTF-8, without control characters")
     if values.get("infusion"):
         check_infusion(values)
-    if values.get("loader") == "device" and (reason := device_loader_conflict(values)):
-        refuse("loader", "device", reason)
+    if values.get("loader") == "device":
+        copy_paste = values["augment"] and values["copy_paste"] > 0
+        if reason := device_loader_conflict(values["cache"], copy_paste):
+            refuse("loader", "device", reason)
     dropout = values.get("modality_dropout")
     if dropout and not (values["augment"] and len(MODALITIES[values["input_mode"]]) == 2):
         refuse("modality_dropout", dropout, "it needs AUGMENT and an INPUT_MODE of both modalities")
@@ -281,11 +283,11 @@ def check_infusion(values: dict[str, Any]) -> None:
             refuse(name, values[name], "there is no mask without a map to infuse: set INFUSION")
 
 
-def device_loader_conflict(values: dict[str, Any]) -> str:
-    """What keeps a configuration's batches from being made on the device; nothing: ""."""
-    if not values["cache"]:
+def device_loader_conflict(cache: str, copy_paste: bool) -> str:
+    """What keeps batches from being made on the device; nothing: ""."""
+    if not cache:
         return "it needs a folder for decoded frames: set CACHE"
-    if values["augment"] and values["copy_paste"]:
+    if copy_paste:
         return "it cannot paste people: set COPY_PASTE = 0"
     return ""
 
@@ -338,10 +340,14 @@ def same_kind(value: Any, default: tuple) -> bool:
     )
 
 
+def pick(config: Namespace, *names: str) -> dict[str, Any]:
+    """Some of a configuration's values, for keyword arguments of the same names."""
+    return {name: getattr(config, name) for name in names}
+
+
 def model_arguments(config: Namespace) -> dict[str, Any]:
     """The arguments of the network, as a checkpoint keeps them."""
-    names = ("input_mode", "batch_norm", "width", "infusion", "infusion_conv")
-    arguments = {name: getattr(config, name) for name in names}
+    arguments = pick(config, "input_mode", "batch_norm", "width", "infusion", "infusion_conv")
     return arguments | {"prior_set": config.priors, "size": config.input_size}
 
 

@@ -8,10 +8,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from tqdm import tqdm
@@ -106,6 +108,18 @@ def calm_start() -> Iterator[None]:
 def begin_worker(_: int) -> None:
     """End at once when told to: a forked worker has inherited what the main process would do."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def prefetch(items: Iterator, device: torch.device) -> Iterator:
+    """The same items, each fetched by a thread while the one before is in use."""
+    # A thread begins on the first GPU, whichever this process works on.
+    use = torch.cuda.set_device if device.index else None
+    with ThreadPoolExecutor(1, initializer=use, initargs=(device,) if use else ()) as thread:
+        end = object()
+        coming = thread.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, items, end)
+            yield item
 
 
 class BadFrame(NamedTuple):

@@ -128,36 +128,39 @@ def read_image(path: Path, modality: str) -> np.ndarray:
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
-def join_modalities(images: dict[str, np.ndarray], input_mode: str) -> np.ndarray:
-    """(512, 640, C) uint8, visible first; a modality that `images` lacks is its mean colour."""
-    blank = np.broadcast_to(MEAN_COLOUR, (FRAME_HEIGHT, FRAME_WIDTH, 4))
+def join_modalities(images: dict[str, np.ndarray], input_mode: str, filler: np.ndarray) -> np.ndarray:
+    """(512, 640, C) uint8, visible first; a modality that `images` lacks is `filler` (4,) alone."""
+    blank = np.broadcast_to(filler, (FRAME_HEIGHT, FRAME_WIDTH, len(filler)))
     blanks = {"visible": blank[..., :3], "lwir": blank[..., 3:]}
     return np.concatenate([images.get(m, blanks[m]) for m in MODALITIES[input_mode]], axis=2)
 
 
-def read_frame(root: Path, frame_id: str, input_mode: str, without: str = "") -> np.ndarray:
+def read_frame(
+    root: Path, frame_id: str, input_mode: str, without: str = "", filler: np.ndarray = MEAN_COLOUR
+) -> np.ndarray:
     """The modalities of one frame side by side: (512, 640, C) uint8, visible first.
 
     Args:
         without: a modality that is blanked instead of read, or a key of `VIEWS_LEFT`.
+        filler: (4,) uint8, the blanks' colour.
     """
     modalities = MODALITIES[input_mode]
     if without in modalities:
         images = {m: read_image(image_path(root, frame_id, m), m) for m in modalities if m != without}
-        return join_modalities(images, input_mode)
+        return join_modalities(images, input_mode, filler)
     if len(modalities) == 1:
         return read_image(image_path(root, frame_id, modalities[0]), modalities[0])
     visible, lwir = (decode(image_path(root, frame_id, m), m) for m in modalities)
     visible.putalpha(lwir)  # Pillow keeps four bytes a pixel anyhow: much faster than numpy
-    return black_out(np.array(visible), without) if without else np.array(visible)
+    return black_out(np.array(visible), without, filler) if without else np.array(visible)
 
 
-def black_out(frame: np.ndarray, blackout: str) -> np.ndarray:
-    """A (512, 640, 4) frame, visible first, of which parts are the mean colour: see `VIEWS_LEFT`.
+def black_out(frame: np.ndarray, blackout: str, filler: np.ndarray) -> np.ndarray:
+    """A (512, 640, 4) frame, visible first, of which parts are `filler` (4,): see `VIEWS_LEFT`.
 
     The fusion dead zones of Kim et al., "MLPD" (2021).
     """
-    dark = np.broadcast_to(MEAN_COLOUR, frame.shape).copy()
+    dark = np.broadcast_to(filler, frame.shape).copy()
     for modality, channels in (("visible", slice(3)), ("lwir", slice(3, 4))):
         left, top, right, bottom = VIEWS_LEFT[blackout].get(modality, (0, 0, FRAME_WIDTH, FRAME_HEIGHT))
         dark[top:bottom, left:right, channels] = frame[top:bottom, left:right, channels]

@@ -2,7 +2,9 @@
 
 Zoom-out, crop, flip and resize are composed into one window of the source frame before a pixel is
 touched, so pixels are resampled once and a zoomed-out canvas is never built. Both modalities of
-a pair share the window; each has its own photometric distortion.
+a pair share the window. Each has its own photometric distortion.
+
+`sample_transform` draws a `Transform`, which is applied to pixels and moves boxes.
 
 Sources: SSD paper, sections 2.2 (crops, distortion) and 3.6 (zoom-out).
 """
@@ -23,6 +25,9 @@ from kaist.images import MEAN_COLOUR
 CROP_OVERLAPS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # None: no crop
 CROP_TRIALS = 50
 MIN_BOX = 1.0  # pixels of the network's input; a smaller remnant of a cropped box is dropped
+MAX_PASTED = 3  # people pasted into a frame
+PLACEMENT_TRIALS = 10  # places tried for each
+FEATHER = 0.15  # of a box's width: how far around it the patch fades out
 # Luma weights (ITU-R BT.601) and the RGB -> YIQ matrix, in which a hue shift is a rotation.
 LUMA = np.array([0.299, 0.587, 0.114])
 RGB_TO_YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -97,11 +102,11 @@ def crop_overlaps(crops: np.ndarray, people: np.ndarray, overlap: float) -> np.n
     return holds & ((shared / (union - shared)).max(1) >= overlap)
 
 
-class View(NamedTuple):
+class Crop(NamedTuple):
     """How one rectangle of the frame lands on the network's input.
 
     source: integer x0, y0, x1, y1 pixels of the frame; target: integer x0, y0, x1, y1 pixels of
-    the input (what lies outside it is filled with the mean colour); flip: mirrored afterwards.
+    the input, outside of which there is filler; flip: mirrored afterwards.
     """
 
     source: tuple[int, int, int, int]
@@ -109,10 +114,10 @@ class View(NamedTuple):
     flip: bool
 
 
-def snap(window: tuple[float, float, float, float], size: tuple[int, int], flip: bool) -> View:
+def round_to_pixels(window: tuple[float, float, float, float], size: tuple[int, int], flip: bool) -> Crop:
     """The part of a window inside the frame and its place in an input of (height, width).
 
-    Both are rounded to whole pixels; boxes are moved by the rounded view, so that they keep to
+    Both are rounded to whole pixels. Boxes are moved by the rounded crop, so that they keep to
     the pixels exactly.
     """
     source, target = [0] * 4, [0] * 4
@@ -126,55 +131,7 @@ def snap(window: tuple[float, float, float, float], size: tuple[int, int], flip:
         to[1] = max(min(to[1], length), to[0] + 1)
         source[axis], source[axis + 2] = start, end
         target[axis], target[axis + 2] = to
-    return View(tuple(source), tuple(target), flip)
-
-
-def view_boxes(
-    boxes_px: np.ndarray, labels: np.ndarray, view: View, size: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (n, 4) xyxy pixels of the frame -> (k, 4) float32 xyxy fractions of the input.
-
-    A person stays when its centre is in view, as in SSD; an ignored object stays as long as
-    anything of it does, so that no remnant of a crowd is mined. Boxes are clipped to the input,
-    and those left with less than a pixel are dropped. Returns the boxes and their labels.
-    """
-    source = np.array(view.source, dtype=np.float32)
-    target = np.array(view.target, dtype=np.float32)
-    scale = (target[2:] - target[:2]) / (source[2:] - source[:2])
-    boxes = (boxes_px.reshape(-1, 2, 2) - source[:2]) * scale + target[:2]
-    limit = np.array([size[1], size[0]], dtype=np.float32)
-    if view.flip:
-        boxes[..., 0] = limit[0] - boxes[:, ::-1, 0]
-    centre = boxes.mean(1)
-    in_view = ((centre > 0) & (centre < limit)).all(1)
-    boxes = boxes.clip(0, limit)
-    stays = (in_view | (labels == -1)) & ((boxes[:, 1] - boxes[:, 0]) >= MIN_BOX).all(1)
-    return (boxes[stays] / limit).reshape(-1, 4), labels[stays]
-
-
-def view_pixels(content: Tensor, view: View, size: tuple[int, int]) -> Tensor:
-    """Place resized content (C, h, w) into a (C, *size) input on mean colour, and mirror it."""
-    x0, y0, x1, y1 = view.target
-    if (y1 - y0, x1 - x0) != size:
-        canvas = content.new_empty((len(content), *size))
-        canvas[:] = mean_colour(len(content)).view(-1, 1, 1)
-        canvas[:, y0:y1, x0:x1] = content
-        content = canvas
-    return content.flip(2) if view.flip else content
-
-
-def mean_colour(channels: int) -> Tensor:
-    """(C,) uint8: the colour that normalisation turns into zero."""
-    part = {4: slice(0, 4), 3: slice(0, 3), 1: slice(3, 4)}[channels]
-    return torch.from_numpy(MEAN_COLOUR[part])
-
-
-def resize(frame: np.ndarray, view: View) -> Tensor:
-    """Cut the view's source out of (512, 640, C) uint8 and resize it, antialiased: (C, h, w)."""
-    x0, y0, x1, y1 = view.source
-    part = torch.from_numpy(frame[y0:y1, x0:x1]).permute(2, 0, 1).unsqueeze(0)
-    size = (view.target[3] - view.target[1], view.target[2] - view.target[0])
-    return F.interpolate(part, size, mode="bilinear", antialias=True, align_corners=False)[0]
+    return Crop(tuple(source), tuple(target), flip)
 
 
 def colour_matrix(
@@ -218,52 +175,104 @@ def frame_mean(frame: np.ndarray) -> np.ndarray:
     return torch.from_numpy(frame)[::8, ::8].float().mean((0, 1)).numpy()
 
 
-class Recipe(NamedTuple):
-    """All that is random about a sample: its view of the frame, and the matrix (C, C) and offset
-    (C,), float32, that distort its colours."""
+@dataclass(frozen=True)
+class Transform:
+    """How a sample is made of a frame: it moves pixels and boxes alike.
 
-    view: View
+    crop: which part of the frame goes where; matrix: (C, C) and offset: (C,) float32, by which
+    colours are distorted; size: (height, width) of the network's input; filler: (C,) uint8, the
+    colour outside of the frame.
+    """
+
+    crop: Crop
     matrix: np.ndarray
     offset: np.ndarray
+    size: tuple[int, int]
+    filler: np.ndarray
+
+    def apply(self, pixels: np.ndarray) -> Tensor:
+        """The network's input (C, *size) uint8 of a frame's pixels (512, 640, C) uint8.
+
+        Cut out, resized once (antialiased), distorted, placed on the filler and mirrored.
+        """
+        (x0, y0, x1, y1), (left, top, right, bottom), flip = self.crop
+        part = torch.from_numpy(pixels[y0:y1, x0:x1]).permute(2, 0, 1).unsqueeze(0)
+        target = (bottom - top, right - left)
+        image = F.interpolate(part, target, mode="bilinear", antialias=True, align_corners=False)[0]
+        image = distort(image, self.matrix, self.offset)
+        if target != self.size:
+            canvas = image.new_empty((len(image), *self.size))
+            canvas[:] = torch.from_numpy(self.filler).view(-1, 1, 1)
+            canvas[:, top:bottom, left:right] = image
+            image = canvas
+        return image.flip(2) if flip else image
+
+    def move(self, boxes_px: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes (n, 4) xyxy pixels of the frame -> (k, 4) float32 xyxy fractions of the input.
+
+        A person stays when its centre is in view, as in SSD. An ignored object stays as long as
+        anything of it does, so that no remnant of a crowd is mined. Boxes are clipped to the
+        input, and those left with less than a pixel are dropped. Returns the boxes and their labels.
+        """
+        source = np.array(self.crop.source, dtype=np.float32)
+        target = np.array(self.crop.target, dtype=np.float32)
+        scale = (target[2:] - target[:2]) / (source[2:] - source[:2])
+        boxes = (boxes_px.reshape(-1, 2, 2) - source[:2]) * scale + target[:2]
+        limit = np.array([self.size[1], self.size[0]], dtype=np.float32)
+        if self.crop.flip:
+            boxes[..., 0] = limit[0] - boxes[:, ::-1, 0]
+        centre = boxes.mean(1)
+        in_view = ((centre > 0) & (centre < limit)).all(1)
+        boxes = boxes.clip(0, limit)
+        stays = (in_view | (labels == -1)) & ((boxes[:, 1] - boxes[:, 0]) >= MIN_BOX).all(1)
+        return (boxes[stays] / limit).reshape(-1, 4), labels[stays]
 
 
-def whole_frame(channels: int, size: tuple[int, int]) -> Recipe:
-    """The undistorted frame in an input of (height, width)."""
-    view = snap((0, 0, FRAME_WIDTH, FRAME_HEIGHT), size, flip=False)
-    return Recipe(view, np.eye(channels, dtype=np.float32), np.zeros(channels, np.float32))
+def whole_frame(channels: int, size: tuple[int, int]) -> Transform:
+    """The undistorted frame in an input of (height, width), which it fills."""
+    crop = round_to_pixels((0, 0, FRAME_WIDTH, FRAME_HEIGHT), size, flip=False)
+    nothing = np.zeros(channels, np.float32)
+    return Transform(crop, np.eye(channels, dtype=np.float32), nothing, size, nothing.astype(np.uint8))
 
 
-def draw_recipe(
+def sample_transform(
     rng: np.random.Generator,
     people: np.ndarray,
     mean: np.ndarray,
-    augmentation: Augmentation,
+    options: Augmentation,
     size: tuple[int, int],
-) -> Recipe:
-    """A random window, flip and distortion, the latter of each modality by its own draw; of a pair,
-    as `modality_dropout` has it, one modality (by a fair coin) is its mean colour alone.
+    filler: np.ndarray,
+) -> Transform:
+    """Draw a window, a flip, and a distortion of each modality by itself.
+
+    With `modality_dropout` one modality of a pair, by a fair coin, becomes filler alone.
 
     Args:
         people: (n, 4) xyxy pixels of the persons in the frame; mean: as from `frame_mean`.
-        size: (height, width) of the network's input.
+        size: (height, width) of the network's input; filler: (C,) uint8.
     """
-    window = random_window(rng, people, augmentation.zoom_out)
-    view = snap(window, size, flip=bool(rng.random() < 0.5))
+    window = random_window(rng, people, options.zoom_out)
+    crop = round_to_pixels(window, size, flip=bool(rng.random() < 0.5))
     channels = len(mean)
     matrix = np.eye(channels, dtype=np.float32)
     offset = np.zeros(channels, np.float32)
     for part in {1: [slice(0, 1)], 3: [slice(0, 3)], 4: [slice(0, 3), slice(3, 4)]}[channels]:
-        if part.stop - part.start == 3 or augmentation.lwir_jitter:
-            matrix[part, part], offset[part] = colour_matrix(rng, mean[part], augmentation.hue_saturation)
+        if part.stop - part.start == 3 or options.lwir_jitter:
+            matrix[part, part], offset[part] = colour_matrix(rng, mean[part], options.hue_saturation)
     # Last, so that all other draws are the same without it.
-    if augmentation.modality_dropout and rng.random() < augmentation.modality_dropout:
+    if options.modality_dropout and rng.random() < options.modality_dropout:
         gone = slice(0, 3) if rng.random() < 0.5 else slice(3, 4)
-        matrix[gone], offset[gone] = 0, mean_colour(4)[gone]
-    return Recipe(view, matrix, offset)
+        matrix[gone], offset[gone] = 0, filler[gone]
+    return Transform(crop, matrix, offset, size, filler)
+
+
+def mean_colour(channels: int) -> np.ndarray:
+    """(C,) uint8: the colour that normalisation turns into zero."""
+    return MEAN_COLOUR[{4: slice(0, 4), 3: slice(0, 3), 1: slice(3, 4)}[channels]]
 
 
 def distort(content: Tensor, matrix: np.ndarray, offset: np.ndarray) -> Tensor:
-    """Apply a recipe's matrix and offset to (C, h, w) uint8, rounded and clipped."""
+    """matrix (C, C) times each colour of (C, h, w) uint8, plus offset (C,), rounded and clipped."""
     if not offset.any() and np.array_equal(matrix, np.eye(len(matrix))):
         return content
     # + 0.5: the conversion to uint8 truncates
@@ -272,15 +281,6 @@ def distort(content: Tensor, matrix: np.ndarray, offset: np.ndarray) -> Tensor:
     # By numpy: torch converts float to uint8 six times slower on a CPU.
     pixels = pixels.clamp_(0, 255).numpy().astype(np.uint8)
     return torch.from_numpy(pixels).view_as(content)
-
-
-MOST = 3  # people pasted into a frame
-
-
-TRIALS = 10  # places tried for each
-
-
-RIM = 0.15  # of a box's width: how far around it the patch fades out
 
 
 def paste_people(
@@ -300,16 +300,16 @@ def paste_people(
         people: (m, 4) xyxy pixels of the other frame's persons, at least one.
 
     Returns:
-        Pixels, boxes and labels with those for whom one of `TRIALS` places was free added.
+        Pixels, boxes and labels with those for whom one of `PLACEMENT_TRIALS` places was free added.
     """
     pixels = pixels.copy()
-    count = rng.integers(1, MOST + 1)
+    count = rng.integers(1, MAX_PASTED + 1)
     for box in people[rng.permutation(len(people))[:count]]:
         width = box[2] - box[0]
-        for start in rng.uniform(0, FRAME_WIDTH - width, TRIALS).round():
+        for start in rng.uniform(0, FRAME_WIDTH - width, PLACEMENT_TRIALS).round():
             shift = np.float32(start - box[0].round())
             moved = box + np.array([shift, 0, shift, 0], dtype=np.float32)
-            if not touches(moved, boxes) and moved[0] >= 0 and moved[2] <= FRAME_WIDTH:
+            if not overlaps_any(moved, boxes) and moved[0] >= 0 and moved[2] <= FRAME_WIDTH:
                 blend(pixels, donor_pixels, box, int(shift))
                 boxes = np.concatenate([boxes, moved[None]])
                 labels = np.append(labels, 1)
@@ -317,7 +317,7 @@ def paste_people(
     return pixels, boxes, labels
 
 
-def touches(box: np.ndarray, boxes: np.ndarray) -> bool:
+def overlaps_any(box: np.ndarray, boxes: np.ndarray) -> bool:
     """Whether a box (4,) overlaps any of boxes (n, 4), all xyxy."""
     apart = (boxes[:, 2:] <= box[:2]) | (boxes[:, :2] >= box[2:])
     return bool((~apart.any(1)).any())
@@ -325,18 +325,18 @@ def touches(box: np.ndarray, boxes: np.ndarray) -> bool:
 
 def blend(pixels: np.ndarray, donor: np.ndarray, box: np.ndarray, shift: int) -> None:
     """Copy a box of the donor's pixels, moved sideways, into `pixels`, fading out around it."""
-    rim = max(2, round(RIM * float(box[2] - box[0])))
+    rim = max(2, round(FEATHER * float(box[2] - box[0])))
     x0, y0, x1, y1 = (int(v) for v in box.round())
     left, right = max(x0 - rim, 0, -shift), min(x1 + rim, FRAME_WIDTH, FRAME_WIDTH - shift)
     top, bottom = max(y0 - rim, 0), min(y1 + rim, FRAME_HEIGHT)
-    across, down = fade(left, right, x0, x1, rim), fade(top, bottom, y0, y1, rim)
+    across, down = feather(left, right, x0, x1, rim), feather(top, bottom, y0, y1, rim)
     alpha = (down[:, None] * across)[..., None]
     target = pixels[top:bottom, left + shift : right + shift]
     source = donor[top:bottom, left:right]
     target[:] = np.round(source * alpha + target * (1 - alpha))
 
 
-def fade(start: int, end: int, low: int, high: int, rim: int) -> np.ndarray:
+def feather(start: int, end: int, low: int, high: int, rim: int) -> np.ndarray:
     """(end - start,) float32: 1 on the pixels from low to high, falling to 0 over `rim` beyond."""
     centre = np.arange(start, end, dtype=np.float32) + 0.5
     outside = np.maximum(low - centre, centre - high).clip(0)

@@ -6,23 +6,16 @@ import torch
 import torch.nn.functional as F
 
 import engine.loader
-from datasets import (
-    Collate,
-    DeviceLoader,
-    KaistPairs,
-    Recipes,
-    batch_loader,
-    load_frames,
-    make_images,
-    resize_weights,
-)
+from datasets import Collate, DeviceLoader, KaistPairs, batch_loader
 from engine.config import device_loader_conflict
 from engine.loader import EpochBatches
 from kaist.annotations import open_annotations, read_image_list
+from kaist.frames import load_frames
 from kaist.images import cache_frames
-from model import SSD300
+from model import INPUT_CHANNELS, SSD300
 from pseudo_gt import MapRange
-from ssd.augment import Augmentation
+from ssd.augment import Augmentation, mean_colour
+from ssd.device_augment import TransformBatch, resize_weights
 from ssd.losses import IGNORE
 from tools.workloads import MODEL
 
@@ -39,10 +32,11 @@ def dataset(demo_root, tmp_path_factory):
     def pairs(**changes):
         settings = {
             "input_mode": "early",
-            "size": (300, 300),
+            "input_size": (300, 300),
             "augmentation": Augmentation(),
             "masks_follow": True,
             "seed": 7,
+            "filler": mean_colour(INPUT_CHANNELS[changes.get("input_mode", "early")]),
         } | changes
         # The cache in another order than the frames: rows are not indices.
         cache = cache_frames(folder, demo_root, ids[::-1], settings["input_mode"])
@@ -76,10 +70,11 @@ def check(plain, ours):
     "changes",
     [
         {},
-        {"input_mode": "visible", "size": (320, 272)},
+        {"input_mode": "visible", "input_size": (320, 272)},
         {"input_mode": "lwir"},
         {"augmentation": Augmentation(zoom_out=1.0, hue_saturation=False, lwir_jitter=False)},
         {"augmentation": None},
+        {"filler": np.array([9, 0, 255, 1], np.uint8), "augmentation": Augmentation(modality_dropout=0.9)},
         {"masks_follow": False},
     ],
 )
@@ -137,10 +132,9 @@ def test_resize_is_torchs(seed):
     frames = torch.from_numpy(rng.integers(0, 256, (1, 512, 640, 1), dtype=np.uint8))
     mirrored = bool(seed % 2)
     edges = [x0, y0, x1, y1, 7, 20, 291, 203]
-    view = torch.tensor([[*edges, mirrored]], dtype=torch.float32)
-    nothing = torch.zeros(0)
-    recipes = Recipes(nothing, view, torch.eye(1)[None], torch.zeros(1, 1), *[nothing] * 4)
-    image = make_images(frames, recipes, (300, 300), torch.tensor([3], dtype=torch.uint8))
+    crop = torch.tensor([[*edges, mirrored]], dtype=torch.float32)
+    transforms = TransformBatch(crop, torch.eye(1)[None], torch.zeros(1, 1))
+    image = transforms.apply(frames, (300, 300), torch.tensor([3], dtype=torch.uint8))
     part = frames[:, y0:y1, x0:x1].permute(0, 3, 1, 2).float()
     content = F.interpolate(part, (183, 284), mode="bilinear", antialias=True, align_corners=False)
     expected = torch.full((1, 1, 300, 300), 3.0)
@@ -162,15 +156,13 @@ def test_every_place_of_the_target_has_weights_that_add_up_to_one():
 def test_nothing_waits_for_a_value_on_the_device(dataset):
     """Traced as a whole with fake tensors, where looking at a value fails."""
     _, ours = loaders(dataset())
-    [_, recipes, frames], *_ = map(ours.send, ours.loader)
-    compiled = torch.compile(make_images, fullgraph=True, dynamic=False, backend="aot_eager")
-    images = compiled(frames, recipes, (300, 300), ours.filler)
-    assert torch.equal(images, make_images(frames, recipes, (300, 300), ours.filler))
+    [_, frames, transforms, _], *_ = map(ours.send, ours.loader)
+    compiled = torch.compile(TransformBatch.apply, fullgraph=True, dynamic=False, backend="aot_eager")
+    images = compiled(transforms, frames, (300, 300), ours.filler)
+    assert torch.equal(images, transforms.apply(frames, (300, 300), ours.filler))
 
 
 def test_what_keeps_batches_off_the_device_is_said():
-    config = {"cache": "folder", "augment": True, "copy_paste": 0.0}
-    assert not device_loader_conflict(config)
-    assert "CACHE" in device_loader_conflict(config | {"cache": ""})
-    assert "COPY_PASTE" in device_loader_conflict(config | {"copy_paste": 0.5})
-    assert not device_loader_conflict(config | {"copy_paste": 0.5, "augment": False})
+    assert not device_loader_conflict("folder", copy_paste=False)
+    assert "CACHE" in device_loader_conflict("", copy_paste=False)
+    assert "COPY_PASTE" in device_loader_conflict("folder", copy_paste=True)

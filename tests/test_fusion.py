@@ -11,14 +11,15 @@ import torch
 import detect as detect_script
 import eval as eval_script
 import train
-from datasets import KaistPairs, load_frames
+from datasets import KaistPairs
 from engine.checkpoint import save_checkpoint
 from engine.optim import update_ema
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.files import InputError
+from kaist.frames import load_frames
 from kaist.images import read_frame
 from model import SSD300, mirror
-from ssd.augment import Augmentation, draw_recipe, mean_colour
+from ssd.augment import Augmentation, mean_colour, sample_transform
 from ssd.boxes import Predictions, decode, detect
 from utils import predict
 
@@ -69,14 +70,15 @@ def test_dropout_blanks_one_modality_and_changes_no_other_draw(demo_root):
             demo_root,
             frames,
             input_mode="early",
-            size=(60, 75),
+            input_size=(60, 75),
+            filler=mean_colour(4),
             augmentation=Augmentation(modality_dropout=dropout),
             masks_follow=True,
             seed=3,
         )
         return [pairs[epoch, i] for epoch in range(2) for i in range(len(frames))]
 
-    blank = mean_colour(4).view(4, 1, 1)
+    blank = torch.from_numpy(mean_colour(4)).view(4, 1, 1)
     gone = []
     for whole, half in zip(samples(0.0), samples(1.0), strict=True):
         assert np.array_equal(whole.boxes, half.boxes) and len(whole.boxes) == len(half.boxes)
@@ -90,11 +92,11 @@ def test_dropout_blanks_one_modality_and_changes_no_other_draw(demo_root):
 
 
 def test_dropout_is_as_probable_as_asked_for():
-    rng, mean = np.random.default_rng(0), np.full(4, 99.0)
+    rng, mean, filler = np.random.default_rng(0), np.full(4, 99.0), mean_colour(4)
     augmentation = Augmentation(modality_dropout=0.3)
     dropped = np.array(
         [
-            (draw_recipe(rng, np.zeros((0, 4)), mean, augmentation, (60, 75)).matrix == 0).all(1)
+            (sample_transform(rng, np.zeros((0, 4)), mean, augmentation, (60, 75), filler).matrix == 0).all(1)
             for _ in range(3000)
         ]
     )
@@ -111,7 +113,7 @@ def test_a_blanked_modality_is_not_read(demo_root, tmp_path):
     alone = read_frame(tmp_path, frame_id, "halfway", "visible")
     both = read_frame(demo_root, frame_id, "halfway")
     assert np.array_equal(alone[..., 3], both[..., 3])
-    assert (alone[..., :3] == mean_colour(3).numpy()).all()
+    assert (alone[..., :3] == mean_colour(3)).all()
 
 
 @pytest.fixture
@@ -240,7 +242,7 @@ def test_test_flip_treats_left_and_right_alike():
 
     def found(flip, images):
         with torch.inference_mode():
-            predictions = predict(model, images, torch.float32, {"test_flip": flip})
+            predictions = predict(model, images, torch.float32, test_flip=flip)
         return detect(predictions, model.priors, **limits)[0]
 
     def difference(flip):

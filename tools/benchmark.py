@@ -31,12 +31,13 @@ from torch import Tensor
 from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert
 
-from datasets import Collate, DeviceLoader, Frame, load_frames
+from datasets import Collate, DeviceLoader
 from engine.config import OneLineParser, model_arguments, resolve_row
 from engine.experiments import EXPERIMENTS
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.demo import draw_demo
 from kaist.files import run_script
+from kaist.frames import Frame, load_frames
 from kaist.images import cache_frames, read_frame
 from kaist.miss_rate import SETUPS, evaluate, load_ground_truth
 from kaist.results import read_detections
@@ -136,7 +137,7 @@ def interleave(bench: Bench, *functions: Callable[[], object]) -> list[float]:
 
 def start(make: Callable[..., Callable], bench: Bench, *arguments: object, tuned: bool = False) -> Callable:
     """make(device, …), on a CPU in a process of its own: its allocator's settings (`tuned`, see
-    `keep_memory`) are not for its rivals."""
+    `tune_malloc`) are not for its rivals."""
     if bench.device.type != "cpu":
         return make(bench.device, *arguments)
     first = (with_malloc_tuning, make) if tuned else (make,)
@@ -273,7 +274,8 @@ def row_detector(bench: Bench, name: str) -> Callable[[], object]:
 
     def run() -> object:
         frame = read_frame(root, frames[0].id, config["input_mode"])
-        return detect_image(model, frame, bench.precision, config)
+        nms_settings = {name: config[name] for name in ("min_score", "nms_iou", "max_boxes")}
+        return detect_image(model, frame, bench.precision, test_flip=config["test_flip"], **nms_settings)
 
     return run
 

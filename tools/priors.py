@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from datasets import load_frames
 from engine.config import CHOICES, OneLineParser
 from kaist.annotations import (
     FRAME_HEIGHT,
@@ -30,6 +29,7 @@ from kaist.annotations import (
 )
 from kaist.demo import open_root
 from kaist.files import InputError, run_script, write_atomically
+from kaist.frames import load_frames
 from ssd.boxes import feature_map_sizes, prior_shapes
 
 MATCH_IOU = 0.5  # from which a prior learns a person

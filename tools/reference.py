@@ -17,8 +17,8 @@ from torchvision import tv_tensors
 from torchvision.ops import box_area, box_convert
 from torchvision.transforms import v2
 
-from datasets import Frame
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
+from kaist.frames import Frame
 from kaist.miss_rate import FPPI_POINTS, GroundTruth, Setup
 from pseudo_gt import box_masks
 from ssd.boxes import Predictions, encode

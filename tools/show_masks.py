@@ -11,12 +11,15 @@ from pathlib import Path
 
 import torch
 
-from datasets import Augmentation, Batch, Collate, Frame, KaistPairs, load_frames
+from datasets import Batch, Collate, KaistPairs
 from engine.config import check_config, parse_flags, read_constants
 from kaist.annotations import find_annotations, find_file, read_image_list
 from kaist.demo import open_root
 from kaist.files import InputError, run_script, write_atomically
+from kaist.frames import Frame, load_frames
 from kaist.images import check_images
+from model import INPUT_CHANNELS
+from ssd.augment import Augmentation, mean_colour
 from ssd.boxes import feature_map_sizes
 
 DATA_ROOT = "data/demo"  # KAIST root; the demo set is drawn here if it is absent
@@ -49,7 +52,8 @@ def main() -> None:
         root,
         frames,
         input_mode=config["input_mode"],
-        size=(300, 300),
+        input_size=(300, 300),
+        filler=mean_colour(INPUT_CHANNELS[config["input_mode"]]),
         augmentation=Augmentation(config["zoom_out"]),
         masks_follow=config["masks_follow"],
         seed=config["seed"],

@@ -24,10 +24,10 @@ from kaist.miss_rate import GroundTruth
 from kaist.results import Detections, write_detections
 from model import SSD300
 from pseudo_gt import box_masks
-from ssd.augment import Augmentation
+from ssd.augment import Augmentation, mean_colour
 from ssd.boxes import Predictions
 from ssd.losses import MultiBoxLoss, SegmentationLoss
-from utils import autocast, detect_image, keep_memory
+from utils import autocast, detect_image, tune_malloc
 
 MODEL = {"input_mode": "early", "batch_norm": False, "width": 1.0, "prior_set": "ssd300", "size": (300, 300)}
 MODEL |= {"infusion": (1, 1, 0, 0, 0, 0), "infusion_conv": False}
@@ -66,7 +66,7 @@ def worker(pipe: Connection, make: Callable, arguments: tuple) -> None:
 
 def with_malloc_tuning(make: Callable, *arguments: object) -> Callable:
     """make(…) where the C library keeps freed memory, as in train.py, eval.py and detect.py."""
-    keep_memory()
+    tune_malloc()
     return make(*arguments)
 
 
@@ -84,7 +84,8 @@ def make_pairs(root: Path, frames: list[Frame], cache: FrameCache | None) -> Kai
         root,
         frames,
         input_mode="early",
-        size=(300, 300),
+        input_size=(300, 300),
+        filler=mean_colour(4),
         augmentation=Augmentation(),
         masks_follow=True,
         seed=0,
@@ -168,7 +169,7 @@ def our_image(device: torch.device, precision: torch.dtype, path: Path) -> Calla
     model = make_model(input_mode="visible").to(device, memory_format=torch.channels_last).eval()
 
     def run() -> None:
-        detect_image(model, read_image(path, "visible"), precision, LIMITS)
+        detect_image(model, read_image(path, "visible"), precision, **LIMITS)
 
     return run
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 import train
-from datasets import KaistPairs, batch_loader, load_frames
+from datasets import KaistPairs, batch_loader
 from engine.checkpoint import load_checkpoint
 from engine.loader import BadFrames, EpochBatches
 from kaist.annotations import image_path, open_annotations, read_image_list
+from kaist.frames import load_frames
 from kaist.images import check_images
-from ssd.augment import Augmentation
+from ssd.augment import Augmentation, mean_colour
 
 QUICK = (
     "--checkpoints checkpoints --name custom --batch-size 4 --workers 0 --width 0.0625 --device cpu "
@@ -46,7 +47,8 @@ def make_loader(root, workers=0, max_bad=0):
         root,
         frames,
         input_mode="early",
-        size=(300, 300),
+        input_size=(300, 300),
+        filler=mean_colour(4),
         masks_follow=True,
         augmentation=Augmentation(),
         seed=7,

@@ -15,25 +15,19 @@ from pathlib import Path
 import pytest
 import torch
 
+import datasets
 import train
 from engine.checkpoint import load_checkpoint, save_checkpoint
+from engine.config import pick
 from kaist.files import InputError
+from pseudo_gt import choose_range
+from ssd.augment import Augmentation, mean_colour
 
 PROJECT = Path(train.__file__).parent
-QUICK = [
-    "--batch-size",
-    "2",
-    "--workers",
-    "0",
-    "--width",
-    "0.0625",
-    "--device",
-    "cpu",
-    "--precision",
-    "fp32",
-    "--eval-every",
-    "1",
-]
+QUICK = (
+    "--checkpoints checkpoints --name custom --batch-size 2 --workers 0 --width 0.0625 --device cpu "
+    "--precision fp32 --eval-every 1"
+).split()
 # When a run is killed: at the so-and-so-many-th time in its process that it opens, or renames, a file
 # of such a name ("later": after its first checkpoint). "half" cuts the file first, as a write that
 # was under way leaves it.
@@ -429,12 +423,28 @@ def test_workers_end_with_their_run_and_their_death_is_told(nursery, data, tmp_p
     wait_for(lambda: not alive(worker))
 
 
+def loader_of(config):
+    """The training batches that train.py makes of a configuration."""
+    frames, _ = train.read_training_frames(config)
+    model = train.SSD300(**train.model_arguments(config))
+    options = Augmentation(**pick(config, *datasets.AUGMENTATION))
+    keywords = pick(config, *datasets.PAIRS)
+    pairs = datasets.KaistPairs(
+        Path(config.data_root), frames, filler=mean_colour(4), augmentation=options, **keywords
+    )
+    return datasets.training_loader(
+        pairs,
+        device=torch.device("cpu"),
+        map_sizes=[model.map_sizes[i] for i in model.infused_maps],
+        map_range=choose_range(config.out_of_range, model.map_priors(), model.infused_maps),
+        **pick(config, *datasets.TRAINING),
+    )
+
+
 def test_spawned_workers_give_the_same_batches(data, demo_root):
     def batches(*flags):
         config = train.configure([*data, *flags])
-        frames, _ = train.read_training_frames(config)
-        model = train.make_network(**train.model_arguments(config))
-        loader = train.make_loader(vars(config), frames, model, torch.device("cpu"))
+        loader = loader_of(config)
         return [(b.images, b.boxes, b.labels, b.masks, b.frame_ids) for b in loader.epoch(3)]
 
     spawned = batches("--workers", "1", "--start-method", "spawn", "--out-of-range", "ignore")
@@ -447,9 +457,7 @@ def test_too_little_shared_memory_is_told(data, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)  # forked workers have it too
     config = train.configure([*data, "--workers", "1", "--start-method", "fork"])
-    frames, _ = train.read_training_frames(config)
-    model = train.make_network(**train.model_arguments(config))
-    loader = train.make_loader(vars(config), frames, model, torch.device("cpu"))
+    loader = loader_of(config)
     with pytest.raises(InputError, match="too little shared memory.*--shm-size"):
         list(loader.epoch(0))
 

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from datasets import Collate, KaistPairs, load_frames
+from datasets import Collate, KaistPairs
 from kaist.annotations import open_annotations, read_image_list, time_of_day
-from ssd.augment import MOST, Augmentation, paste_people
+from kaist.frames import load_frames
+from ssd.augment import MAX_PASTED, Augmentation, mean_colour, paste_people
 
 BLACK, WHITE = np.zeros((512, 640, 4), np.uint8), np.full((512, 640, 4), 255, np.uint8)
 NOBODY = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
@@ -38,7 +39,7 @@ def test_nobody_is_covered_and_whoever_finds_no_place_stays_out():
     for _ in range(30):
         people = boxes([100, 200, 180, 400], [300, 210, 380, 390], [500, 190, 580, 380])
         _, found, labels = paste_people(rng, BLACK, people[:1], np.ones(1, np.int64), WHITE, people)
-        assert 1 <= len(found) <= 1 + MOST and len(found) == len(labels)
+        assert 1 <= len(found) <= 1 + MAX_PASTED and len(found) == len(labels)
         for i, a in enumerate(found):
             for b in found[:i]:
                 assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
@@ -63,7 +64,8 @@ def data_set(root, frames, **options):
         root,
         frames,
         input_mode="early",
-        size=(300, 300),
+        input_size=(300, 300),
+        filler=mean_colour(4),
         augmentation=Augmentation(**options),
         masks_follow=True,
         seed=0,

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import load_frames
 from kaist.annotations import open_annotations, read_image_list
+from kaist.frames import load_frames
 from kaist.miss_rate import SETUPS, evaluate
 from kaist.results import read_detections
 from model import SSD300

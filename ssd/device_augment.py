@@ -1,0 +1,152 @@
+"""Augmentation on a device: frames kept there, and a batch's transforms applied all at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kaist.frame_cache import FrameCache
+from ssd.augment import Transform, frame_mean
+
+FRAMES_PER_COPY = 64  # frames that go into the device's memory at a time
+MAX_MEMORY_FRACTION = 0.5  # of the device's free memory for frames; the rest is for training
+
+
+class DeviceFrames:
+    """All frames of a cache, for batches of them on a device.
+
+    Attributes:
+        frames: (F, 512, 640, C) uint8: in a CUDA device's memory if they fit into
+            `MAX_MEMORY_FRACTION` of what is free, else mapped from the disk, which in effect is
+            the host's memory.
+        means: (F, C) float32 mean colours, as from `frame_mean`.
+    """
+
+    def __init__(self, cache: FrameCache, device: torch.device) -> None:
+        self.device = device
+        mapped = self.frames = torch.from_numpy(cache.all())
+        if (
+            device.type == "cuda"
+            and mapped.nbytes <= MAX_MEMORY_FRACTION * torch.cuda.mem_get_info(device)[0]
+        ):
+            self.frames = torch.empty(mapped.shape, dtype=torch.uint8, device=device)
+        means = []
+        for start in tqdm(range(0, len(mapped), FRAMES_PER_COPY), desc="reading the cache", leave=False):
+            block = mapped[start : start + FRAMES_PER_COPY]
+            means += [frame_mean(frame) for frame in block.numpy()]
+            if self.frames is not mapped:
+                self.frames[start : start + FRAMES_PER_COPY] = block
+        self.means = np.stack(means)
+
+    def __str__(self) -> str:
+        where = "mapped from the cache" if self.frames.device.type == "cpu" else "in its memory"
+        return f"batches made on {self.device}, {self.frames.nbytes / 1e9:.1f} GB of frames {where}"
+
+    def take(self, rows: Tensor) -> Tensor:
+        """The frames (N, 512, 640, C) of rows (N,) int64, on the device."""
+        if self.frames.device.type != "cpu":
+            return self.frames[send(rows, self.device)]
+        shape = (len(rows), *self.frames.shape[1:])
+        chosen = torch.empty(shape, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        return send(torch.index_select(self.frames, 0, rows, out=chosen), self.device)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Start to copy a tensor to a device, without waiting for a GPU."""
+    on_gpu = device.type == "cuda"
+    return (tensor.pin_memory() if on_gpu else tensor).to(device, non_blocking=on_gpu)
+
+
+class TransformBatch(NamedTuple):
+    """What `Transform.apply` needs, of N transforms.
+
+    crops: (N, 9) float32 source and target x0, y0, x1, y1, and 1 for mirrored; matrices:
+    (N, C, C) and offsets: (N, C) float32.
+    """
+
+    crops: Tensor
+    matrices: Tensor
+    offsets: Tensor
+
+    @classmethod
+    def stack(cls, transforms: Sequence[Transform]) -> TransformBatch:
+        """Transforms of one batch, on the CPU."""
+        crops = [(*t.crop.source, *t.crop.target, t.crop.flip) for t in transforms]
+        return cls(
+            torch.tensor(crops, dtype=torch.float32),
+            torch.from_numpy(np.stack([t.matrix for t in transforms])),
+            torch.from_numpy(np.stack([t.offset for t in transforms])),
+        )
+
+    def to(self, device: torch.device) -> TransformBatch:
+        """The same on a device."""
+        return TransformBatch(*(send(tensor, device) for tensor in self))
+
+    def apply(self, frames: Tensor, size: tuple[int, int], filler: Tensor) -> Tensor:
+        """Cut, resize (antialiased), mirror and distort a batch: (N, C, *size) uint8.
+
+        The resize is two products with matrices that hold the weights of a triangle filter, one
+        for the rows of each sample and one for its columns. These also place and mirror it.
+
+        Args:
+            frames: (N, 512, 640, C) uint8.
+            filler: (C,) uint8, the colour around the frame.
+        """
+        n, height, width, channels = frames.shape
+        # Half precision holds every uint8, and its weights are good to a twentieth of a grey level.
+        dtype = torch.float16 if frames.is_cuda else torch.float32
+        x0, y0, x1, y1, left, top, right, bottom, mirrored = self.crops.unbind(1)
+        mirrored = mirrored.bool()
+        upright = torch.zeros_like(mirrored)
+        rows, in_rows = resize_weights(y0, y1, top, bottom, upright, height, size[0])
+        columns, in_columns = resize_weights(x0, x1, left, right, mirrored, width, size[1])
+        pixels = torch.bmm(rows.to(dtype), frames.view(n, height, -1).to(dtype))
+        pixels = pixels.view(n, size[0], width, channels).permute(0, 3, 1, 2)
+        pixels = torch.matmul(pixels, columns.to(dtype).transpose(1, 2).unsqueeze(1))
+        content = pixels.float().round_()
+
+        # + 0.5: the conversion to uint8 truncates
+        pixels = (self.offsets + 0.5)[..., None, None].expand_as(content)
+        for k in range(channels):  # by hand: a float32 product may be a TF32 one
+            pixels = pixels + self.matrices[:, :, k, None, None] * content[:, k : k + 1]
+        pixels = pixels.clamp_(0, 255).to(torch.uint8)
+        inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]
+        return torch.where(inside, pixels, filler.view(-1, 1, 1))
+
+
+def resize_weights(
+    source_start: Tensor,
+    source_end: Tensor,
+    target_start: Tensor,
+    target_end: Tensor,
+    mirrored: Tensor,
+    length_in: int,
+    length_out: int,
+) -> tuple[Tensor, Tensor]:
+    """Weights (N, out, in) of an antialiased resize along one axis, and which of the output's
+    places (N, out) are in the target.
+
+    Each sample takes the source's pixels [start, end) to the target's, as `F.interpolate` with
+    bilinear and antialias does: a triangle one output pixel wide to each side, at least one input
+    pixel, over the source's pixels alone.
+
+    Args:
+        source_start, source_end, target_start, target_end: (N,) float32 whole numbers.
+        mirrored: (N,) bool: the output is reversed.
+    """
+    place = torch.arange(length_out, device=mirrored.device)
+    place = torch.where(mirrored.unsqueeze(1), length_out - 1 - place, place)
+    place = place - target_start.unsqueeze(1)
+    inside = (place >= 0) & (place < (target_end - target_start).unsqueeze(1))
+    scale = ((source_end - source_start) / (target_end - target_start)).unsqueeze(1)
+    centre = source_start.unsqueeze(1) + (place + 0.5) * scale
+    pixel = torch.arange(length_in, device=mirrored.device) + 0.5
+    weights = 1 - (pixel - centre.unsqueeze(2)).abs() / scale.clamp(min=1).unsqueeze(2)
+    in_source = (pixel > source_start.unsqueeze(1)) & (pixel < source_end.unsqueeze(1))
+    weights = weights.clamp_(min=0) * (in_source.unsqueeze(1) & inside.unsqueeze(2))
+    return weights / weights.sum(2, keepdim=True).clamp_(min=1e-6), inside
