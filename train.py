@@ -42,8 +42,7 @@ from kaist.annotations import Annotations, find_annotations, find_file, read_ima
 from kaist.images import check_images
 from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth, open_test_set
 from kaist.report import count_people, headline, report
-from model import SSD300
-from ssd.boxes import feature_map_sizes
+from model import make_network
 from ssd.losses import Criterion
 from ssd.pretrained import check_pretrained, load_pretrained
 from utils import autocast, choose_device, choose_precision, detect_frames, make_deterministic
@@ -75,12 +74,13 @@ START_METHOD = "auto"  # how they start: fork, spawn, forkserver, or auto: as Py
 CACHE = ""  # folder for decoded training frames (1.31 MB a pair), read instead of the JPEGs
 LOADER = "auto"  # who makes batches: workers, device (needs CACHE), or auto: a GPU if it can
 # -------- model
+NETWORK = "ssd300"  # ssd300, mlpd, insanet (both: INPUT_MODE halfway, BATCH_NORM, L1 loss, mean)
 INPUT_MODE = "early"  # lwir, visible, mean (of both), early (4 channels), halfway (two streams)
 INPUT_SIZE = (300, 300)  # height and width of the network's input, pixels
 BATCH_NORM = True  # VGG16 with BatchNorm
 WIDTH = 0.125  # width multiplier of every layer; 1.0 is VGG16
-PRIORS = "pedestrian"  # ssd300 (the paper's for VOC), ssd300-coco (smaller), pedestrian (upright)
-PRETRAINED = "none"  # none, imagenet (VGG16), coco (SSD300), or a torchvision state file's path
+PRIORS = "pedestrian"  # ssd300 (VOC's), ssd300-coco, pedestrian (upright), multispectral (MLPD's)
+PRETRAINED = "none"  # none, imagenet (VGG16), coco (SSD300), or a file of published weights
 INFUSION = (1, 1, 0, 0, 0, 0)  # feature maps 38, 19, 10, 5, 3, 1 with a segmentation head: 1
 INFUSION_CONV = False  # a 3x3 convolution before each head's 1x1
 # -------- loss
@@ -96,7 +96,7 @@ OPTIMIZER = "adam"  # sgd (momentum 0.9) or adam
 LR = 2e-3  # learning rate of the weights
 BIAS_LR_FACTOR = 2.0  # biases learn this many times faster
 WEIGHT_DECAY = 1e-5  # L2 penalty
-SCHEDULE = "cosine"  # constant, step (x0.1 at 2/3 and 5/6 of the epochs), cosine (with warm-up)
+SCHEDULE = "cosine"  # constant, step (x0.1 at 2/3, 5/6 of EPOCHS), step-mlpd (1/2, 9/10), cosine
 BATCH_SIZE = 8  # frames a step
 EPOCHS = 16  # passes over the training list
 EMA_DECAY = 0.0  # evaluate and keep weights averaged over about 1 / (1 - this) steps; 0: off
@@ -139,7 +139,7 @@ def main() -> None:
 
     # Model. Published weights are read by one process; the others get them from it.
     torch.manual_seed(config.seed)
-    model = SSD300(**run.model_args)
+    model = make_network(**run.model_args)
     if is_main_process() and not run.resumes:
         load_pretrained(model, config.pretrained)
     model.to(device, memory_format=torch.channels_last)
@@ -149,7 +149,7 @@ def main() -> None:
     # Loss and optimiser.
     terms = ("loc_loss", "loc_reduction", "seg_cells", "seg_maps", "seg_weight")
     settings = {name: getattr(config, name) for name in terms}
-    criterion = Criterion(model.priors, model.infused_maps, **settings).to(device)
+    criterion = Criterion(model.priors, model.infused_maps, model.n_logits, **settings).to(device)
     optimizer = make_optimizer(
         model,
         criterion,
@@ -242,8 +242,9 @@ def configure(argv: list[str] | None = None) -> Namespace:
         InputError: an unknown row or flag, or values that cannot be used.
     """
     config = read_config(__file__, argv)
-    check_pretrained(config.pretrained, width=config.width, batch_norm=config.batch_norm)
-    feature_map_sizes(config.input_size)
+    with torch.device("meta"):  # shapes without values: quick
+        model = make_network(**model_arguments(config))
+    check_pretrained(config.pretrained, model, width=config.width, batch_norm=config.batch_norm)
     return config
 
 
@@ -274,7 +275,7 @@ def training_annotations(config: Namespace) -> Annotations:
     return find_annotations(Path(config.data_root), config.annotations, modality)
 
 
-def print_banner(run: Run, frames: list[Frame], test_set: GroundTruth, model: SSD300, where: str) -> None:
+def print_banner(run: Run, frames: list[Frame], test_set: GroundTruth, model: nn.Module, where: str) -> None:
     """What is about to be trained, in four lines, and what is unusual about it."""
     for note in run.notes:
         print(note)
