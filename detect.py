@@ -65,7 +65,7 @@ def main() -> None:
 
     device = choose_device(arguments.device)
     path = choose_checkpoint(arguments.checkpoint, find_folder(CHECKPOINTS))
-    model, config, _ = open_network(path, device, min_score=arguments.min_score)
+    model, config, _ = open_network(path, device, arguments.experiment, min_score=arguments.min_score)
     precision = choose_precision(arguments.precision or config.precision, device)
     wanted = MODALITIES[config.input_mode]
     detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")
@@ -136,6 +136,8 @@ def parse_arguments() -> Namespace:
     add("--visible", type=Path, metavar="FILE", help="the visible image of a pair of any names")
     add("--lwir", type=Path, metavar="FILE", help="its LWIR image")
     add("--checkpoint", type=Path, help="a checkpoint or a run's folder (default: the newest finished run)")
+    whose = "the checkpoint is its author's file of this row's network (docs/published.md)"
+    add("--experiment", default="", metavar="ROW", help=whose)
     add("--min-score", type=float, default=MIN_SCORE, help="what is drawn and kept (%(default)s)")
     add("--out", type=Path, default=Path(OUT), help="folder of the pictures (%(default)s)")
     add("--device", default=DEVICE, help="auto, cpu, cuda, mps (%(default)s)")
@@ -143,6 +145,8 @@ def parse_arguments() -> Namespace:
     arguments = parser.parse_args()
     if not 0 <= arguments.min_score <= 1:
         parser.error(f"--min-score {arguments.min_score} is not a number from 0 to 1")
+    if arguments.experiment and not arguments.checkpoint:
+        parser.error("--experiment says whose network --checkpoint holds: name that file too")
     if bool(arguments.visible) != bool(arguments.lwir):
         parser.error("--visible and --lwir belong together; name a lone image without a flag")
     if not arguments.images and not arguments.visible:

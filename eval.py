@@ -106,6 +106,8 @@ def parse_arguments() -> Namespace:
     halves = "visible's right and LWIR's left half (sides-a), the other halves, LWIR around its centre"
     add("--blackout", choices=dark, default="", help=f"blank a modality, {halves}")
     add("--without", choices=dark[:2], default="", dest="blackout", help="short for --blackout")
+    whose = "the checkpoint is its author's file of this row's network (docs/published.md)"
+    group.add_argument("--experiment", default="", metavar="ROW", help=whose)
     group.add_argument("--device", default=DEVICE, help="auto, cpu, cuda, mps (%(default)s)")
     add = parser.add_argument_group("numbers and pictures").add_argument
     add("--all-setups", action="store_true", help="also print the nine setups and the scenes")
@@ -120,6 +122,8 @@ def parse_arguments() -> Namespace:
     arguments = parser.parse_args()
     if min(arguments.bootstrap, arguments.show_errors) < 0:
         parser.error("--bootstrap and --show-errors take a number from 0 up")
+    if arguments.experiment and not arguments.checkpoint:
+        parser.error("--experiment says whose network --checkpoint holds: name that file too")
     for path in arguments.detections or ():
         if not os.path.isfile(path):  # unlike Path's own, it takes any name
             raise InputError("result file not found", "check --detections", file=path)
@@ -230,7 +234,7 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
         "test_annotations": arguments.annotations,
     }
     given = {name: str(value) for name, value in settings.items() if value}
-    model, config, epoch = open_network(path, device, **given)
+    model, config, epoch = open_network(path, device, arguments.experiment, **given)
     check_blackout(config, arguments.blackout)
     root = open_root(find_folder(config.data_root))
     test_set = open_test_set(root, config.test_list, config.test_annotations)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
-from itertools import compress
 from pathlib import Path
 
 from engine.config import describe, model_arguments, pick, read_config, refuse, run_name
@@ -44,10 +43,9 @@ from kaist.frames import Frame, load_frames
 from kaist.images import check_images
 from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth, open_test_set
 from kaist.report import count_people, headline, report
-from model import INPUT_CHANNELS, SSD300
+from model import INPUT_CHANNELS, make_network
 from pseudo_gt import choose_range
 from ssd.augment import Augmentation, mean_colour
-from ssd.boxes import feature_map_sizes
 from ssd.losses import Criterion
 from ssd.pretrained import check_pretrained, load_pretrained
 from utils import autocast, choose_device, choose_precision, detect_frames, make_deterministic
@@ -79,12 +77,13 @@ START_METHOD = "auto"  # how they start: fork, spawn, forkserver, or auto: as Py
 CACHE = ""  # folder for decoded training frames (1.31 MB a pair), read instead of the JPEGs
 LOADER = "auto"  # who makes batches: workers, device (needs CACHE), or auto: a GPU if it can
 # -------- model
+NETWORK = "ssd300"  # ssd300, mlpd, insanet (both: INPUT_MODE halfway, BATCH_NORM, L1 loss, mean)
 INPUT_MODE = "early"  # lwir, visible, mean (of both), early (4 channels), halfway (two streams)
 INPUT_SIZE = (300, 300)  # height and width of the network's input, pixels
 BATCH_NORM = True  # VGG16 with BatchNorm
 WIDTH = 0.125  # width multiplier of every layer; 1.0 is VGG16
-PRIORS = "pedestrian"  # ssd300 (the paper's for VOC), ssd300-coco (smaller), pedestrian (upright)
-PRETRAINED = "none"  # none, imagenet (VGG16), coco (SSD300), or a torchvision state file's path
+PRIORS = "pedestrian"  # ssd300 (VOC's), ssd300-coco, pedestrian (upright), multispectral (MLPD's)
+PRETRAINED = "none"  # none, imagenet (VGG16), coco (SSD300), or a file of published weights
 INFUSION = (1, 1, 0, 0, 0, 0)  # feature maps 38, 19, 10, 5, 3, 1 with a segmentation head: 1
 INFUSION_CONV = False  # a 3x3 convolution before each head's 1x1
 # -------- loss
@@ -100,7 +99,7 @@ OPTIMIZER = "adam"  # sgd (momentum 0.9) or adam
 LR = 2e-3  # learning rate of the weights
 BIAS_LR_FACTOR = 2.0  # biases learn this many times faster
 WEIGHT_DECAY = 1e-5  # L2 penalty
-SCHEDULE = "cosine"  # constant, step (x0.1 at 2/3 and 5/6 of the epochs), cosine (with warm-up)
+SCHEDULE = "cosine"  # constant, step (x0.1 at 2/3, 5/6 of EPOCHS), step-mlpd (1/2, 9/10), cosine
 BATCH_SIZE = 8  # frames a step
 EPOCHS = 16  # passes over the training list
 EMA_DECAY = 0.0  # evaluate and keep weights averaged over about 1 / (1 - this) steps; 0: off
@@ -129,6 +128,14 @@ def main() -> None:
     device = init_distributed(device, config.batch_size)  # joins torchrun's processes, if any
     run = Run(config, run_name(config), model_arguments(config))
 
+    # Model. Published weights are read by one process; the others get them from it.
+    torch.manual_seed(config.seed)
+    model = make_network(**run.model_args)
+    if is_main_process() and not run.resumes:
+        load_pretrained(model, config.pretrained)
+    model.to(device, memory_format=torch.channels_last)
+    ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else model  # is evaluated and kept
+
     # Data. The demo set is drawn if it is not there.
     if is_main_process():
         demo.open_root(config.data_root)
@@ -137,18 +144,10 @@ def main() -> None:
     root, filler = Path(config.data_root), mean_colour(INPUT_CHANNELS[config.input_mode])
     test_set = open_test_set(root, config.test_list, config.test_annotations)
     val_set = load_ground_truth(training_annotations(config), held_out) if held_out else test_set
-    map_sizes = list(compress(feature_map_sizes(config.input_size), config.infusion))
+    map_sizes = [model.map_sizes[i] for i in model.infused_maps]
     testing = {"device": device, "filler": filler, "map_sizes": map_sizes, **pick(config, *datasets.TESTING)}
     test_loader = datasets.test_loader(root, test_set, **testing)
     val_loader = datasets.test_loader(root, val_set, **testing) if held_out else test_loader
-
-    # Model. Published weights are read by one process; the others get them from it.
-    torch.manual_seed(config.seed)
-    model = SSD300(**run.model_args)
-    if is_main_process() and not run.resumes:
-        load_pretrained(model, config.pretrained)
-    model.to(device, memory_format=torch.channels_last)
-    ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else model  # is evaluated and kept
     options = Augmentation(**pick(config, *datasets.AUGMENTATION)) if config.augment else None
     keywords = pick(config, *datasets.PAIRS)
     pairs = datasets.KaistPairs(root, frames, filler=filler, augmentation=options, **keywords)
@@ -158,7 +157,7 @@ def main() -> None:
 
     # Loss and optimiser.
     terms = pick(config, "loc_loss", "loc_reduction", "seg_cells", "seg_maps", "seg_weight")
-    criterion = Criterion(model.priors, model.infused_maps, **terms).to(device)
+    criterion = Criterion(model.priors, model.infused_maps, model.n_logits, **terms).to(device)
     steps = pick(config, "lr", "bias_lr_factor", "weight_decay")
     optimizer = make_optimizer(model, criterion, name=config.optimizer, **steps)
     run.terms = criterion.terms
@@ -246,8 +245,9 @@ def configure(argv: list[str] | None = None) -> Namespace:
         InputError: an unknown row or flag, or values that cannot be used.
     """
     config = read_config(__file__, argv)
-    check_pretrained(config.pretrained, width=config.width, batch_norm=config.batch_norm)
-    feature_map_sizes(config.input_size)
+    with torch.device("meta"):  # shapes without values: quick
+        model = make_network(**model_arguments(config))
+    check_pretrained(config.pretrained, model, width=config.width, batch_norm=config.batch_norm)
     return config
 
 
@@ -278,7 +278,7 @@ def training_annotations(config: Namespace) -> Annotations:
     return find_annotations(Path(config.data_root), config.annotations, modality)
 
 
-def print_banner(run: Run, frames: list[Frame], test_set: GroundTruth, model: SSD300, where: str) -> None:
+def print_banner(run: Run, frames: list[Frame], test_set: GroundTruth, model: nn.Module, where: str) -> None:
     """What is about to be trained, in four lines, and what is unusual about it."""
     for note in run.notes:
         print(note)

@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.checkpoint import load_checkpoint
-from engine.config import checkpoint_config
+from engine.checkpoint import CHECKPOINT_FORMAT, load_checkpoint
+from engine.config import checkpoint_config, model_arguments, read_config
 from engine.distributed import all_reduce_sum, gather, is_main_process
 from engine.loader import BatchLoader
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError
 from kaist.results import Detections
-from model import SSD300, build_model, mirror
+from model import SSD300, build_model, make_network, mirror
 from ssd.augment import whole_frame
 from ssd.boxes import Predictions, detect
 from ssd.losses import IGNORE, PERSON
+from ssd.published import load_published, read_published, tutorial_input_mode
 
 
 def choose_device(name: str) -> torch.device:
@@ -107,21 +108,46 @@ def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != torch.float32)
 
 
-def open_network(path: Path, device: torch.device, **changes: Any) -> tuple[SSD300, Namespace, int | None]:
+def open_network(
+    path: Path, device: torch.device, experiment: str = "", **changes: Any
+) -> tuple[SSD300, Namespace, int | None]:
     """A checkpoint's network on a device, its configuration with `changes`, and its epochs, if known.
 
     Says which weights these are, and warns where they are not finite.
 
+    Args:
+        experiment: a row of the lab book: the file is not a checkpoint, but its author's own of that
+            row's network.
+
     Raises:
         InputError: the file is no checkpoint, or its content does not fit together.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = published_checkpoint(path, experiment) if experiment else load_checkpoint(path)
     config, epoch = checkpoint_config(checkpoint, path, **changes), checkpoint.get("epoch")
     print(f"weights of {path}" + ("" if epoch is None else f", epoch {epoch} of {config.epochs}"))
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last).eval()
     if broken := sum(not value.sum().isfinite() for value in model.state_dict().values()):
         print(f"warning: {broken} tensors of these weights are not finite: what they find means nothing")
     return model, config, epoch
+
+
+def published_checkpoint(path: Path, experiment: str) -> dict[str, Any]:
+    """What a checkpoint of a row's network would hold if its weights were those of an author's file.
+
+    Raises:
+        InputError: there is no such row, or the file is not of its network.
+    """
+    config = read_config(str(Path(__file__).with_name("train.py")), ["--experiment", experiment])
+    state = read_published(path)
+    config.input_mode = tutorial_input_mode(state, config.input_mode)
+    model = make_network(**model_arguments(config))
+    load_published(model, state, path)
+    return {
+        "format": CHECKPOINT_FORMAT,
+        "config": vars(config),
+        "model_args": model_arguments(config),
+        "model": model.state_dict(),
+    }
 
 
 def detect_frames(

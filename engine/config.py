@@ -23,14 +23,15 @@ ROOT = Path(__file__).parents[1]  # of the repository; its constants' relative p
 # Constants that take one of a few words.
 CHOICES = {
     "input_mode": ("lwir", "visible", "mean", "early", "halfway"),
-    "priors": ("ssd300", "ssd300-coco", "pedestrian"),
+    "network": ("ssd300", "mlpd", "insanet"),
+    "priors": ("ssd300", "ssd300-coco", "pedestrian", "multispectral"),
     "seg_cells": ("mean", "sum"),
     "seg_maps": ("mean", "sum", "uncertainty"),
     "out_of_range": ("keep", "background", "ignore"),
     "loc_loss": ("l1", "smooth_l1"),
     "loc_reduction": ("mean", "sum"),
     "optimizer": ("sgd", "adam"),
-    "schedule": ("constant", "step", "cosine"),
+    "schedule": ("constant", "step", "step-mlpd", "cosine"),
     "loader": ("auto", "workers", "device"),
     "compile": ("auto", "on", "off"),
     "precision": ("auto", "fp32", "bf16"),
@@ -248,6 +249,8 @@ def check_config(values: dict[str, Any]) -> None:
             refuse(name, ascii(value), "write it in UTF-8, without control characters")
     if values.get("infusion"):
         check_infusion(values)
+    if values.get("network", "ssd300") != "ssd300":
+        check_network(values)
     if values.get("loader") == "device":
         copy_paste = values["augment"] and values["copy_paste"] > 0
         if reason := device_loader_conflict(values["cache"], copy_paste):
@@ -281,6 +284,18 @@ def check_infusion(values: dict[str, Any]) -> None:
     for name, allowed in without.items():
         if name in values and values[name] not in allowed:
             refuse(name, values[name], "there is no mask without a map to infuse: set INFUSION")
+
+
+def check_network(values: dict[str, Any]) -> None:
+    """Refuse what MLPD and INSANet are not made for.
+
+    Raises:
+        InputError: the constant, its value and what it has to be.
+    """
+    fixed = {"input_mode": "halfway", "batch_norm": True, "loc_loss": "l1", "loc_reduction": "mean"}
+    for name, value in fixed.items():
+        if values[name] != value:
+            refuse(name, values[name], f"NETWORK = {values['network']} needs {name.upper()} = {value}")
 
 
 def device_loader_conflict(cache: str, copy_paste: bool) -> str:
@@ -347,7 +362,8 @@ def pick(config: Namespace, *names: str) -> dict[str, Any]:
 
 def model_arguments(config: Namespace) -> dict[str, Any]:
     """The arguments of the network, as a checkpoint keeps them."""
-    arguments = pick(config, "input_mode", "batch_norm", "width", "infusion", "infusion_conv")
+    names = ("input_mode", "batch_norm") if config.network == "ssd300" else ("network",)
+    arguments = pick(config, *names, "width", "infusion", "infusion_conv")
     return arguments | {"prior_set": config.priors, "size": config.input_size}
 
 

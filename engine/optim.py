@@ -128,7 +128,8 @@ def lr_factor(schedule: str, epochs: int, step: int, total_steps: int) -> float:
     """What a schedule multiplies the learning rate by in a step of `total_steps`.
 
     "constant": 1. "step": x0.1 from epoch int(E/6)*4 and again from int(E/6)*5 of E epochs, as logged
-    (never for fewer than 6 epochs). "cosine": a linear warm-up over the first 5% of the steps, then half
+    (never for fewer than 6 epochs). "step-mlpd": x0.1 from half of the epochs and again from nine tenths,
+    as MLPD and INSANet were trained. "cosine": a linear warm-up over the first 5% of the steps, then half
     a cosine down to 0 (Loshchilov and Hutter, 2017).
     """
     if schedule == "constant":
@@ -136,6 +137,9 @@ def lr_factor(schedule: str, epochs: int, step: int, total_steps: int) -> float:
     if schedule == "step":
         epoch, sixth = step * epochs // total_steps, epochs // 6
         return 0.1 ** ((epoch >= 4 * sixth) + (epoch >= 5 * sixth)) if sixth else 1.0
+    if schedule == "step-mlpd":
+        done = step * epochs // total_steps / epochs
+        return 0.1 ** ((done >= 0.5) + (done >= 0.9))
     warm_up = max(1, total_steps // 20)
     if step < warm_up:
         return (step + 1) / warm_up

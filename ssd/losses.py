@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from engine.distributed import all_reduce_sum, world_size
 from ssd.boxes import Predictions, encode, to_corners
+from ssd.multilabel_loss import BOTH, MultiLabelLoss
 
 LOG_VARIANCE_LIMIT = 5.0  # learned weights stay between exp(-5) and exp(5)
 
@@ -197,6 +198,7 @@ class Criterion(nn.Module):
         priors, loc_loss, loc_reduction: as in `MultiBoxLoss`; seg_cells, seg_maps: as `cells` and
             `maps` in `SegmentationLoss`.
         infused_maps: indices of the feature maps with a segmentation head.
+        n_logits: of a prior: 2 (`MultiBoxLoss`) or 3 (`MultiLabelLoss`).
 
     Attributes:
         terms: names of the losses: the total, loc, conf, seg, and seg of each infused map (map 1
@@ -207,6 +209,7 @@ class Criterion(nn.Module):
         self,
         priors: Tensor,
         infused_maps: Sequence[int],
+        n_logits: int,
         *,
         loc_loss: str,
         loc_reduction: str,
@@ -215,7 +218,11 @@ class Criterion(nn.Module):
         seg_weight: float,
     ) -> None:
         super().__init__()
-        self.multibox = MultiBoxLoss(priors, loc_loss=loc_loss, loc_reduction=loc_reduction)
+        self.multilabel = n_logits == 3
+        if self.multilabel:
+            self.multibox = MultiLabelLoss(priors)
+        else:
+            self.multibox = MultiBoxLoss(priors, loc_loss=loc_loss, loc_reduction=loc_reduction)
         self.segmentation = SegmentationLoss(len(infused_maps), cells=seg_cells, maps=seg_maps)
         self.seg_weight = seg_weight
         of_maps = (f"seg_map{i + 1}" for i in infused_maps)
@@ -229,6 +236,8 @@ class Criterion(nn.Module):
     def forward(
         self, predictions: Predictions, boxes: Tensor, labels: Tensor, masks: Sequence[Tensor]
     ) -> Tensor:
+        if self.multilabel:  # a person of one box for both modalities is in both
+            labels = torch.where(labels == PERSON, BOTH, labels)
         loc, conf = self.multibox(predictions, boxes, labels)
         seg, of_maps = self.segmentation(predictions.seg, masks)
         total = loc + conf + self.seg_weight * seg.to(loc.device)

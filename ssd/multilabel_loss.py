@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_convert, box_iou
 
 from engine.distributed import all_reduce_sum, world_size
-from ssd.boxes import Predictions, encode
+from ssd.boxes import Predictions, encode, to_corners
 
 VISIBLE, LWIR, BOTH = 1, 2, 3  # labels of a pair's persons: where they are seen
 
@@ -46,7 +45,8 @@ class MultiLabelLoss(nn.Module):
         n_positives = all_reduce_sum(positive.sum()).clamp(min=1) / world_size()
 
         matched = boxes.gather(1, matched_idxs.unsqueeze(2).expand(-1, -1, 4))
-        offsets = encode(box_convert(matched, "xyxy", "cxcywh"), self.priors)
+        low, high = matched[..., :2], matched[..., 2:]
+        offsets = encode(torch.cat([(low + high) / 2, high - low], dim=-1), self.priors)
         # What is not positive is compared with itself: no loss, no gradient.
         offsets = torch.where(positive.unsqueeze(2), offsets, predictions.loc.detach())
         loc = F.l1_loss(predictions.loc, offsets, reduction="sum") / (4 * n_positives)
@@ -80,10 +80,16 @@ def match_multilabel(
         target: (N, P) int64, the label of the object, 0 background;
         matched_idxs: (N, P) int64, that object, meaningful where target is not 0.
     """
-    # An object inside of several priors of a size overlaps them alike, and rounding says which one
-    # it takes: box_iou rounds as the published loss does, with areas from corners.
-    iou = box_iou(boxes.flatten(0, 1), box_convert(priors, "cxcywh", "xyxy"))
-    iou = iou.view(*labels.shape, len(priors))
+    # An object inside of several priors of a size overlaps them alike, and rounding says which one it
+    # takes: as in the published loss areas are those of corners, and divided by in this order.
+    ours, theirs = boxes.unsqueeze(2), to_corners(priors)  # (N, M, 1, 4), (P, 4)
+    width, height = (
+        torch.minimum(ours[..., i + 2], theirs[:, i + 2]).sub_(torch.maximum(ours[..., i], theirs[:, i]))
+        for i in (0, 1)
+    )
+    shared = width.clamp_(min=0).mul_(height.clamp_(min=0))  # (N, M, P)
+    area, area_of_priors = ((x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (ours, theirs))
+    iou = shared / (area + area_of_priors - shared)
     padding = labels == 0
     overlap, matched_idxs = iou.masked_fill(padding.unsqueeze(2), -1.0).max(1)
     best = iou.argmax(2).masked_fill(padding, len(priors))  # padding takes one beyond the last

@@ -51,6 +51,7 @@ class MultispectralSSD(Detector):
         size: tuple[int, int],
     ) -> None:
         super().__init__()
+        self.input_mode = "halfway"
         self.prior_set = prior_set
         self.size = tuple(size)
         scaled = partial(scaled_width, width=width)

@@ -8,6 +8,7 @@ and names alone are read. A state dictionary of the same names is read as well.
 from __future__ import annotations
 
 import math
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.checkpoint import unpickling_problem
+from engine.checkpoint import unpickling_problem, verify_archive
 from kaist.files import InputError
 from ssd.boxes import VARIANCES, prior_shapes
 from ssd.layers import Detector
@@ -70,11 +71,13 @@ def read_published(path: Path) -> dict[str, Tensor]:
         InputError: no such file, a damaged one, one that names other classes or functions than
             networks and optimisers are made of, or one without a network.
     """
+    if not path.exists():
+        raise InputError("no such file of weights", "PRETRAINED is none, imagenet, coco or a file", file=path)
     try:
+        if zipfile.is_zipfile(path):
+            verify_archive(path)
         with torch.serialization.safe_globals(stand_ins(path)):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError("no such file of weights", "check the path", file=path) from None
     except Exception as error:  # whatever torch meets in a foreign or damaged file
         raise InputError(
             f"not a readable file of weights ({unpickling_problem(error)})", REMEDY, file=path
@@ -83,9 +86,14 @@ def read_published(path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict | StandIn):
             content = content[key]
     state = module_state(content) if isinstance(content, StandIn) else content
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(map(is_dense, state.values())):
         raise InputError("not a state dictionary of tensors", REMEDY, file=path)
     return {str(key).removeprefix("module."): value.detach() for key, value in state.items()}
+
+
+def is_dense(value: object) -> bool:
+    """Whether a value is a tensor with values at every place."""
+    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 def stand_ins(path: Path) -> list[tuple[Any, str]]:

@@ -27,7 +27,7 @@ def checkpoint(tmp_path_factory):
     """An untrained early-fusion network after 1 of 2 epochs."""
     config = train.configure(["--width", "0.0625", "--epochs", "2"])
     arguments = train.model_arguments(config)
-    model = train.SSD300(**arguments)
+    model = train.make_network(**arguments)
     content = {"model_args": arguments, "config": vars(config), "model": model.state_dict(), "epoch": 1}
     path = tmp_path_factory.mktemp("checkpoint") / "untrained.pt"
     save_checkpoint(path, content)

@@ -63,7 +63,7 @@ def save(tmp_path, demo_root):
         flags = ["--width", "0.0625", "--epochs", "2", "--workers", "0", "--device", "cpu", *flags]
         config = train.configure(["--data-root", str(demo_root), *flags])
         arguments = train.model_arguments(config)
-        model = train.SSD300(**arguments).state_dict()
+        model = train.make_network(**arguments).state_dict()
         path = tmp_path / "run" / "last.pt"
         path.parent.mkdir(exist_ok=True)
         content = {"model_args": arguments, "config": vars(config), "model": model, "epoch": epoch}

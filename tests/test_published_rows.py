@@ -1,6 +1,7 @@
 """MLPD's and INSANet's rows through the three commands, from their authors' files too."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,10 @@ import eval as eval_script
 import train
 from engine.checkpoint import load_checkpoint
 from engine.config import resolve_row
-from engine.experiments import EXPERIMENTS
+from engine.experiments import EXPERIMENTS, Row
 from engine.optim import lr_factor
 from kaist.files import InputError
+from kaist.images import read_image
 from model import build_model, make_network
 from ssd.losses import Criterion
 from ssd.published import published_names
@@ -22,7 +24,7 @@ from tests.ssd import published_networks
 
 NARROW = {"width": 0.0625, "input_size": (128, 192)}
 FLAGS = ["--width", "0.0625", "--input-size", "128,192", "--epochs", "1", "--batch-size", "4"]
-FLAGS += ["--workers", "0", "--device", "cpu", "--pretrained"]
+FLAGS += ["--workers", "0", "--device", "cpu", "--name", "x", "--checkpoints", "checkpoints", "--pretrained"]
 
 
 def call(monkeypatch, script, *arguments):
@@ -32,7 +34,7 @@ def call(monkeypatch, script, *arguments):
 
 def author_file(path, row):
     """A file with a random state of a row's network, narrow, under its published names."""
-    model = make_network(**train.model_arguments(resolve_row(row) | NARROW))
+    model = make_network(**train.model_arguments(Namespace(**resolve_row(row) | NARROW)))
     own = model.state_dict()
     shapes = {theirs: tuple(own[ours].shape) for ours, theirs in published_names(model).items()}
     shapes["base.rescale_factors"] = (1, *shapes["base.rescale_factors"], 1, 1)
@@ -52,20 +54,20 @@ def test_a_row_trains_from_the_authors_weights_and_is_evaluated(
     author_file("author.pth", row)
     flags = [*FLAGS, "author.pth", "--validation", "0.2", "--infusion", "1,0,0,1,0,0"]
     call(monkeypatch, train, "--experiment", row, "--data-root", demo_root, *flags)
-    trained = [line for line in capsys.readouterr().out.splitlines() if line.startswith("custom")]
-    checkpoint = load_checkpoint(Path("checkpoints/custom/last.pt"))
+    trained = [line for line in capsys.readouterr().out.splitlines() if line.startswith("x ")]
+    checkpoint = load_checkpoint(Path("checkpoints/x/last.pt"))
     assert checkpoint["model_args"]["network"] == resolve_row(row)["network"]
     assert build_model(checkpoint).infused_maps == [0, 3]
-    call(monkeypatch, eval_script)
+    call(monkeypatch, eval_script, "--checkpoint", "checkpoints/x")
     out = capsys.readouterr().out
-    assert [line for line in out.splitlines() if line.startswith("custom")] == trained != []
+    assert [line for line in out.splitlines() if line.startswith("x ")] == trained != []
     assert "iou_map1" in out and "iou_map4" in out
 
 
 @pytest.mark.parametrize("row", ["41", "42"])
 def test_the_authors_file_is_evaluated_and_detects(row, demo_root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(EXPERIMENTS, "narrow", {"based_on": row, "change": NARROW, "words": "", "logged": ""})
+    monkeypatch.setitem(EXPERIMENTS, "narrow", Row(row, NARROW, ""))
     state = author_file("author.pth", row)
     file = ["--checkpoint", "author.pth", "--experiment", "narrow"]
     call(monkeypatch, eval_script, *file, "--data-root", demo_root, "--device", "cpu")
@@ -76,10 +78,7 @@ def test_the_authors_file_is_evaluated_and_detects(row, demo_root, tmp_path, mon
     assert lines[0] == "image,x,y,w,h,score" and len(lines) > 1
 
     # The first image's best detection, from the published names alone.
-    images = [
-        detect_script.read_image(lwir.parent / m / sorted(lwir.iterdir())[0].name, m)
-        for m in ("visible", "lwir")
-    ]
+    images = [read_image(lwir.parent / m / sorted(lwir.iterdir())[0].name, m) for m in ("visible", "lwir")]
     pixels = torch.from_numpy(np.concatenate(images, axis=2)).permute(2, 0, 1)[None].float()
     pixels = torch.nn.functional.interpolate(pixels, (128, 192), mode="bilinear", antialias=True)
     mean = torch.tensor([0.3465, 0.3219, 0.2842, 0.1598]).view(1, 4, 1, 1)
@@ -96,7 +95,7 @@ def test_files_that_do_not_fit_are_refused_before_any_data(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     author_file("author.pth", "41")
     narrow = ["--width", "0.0625", "--pretrained", "author.pth", "--data-root", "nowhere"]
-    assert train.configure(["--experiment", "41", *narrow])["network"] == "mlpd"
+    assert train.configure(["--experiment", "41", *narrow]).network == "mlpd"
     with pytest.raises(InputError, match="author.pth: it lacks .* and so is not INSANet .*, but MLPD"):
         train.configure(["--experiment", "42", *narrow])
     with pytest.raises(InputError, match=r"base.conv1_1_vis.weight has shape \(8, 3, 3, 3\)"):
@@ -128,7 +127,7 @@ def test_what_the_networks_are_not_made_for_is_refused(flags, message):
 
 def test_schedule_and_recipe_of_the_rows():
     config = resolve_row("41")
-    factors = [lr_factor(config, epoch * 10, 400) for epoch in range(40)]
+    factors = [lr_factor(config["schedule"], config["epochs"], epoch * 10, 400) for epoch in range(40)]
     assert factors == pytest.approx([1.0] * 20 + [0.1] * 16 + [0.01] * 4)
     recipe = {
         "lr": 1e-4,
