@@ -38,7 +38,7 @@ def checkpoint(tmp_path_factory):
 def found(monkeypatch):
     """What the network finds in every frame: set to boxes and scores; one box at the start."""
     answer = {"boxes": np.array([[64.0, 128.0, 32.0, 64.0]]), "scores": np.array([0.9])}
-    monkeypatch.setattr(utils, "detect_image", lambda *_: (answer["boxes"].copy(), answer["scores"]))
+    monkeypatch.setattr(utils, "detect_image", lambda *_, **__: (answer["boxes"].copy(), answer["scores"]))
     return answer
 
 
@@ -192,7 +192,7 @@ def test_what_was_found_is_kept_when_the_run_is_stopped(run, found, tmp_path, mo
         draw_both(tmp_path / "x", name)
     calls = iter(range(9))
 
-    def stop_at_third(*_):
+    def stop_at_third(*_, **__):
         if next(calls) == 2:
             raise KeyboardInterrupt
         return found["boxes"].copy(), found["scores"]

@@ -222,7 +222,7 @@ def test_the_repositorys_own_folders_are_found_from_elsewhere(run, save, tmp_pat
 )
 def test_blackouts_by_hand(blackout, dark, light):
     frame = np.full((512, 640, 4), 7, np.uint8)
-    out = black_out(frame, blackout)
+    out = black_out(frame, blackout, MEAN_COLOUR)
     channels = {"visible": slice(3), "lwir": slice(3, 4)}
     for modality, (y, x) in dark.items():
         assert (out[y, x, channels[modality]] == MEAN_COLOUR[channels[modality]]).all()
