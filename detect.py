@@ -59,8 +59,8 @@ def main() -> None:
 
     # Here, so that a wrong flag or name is answered at once: torch takes a while.
     from engine.checkpoint import choose_checkpoint
-    from kaist.images import MEAN_COLOUR, join_modalities
-    from kaist.picture import draw_pair, open_view, to_array
+    from kaist.images import MEAN_COLOUR, join_modalities, open_view, to_array
+    from kaist.picture import draw_pair
     from utils import choose_device, choose_precision, detect_image, open_network
 
     device = choose_device(arguments.device)

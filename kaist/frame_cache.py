@@ -26,9 +26,7 @@ BLOCK = 64  # frames decoded before they are written
 class FrameCache:
     """Decoded frames by id, mapped into memory on first use, in each process by itself.
 
-    Args:
-        path: a file as from `open_cache`; rows: frame id -> its place in the file; channels: of
-            each frame.
+    path: a file as from `open_cache`; rows: frame id -> its place; channels: of each frame.
     """
 
     def __init__(self, path: Path, rows: dict[str, int], channels: int) -> None:

@@ -91,7 +91,7 @@ def open_image(path: Path) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path, formats=("JPEG", "PNG", "TIFF"))
     except FileNotFoundError:
-        remedy = "check DATA_ROOT, the image list and INPUT_MODE"
+        remedy = "check the path: DATA_ROOT, the image list, INPUT_MODE"
         raise InputError("image not found", remedy, file=path) from None
     except InputError:
         raise
@@ -107,24 +107,43 @@ def open_image(path: Path) -> Image.Image:
     raise InputError(problem, "scale it down", file=path)
 
 
-def decode(path: Path, modality: str) -> Image.Image:
-    """Decode one image, scaled to KAIST's size: visible as RGB, LWIR as a single channel."""
-    from PIL import Image
+def open_view(path: Path, modality: str) -> Image.Image:
+    """Decode an image of any size: visible as RGB, LWIR as one channel of 8 bits.
 
+    Raises:
+        InputError: it is missing, broken, too large or too deep.
+    """
+    mode = "RGB" if modality == "visible" else "L"
     with open_image(path) as image:
-        mode, size = "RGB" if modality == "visible" else "L", (FRAME_WIDTH, FRAME_HEIGHT)
         try:
             image.draft(mode, None)  # a grey JPEG's luma alone: no colour conversion to undo
             image.load()
-            image = image if image.mode == mode else image.convert(mode)
+            return image if image.mode == mode else image.convert(mode)
         except Exception as error:  # whatever Pillow meets in broken data
             raise InputError(f"broken image ({error})", "copy it again", file=path) from None
-    return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
+
+
+def decode(path: Path, modality: str) -> Image.Image:
+    """Decode an image as `open_view` does, scaled to 640x512 where it is of another size."""
+    return rescale(open_view(path, modality))
+
+
+def rescale(view: Image.Image) -> Image.Image:
+    """A view at 640x512."""
+    from PIL import Image
+
+    size = (FRAME_WIDTH, FRAME_HEIGHT)
+    return view if view.size == size else view.resize(size, Image.Resampling.BILINEAR)
 
 
 def read_image(path: Path, modality: str) -> np.ndarray:
     """Decode one image: visible as (512, 640, 3), LWIR as (512, 640, 1), uint8."""
-    pixels = np.array(decode(path, modality))
+    return to_array(open_view(path, modality))
+
+
+def to_array(view: Image.Image) -> np.ndarray:
+    """A view as (512, 640, channels) uint8."""
+    pixels = np.array(rescale(view))
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
 

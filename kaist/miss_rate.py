@@ -114,20 +114,11 @@ def load_ground_truth(
         annotations = open_test_annotations(annotations, frames)
     frames = annotations.frames if frames is None else tuple(frames)
     if not frames:
-        raise InputError(
-            "nothing says which frames to evaluate",
-            "name an image list (--image-list)",
-            file=annotations.source,
-        )
+        problem = "nothing says which frames to evaluate"
+        raise InputError(problem, "name an image list (--image-list)", file=annotations.source)
     objects, counts = annotations.read_all(frames)
-    return GroundTruth(
-        frames,
-        np.repeat(np.arange(len(frames)), counts),
-        objects.boxes,
-        objects.occlusion,
-        ~objects.is_person,
-        annotations.source,
-    )
+    frame, ignore = np.repeat(np.arange(len(frames)), counts), ~objects.is_person
+    return GroundTruth(frames, frame, objects.boxes, objects.occlusion, ignore, annotations.source)
 
 
 def select_frames(
@@ -139,17 +130,11 @@ def select_frames(
         InputError: a frame is not among the ground truth's.
     """
     place = frame_places(ground_truth.frames, frames, "the frames evaluated")
-    new = place[ground_truth.frame]
-    order = np.argsort(new, kind="stable")[np.count_nonzero(new < 0) :]
-    people = GroundTruth(
-        tuple(frames),
-        new[order],
-        ground_truth.boxes[order],
-        ground_truth.occlusion[order],
-        ground_truth.ignore[order],
-        ground_truth.source,
-    )
-    return people, move_frames(detections, place)
+    frame = place[ground_truth.frame]
+    order = np.argsort(frame, kind="stable")[np.count_nonzero(frame < 0) :]
+    columns = (frame, ground_truth.boxes, ground_truth.occlusion, ground_truth.ignore)
+    selected = GroundTruth(tuple(frames), *(column[order] for column in columns), ground_truth.source)
+    return selected, move_frames(detections, place)
 
 
 # ------------------------------------------------------------------- matching
@@ -286,11 +271,7 @@ def match(overlaps: Overlaps, counts: np.ndarray, n_detections: int) -> tuple[np
 def rank(detections: Detections) -> Detections:
     """The detections from the highest score down; equal ones by frame, then by row."""
     order = np.argsort(detections.frame, kind="stable")
-    order = order[np.argsort(-detections.scores[order], kind="stable")]
-    frame, boxes, scores = (
-        values[order] for values in (detections.frame, detections.boxes, detections.scores)
-    )
-    return replace(detections, frame=frame, boxes=boxes, scores=scores)
+    return detections.take(order[np.argsort(-detections.scores[order], kind="stable")])
 
 
 # ------------------------------------------------------------------- miss rate
@@ -351,22 +332,13 @@ def evaluate(
     for name, matching in match_setups(ground_truth, ranked, setups, protocol):
         keep = matching.outcome >= 0
         hits = matching.outcome[keep] == 1
-        n_positive = int(np.count_nonzero(matching.positive))
-        n_frames = int(np.count_nonzero(matching.frames))
+        n_positive, n_frames = (int(np.count_nonzero(x)) for x in (matching.positive, matching.frames))
         false = np.flatnonzero(~hits)
         allowed = np.minimum(allowed_false_positives(n_frames, points), len(false))
         found = np.append(false, len(hits))[allowed] - allowed  # hits before the next false one
-        rates = share(found, n_positive)
-        results[name] = Result(
-            float(log_average(rates, protocol)),
-            float(share(hits.sum(), n_positive)),
-            rates,
-            points,
-            hits,
-            ranked.scores[keep],
-            n_positive,
-            n_frames,
-        )
+        rates, recall = share(found, n_positive), float(share(hits.sum(), n_positive))
+        miss_rate, scores = float(log_average(rates, protocol)), ranked.scores[keep]
+        results[name] = Result(miss_rate, recall, rates, points, hits, scores, n_positive, n_frames)
     return results
 
 
@@ -403,7 +375,7 @@ def id_shift(ground_truth: GroundTruth, detections: Detections) -> int:
     for shift in (0, -1, 1):
         frame = detections.frame + shift
         inside = (frame >= 0) & (frame < len(ground_truth.frames))
-        moved = Detections(frame[inside], detections.boxes[inside], detections.scores[inside])
+        moved = replace(detections.take(inside), frame=frame[inside])
         fits[shift] = len(np.unique(find_overlaps(ground_truth, moved).gt))
     best = max(fits, key=fits.__getitem__)
     return best if fits[best] >= max(20, 1.5 * fits[0]) else 0
@@ -417,8 +389,5 @@ def open_test_set(root: Path, test_list: str, where: str) -> GroundTruth:
         where: TEST_ANNOTATIONS: "auto" (see `kaist.open_test_annotations`), a form, or a path.
     """
     frame_ids = read_image_list(find_file(root, test_list))
-    if where == "auto":
-        annotations = open_test_annotations(root, frame_ids)
-    else:
-        annotations = find_annotations(root, where, "lwir")
+    annotations = root if where == "auto" else find_annotations(root, where, "lwir")
     return load_ground_truth(annotations, frame_ids)

@@ -1,51 +1,20 @@
-"""Pictures of any size: read, and drawn with detections, their scores, and annotated objects dashed.
+"""Pictures of any size, drawn with detections, their scores, and annotated objects dashed.
 
 Runs without torch.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Objects
-from kaist.files import InputError, check_file
+from kaist.annotations import Objects
 
 FOUND, PERSON, IGNORED = "lime", "white", "orange"  # colours of boxes
 STRIP = "#202020"  # behind captions
 CAPTIONS = {"visible": "visible", "lwir": "LWIR (thermal)"}
-
-
-def open_view(path: Path, modality: str) -> Image.Image:
-    """Decode an image of any size: visible as RGB, LWIR as one channel of 8 bits.
-
-    Raises:
-        InputError: it is missing, is no image, is broken, or has more than 8 bits a channel.
-    """
-    mode = "RGB" if modality == "visible" else "L"
-    try:
-        check_file(path)
-        with warnings.catch_warnings(), Image.open(path, formats=("JPEG", "PNG", "TIFF")) as image:
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image.draft(mode, None)  # as the frames that it was trained on are read
-            image.load()
-    except InputError:
-        raise
-    except Exception as error:  # whatever Pillow meets in broken data
-        raise InputError(f"unreadable image ({error})", "copy it again", file=path) from None
-    if image.mode.startswith(("I", "F")):
-        raise InputError("an image of more than 8 bits a pixel", "convert it to 8 bits", file=path)
-    return image.convert(mode)
-
-
-def to_array(view: Image.Image) -> np.ndarray:
-    """An image as (512, 640, channels) uint8, rescaled where it is of another size."""
-    pixels = np.array(view.resize((FRAME_WIDTH, FRAME_HEIGHT)))
-    return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def draw_pair(

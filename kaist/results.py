@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,16 +46,18 @@ class Detections:
         if not (np.isfinite(self.boxes).all() and np.isfinite(self.scores).all()):
             raise ValueError("a detection's box or score is not finite")
 
+    def take(self, index: np.ndarray) -> Detections:
+        """Some of the detections, by their index."""
+        return replace(self, frame=self.frame[index], boxes=self.boxes[index], scores=self.scores[index])
+
 
 def frame_places(named: Sequence[str], frames: Sequence[str], where: str | Path) -> np.ndarray:
     """(len(named),) int64: where each named frame stands in `frames`, -1 if it is not there."""
     places = {frame_id: i for i, frame_id in enumerate(frames)}
     missing = places.keys() - set(named)
     if missing:
-        raise InputError(
-            f"{len(missing)} frames to evaluate, {min(missing)} among them, are not in {where}",
-            "evaluate a list that holds nothing else",
-        )
+        problem = f"{len(missing)} frames to evaluate, {min(missing)} among them, are not in {where}"
+        raise InputError(problem, "evaluate a list that holds nothing else")
     return np.array([places.get(frame_id, -1) for frame_id in named], dtype=np.int64)
 
 
@@ -63,13 +65,8 @@ def move_frames(detections: Detections, place: np.ndarray) -> Detections:
     """The detections with frame i renamed place[i]; those with place -1 are left out."""
     frame = place[detections.frame]
     keep = frame >= 0
-    return Detections(
-        frame[keep],
-        detections.boxes[keep],
-        detections.scores[keep],
-        detections.other_categories,
-        detections.other_frames + np.count_nonzero(~keep),
-    )
+    others = detections.other_frames + np.count_nonzero(~keep)
+    return replace(detections.take(keep), frame=frame[keep], other_frames=others)
 
 
 def frames_path(path: str | Path) -> Path:
@@ -195,12 +192,9 @@ def parse_json(text: str, path: Path) -> tuple[np.ndarray, Sequence[int], int]:
         rows = entry_rows(content)
     except (KeyError, TypeError, ValueError, OverflowError):
         place = next(i for i, entry in enumerate(content) if not is_entry(entry))
-        raise InputError(
-            f"{str(content[place])[:80]} is no detection",
-            "write image_id, category_id, bbox [x, y, w, h] and score as numbers",
-            file=path,
-            line=entry_line(text, place),
-        ) from None
+        problem, line = f"{str(content[place])[:80]} is no detection", entry_line(text, place)
+        remedy = "write image_id, category_id, bbox [x, y, w, h] and score as numbers"
+        raise InputError(problem, remedy, file=path, line=line) from None
     places = [i for i, entry in enumerate(content) if entry["category_id"] == PEDESTRIAN]
     return rows, places, len(content) - len(places)
 

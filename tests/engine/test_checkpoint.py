@@ -18,9 +18,8 @@ from kaist.annotation_files import read_json, read_xml
 from kaist.annotations import image_path, read_image_list
 from kaist.error_sheet import draw_errors
 from kaist.files import MAX_TEXT, InputError
-from kaist.images import read_image
+from kaist.images import open_view, read_image
 from kaist.miss_rate import load_ground_truth
-from kaist.picture import open_view
 from kaist.results import Detections, read_detections
 from ssd.pretrained import load_pretrained
 
