@@ -7,8 +7,7 @@ Both take a whole batch as padded tensors; no loop runs over its images. Label 1
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -18,7 +17,141 @@ from torch import Tensor, nn
 from engine.distributed import all_reduce_sum, world_size
 from ssd.boxes import Predictions, encode, to_corners
 
+PERSON, BACKGROUND, IGNORE = 1, 0, -1
 LOG_VARIANCE_LIMIT = 5.0  # learned weights stay between exp(-5) and exp(5)
+
+
+# ------------------------------------------------------------------------------ matching
+#
+# SSD's matching (section 2.2 of the paper), written twice: `match` does only what an image's objects
+# need and suits a CPU; `match_static` is a fixed sequence of operations on whole batches, so that a
+# GPU never waits for the host and the graph compiles. Tests hold the two equal.
+#
+# Each person owns one prior, by greedy bipartite matching in descending IoU. Of equal overlaps the
+# earlier person goes first, then the earlier prior. Any other prior whose best IoU with a person
+# reaches `match_iou` is positive too. Of the rest, a prior with half of its area inside an ignored
+# object is ignored. What remains is background.
+
+
+@torch.no_grad()
+def match(boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float) -> tuple[Tensor, Tensor]:
+    """Which object each prior answers for, image by image.
+
+    Args:
+        boxes: (N, M, 4) xyxy fractions; labels: (N, M) int64: 1 person, -1 ignore, 0 padding.
+        priors: (P, 4) cxcywh fractions.
+        match_iou: a prior that overlaps a person by this IoU is positive.
+
+    Returns:
+        target: (N, P) int8: 1 person, 0 background, -1 ignored.
+        matched_idxs: (N, P) int64 index of a prior's object, meaningful where target is 1.
+    """
+    corners, areas = prior_corners(priors)
+    target = np.zeros((len(boxes), len(priors)), np.int8)
+    matched_idxs = np.zeros(target.shape, np.int64)
+    for i, kinds in enumerate(labels.numpy()):
+        persons, ignored = (np.flatnonzero(kinds == kind) for kind in (PERSON, IGNORE))
+        if len(ignored):
+            shared = intersection(boxes[i, torch.from_numpy(ignored)], corners)
+            target[i, (shared >= 0.5 * areas).any(0).numpy()] = IGNORE
+        if len(persons):
+            own = boxes[i, torch.from_numpy(persons)]
+            shared = intersection(own, corners)
+            union = (box_areas(own).unsqueeze(1) + areas).sub_(shared)
+            iou = shared.div_(union).numpy()
+            positive = np.flatnonzero(iou.max(0) >= match_iou)
+            matched = iou[:, positive].argmax(0)
+            owner, owned = match_bipartite(iou)
+            target[i, positive] = target[i, owned] = PERSON
+            matched_idxs[i, positive] = persons[matched]
+            matched_idxs[i, owned] = persons[owner]
+    return torch.from_numpy(target), torch.from_numpy(matched_idxs)
+
+
+def match_bipartite(iou: np.ndarray) -> tuple[list[int], list[int]]:
+    """Greedy bipartite matching: rows (at most as many as there are columns) and their columns.
+
+    Every row waits with its best overlap in a queue. The highest overlap gets its column if that is
+    free; else the row waits again with its best overlap among the free columns.
+
+    Args:
+        iou: (m, P) overlaps; refused ones are overwritten.
+    """
+    best = iou.argmax(1).tolist()  # numpy's is many times faster than torch's
+    queue = [(-iou[row, column], row, column) for row, column in enumerate(best)]
+    heapq.heapify(queue)
+    taken: dict[int, int] = {}
+    while queue and len(taken) < iou.shape[1]:
+        _, row, column = queue[0]
+        if column in taken:
+            iou[row, list(taken)] = -1
+            column = int(iou[row].argmax())
+            heapq.heapreplace(queue, (-iou[row, column], row, column))
+        else:
+            taken[column] = row
+            heapq.heappop(queue)
+    return list(taken.values()), list(taken)
+
+
+@torch.no_grad()
+def match_static(boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float) -> tuple[Tensor, Tensor]:
+    """`match` as a fixed sequence of operations, whatever the values are."""
+    corners, areas = prior_corners(priors)
+    shared = intersection(boxes, corners)  # (N, M, P)
+    inside = (shared >= 0.5 * areas) & (labels == IGNORE).unsqueeze(2)
+    iou = shared / (box_areas(boxes).unsqueeze(2) + areas - shared)
+    iou = iou.masked_fill((labels != PERSON).unsqueeze(2), -1.0)
+    best, matched_idxs = iou.max(1)
+    target = torch.where(best >= match_iou, PERSON, inside.any(1) * IGNORE).to(torch.int8)
+
+    owned = match_bipartite_static(iou)
+    person = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+    spare = target.new_zeros((len(target), 1))  # where those who own none are written
+    target = torch.cat([target, spare], 1).scatter(1, owned, PERSON)[:, :-1]
+    matched_idxs = torch.cat([matched_idxs, spare], 1).scatter(1, owned, person)[:, :-1]
+    return target, matched_idxs
+
+
+def match_bipartite_static(iou: Tensor) -> Tensor:
+    """`match_bipartite` of a batch: the highest overlap left is served, min(M, P) times.
+
+    Args:
+        iou: (N, M, P) overlaps, -1 for what is no person.
+
+    Returns:
+        (N, M) int64 index of the prior each object owns, P where it owns none.
+    """
+    n, m, p = iou.shape
+    rows, columns = (torch.arange(k, device=iou.device) for k in (m, p))
+    owned = torch.full((n, m), p, device=iou.device)
+    for _ in range(min(m, p)):
+        overlap, place = iou.flatten(1).max(1, keepdim=True)
+        row, column = place // p, place % p
+        owned = owned.scatter(1, row, torch.where(overlap >= 0, column, owned.gather(1, row)))
+        taken = (rows == row).unsqueeze(2) | (columns == column).unsqueeze(1)
+        iou = iou.masked_fill(taken, -1.0)
+    return owned
+
+
+def prior_corners(priors: Tensor) -> tuple[Tensor, Tensor]:
+    """xyxy corners (4, P) of cxcywh priors, a row each, and their areas (P,)."""
+    return box_convert(priors, "cxcywh", "xyxy").T.contiguous(), priors[:, 2] * priors[:, 3]
+
+
+def intersection(boxes: Tensor, corners: Tensor) -> Tensor:
+    """(…, P) overlap areas of boxes (…, 4) xyxy with priors' `corners` (4, P)."""
+    x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(-2)
+    width = torch.minimum(x1, corners[2]).sub_(torch.maximum(x0, corners[0])).clamp_(min=0)
+    height = torch.minimum(y1, corners[3]).sub_(torch.maximum(y0, corners[1])).clamp_(min=0)
+    return width.mul_(height)
+
+
+def box_areas(boxes: Tensor) -> Tensor:
+    """(…,) areas of boxes (…, 4) xyxy."""
+    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+
+
+# ------------------------------------------------------------------------------ losses
 
 
 class MultiBoxLoss(nn.Module):
@@ -73,15 +206,17 @@ class MultiBoxLoss(nn.Module):
     def sparse(
         self, predictions: Predictions, boxes: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of loc and conf, and the positives' number, from those priors alone that teach
-        something: the quick way on a CPU."""
-        target, owner = match(boxes, labels, self.priors, self.match_iou)
+        """Sums of loc and conf, and the number of positives.
+
+        Only priors that have a loss are looked at, which is the fast way on a CPU.
+        """
+        target, matched_idxs = match(boxes, labels, self.priors, self.match_iou)
         positive = torch.from_numpy(np.flatnonzero(target.numpy() == PERSON))
         image, prior = positive // len(self.priors), positive % len(self.priors)
-        wanted = self.negatives(image.bincount(minlength=len(boxes)))
-        negative = hardest_negatives(predictions.conf.detach(), target, wanted)
+        n_negatives = self.n_negatives(image.bincount(minlength=len(boxes)))
+        negative = hardest_negatives(predictions.conf.detach(), target, n_negatives)
 
-        offsets = encode(to_cxcywh(boxes[image, owner[image, prior]]), self.priors[prior])
+        offsets = encode(to_cxcywh(boxes[image, matched_idxs[image, prior]]), self.priors[prior])
         loc = predictions.loc.flatten(0, 1).index_select(0, positive)
         conf = predictions.conf.flatten(0, 1).index_select(0, torch.cat([positive, negative]))
         margin = conf[:, 1] - conf[:, 0]
@@ -93,12 +228,14 @@ class MultiBoxLoss(nn.Module):
     def static(
         self, predictions: Predictions, boxes: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same from all priors, with shapes that no value changes: the way on a GPU, which
-        never waits for the host to look at one."""
-        target, owner = match_static(boxes, labels, self.priors, self.match_iou)
+        """The same from all priors, with shapes that no value changes.
+
+        A GPU never waits for the host to look at a value.
+        """
+        target, matched_idxs = match_static(boxes, labels, self.priors, self.match_iou)
         positive = target == PERSON
-        owned = boxes.gather(1, owner.unsqueeze(2).expand(-1, -1, 4))
-        offsets = encode(to_cxcywh(owned), self.priors)
+        matched = boxes.gather(1, matched_idxs.unsqueeze(2).expand(-1, -1, 4))
+        offsets = encode(to_cxcywh(matched), self.priors)
         # What is not positive is compared with itself: no loss, no gradient.
         offsets = torch.where(positive.unsqueeze(2), offsets, predictions.loc.detach())
         loc = self.distance(predictions.loc, offsets, reduction="sum")
@@ -107,14 +244,14 @@ class MultiBoxLoss(nn.Module):
         negative = margin.masked_fill(target != BACKGROUND, -torch.inf)
         hardest = negative.sort(dim=1, descending=True).values
         rank = torch.arange(len(self.priors), device=margin.device)
-        mined = rank < self.negatives(positive.sum(1)).unsqueeze(1)
+        mined = rank < self.n_negatives(positive.sum(1)).unsqueeze(1)
         conf = F.softplus(hardest).masked_fill(~mined, 0).sum()
         conf = conf + F.softplus(-margin).masked_fill(~positive, 0).sum()
         return loc, conf, positive.sum()
 
-    def negatives(self, positives: Tensor) -> Tensor:
-        """How many negatives frames (N,) of so many positives mine."""
-        return (self.negative_ratio * positives).clamp(min=self.min_negatives)
+    def n_negatives(self, n_positives: Tensor) -> Tensor:
+        """How many negatives are mined of frames (N,) with so many positives."""
+        return (self.negative_ratio * n_positives).clamp(min=self.min_negatives)
 
 
 def to_cxcywh(boxes: Tensor) -> Tensor:
@@ -122,16 +259,16 @@ def to_cxcywh(boxes: Tensor) -> Tensor:
     return torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], dim=-1)
 
 
-def hardest_negatives(conf: Tensor, target: Tensor, wanted: Tensor) -> Tensor:
-    """Indices into the (N P) priors of a batch: of each frame its `wanted` (N,) background priors
-    with the highest loss, or all that it has.
+def hardest_negatives(conf: Tensor, target: Tensor, n_negatives: Tensor) -> Tensor:
+    """The background priors of highest loss of each frame, as indices into a batch's (N P) priors.
 
     Args:
         conf: (N, P, 2) logits, without gradient; target: (N, P) as from `match`.
+        n_negatives: (N,) how many of each frame; all that it has if there are fewer.
     """
     margin = (conf[..., 1] - conf[..., 0]).masked_fill_(target != BACKGROUND, -torch.inf)
     hardest = [
-        row.topk(min(k, len(row)), sorted=False) for row, k in zip(margin, wanted.tolist(), strict=True)
+        row.topk(min(k, len(row)), sorted=False) for row, k in zip(margin, n_negatives.tolist(), strict=True)
     ]
     frame = torch.arange(len(margin)).repeat_interleave(torch.tensor([len(x[0]) for x in hardest]))
     index = torch.cat([index for _, index in hardest]) + frame * margin.shape[1]
@@ -233,146 +370,3 @@ class Criterion(nn.Module):
         seg, of_maps = self.segmentation(predictions.seg, masks)
         total = loc + conf + self.seg_weight * seg.to(loc.device)
         return torch.stack([total, loc, conf, seg.to(loc.device), *of_maps])
-
-
-PERSON, BACKGROUND, IGNORE = 1, 0, -1
-
-
-ROWS = 16  # objects of an image whose overlaps are computed at a time: they fit the CPU's cache
-
-
-def intersection(boxes: Tensor, corners: Tensor, out: Tensor | None = None) -> Tensor:
-    """(…, P) overlap areas of boxes (…, 4) xyxy with priors' `corners` (4, P)."""
-    x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(-2)
-    width = torch.minimum(x1, corners[2]).sub_(torch.maximum(x0, corners[0])).clamp_(min=0)
-    height = torch.minimum(y1, corners[3]).sub_(torch.maximum(y0, corners[1])).clamp_(min=0)
-    return torch.mul(width, height, out=out)
-
-
-def box_areas(boxes: Tensor) -> Tensor:
-    """(…,) areas of boxes (…, 4) xyxy."""
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-
-
-def prior_corners(priors: Tensor) -> tuple[Tensor, Tensor]:
-    """xyxy corners (4, P) of cxcywh priors, a row each, and their areas (P,)."""
-    return to_corners(priors).T.contiguous(), priors[:, 2] * priors[:, 3]
-
-
-@torch.no_grad()
-def match(boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float) -> tuple[Tensor, Tensor]:
-    """Matching, image by image; overlaps are computed for a few images at a time."""
-    corners, areas = prior_corners(priors)
-    target = np.zeros((len(boxes), len(priors)), np.int8)
-    owner = np.zeros(target.shape, np.int64)
-    kinds = labels.numpy()
-    overlaps = boxes.new_empty((max(ROWS, labels.shape[1]), len(priors)))
-    for images in blocks((kinds != 0).sum(1).tolist()):
-        people, ignored = (np.argwhere(kinds[images] == kind) for kind in (PERSON, IGNORE))
-        image, k = torch.from_numpy(np.concatenate([people, ignored])).T
-        objects = boxes[images][image, k]
-        shared = overlaps[: len(objects)]
-        for rows, out in zip(objects.split(ROWS), shared.split(ROWS), strict=True):
-            intersection(rows, corners, out)
-        covered = shared[len(people) :].ge(0.5 * areas).numpy()
-        for image, inside in zip(ignored[:, 0], covered, strict=True):
-            target[images][image, inside] = IGNORE
-        shared = shared[: len(people)]
-        union = (box_areas(objects[: len(people)]).unsqueeze(1) + areas).sub_(shared)
-        iou = shared.div_(union).numpy()
-        ends = people[:, 0].searchsorted(range(images.stop - images.start + 1)).tolist()
-        for image, (start, end) in enumerate(pairwise(ends), images.start):
-            if start < end:
-                own, prior = match_image(iou[start:end], match_iou)
-                target[image, prior] = PERSON
-                owner[image, prior] = people[start:end, 1][own]
-    return torch.from_numpy(target), torch.from_numpy(owner)
-
-
-def blocks(counts: list[int]) -> Iterator[slice]:
-    """Consecutive images that together hold at most `ROWS` objects, or one with more."""
-    start = total = 0
-    for image, count in enumerate(counts):
-        if image > start and total + count > ROWS:
-            yield slice(start, image)
-            start, total = image, 0
-        total += count
-    yield slice(start, len(counts))
-
-
-def match_image(iou: np.ndarray, match_iou: float) -> tuple[np.ndarray, np.ndarray]:
-    """Persons and the priors that answer for them, from an image's overlaps (m, P); of a prior that
-    is there twice the last one counts."""
-    positive = np.flatnonzero(iou.max(0) >= match_iou)
-    best = iou[:, positive].argmax(0)
-    own, prior = own_priors(iou)
-    return np.append(best, own), np.append(positive, prior)
-
-
-def own_priors(iou: np.ndarray) -> tuple[list[int], list[int]]:
-    """Persons (at most as many as there are priors) and the priors they own, by greedy matching.
-
-    Every person waits with its best overlap in a queue. The highest overlap is served: with the
-    prior if that is free, else the person waits again with its best overlap of the free priors.
-    `iou` (m, P) loses what was refused.
-    """
-    best = iou.argmax(1).tolist()  # numpy's is many times faster than torch's
-    queue = [(-iou[person, prior], person, prior) for person, prior in enumerate(best)]
-    heapq.heapify(queue)
-    taken: dict[int, int] = {}
-    while queue and len(taken) < iou.shape[1]:
-        _, person, prior = queue[0]
-        if prior in taken:
-            iou[person, list(taken)] = -1
-            prior = int(iou[person].argmax())
-            heapq.heapreplace(queue, (-iou[person, prior], person, prior))
-        else:
-            taken[prior] = person
-            heapq.heappop(queue)
-    return list(taken.values()), list(taken)
-
-
-@torch.no_grad()
-def match_static(boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float) -> tuple[Tensor, Tensor]:
-    """Matching without a look at any value: the batch at once, and as many rounds as objects."""
-    corners, areas = prior_corners(priors)
-    shared = intersection(boxes, corners)  # (N, M, P)
-    covered = (shared >= 0.5 * areas) & (labels == IGNORE).unsqueeze(2)
-    iou = shared / (box_areas(boxes).unsqueeze(2) + areas - shared)
-    iou = iou.masked_fill((labels != PERSON).unsqueeze(2), -1.0)
-    best, owner = iou.max(1)
-    target = torch.where(best >= match_iou, PERSON, covered.any(1) * IGNORE).to(torch.int8)
-
-    prior = own_priors_static(iou)
-    person = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
-    spare = target.new_zeros((len(target), 1))  # where those who own none are written
-    target = torch.cat([target, spare], 1).scatter(1, prior, PERSON)[:, :-1]
-    owner = torch.cat([owner, spare], 1).scatter(1, prior, person)[:, :-1]
-    return target, owner
-
-
-def own_priors_static(iou: Tensor) -> Tensor:
-    """Index (N, M) of the prior each object owns, P where it owns none.
-
-    A person's M best priors are enough to choose from, since others own at most M - 1 of them. Then
-    M times the highest overlap left is served.
-
-    Args:
-        iou: (N, M, P) overlaps, -1 for what is no person.
-    """
-    n, m, p = iou.shape
-    k = min(m, p)
-    # One integer holds the overlap (float bits of numbers from 0 up order as integers do) and,
-    # for equal overlaps, the prior, earlier ones higher. -1 becomes the lowest of all.
-    bits = iou.clamp(min=0).view(torch.int32).long() + (iou >= 0)
-    key = (bits * p + (p - 1 - torch.arange(p, device=iou.device))).topk(k, dim=2).values
-    candidate = (p - 1 - key % p).flatten(1)  # (N, M k) priors
-    overlap = (key // p).flatten(1)  # 0 for what is no person
-    whose = torch.arange(m, device=iou.device).repeat_interleave(k)
-    own = torch.full((n, m), p, device=iou.device)
-    for _ in range(m):
-        value, slot = overlap.max(1, keepdim=True)
-        person, prior = whose[slot], candidate.gather(1, slot)
-        own = own.scatter(1, person, torch.where(value > 0, prior, own.gather(1, person)))
-        overlap = overlap.masked_fill((whose == person) | (candidate == prior), 0)
-    return own
