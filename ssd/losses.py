@@ -18,6 +18,7 @@ from engine.distributed import all_reduce_sum, world_size
 from ssd.boxes import Predictions, encode, to_corners
 
 PERSON, BACKGROUND, IGNORE = 1, 0, -1
+TIE = 1e-5  # overlaps that differ by no more than this share are equal
 LOG_VARIANCE_LIMIT = 5.0  # learned weights stay between exp(-5) and exp(5)
 
 
@@ -27,10 +28,11 @@ LOG_VARIANCE_LIMIT = 5.0  # learned weights stay between exp(-5) and exp(5)
 # need and suits a CPU; `match_static` is a fixed sequence of operations on whole batches, so that a
 # GPU never waits for the host and the graph compiles. Tests hold the two equal.
 #
-# Each person owns one prior, by greedy bipartite matching in descending IoU. Of equal overlaps the
-# earlier person goes first, then the earlier prior. Any other prior whose best IoU with a person
-# reaches `match_iou` is positive too. Of the rest, a prior with half of its area inside an ignored
-# object is ignored. What remains is background.
+# The best prior of each ignored object is ignored, with all that tie for it. Of the others each person
+# owns one, by greedy bipartite matching in descending IoU. Of equal overlaps the earlier person goes
+# first, then the earlier prior. Any other prior with an IoU of `match_iou` goes by the object of its
+# highest IoU: positive if that is a person, ignored if it is to be ignored. Of the rest, a prior with
+# half of its area inside an ignored object is ignored. What remains is background.
 
 
 @torch.no_grad()
@@ -51,37 +53,44 @@ def match(boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float) -> tu
     matched_idxs = np.zeros(target.shape, np.int64)
     for i, kinds in enumerate(labels.numpy()):
         persons, ignored = (np.flatnonzero(kinds == kind) for kind in (PERSON, IGNORE))
-        if len(ignored):
-            shared = intersection(boxes[i, torch.from_numpy(ignored)], corners)
-            target[i, (shared >= 0.5 * areas).any(0).numpy()] = IGNORE
-        if len(persons):
-            own = boxes[i, torch.from_numpy(persons)]
-            shared = intersection(own, corners)
-            union = (box_areas(own).unsqueeze(1) + areas).sub_(shared)
-            iou = shared.div_(union).numpy()
-            positive = np.flatnonzero(iou.max(0) >= match_iou)
-            matched = iou[:, positive].argmax(0)
-            owner, owned = match_bipartite(iou)
-            target[i, positive] = target[i, owned] = PERSON
-            matched_idxs[i, positive] = persons[matched]
-            matched_idxs[i, owned] = persons[owner]
+        objects, n = np.append(persons, ignored), len(persons)
+        if not len(objects):
+            continue
+        own = boxes[i, torch.from_numpy(objects)]
+        shared = intersection(own, corners)
+        inside = (shared[n:] >= 0.5 * areas).any(0).numpy()
+        union = (box_areas(own).unsqueeze(1) + areas).sub_(shared)
+        overlaps = shared.div_(union)
+        taken = is_best(overlaps[n:]).any(0).numpy()
+        iou = overlaps.numpy()
+        near = np.flatnonzero(iou.max(0) >= match_iou)
+        best = iou[:, near].argmax(0)
+        iou[:n, taken] = -1
+        owner, owned = match_bipartite(iou[:n])
+        target[i, inside] = IGNORE
+        target[i, near] = np.where(best < n, PERSON, IGNORE)
+        target[i, taken] = IGNORE
+        target[i, owned] = PERSON
+        matched_idxs[i, near] = objects[best]
+        matched_idxs[i, owned] = objects[owner]
     return torch.from_numpy(target), torch.from_numpy(matched_idxs)
 
 
 def match_bipartite(iou: np.ndarray) -> tuple[list[int], list[int]]:
-    """Greedy bipartite matching: rows (at most as many as there are columns) and their columns.
+    """Greedy bipartite matching: rows, and the column that each of them owns.
 
     Every row waits with its best overlap in a queue. The highest overlap gets its column if that is
-    free; else the row waits again with its best overlap among the free columns.
+    free; else the row waits again with its best overlap among the free columns. Where there are too
+    few columns, some rows own none.
 
     Args:
-        iou: (m, P) overlaps; refused ones are overwritten.
+        iou: (m, P) overlaps, -1 where a column is not to be had; refused ones become -1.
     """
     best = iou.argmax(1).tolist()  # numpy's is many times faster than torch's
     queue = [(-iou[row, column], row, column) for row, column in enumerate(best)]
     heapq.heapify(queue)
     taken: dict[int, int] = {}
-    while queue and len(taken) < iou.shape[1]:
+    while queue and queue[0][0] <= 0:
         _, row, column = queue[0]
         if column in taken:
             iou[row, list(taken)] = -1
@@ -98,17 +107,23 @@ def match_static(boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float
     """`match` as a fixed sequence of operations, whatever the values are."""
     corners, areas = prior_corners(priors)
     shared = intersection(boxes, corners)  # (N, M, P)
-    inside = (shared >= 0.5 * areas) & (labels == IGNORE).unsqueeze(2)
     iou = shared / (box_areas(boxes).unsqueeze(2) + areas - shared)
-    iou = iou.masked_fill((labels != PERSON).unsqueeze(2), -1.0)
-    best, matched_idxs = iou.max(1)
-    target = torch.where(best >= match_iou, PERSON, inside.any(1) * IGNORE).to(torch.int8)
+    person, ignored = (labels == PERSON).unsqueeze(2), (labels == IGNORE).unsqueeze(2)
+    inside = ((shared >= 0.5 * areas) & ignored).any(1)
+    of_ignored = iou.masked_fill(~ignored, -1.0)
+    iou = iou.masked_fill(~person, -1.0)
+    taken = is_best(of_ignored).any(1)
 
-    owned = match_bipartite_static(iou)
-    person = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
+    best, matched_idxs = iou.max(1)
+    near = torch.maximum(best, of_ignored.amax(1)) >= match_iou
+    positive = near & (best >= of_ignored.amax(1)) & ~taken
+    target = torch.where(positive, PERSON, (near | inside | taken) * IGNORE).to(torch.int8)
+
+    owned = match_bipartite_static(iou.masked_fill(taken.unsqueeze(1), -1.0))
+    rows = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
     spare = target.new_zeros((len(target), 1))  # where those who own none are written
     target = torch.cat([target, spare], 1).scatter(1, owned, PERSON)[:, :-1]
-    matched_idxs = torch.cat([matched_idxs, spare], 1).scatter(1, owned, person)[:, :-1]
+    matched_idxs = torch.cat([matched_idxs, spare], 1).scatter(1, owned, rows)[:, :-1]
     return target, matched_idxs
 
 
@@ -131,6 +146,15 @@ def match_bipartite_static(iou: Tensor) -> Tensor:
         taken = (rows == row).unsqueeze(2) | (columns == column).unsqueeze(1)
         iou = iou.masked_fill(taken, -1.0)
     return owned
+
+
+def is_best(iou: Tensor) -> Tensor:
+    """Which of overlaps (…, P) are the highest of their row, but for rounding.
+
+    An object that several priors of one size enclose overlaps all of them alike. A row without any
+    overlap has no best one.
+    """
+    return (iou >= iou.amax(-1, keepdim=True) * (1 - TIE)) & (iou > 0)
 
 
 def prior_corners(priors: Tensor) -> tuple[Tensor, Tensor]:

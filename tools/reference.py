@@ -25,24 +25,41 @@ from ssd.boxes import Predictions, encode
 
 
 def plain_multibox_loss(predictions: Predictions, boxes: Tensor, labels: Tensor, priors: Tensor) -> Tensor:
-    """loc + conf of a batch: matched image by image, hard negatives by sorting all priors of each.
-
-    Args:
-        boxes: (N, M, 4) xyxy fractions; labels: (N, M); priors: (P, 4) cxcywh.
-    """
-    matches = [plain_match(*objects, priors) for objects in zip(boxes, labels, strict=True)]
-    target, matched_idxs = (torch.stack(part) for part in zip(*matches, strict=True))
-    image, prior = (target == 1).nonzero(as_tuple=True)
-    matched = box_convert(boxes[image, matched_idxs[image, prior]], "xyxy", "cxcywh")
-    offsets = encode(matched, priors[prior])
-    loc = F.smooth_l1_loss(predictions.loc[image, prior], offsets, reduction="sum")
-
-    conf = F.cross_entropy(predictions.conf.flatten(0, 1), target.clamp(min=0).flatten(), reduction="none")
-    conf = conf.view(target.shape)
-    hardest = conf.masked_fill(target != 0, 0).sort(1, descending=True).values
-    n_negatives = (3 * (target == 1).sum(1, keepdim=True)).clamp(min=3)
-    negatives = hardest[torch.arange(len(priors), device=priors.device) < n_negatives]
-    return (loc + conf[image, prior].sum() + negatives.sum()) / max(1, len(image))
+    """loc + conf as tutorials write it: image by image, hard negatives by sorting them all."""
+    area = priors[:, 2] * priors[:, 3]
+    total, n_positive = torch.zeros((), device=priors.device), 0
+    for loc, conf, image_boxes, image_labels in zip(*predictions[:2], boxes, labels, strict=True):
+        target = torch.zeros(len(priors), dtype=torch.int64, device=priors.device)
+        people, ignored = (image_boxes[image_labels == label] for label in (1, -1))
+        shared = intersection(ignored, priors)
+        target[(shared >= 0.5 * area).any(0)] = -1
+        to_ignored = shared / ((ignored[:, 2:] - ignored[:, :2]).prod(1)[:, None] + area - shared)
+        target[(to_ignored >= 0.5).any(0)] = -1
+        shared = intersection(people, priors)
+        iou = shared / ((people[:, 2:] - people[:, :2]).prod(1)[:, None] + area - shared)
+        owner = torch.zeros_like(target)
+        if len(people):
+            best, owner = iou.max(0)
+            nearer = best >= to_ignored.amax(0) if len(ignored) else True
+            target[(best >= 0.5) & nearer] = 1
+        for row in to_ignored:  # an ignored object's best prior is nobody's, nor are those that tie
+            taken = (row > 0) & (row >= row.max() * (1 - 1e-5))
+            target[taken], iou[:, taken] = -1, -1
+        for _ in people:  # each owns a prior, the best overlap of all first
+            person, prior = divmod(int(iou.argmax()), len(priors))
+            if iou[person, prior] < 0:
+                break
+            target[prior], owner[prior] = 1, person
+            iou[person], iou[:, prior] = -1, -1
+        positive = target == 1
+        offsets = encode(box_convert(people[owner[positive]], "xyxy", "cxcywh"), priors[positive])
+        entropy = F.cross_entropy(conf, target.clamp(min=0), reduction="none")
+        negatives = entropy[target == 0].sort(descending=True).values
+        n = int(positive.sum())
+        total = total + F.smooth_l1_loss(loc[positive], offsets, reduction="sum")
+        total = total + entropy[positive].sum() + negatives[: max(3, 3 * n)].sum()
+        n_positive += n
+    return total / max(1, n_positive)
 
 
 def plain_match(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,19 +32,24 @@ def slow_match(boxes, labels, priors):
     corners = box_convert(priors, "cxcywh", "xyxy")
     iou = box_iou(boxes, corners)
     target, owner = [0] * len(priors), [0] * len(priors)
-    people = [i for i, label in enumerate(labels.tolist()) if label == 1]
+    people, ignored = ([i for i, x in enumerate(labels.tolist()) if x == label] for label in (1, -1))
     for j in range(len(priors)):
-        for i in (i for i, label in enumerate(labels.tolist()) if label == -1):
+        for i in ignored:
             low = torch.maximum(boxes[i, :2], corners[j, :2])
             high = torch.minimum(boxes[i, 2:], corners[j, 2:])
             if (high - low).clamp(min=0).prod() >= 0.5 * priors[j, 2] * priors[j, 3]:
                 target[j] = -1
-        if people:
-            best = max(people, key=lambda i: iou[i, j])
+        if people + ignored:
+            best = max(people + ignored, key=lambda i: iou[i, j])
             if iou[best, j] >= 0.5:
-                target[j], owner[j] = 1, best
+                target[j], owner[j] = int(labels[best]), best
     free, waiting = set(range(len(priors))), set(people)
-    while waiting:
+    for i in ignored:
+        for j in range(len(priors)):
+            if iou[i, j] > 0 and iou[i, j] >= iou[i].max() * (1 - 1e-5):
+                target[j] = -1
+                free -= {j}
+    while waiting and free:
         i, j = max(((i, j) for i in waiting for j in free), key=lambda ij: iou[ij])
         target[j], owner[j] = 1, i
         waiting.remove(i)
@@ -236,6 +241,30 @@ def test_ignored_objects_are_neither_positive_nor_mined():
     criterion = MultiBoxLoss(PRIORS, loc_loss="l1", loc_reduction="sum")
     _, loss = criterion(Predictions(torch.zeros(1, 8732, 4), conf, []), boxes, torch.tensor([[-1]]))
     assert loss.item() == pytest.approx(3 * math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_ignored_object_is_mined_by_its_best_prior(seed):
+    """Small objects too, of whose size no prior lies half inside them."""
+    boxes, labels = random_batch(16, 8, seed, share_ignored=0.5)
+    centre, size = (boxes[..., 2:] + boxes[..., :2]) / 2, boxes[..., 2:] - boxes[..., :2]
+    size = size * torch.rand(16, 8, 1, generator=torch.Generator().manual_seed(seed))
+    boxes = torch.cat([centre - size / 2, centre + size / 2], -1)
+    target, _ = both_ways(boxes, labels, PRIORS)
+    iou = box_iou(boxes.flatten(0, 1), box_convert(PRIORS, "cxcywh", "xyxy")).view(16, 8, -1)
+    for image, k in (labels == -1).nonzero().tolist():
+        assert target[image, iou[image, k].argmax()] == -1
+        people = iou[image, labels[image] == 1].amax(0) if (labels[image] == 1).any() else 0
+        near = (iou[image, k] >= 0.5) & (iou[image, k] > people)
+        owned = target[image] == 1  # a person may own a prior that is nearer to an ignored object
+        assert (target[image, near & ~owned] == -1).all() and (near & owned).sum() <= 8
+    assert ((target == 1).any(1) == (labels == 1).any(1)).all()  # no person is left out for that
+    conf = torch.zeros(16, 8732, 2, requires_grad=True)
+    criterion = MultiBoxLoss(PRIORS, loc_loss="l1", loc_reduction="sum")
+    for way in (criterion.sparse, criterion.static):
+        terms = way(Predictions(torch.zeros(16, 8732, 4), conf, []), boxes, labels)
+        (gradient,) = torch.autograd.grad(terms[1], conf)
+        assert not gradient[target == -1].any() and terms[2] == (target == 1).sum()
 
 
 def test_empty_frames_teach_and_stay_finite():
