@@ -123,18 +123,18 @@ def test_l2_norm_is_finite_where_features_are_zero():
     assert torch.allclose(unit.norm(dim=1), torch.full((2, 3, 3), 20.0), atol=1e-3)
 
 
-@pytest.mark.parametrize("spread", [0.1, 3.0])
-def test_detect_equals_nms_of_all_candidates(spread):
+@pytest.mark.parametrize("spread", [0.1, 1.0])
+def test_detect_equals_nms_of_the_400_best_candidates(spread):
     torch.manual_seed(0)
     priors = make_model().priors
     predictions = Predictions(torch.randn(3, 8732, 4) * 0.3, torch.randn(3, 8732, 2) * spread, [])
     found = detect(predictions, priors, min_score=0.01, nms_iou=0.45, max_boxes=200)
     for (boxes, scores), loc, conf in zip(found, predictions.loc, predictions.conf, strict=True):
         p = conf.softmax(-1)[:, 1]
-        candidates = p >= 0.01
+        candidates = (p >= 0.01) & (p >= p.sort(descending=True).values[399])
         everything = box_convert(decode(loc, priors), "cxcywh", "xyxy").clamp(0, 1)[candidates]
         kept = nms(everything, p[candidates], 0.45)[:200]
-        assert torch.equal(boxes, everything[kept])
+        assert torch.allclose(boxes, everything[kept], atol=1e-6)
         assert torch.allclose(scores, p[candidates][kept], atol=1e-6)
         assert (scores.diff() <= 0).all()
 
