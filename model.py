@@ -22,8 +22,8 @@ from ssd.multispectral import MLPD, INSANet
 
 # What a batch carries.
 INPUT_CHANNELS = {"lwir": 1, "visible": 3, "mean": 4, "early": 4, "halfway": 4}
-MEAN = (0.485, 0.456, 0.406, 0.449)  # ImageNet R, G, B, then their mean for LWIR
-STD = (0.229, 0.224, 0.225, 0.226)
+IMAGENET_MEAN = (0.485, 0.456, 0.406, 0.449)  # R, G, B, then their mean for LWIR
+IMAGENET_STD = (0.229, 0.224, 0.225, 0.226)
 
 
 class SSD300(Detector):
@@ -39,6 +39,10 @@ class SSD300(Detector):
         infusion_conv: a 3x3 convolution of the map's own width before the head's 1x1.
         prior_set: a name in `prior_shapes`.
         size: (height, width) of the input in pixels; feature maps and priors follow from it.
+        centres: where the priors lie, "even" or "stride", see `make_grids`.
+        pixel_mean, pixel_std: (R, G, B, LWIR) of pixels from 0 to 1, subtracted and divided by.
+
+    What a checkpoint from before an argument was added was trained with is its default.
 
     The priors are the non-persistent buffer `priors`, (P, 4) cxcywh fractions of the input.
     """
@@ -53,6 +57,9 @@ class SSD300(Detector):
         infusion_conv: bool,
         prior_set: str,
         size: tuple[int, int],
+        centres: str = "even",
+        pixel_mean: Sequence[float] = IMAGENET_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
         self.input_mode = input_mode
@@ -94,10 +101,10 @@ class SSD300(Detector):
             self.to_conv4_3.start_from_mean()
 
         channels = slice(3, 4) if input_mode == "lwir" else slice(0, INPUT_CHANNELS[input_mode])
-        self.add_normalisation(MEAN[channels], STD[channels])
+        self.add_normalisation(pixel_mean[channels], pixel_std[channels])
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) uint8 -> float with ImageNet's mean and spread; "mean" averages to 3."""
+        """(N, C, H, W) uint8 -> float, less `pixel_mean` over `pixel_std`; "mean" averages to 3."""
         x = super().normalise(images)
         return (x[:, :3] + x[:, 3:]) / 2 if self.input_mode == "mean" else x
 

@@ -77,10 +77,13 @@ LOADER = "auto"  # who makes batches: workers, device (needs CACHE), or auto: a 
 # -------- model
 INPUT_MODE = "early"  # lwir, visible, mean (of both), early (4 channels), halfway (two streams)
 INPUT_SIZE = (300, 300)  # height and width of the network's input, pixels
+PIXEL_MEAN = (0.3465, 0.3219, 0.2842, 0.1598)  # of R, G, B and LWIR, from 0 to 1: subtracted, fills gaps
+PIXEL_STD = (0.2358, 0.2265, 0.2274, 0.0813)  # divided by; both as published for KAIST's training frames
 BATCH_NORM = True  # VGG16 with BatchNorm
 WIDTH = 0.125  # width multiplier of every layer; 1.0 is VGG16
 PRIORS = "pedestrian"  # ssd300 (the paper's for VOC), ssd300-coco (smaller), pedestrian (upright)
 PRETRAINED = "none"  # none, imagenet (VGG16), coco (SSD300), or a torchvision state file's path
+LWIR_FILTERS = "sum"  # LWIR's from the published RGB filters: their sum, or mean (a third, as logged)
 INFUSION = (1, 1, 0, 0, 0, 0)  # feature maps 38, 19, 10, 5, 3, 1 with a segmentation head: 1
 INFUSION_CONV = False  # a 3x3 convolution before each head's 1x1
 # -------- loss
@@ -141,7 +144,7 @@ def main() -> None:
     torch.manual_seed(config.seed)
     model = SSD300(**run.model_args)
     if is_main_process() and not run.resumes:
-        load_pretrained(model, config.pretrained)
+        load_pretrained(model, config.pretrained, config.lwir_filters)
     model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else model  # is evaluated and kept
     train_loader = make_loader(vars(config), frames, model, device)

@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[1]  # of the repository; its constants' relative p
 CHOICES = {
     "input_mode": ("lwir", "visible", "mean", "early", "halfway"),
     "priors": ("ssd300", "ssd300-coco", "pedestrian"),
+    "lwir_filters": ("mean", "sum"),
     "seg_cells": ("mean", "sum"),
     "seg_maps": ("mean", "sum", "uncertainty"),
     "out_of_range": ("keep", "background", "ignore"),
@@ -340,7 +341,10 @@ def same_kind(value: Any, default: tuple) -> bool:
 
 def model_arguments(config: Namespace) -> dict[str, Any]:
     """The arguments of the network, as a checkpoint keeps them."""
-    names = ("input_mode", "batch_norm", "width", "infusion", "infusion_conv")
+    names = (
+        *("input_mode", "pixel_mean", "pixel_std", "batch_norm", "width"),
+        *("infusion", "infusion_conv"),
+    )
     arguments = {name: getattr(config, name) for name in names}
     return arguments | {"prior_set": config.priors, "size": config.input_size}
 

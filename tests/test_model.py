@@ -187,15 +187,27 @@ def test_torchvision_vgg_weights_give_the_same_features(batch_norm, make_vgg):
     assert torch.equal(ours.conv6_7[3].bias, theirs.classifier[3].bias[::4])
 
 
-def test_one_channel_conv1_1_is_the_mean_of_the_rgb_filters():
+@pytest.mark.parametrize("lwir_filters", ["mean", "sum"])
+def test_conv1_1_of_lwir_comes_from_the_rgb_filters(lwir_filters):
     theirs = vgg16(weights=None).state_dict()
     rgb = theirs["features.0.weight"]
     lwir, early = make_model(width=1.0), make_model(input_mode="early", width=1.0)
-    convert_torchvision_vgg(lwir, theirs)
-    convert_torchvision_vgg(early, theirs)
-    assert torch.allclose(lwir.to_conv4_3[0].weight, rgb.mean(1, keepdim=True))
+    for model in (lwir, early):
+        convert_torchvision_vgg(model, theirs, lwir_filters)
+    expected = rgb.sum(1, keepdim=True) / (3 if lwir_filters == "mean" else 1)
+    assert torch.allclose(lwir.to_conv4_3[0].weight, expected, atol=1e-6)
     assert torch.equal(early.to_conv4_3[0].weight[:, :3], rgb)
-    assert torch.allclose(early.to_conv4_3[0].weight[:, 3:], rgb.mean(1, keepdim=True))
+    assert torch.allclose(early.to_conv4_3[0].weight[:, 3:], expected, atol=1e-6)
+
+
+def test_a_constant_frame_of_the_mean_is_zero_to_the_network():
+    mean, std = (0.2, 0.4, 0.6, 0.8), (0.1, 0.2, 0.3, 0.4)
+    for mode, channels in {"lwir": slice(3, 4), "visible": slice(0, 3), "early": slice(0, 4)}.items():
+        model = make_model(input_mode=mode, pixel_mean=mean, pixel_std=std)
+        frame = (torch.tensor(mean)[channels] * 255).round().view(1, -1, 1, 1)
+        assert torch.allclose(model.normalise(frame), torch.zeros(()), atol=1e-5)
+        spread = torch.tensor(std)[channels].view(1, -1, 1, 1) * 255
+        assert torch.allclose(model.normalise(frame + spread), torch.ones(()), atol=1e-5)
 
 
 @pytest.mark.parametrize(("batch_norm", "make_vgg"), [(False, vgg16), (True, vgg16_bn)])
