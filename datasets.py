@@ -46,7 +46,7 @@ from ssd.augment import (
     view_pixels,
     whole_frame,
 )
-from ssd.boxes import feature_map_sizes
+from ssd.boxes import make_grids
 from ssd.losses import BACKGROUND, IGNORE
 
 # ------------------------------------------------------------------------- frames
@@ -230,7 +230,9 @@ def frame_loader(
     """
     frames = frames_of(ground_truth, config)[rank() :: world_size()]
     check_images(root, [frame.id for frame in frames], config["input_mode"], without)
-    map_sizes = feature_map_sizes(config["input_size"], config.get("network", "ssd300"))
+    # Checkpoints from before a constant was added have its old value.
+    centres, network = config.get("centres", "even"), config.get("network", "ssd300")
+    grids = make_grids(config["input_size"], centres, network)
     dataset = KaistPairs(
         root,
         frames,
@@ -247,7 +249,7 @@ def frame_loader(
         workers=config["workers"],
         start_method=config.get("start_method", "auto"),  # older checkpoints have none
         shuffle=False,
-        map_sizes=[map_sizes[i] for i in infused_maps(config)],
+        map_sizes=[grids[i] for i in infused_maps(config)],
         pin_memory=device.type == "cuda",
     )
 
@@ -378,7 +380,7 @@ def make_loader(
         "batch_size": config["batch_size"],
         "workers": config["workers"],
         "start_method": config["start_method"],
-        "map_sizes": [model.map_sizes[i] for i in model.infused_maps],
+        "map_sizes": [model.grids[i] for i in model.infused_maps],
         "map_range": choose_range(config, model),
     }
     on_gpu = device.type == "cuda"

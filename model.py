@@ -16,7 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from kaist.files import InputError
-from ssd.boxes import EXTRA_LAYERS, Predictions, feature_map_sizes, prior_shapes
+from ssd.boxes import (
+    EXTRA_LAYERS,
+    STRIDES,
+    VARIANCES,
+    Predictions,
+    feature_map_sizes,
+    make_grids,
+    prior_shapes,
+)
 from ssd.layers import VGG16_STAGES, Detector, L2Norm, scaled_width, vgg_stage
 from ssd.multispectral import MLPD, INSANet
 
@@ -65,6 +73,7 @@ class SSD300(Detector):
         self.input_mode = input_mode
         self.prior_set = prior_set
         self.size = tuple(size)
+        self.centres = centres
 
         scaled = partial(scaled_width, width=width)
         if input_mode == "halfway":
@@ -95,8 +104,8 @@ class SSD300(Detector):
             )
             map_widths.append(scaled(expand))
 
-        map_sizes, shapes = feature_map_sizes(self.size), prior_shapes(prior_set)
-        self.add_heads(map_widths, map_sizes, shapes, 2, infusion, infusion_conv)
+        grids, shapes = make_grids(self.size, centres), prior_shapes(prior_set)
+        self.add_heads(map_widths, grids, shapes, 2, infusion, infusion_conv)
         if input_mode == "halfway":
             self.to_conv4_3.start_from_mean()
 
@@ -167,17 +176,31 @@ def build_model(checkpoint: dict[str, Any]) -> Detector:
     return model
 
 
-def mirror(model: Detector, predictions: Predictions) -> Predictions:
-    """What predictions of mirror images say of the images themselves, prior by prior; no masks.
+def predict_mirrored(model: Detector, images: Tensor) -> Predictions:
+    """What the mirror images of (N, C, H, W) uint8 images say of the images, prior by prior.
 
-    Each prior's mirror image is the prior of the same shape in the column counted from the other
-    side, and its offset to the right becomes one to the left.
+    A prior's partner is the prior of the same shape in the column counted from the other side, and
+    its offset to the right becomes one to the left. There are no masks.
+
+    The priors of a 300 pixels wide input with centres at strides of 8 have no partners: the 38 cells
+    are 304 pixels wide. So the mirror image is padded on its left with the mean colour, up to a
+    multiple of the coarsest stride. That shifts the cells by what the priors lack to be symmetric.
     """
-    order, first = [], 0
-    for priors, (h, w) in zip(model.map_priors(), model.map_sizes, strict=True):
-        places = torch.arange(first, first + len(priors), device=priors.device)
-        order.append(places.view(h, w, -1).flip(1).flatten())
-        first += len(priors)
-    order = torch.cat(order)
-    loc = predictions.loc[:, order] * predictions.loc.new_tensor((-1, 1, 1, 1))
-    return Predictions(loc, predictions.conf[:, order], [])
+    pad = -model.size[1] % STRIDES[-1] if model.centres == "stride" else 0
+    filler = model.mean.round().to(images.dtype).expand(len(images), -1, images.shape[2], pad)
+    predictions = model(torch.cat([filler, images.flip(3)], dim=3))
+    padded_sizes = feature_map_sizes((model.size[0], model.size[1] + pad)) if pad else model.map_sizes
+    partners, shifts, first = [], [], 0
+    for k, ((h, w), (_, columns)) in enumerate(zip(model.map_sizes, padded_sizes, strict=True)):
+        shapes = model.loc_heads[k].out_channels // 4
+        places = first + torch.arange(h * columns * shapes, device=images.device)
+        partners.append(places.view(h, columns, shapes).flip(1)[:, :w].flatten())
+        # Priors that divide the input evenly are symmetric as they are.
+        shifts.append(0.0 if k < len(STRIDES) else pad / model.size[1])
+        first += len(places)
+    partner = torch.cat(partners)
+    loc = predictions.loc[:, partner] * predictions.loc.new_tensor((-1, 1, 1, 1))
+    lengths = torch.tensor([len(p) for p in partners], device=images.device)
+    shift = torch.tensor(shifts, device=images.device).repeat_interleave(lengths)
+    loc[..., 0] += shift / (VARIANCES[0] * model.priors[:, 2])
+    return Predictions(loc, predictions.conf[:, partner], [])

@@ -82,6 +82,7 @@ PIXEL_STD = (0.2358, 0.2265, 0.2274, 0.0813)  # divided by; both as published fo
 BATCH_NORM = True  # VGG16 with BatchNorm
 WIDTH = 0.125  # width multiplier of every layer; 1.0 is VGG16
 PRIORS = "pedestrian"  # ssd300 (the paper's for VOC), ssd300-coco (smaller), pedestrian (upright)
+CENTRES = "stride"  # of the priors: stride (where the maps' cells look) or even (as the log had them)
 PRETRAINED = "none"  # none, imagenet (VGG16), coco (SSD300), or a torchvision state file's path
 LWIR_FILTERS = "sum"  # LWIR's from the published RGB filters: their sum, or mean (a third, as logged)
 INFUSION = (1, 1, 0, 0, 0, 0)  # feature maps 38, 19, 10, 5, 3, 1 with a segmentation head: 1

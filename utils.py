@@ -20,7 +20,7 @@ from engine.loader import BatchLoader
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError
 from kaist.results import Detections
-from model import SSD300, build_model, mirror
+from model import SSD300, predict_mirrored
 from ssd.augment import resize, view_pixels, whole_frame
 from ssd.boxes import Predictions, detect
 from ssd.losses import IGNORE, PERSON
@@ -183,7 +183,7 @@ def predict(
     with autocast(images.device, precision):
         predictions = model(images, with_masks)
         if config.get("test_flip"):  # checkpoints of older versions do not speak of it
-            mirrored = mirror(model, model(images.flip(3)))
+            mirrored = predict_mirrored(model, images)
             loc, conf = ((a + b) / 2 for a, b in zip(predictions[:2], mirrored[:2], strict=True))
             predictions = Predictions(loc, conf, predictions.seg)
     return predictions

@@ -18,6 +18,7 @@ BASE = {
     "pixel_mean": (0.485, 0.456, 0.406, 0.449),
     "pixel_std": (0.229, 0.224, 0.225, 0.226),
     "priors": "ssd300",
+    "centres": "even",
     "pretrained": "imagenet",
     "lwir_filters": "mean",
     "infusion": (0, 0, 0, 0, 0, 0),

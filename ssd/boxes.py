@@ -39,6 +39,18 @@ class Predictions(NamedTuple):
     seg: list[Tensor]
 
 
+class Grid(NamedTuple):
+    """The cells of a feature map: h rows of w, their centres dy and dx apart.
+
+    The centre of row i, column j is ((j + 0.5) * dx, (i + 0.5) * dy), as fractions of the input.
+    """
+
+    h: int
+    w: int
+    dy: float
+    dx: float
+
+
 def feature_map_sizes(size: tuple[int, int], network: str = "ssd300") -> list[tuple[int, int]]:
     """(height, width) of a network's six feature maps for an input of (height, width) pixels.
 
@@ -118,16 +130,35 @@ def prior_shapes(prior_set: str) -> list[list[tuple[float, float]]]:
     return [[(min(w, 1.0), min(h, 1.0)) for w, h in map_shapes] for map_shapes in shapes]
 
 
-def make_priors(map_sizes: list[tuple[int, int]], shapes: list[list[tuple[float, float]]]) -> Tensor:
+def make_grids(size: tuple[int, int], centres: str, network: str = "ssd300") -> list[Grid]:
+    """The cells of a network's six feature maps for an input of (height, width) pixels.
+
+    Args:
+        centres: "even" divides the input evenly among a map's cells, as the logged experiments did.
+            "stride" takes SSD300's own stride on the four finest maps, as torchvision does: 38 cells
+            of 8 pixels reach beyond an input of 300. The two coarsest maps stay even, because their
+            convolutions are not padded.
+        network: as in `feature_map_sizes`; other networks than "ssd300" are always even.
+
+    Raises:
+        InputError: as `feature_map_sizes`.
+    """
+    grids = [Grid(h, w, 1 / h, 1 / w) for h, w in feature_map_sizes(size, network)]
+    if centres == "stride" and network == "ssd300":
+        for i, stride in enumerate(STRIDES):
+            grids[i] = grids[i]._replace(dy=stride / size[0], dx=stride / size[1])
+    return grids
+
+
+def make_priors(grids: list[Grid], shapes: list[list[tuple[float, float]]]) -> Tensor:
     """(P, 4) float32 cxcywh priors as fractions of the input.
 
-    A cell's priors share its centre ((column + 0.5) / w, (row + 0.5) / h). Priors may cross the
-    border: 2,740 of SSD300's 8,732 do.
+    A cell's priors share its centre. They may cross the border: 2,740 of SSD300's 8,732 do.
     """
     priors = []
-    for (h, w), map_shapes in zip(map_sizes, shapes, strict=True):
+    for (h, w, dy, dx), map_shapes in zip(grids, shapes, strict=True):
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        centres = torch.stack([(columns + 0.5) / w, (rows + 0.5) / h], dim=-1)
+        centres = torch.stack([(columns + 0.5) * dx, (rows + 0.5) * dy], dim=-1)
         wh = torch.tensor(map_shapes).expand(h, w, -1, 2)
         centres = centres.unsqueeze(2).expand_as(wh)
         priors.append(torch.cat([centres, wh], dim=-1).reshape(-1, 4))

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,16 @@ from torchvision.ops import box_convert, nms
 
 from kaist.files import InputError
 from model import SSD300, L2Norm
-from ssd.boxes import Predictions, decode, detect, encode, feature_map_sizes, make_priors, prior_shapes
+from ssd.boxes import (
+    Predictions,
+    decode,
+    detect,
+    encode,
+    feature_map_sizes,
+    make_grids,
+    make_priors,
+    prior_shapes,
+)
 from ssd.pretrained import convert_torchvision_ssd, convert_torchvision_vgg, load_pretrained
 
 
@@ -81,7 +91,7 @@ def test_feature_maps_follow_the_input_size():
 
 
 def test_priors_by_hand():
-    priors = make_priors(feature_map_sizes((300, 300)), prior_shapes("ssd300"))
+    priors = make_priors(make_grids((300, 300), "even"), prior_shapes("ssd300"))
     assert priors.shape == (8732, 4)
     assert torch.allclose(priors[0], torch.tensor([0.5 / 38, 0.5 / 38, 0.1, 0.1]))
     between = math.sqrt(0.1 * 0.2)
@@ -92,6 +102,27 @@ def test_priors_by_hand():
     corners = box_convert(priors, "cxcywh", "xyxy")
     crossing = ((corners < -1e-6) | (corners > 1 + 1e-6)).any(1).sum()
     assert crossing == 2740  # known of SSD300's priors
+
+
+def test_priors_lie_where_cells_look():
+    """A cell sees best what is at its prior's centre: by a network of equal weights, whose maps are
+    blurred images, on the map of a bright dot. The two coarsest maps are left as they are."""
+    even, stride = (make_grids((300, 300), centres) for centres in ("even", "stride"))
+    assert stride[4:] == even[4:] and stride[:2] == [(38, 38, 8 / 300, 8 / 300), (19, 19, 16 / 300, 16 / 300)]
+    assert np.allclose(make_grids((512, 640), "stride"), make_grids((512, 640), "even"))
+    model = make_model(infusion=(0,) * 6, prior_set="pedestrian", centres="stride").eval()
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.constant_(layer.weight, 1 / layer.weight[0].numel())
+    for x in (36, 148, 276):  # 8 (j + 0.5) for j = 4, 18, 34
+        image = torch.zeros(1, 1, 300, 300)
+        image[..., 146:150, x - 2 : x + 2] = 1
+        with torch.no_grad():
+            conv4_3 = model.to_conv4_3(image)[0, 0].double()
+        centre = (conv4_3.sum(0) * (torch.arange(38) + 0.5) * 8).sum() / conv4_3.sum()
+        assert centre == pytest.approx(x, abs=1)  # even cells would be off by 3.6 at the last
+    centres = model.priors[:: len(prior_shapes("pedestrian")[0])][:38, 0] * 300
+    assert torch.allclose(centres, torch.arange(38) * 8 + 4.0)
 
 
 def test_priors_move_with_the_model_but_are_not_saved():

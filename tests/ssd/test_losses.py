@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import box_convert, box_iou
 
-from ssd.boxes import Predictions, encode, feature_map_sizes, make_priors, prior_shapes
+from ssd.boxes import Predictions, encode, make_grids, make_priors, prior_shapes
 from ssd.losses import MultiBoxLoss, SegmentationLoss, match, match_static
 from tools.reference import plain_multibox_loss
 
-PRIORS = make_priors(feature_map_sizes((300, 300)), prior_shapes("ssd300"))
+PRIORS = make_priors(make_grids((300, 300), "even"), prior_shapes("ssd300"))
 
 
 def random_batch(n, most, seed, share_ignored=0.3):
