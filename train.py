@@ -90,6 +90,7 @@ INFUSION_CONV = False  # a 3x3 convolution before each head's 1x1
 # -------- loss
 LOC_LOSS = "smooth_l1"  # l1 or smooth_l1
 LOC_REDUCTION = "sum"  # sum (over the positives' number, as in the paper) or mean (a quarter)
+CONF_DIVISOR = "balanced"  # of the conf loss: positives (the paper's), or balanced for small batches
 SEG_CELLS = "mean"  # a map's mask loss over its cells: mean or sum
 SEG_MAPS = "sum"  # the mask losses over the maps: mean, sum, or uncertainty (learned weights)
 SEG_WEIGHT = 1.0  # weight of the mask loss in the total
@@ -151,7 +152,7 @@ def main() -> None:
     train_loader = make_loader(vars(config), frames, model, device)
 
     # Loss and optimiser.
-    terms = ("loc_loss", "loc_reduction", "seg_cells", "seg_maps", "seg_weight")
+    terms = ("loc_loss", "loc_reduction", "conf_divisor", "seg_cells", "seg_maps", "seg_weight")
     settings = {name: getattr(config, name) for name in terms}
     criterion = Criterion(model.priors, model.infused_maps, **settings).to(device)
     optimizer = make_optimizer(

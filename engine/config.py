@@ -24,11 +24,13 @@ ROOT = Path(__file__).parents[1]  # of the repository; its constants' relative p
 CHOICES = {
     "input_mode": ("lwir", "visible", "mean", "early", "halfway"),
     "priors": ("ssd300", "ssd300-coco", "pedestrian"),
+    "centres": ("even", "stride"),
     "lwir_filters": ("mean", "sum"),
     "seg_cells": ("mean", "sum"),
     "seg_maps": ("mean", "sum", "uncertainty"),
     "out_of_range": ("keep", "background", "ignore"),
     "loc_loss": ("l1", "smooth_l1"),
+    "conf_divisor": ("positives", "balanced"),
     "loc_reduction": ("mean", "sum"),
     "optimizer": ("sgd", "adam"),
     "schedule": ("constant", "step", "cosine"),
@@ -343,7 +345,7 @@ def model_arguments(config: Namespace) -> dict[str, Any]:
     """The arguments of the network, as a checkpoint keeps them."""
     names = (
         *("input_mode", "pixel_mean", "pixel_std", "batch_norm", "width"),
-        *("infusion", "infusion_conv"),
+        *("infusion", "infusion_conv", "centres"),
     )
     arguments = {name: getattr(config, name) for name in names}
     return arguments | {"prior_set": config.priors, "size": config.input_size}

@@ -30,6 +30,7 @@ BASE = {
     "out_of_range": "keep",
     "loc_loss": "l1",
     "loc_reduction": "mean",
+    "conf_divisor": "positives",
     "optimizer": "sgd",
     "lr": 1e-3,
     "bias_lr_factor": 2.0,

@@ -182,14 +182,18 @@ class MultiBoxLoss(nn.Module):
     """SSD's loss (section 2.2 of the paper): localisation of matched priors, and confidence.
 
     Confidence is the cross-entropy of all positive priors and of the hardest negatives, three a
-    positive; both losses are divided by the number of positives in the batch (at least 1). Processes
-    that share a batch count the positives of all of it: the mean of their losses is the batch's.
+    positive. Localisation is divided by the number of positives in the batch (at least 1). Processes
+    that share a batch count what all of it holds: the mean of their losses is the batch's.
 
     Args:
         priors: (P, 4) cxcywh fractions.
         loc_loss: "l1" or "smooth_l1".
         loc_reduction: "sum" over coordinates, divided by the positives as in the paper; or
             "mean" over coordinates too (a quarter of it), as the logged experiments did.
+        conf_divisor: what confidence is divided by. "positives": their number, as in the paper.
+            Frames without people add negatives to it, so that a small batch with few positives
+            has many terms a positive. "balanced": a third of the negatives where that is more, so
+            that there are 3 to 4 terms to one of the divisor.
         match_iou: a prior that overlaps a person by at least this IoU is positive.
         negative_ratio: mined negatives for each positive.
         min_negatives: mined negatives of a frame with fewer positives, so that frames of pure
@@ -202,6 +206,7 @@ class MultiBoxLoss(nn.Module):
         *,
         loc_loss: str,
         loc_reduction: str,
+        conf_divisor: str = "positives",
         match_iou: float = 0.5,
         negative_ratio: int = 3,
         min_negatives: int = 3,
@@ -210,6 +215,7 @@ class MultiBoxLoss(nn.Module):
         self.register_buffer("priors", priors, persistent=False)
         self.distance = {"l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}[loc_loss]
         self.loc_terms = {"sum": 1, "mean": 4}[loc_reduction]
+        self.balanced = conf_divisor == "balanced"
         self.match_iou = match_iou
         self.negative_ratio = negative_ratio
         self.min_negatives = min_negatives
@@ -223,14 +229,18 @@ class MultiBoxLoss(nn.Module):
             labels: (N, M) int64: 1 person, -1 ignore, 0 padding.
         """
         terms = self.sparse if predictions.loc.device.type == "cpu" else self.static
-        loc, conf, positives = terms(predictions, boxes, labels)
-        count = all_reduce_sum(positives).clamp(min=1) / world_size()
-        return loc / (self.loc_terms * count), conf / count
+        loc, conf, positives, negatives = terms(predictions, boxes, labels)
+        positives = all_reduce_sum(positives).clamp(min=1) / world_size()
+        divisor = positives
+        if self.balanced:
+            negatives = all_reduce_sum(negatives) / world_size()
+            divisor = torch.maximum(positives, negatives / self.negative_ratio)
+        return loc / (self.loc_terms * positives), conf / divisor
 
     def sparse(
         self, predictions: Predictions, boxes: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of loc and conf, and the number of positives.
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums of loc and conf, and the numbers of positives and of mined negatives.
 
         Only priors that have a loss are looked at, which is the fast way on a CPU.
         """
@@ -247,11 +257,11 @@ class MultiBoxLoss(nn.Module):
         # With two classes the cross-entropy is softplus of the logits' difference.
         margin = torch.cat([-margin[: len(positive)], margin[len(positive) :]])
         sums = self.distance(loc, offsets, reduction="sum"), F.softplus(margin).sum()
-        return *sums, torch.tensor(len(positive))
+        return *sums, torch.tensor(len(positive)), torch.tensor(len(negative))
 
     def static(
         self, predictions: Predictions, boxes: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The same from all priors, with shapes that no value changes.
 
         A GPU never waits for the host to look at a value.
@@ -271,7 +281,7 @@ class MultiBoxLoss(nn.Module):
         mined = rank < self.n_negatives(positive.sum(1)).unsqueeze(1)
         conf = F.softplus(hardest).masked_fill(~mined, 0).sum()
         conf = conf + F.softplus(-margin).masked_fill(~positive, 0).sum()
-        return loc, conf, positive.sum()
+        return loc, conf, positive.sum(), (mined & (hardest > -torch.inf)).sum()
 
     def n_negatives(self, n_positives: Tensor) -> Tensor:
         """How many negatives are mined of frames (N,) with so many positives."""
@@ -355,8 +365,8 @@ class Criterion(nn.Module):
     Called with predictions and a batch's boxes, labels and masks; returns the float32 `terms`.
 
     Args:
-        priors, loc_loss, loc_reduction: as in `MultiBoxLoss`; seg_cells, seg_maps: as `cells` and
-            `maps` in `SegmentationLoss`.
+        priors, loc_loss, loc_reduction, conf_divisor: as in `MultiBoxLoss`.
+        seg_cells, seg_maps: as `cells` and `maps` in `SegmentationLoss`.
         infused_maps: indices of the feature maps with a segmentation head.
 
     Attributes:
@@ -371,12 +381,15 @@ class Criterion(nn.Module):
         *,
         loc_loss: str,
         loc_reduction: str,
+        conf_divisor: str,
         seg_cells: str,
         seg_maps: str,
         seg_weight: float,
     ) -> None:
         super().__init__()
-        self.multibox = MultiBoxLoss(priors, loc_loss=loc_loss, loc_reduction=loc_reduction)
+        self.multibox = MultiBoxLoss(
+            priors, loc_loss=loc_loss, loc_reduction=loc_reduction, conf_divisor=conf_divisor
+        )
         self.segmentation = SegmentationLoss(len(infused_maps), cells=seg_cells, maps=seg_maps)
         self.seg_weight = seg_weight
         of_maps = (f"seg_map{i + 1}" for i in infused_maps)

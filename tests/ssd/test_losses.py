@@ -138,7 +138,7 @@ def test_hard_cases_equal_the_plain_loss(name):
     plain = plain_multibox_loss(predictions, boxes, labels, PRIORS)
     plain_gradient = torch.autograd.grad(plain, (loc, conf))
     for way in (criterion.sparse, criterion.static):
-        *sums, positives = way(predictions, boxes, labels)
+        *sums, positives, _ = way(predictions, boxes, labels)
         ours = sum(sums) / positives
         assert torch.isclose(ours, plain, rtol=1e-5)
         gradient = torch.autograd.grad(ours, (loc, conf))
@@ -157,7 +157,7 @@ def test_both_ways_give_the_same_loss_and_gradient(seed):
     conf = torch.randn(5, len(priors), 2, requires_grad=True)
     criterion = MultiBoxLoss(priors, loc_loss="l1", loc_reduction="sum")
     ways = [way(Predictions(loc, conf, []), boxes, labels) for way in (criterion.sparse, criterion.static)]
-    assert ways[0][2] == ways[1][2]
+    assert ways[0][2:] == ways[1][2:]
     for term in (0, 1):
         a, b = (way[term] for way in ways)
         assert torch.isclose(a, b, rtol=1e-5)
@@ -171,7 +171,7 @@ def test_static_way_looks_at_no_value_and_keeps_its_shapes():
     criterion = MultiBoxLoss(priors, loc_loss="smooth_l1", loc_reduction="sum")
 
     def step(loc, conf, boxes, labels):
-        loc_sum, conf_sum, count = criterion.static(Predictions(loc, conf, []), boxes, labels)
+        loc_sum, conf_sum, count, _ = criterion.static(Predictions(loc, conf, []), boxes, labels)
         return (loc_sum + conf_sum) / count.clamp(min=1)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -278,6 +278,22 @@ def test_empty_frames_teach_and_stay_finite():
         assert losses[0] == 0 and losses[1].item() == pytest.approx(6 * math.log(2), rel=1e-5)
         grads = torch.autograd.grad(sum(losses), (loc, conf))
         assert all(g.isfinite().all() for g in grads) and grads[1].abs().sum() > 0
+
+
+def test_frames_without_people_do_not_inflate_the_balanced_loss():
+    """One person in a batch of eight: 3 negatives of its frame, and 3 of each of the others."""
+    boxes, labels = torch.zeros(8, 1, 4), torch.zeros(8, 1, dtype=torch.int64)
+    boxes[0, 0], labels[0, 0] = PRIORS[4000], 1
+    boxes[0] = box_convert(boxes[0], "cxcywh", "xyxy")
+    predictions = Predictions(torch.zeros(8, 8732, 4), torch.zeros(8, 8732, 2), [])
+    n = int((match(boxes, labels, PRIORS, 0.5)[0] == 1).sum())
+    terms = 4 * n + 21
+    for divisor, expected in (("positives", terms / n), ("balanced", terms / (n + 7))):
+        criterion = MultiBoxLoss(PRIORS, loc_loss="l1", loc_reduction="sum", conf_divisor=divisor)
+        loss = criterion(predictions, boxes, labels)[1].item()
+        assert loss == pytest.approx(expected * math.log(2), rel=1e-5)
+    no_one = criterion(predictions, boxes, torch.zeros_like(labels))[1].item()
+    assert no_one == pytest.approx(3 * math.log(2), rel=1e-5)
 
 
 def test_loc_mean_is_a_quarter_of_the_sum():
