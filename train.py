@@ -93,6 +93,8 @@ LOC_REDUCTION = "sum"  # sum (over the positives' number, as in the paper) or me
 CONF_DIVISOR = "balanced"  # of the conf loss: positives (the paper's), or balanced for small batches
 SEG_CELLS = "mean"  # a map's mask loss over its cells: mean or sum
 SEG_MAPS = "sum"  # the mask losses over the maps: mean, sum, or uncertainty (learned weights)
+SEG_BALANCE = "none"  # weights of a map's cells: none, share (of the persons'), height (SDS-RCNN's)
+SEG_PERSON_SHARE = 0.2  # of the weight that a map's person cells have together; for SEG_BALANCE = "share"
 SEG_WEIGHT = 1.0  # weight of the mask loss in the total
 MASKS_FOLLOW = True  # masks follow the augmentation (rows 18 to 25 of the log: they did not)
 OUT_OF_RANGE = "keep"  # persons no prior of a map matches, in its mask: keep, background, ignore
@@ -152,9 +154,12 @@ def main() -> None:
     train_loader = make_loader(vars(config), frames, model, device)
 
     # Loss and optimiser.
-    terms = ("loc_loss", "loc_reduction", "conf_divisor", "seg_cells", "seg_maps", "seg_weight")
+    terms = (
+        *("loc_loss", "loc_reduction", "conf_divisor"),
+        *("seg_cells", "seg_maps", "seg_balance", "seg_person_share", "seg_weight"),
+    )
     settings = {name: getattr(config, name) for name in terms}
-    criterion = Criterion(model.priors, model.infused_maps, **settings).to(device)
+    criterion = Criterion(model.priors, model.grids, model.infused_maps, **settings).to(device)
     optimizer = make_optimizer(
         model,
         criterion,

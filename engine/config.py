@@ -28,6 +28,7 @@ CHOICES = {
     "lwir_filters": ("mean", "sum"),
     "seg_cells": ("mean", "sum"),
     "seg_maps": ("mean", "sum", "uncertainty"),
+    "seg_balance": ("none", "share", "height"),
     "out_of_range": ("keep", "background", "ignore"),
     "loc_loss": ("l1", "smooth_l1"),
     "conf_divisor": ("positives", "balanced"),
@@ -58,6 +59,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "eval_every": (1, 10**6),
     "validation": (0, BELOW_1),
     "seg_weight": (0, 10**6),
+    "seg_person_share": (0, BELOW_1),
     "zoom_out": (1, 16),
     "copy_paste": (0, 1),
     "modality_dropout": (0, 1),
@@ -271,11 +273,14 @@ def check_infusion(values: dict[str, Any]) -> None:
     """
     if not set(values["infusion"]) <= {0, 1}:
         refuse("infusion", values["infusion"], "write 1 for a map with a segmentation head, else 0")
+    if values.get("seg_balance") == "height" and not values["masks_follow"]:
+        refuse("seg_balance", "height", "it takes heights after the augmentation: set MASKS_FOLLOW")
     if any(values["infusion"]):
         return
     without = {
         "infusion_conv": (False,),
         "seg_maps": ("mean", "sum"),
+        "seg_balance": ("none",),
         "out_of_range": ("keep",),
         "seg_weight": (1.0, 0.0),
     }

@@ -25,6 +25,8 @@ BASE = {
     "infusion_conv": False,
     "seg_cells": "mean",
     "seg_maps": "mean",
+    "seg_balance": "none",
+    "seg_person_share": 0.2,
     "seg_weight": 1.0,
     "masks_follow": False,
     "out_of_range": "keep",

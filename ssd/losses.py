@@ -6,7 +6,6 @@ Both take a whole batch as padded tensors; no loop runs over its images. Label 1
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,167 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.distributed import all_reduce_sum, world_size
-from ssd.boxes import Predictions, encode, to_corners
+from kaist.annotations import FRAME_HEIGHT
+from ssd.boxes import Grid, Predictions, encode
+from ssd.matching import BACKGROUND, IGNORE, PERSON, match, match_static
 
-PERSON, BACKGROUND, IGNORE = 1, 0, -1
-TIE = 1e-5  # overlaps that differ by no more than this share are equal
 LOG_VARIANCE_LIMIT = 5.0  # learned weights stay between exp(-5) and exp(5)
-
-
-# ------------------------------------------------------------------------------ matching
-#
-# SSD's matching (section 2.2 of the paper), written twice: `match` does only what an image's objects
-# need and suits a CPU; `match_static` is a fixed sequence of operations on whole batches, so that a
-# GPU never waits for the host and the graph compiles. Tests hold the two equal.
-#
-# The best prior of each ignored object is ignored, with all that tie for it. Of the others each person
-# owns one, by greedy bipartite matching in descending IoU. Of equal overlaps the earlier person goes
-# first, then the earlier prior. Any other prior with an IoU of `match_iou` goes by the object of its
-# highest IoU: positive if that is a person, ignored if it is to be ignored. Of the rest, a prior with
-# half of its area inside an ignored object is ignored. What remains is background.
-
-
-@torch.no_grad()
-def match(boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float) -> tuple[Tensor, Tensor]:
-    """Which object each prior answers for, image by image.
-
-    Args:
-        boxes: (N, M, 4) xyxy fractions; labels: (N, M) int64: 1 person, -1 ignore, 0 padding.
-        priors: (P, 4) cxcywh fractions.
-        match_iou: a prior that overlaps a person by this IoU is positive.
-
-    Returns:
-        target: (N, P) int8: 1 person, 0 background, -1 ignored.
-        matched_idxs: (N, P) int64 index of a prior's object, meaningful where target is 1.
-    """
-    corners, areas = prior_corners(priors)
-    target = np.zeros((len(boxes), len(priors)), np.int8)
-    matched_idxs = np.zeros(target.shape, np.int64)
-    for i, kinds in enumerate(labels.numpy()):
-        persons, ignored = (np.flatnonzero(kinds == kind) for kind in (PERSON, IGNORE))
-        objects, n = np.append(persons, ignored), len(persons)
-        if not len(objects):
-            continue
-        own = boxes[i, torch.from_numpy(objects)]
-        shared = intersection(own, corners)
-        inside = (shared[n:] >= 0.5 * areas).any(0).numpy()
-        union = (box_areas(own).unsqueeze(1) + areas).sub_(shared)
-        overlaps = shared.div_(union)
-        taken = is_best(overlaps[n:]).any(0).numpy()
-        iou = overlaps.numpy()
-        near = np.flatnonzero(iou.max(0) >= match_iou)
-        best = iou[:, near].argmax(0)
-        iou[:n, taken] = -1
-        owner, owned = match_bipartite(iou[:n])
-        target[i, inside] = IGNORE
-        target[i, near] = np.where(best < n, PERSON, IGNORE)
-        target[i, taken] = IGNORE
-        target[i, owned] = PERSON
-        matched_idxs[i, near] = objects[best]
-        matched_idxs[i, owned] = objects[owner]
-    return torch.from_numpy(target), torch.from_numpy(matched_idxs)
-
-
-def match_bipartite(iou: np.ndarray) -> tuple[list[int], list[int]]:
-    """Greedy bipartite matching: rows, and the column that each of them owns.
-
-    Every row waits with its best overlap in a queue. The highest overlap gets its column if that is
-    free; else the row waits again with its best overlap among the free columns. Where there are too
-    few columns, some rows own none.
-
-    Args:
-        iou: (m, P) overlaps, -1 where a column is not to be had; refused ones become -1.
-    """
-    best = iou.argmax(1).tolist()  # numpy's is many times faster than torch's
-    queue = [(-iou[row, column], row, column) for row, column in enumerate(best)]
-    heapq.heapify(queue)
-    taken: dict[int, int] = {}
-    while queue and queue[0][0] <= 0:
-        _, row, column = queue[0]
-        if column in taken:
-            iou[row, list(taken)] = -1
-            column = int(iou[row].argmax())
-            heapq.heapreplace(queue, (-iou[row, column], row, column))
-        else:
-            taken[column] = row
-            heapq.heappop(queue)
-    return list(taken.values()), list(taken)
-
-
-@torch.no_grad()
-def match_static(boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float) -> tuple[Tensor, Tensor]:
-    """`match` as a fixed sequence of operations, whatever the values are."""
-    corners, areas = prior_corners(priors)
-    shared = intersection(boxes, corners)  # (N, M, P)
-    iou = shared / (box_areas(boxes).unsqueeze(2) + areas - shared)
-    person, ignored = (labels == PERSON).unsqueeze(2), (labels == IGNORE).unsqueeze(2)
-    inside = ((shared >= 0.5 * areas) & ignored).any(1)
-    of_ignored = iou.masked_fill(~ignored, -1.0)
-    iou = iou.masked_fill(~person, -1.0)
-    taken = is_best(of_ignored).any(1)
-
-    best, matched_idxs = iou.max(1)
-    near = torch.maximum(best, of_ignored.amax(1)) >= match_iou
-    positive = near & (best >= of_ignored.amax(1)) & ~taken
-    target = torch.where(positive, PERSON, (near | inside | taken) * IGNORE).to(torch.int8)
-
-    owned = match_bipartite_static(iou.masked_fill(taken.unsqueeze(1), -1.0))
-    rows = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
-    spare = target.new_zeros((len(target), 1))  # where those who own none are written
-    target = torch.cat([target, spare], 1).scatter(1, owned, PERSON)[:, :-1]
-    matched_idxs = torch.cat([matched_idxs, spare], 1).scatter(1, owned, rows)[:, :-1]
-    return target, matched_idxs
-
-
-def match_bipartite_static(iou: Tensor) -> Tensor:
-    """`match_bipartite` of a batch: the highest overlap left is served, min(M, P) times.
-
-    Args:
-        iou: (N, M, P) overlaps, -1 for what is no person.
-
-    Returns:
-        (N, M) int64 index of the prior each object owns, P where it owns none.
-    """
-    n, m, p = iou.shape
-    rows, columns = (torch.arange(k, device=iou.device) for k in (m, p))
-    owned = torch.full((n, m), p, device=iou.device)
-    for _ in range(min(m, p)):
-        overlap, place = iou.flatten(1).max(1, keepdim=True)
-        row, column = place // p, place % p
-        owned = owned.scatter(1, row, torch.where(overlap >= 0, column, owned.gather(1, row)))
-        taken = (rows == row).unsqueeze(2) | (columns == column).unsqueeze(1)
-        iou = iou.masked_fill(taken, -1.0)
-    return owned
-
-
-def is_best(iou: Tensor) -> Tensor:
-    """Which of overlaps (…, P) are the highest of their row, but for rounding.
-
-    An object that several priors of one size enclose overlaps all of them alike. A row without any
-    overlap has no best one.
-    """
-    return (iou >= iou.amax(-1, keepdim=True) * (1 - TIE)) & (iou > 0)
-
-
-def prior_corners(priors: Tensor) -> tuple[Tensor, Tensor]:
-    """xyxy corners (4, P) of cxcywh priors, a row each, and their areas (P,)."""
-    return box_convert(priors, "cxcywh", "xyxy").T.contiguous(), priors[:, 2] * priors[:, 3]
-
-
-def intersection(boxes: Tensor, corners: Tensor) -> Tensor:
-    """(…, P) overlap areas of boxes (…, 4) xyxy with priors' `corners` (4, P)."""
-    x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(-2)
-    width = torch.minimum(x1, corners[2]).sub_(torch.maximum(x0, corners[0])).clamp_(min=0)
-    height = torch.minimum(y1, corners[3]).sub_(torch.maximum(y0, corners[1])).clamp_(min=0)
-    return width.mul_(height)
-
-
-def box_areas(boxes: Tensor) -> Tensor:
-    """(…,) areas of boxes (…, 4) xyxy."""
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-
-
-# ------------------------------------------------------------------------------ losses
+HEIGHT_UNIT = 50.0  # pixels of height that add 1 to the weight of a person's cells, SDS-RCNN's
 
 
 class MultiBoxLoss(nn.Module):
@@ -318,12 +162,20 @@ class SegmentationLoss(nn.Module):
         maps: "mean" or "sum" over the feature maps, or "uncertainty": a sum in which each map's
             loss L counts exp(-s) L + s / 2 with a learned s, the logarithm of its variance (Kendall
             et al., "Multi-Task Learning Using Uncertainty to Weigh Losses", CVPR 2018).
+        balance: weights of the cells, of a mean of 1 over a batch. "none": all alike. "share": a
+            map's person cells together have `person_share` of the weight. "height": a person's cells
+            count 1 + height / 50 to a background cell's 1, with the height in pixels of a 512 pixels
+            high frame (SDS-RCNN: Brazil et al., ICCV 2017).
     """
 
-    def __init__(self, n_maps: int, *, cells: str, maps: str) -> None:
+    def __init__(
+        self, n_maps: int, *, cells: str, maps: str, balance: str = "none", person_share: float = 0.2
+    ) -> None:
         super().__init__()
         self.cells = cells
         self.maps = maps
+        self.balance = balance
+        self.person_share = person_share
         if maps == "uncertainty":
             self.log_variance = nn.Parameter(torch.zeros(n_maps))
 
@@ -335,28 +187,63 @@ class SegmentationLoss(nn.Module):
         """-s of each map, bounded: a loss of zero would raise its weight without end."""
         return -self.log_variance.clamp(-LOG_VARIANCE_LIMIT, LOG_VARIANCE_LIMIT)
 
-    def forward(self, seg: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, seg: Sequence[Tensor], masks: Sequence[Tensor], heights: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor]:
         """The loss, a float32 scalar (0 without infused maps), and each map's own, (maps,).
 
         Args:
             seg: per infused map (N, 2, h, w) logits of background and person.
             masks: per infused map (N, h, w) int64: 1 person, 0 background, -1 left out.
+            heights: per infused map (N, h, w) as from `cell_heights`, where `balance` asks for them.
         """
         if not seg:
             return torch.zeros(()), torch.zeros(0)
         losses = []
-        for logits, mask in zip(seg, masks, strict=True):
-            loss = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="sum")
+        for i, (logits, mask) in enumerate(zip(seg, masks, strict=True)):
+            entropy = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="none")
+            if self.balance == "share":
+                entropy = entropy * self.normalise(self.share_weights(mask), mask)
+            elif self.balance == "height":
+                entropy = entropy * self.normalise(1 + heights[i] / HEIGHT_UNIT, mask)
+            n_cells = len(mask)
             if self.cells == "mean":
-                cells = all_reduce_sum((mask != IGNORE).sum()).clamp(min=1) / world_size()
-            else:
-                cells = len(mask)
-            losses.append(loss / cells)
+                n_cells = all_reduce_sum((mask != IGNORE).sum()).clamp(min=1) / world_size()
+            losses.append(entropy.sum() / n_cells)
         losses = torch.stack(losses)
         if self.maps == "uncertainty":
             precision = self.bounded()
             return (precision.exp() * losses - precision / 2).sum(), losses
         return (losses.sum() if self.maps == "sum" else losses.mean()), losses
+
+    def share_weights(self, mask: Tensor) -> Tensor:
+        """Weights (N, h, w) that give a map's person cells `person_share` of the total."""
+        n_persons, n_background = (all_reduce_sum((mask == kind).sum()) for kind in (PERSON, BACKGROUND))
+        odds = self.person_share / (1 - self.person_share)
+        return torch.where(mask == PERSON, odds * n_background.clamp(min=1) / n_persons, 1.0)
+
+    def normalise(self, weights: Tensor, mask: Tensor) -> Tensor:
+        """Weights (N, h, w) of a mean of 1 over the cells of a batch that are not left out."""
+        weights = weights * (mask != IGNORE)
+        total = all_reduce_sum(torch.stack([weights.sum(), (mask != IGNORE).sum()]))
+        return weights * total[1] / total[0].clamp(min=1e-6)
+
+
+def cell_heights(boxes: Tensor, labels: Tensor, grid: Grid) -> Tensor:
+    """(N, h, w) height of the tallest person over each cell's centre, in pixels of a KAIST frame; 0
+    where there is none.
+
+    Args:
+        boxes: (N, M, 4) xyxy fractions, padded; labels: (N, M) int64.
+    """
+    rows, columns = (
+        (torch.arange(n, device=boxes.device) + 0.5) * step
+        for n, step in ((grid.h, grid.dy), (grid.w, grid.dx))
+    )
+    x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(-2)
+    over = ((rows >= y0) & (rows < y1)).unsqueeze(3) & ((columns >= x0) & (columns < x1)).unsqueeze(2)
+    heights = ((y1 - y0).squeeze(-1) * FRAME_HEIGHT * (labels == PERSON))[..., None, None]
+    return (over * heights).amax(1) if boxes.shape[1] else boxes.new_zeros(len(boxes), grid.h, grid.w)
 
 
 class Criterion(nn.Module):
@@ -366,8 +253,9 @@ class Criterion(nn.Module):
 
     Args:
         priors, loc_loss, loc_reduction, conf_divisor: as in `MultiBoxLoss`.
-        seg_cells, seg_maps: as `cells` and `maps` in `SegmentationLoss`.
-        infused_maps: indices of the feature maps with a segmentation head.
+        grids: the cells of all feature maps; infused_maps: which of them have a segmentation head.
+        seg_cells, seg_maps, seg_balance, seg_person_share: as `cells`, `maps`, `balance` and
+            `person_share` in `SegmentationLoss`.
 
     Attributes:
         terms: names of the losses: the total, loc, conf, seg, and seg of each infused map (map 1
@@ -377,6 +265,7 @@ class Criterion(nn.Module):
     def __init__(
         self,
         priors: Tensor,
+        grids: Sequence[Grid],
         infused_maps: Sequence[int],
         *,
         loc_loss: str,
@@ -384,14 +273,23 @@ class Criterion(nn.Module):
         conf_divisor: str,
         seg_cells: str,
         seg_maps: str,
+        seg_balance: str,
+        seg_person_share: float,
         seg_weight: float,
     ) -> None:
         super().__init__()
         self.multibox = MultiBoxLoss(
             priors, loc_loss=loc_loss, loc_reduction=loc_reduction, conf_divisor=conf_divisor
         )
-        self.segmentation = SegmentationLoss(len(infused_maps), cells=seg_cells, maps=seg_maps)
+        self.segmentation = SegmentationLoss(
+            len(infused_maps),
+            cells=seg_cells,
+            maps=seg_maps,
+            balance=seg_balance,
+            person_share=seg_person_share,
+        )
         self.seg_weight = seg_weight
+        self.weighted_grids = [grids[i] for i in infused_maps] if seg_balance == "height" else []
         of_maps = (f"seg_map{i + 1}" for i in infused_maps)
         self.terms = ("loss", "loc", "conf", "seg", *of_maps)
 
@@ -404,6 +302,7 @@ class Criterion(nn.Module):
         self, predictions: Predictions, boxes: Tensor, labels: Tensor, masks: Sequence[Tensor]
     ) -> Tensor:
         loc, conf = self.multibox(predictions, boxes, labels)
-        seg, of_maps = self.segmentation(predictions.seg, masks)
+        heights = [cell_heights(boxes, labels, grid) for grid in self.weighted_grids]
+        seg, of_maps = self.segmentation(predictions.seg, masks, heights)
         total = loc + conf + self.seg_weight * seg.to(loc.device)
         return torch.stack([total, loc, conf, seg.to(loc.device), *of_maps])

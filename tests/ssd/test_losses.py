@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import box_convert, box_iou
 
-from ssd.boxes import Predictions, encode, make_grids, make_priors, prior_shapes
-from ssd.losses import MultiBoxLoss, SegmentationLoss, match, match_static
+from ssd.boxes import Grid, Predictions, encode, make_grids, make_priors, prior_shapes
+from ssd.losses import MultiBoxLoss, SegmentationLoss, cell_heights
+from ssd.matching import match, match_static
 from tools.reference import plain_multibox_loss
 
 PRIORS = make_priors(make_grids((300, 300), "even"), prior_shapes("ssd300"))
@@ -338,6 +339,37 @@ def test_learned_uncertainty_by_hand():
     assert criterion.weights() == pytest.approx([1 / (2 * a), math.exp(-5)])
     # exp(-s) L + s / 2 is lowest where exp(s) is twice the loss.
     assert criterion.log_variance.grad.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+
+
+def test_a_maps_person_cells_have_their_share_of_the_weight():
+    """One person cell of five that count: a fifth of the weight is what it has anyhow."""
+    logits, mask = torch.randn(1, 2, 2, 3), torch.tensor([[[1, 0, 0], [0, 0, -1]]])
+    entropy = F.cross_entropy(logits, mask, ignore_index=-1, reduction="none").flatten()
+    for share in (0.2, 0.5):
+        criterion = SegmentationLoss(1, cells="mean", maps="sum", balance="share", person_share=share)
+        expected = share * entropy[0] + (1 - share) * entropy[1:5].mean()
+        assert criterion([logits], [mask])[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    background = mask.clamp(max=0)  # no person: all cells alike
+    expected = F.cross_entropy(logits, background, ignore_index=-1)
+    assert criterion([logits], [background])[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    persons = torch.ones_like(mask)
+    expected = F.cross_entropy(logits, persons)
+    assert criterion([logits], [persons])[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_taller_persons_weigh_more_as_in_sds_rcnn():
+    grid = Grid(2, 2, 0.5, 0.5)
+    # 100 pixels of 512 high over the upper left cell's centre; an ignored object beside it.
+    top = 0.25 - 50 / 512
+    boxes = torch.tensor([[[0.0, top, 0.5, top + 100 / 512], [0.5, 0.0, 1.0, 1.0]]])
+    heights = cell_heights(boxes, torch.tensor([[1, -1]]), grid)
+    assert heights.flatten().tolist() == pytest.approx([100, 0, 0, 0])
+    assert cell_heights(boxes[:, :0], torch.zeros(1, 0), grid).tolist() == torch.zeros(1, 2, 2).tolist()
+    logits, mask = torch.randn(1, 2, 2, 2), torch.tensor([[[1, -1], [0, 0]]])
+    entropy = F.cross_entropy(logits, mask, ignore_index=-1, reduction="none").flatten()
+    loss = SegmentationLoss(1, cells="mean", maps="sum", balance="height")([logits], [mask], [heights])[0]
+    expected = (3 * entropy[0] + entropy[2] + entropy[3]) / 5  # 1 + 100 / 50, over the sum of weights
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_segmentation_loss_keeps_channels_apart_from_cells():
