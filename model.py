@@ -129,8 +129,9 @@ class SSD300(Detector):
 class HalfwayFusion(nn.Module):
     """Visible and LWIR each in a VGG16 stream up to conv4_3, joined there by a 1x1 convolution.
 
-    Liu et al., "Multispectral Deep Neural Networks for Pedestrian Detection" (BMVC 2016), and the
-    place of the join in MLPD (Kim et al., 2021).
+    Source: Liu et al., "Multispectral Deep Neural Networks for Pedestrian Detection" (BMVC 2016), whose
+    halfway fusion joins after conv4 too. (MLPD does not: it runs both streams through all layers and
+    joins them at each of six maps.)
 
     Args:
         visible, lwir: from 3 channels and from 1 to `channels` at an eighth of the resolution.
