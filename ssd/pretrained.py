@@ -167,11 +167,6 @@ def convert_torchvision_vgg(model: nn.Module, state: dict[str, Tensor], lwir_fil
             theirs.setdefault(layer, {})[name] = value
     for stream in backbones(model):
         ours = [layer for layer in stream if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
-        if len(ours) != len(theirs):
-            raise InputError(
-                f"these weights have {len(theirs)} backbone layers, the model has {len(ours)}",
-                "use VGG16 weights for a model without BatchNorm and VGG16-BN weights for one with it",
-            )
         for layer, values in zip(ours, theirs.values(), strict=True):
             copy_layer(layer, values, lwir_filters)
     if isinstance(model, MultispectralSSD):  # its conv6 is another; LWIR begins with red's filters
@@ -203,8 +198,6 @@ def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor], lwir_fil
     deviations in conv1_1 make up for. A network whose `pixel_mean` is torchvision's then detects
     what torchvision's does; row 35 of the lab book is one.
     """
-    if any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
-        raise InputError("COCO's SSD300 has no BatchNorm", "set BATCH_NORM = False")
     rest = [layer for part in (model.conv6_7, *model.extras) for layer in part]
     names = [
         key.removesuffix(".weight")
@@ -218,7 +211,7 @@ def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor], lwir_fil
             if i == 0:
                 weight = weight * (255 * weight.new_tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1))
             copy_layer(layer, {"weight": weight, "bias": state[f"{name}.bias"]}, lwir_filters)
-    copy_tensor(model.conv4_3_norm.scale, state["backbone.scale_weight"])
+    model.conv4_3_norm.scale.data.copy_(state["backbone.scale_weight"])
     if model.prior_set != "ssd300-coco":
         return
     for i, (loc, conf) in enumerate(zip(model.loc_heads, model.conf_heads, strict=True)):
@@ -233,12 +226,13 @@ def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor], lwir_fil
             copy_layer(head, values)
 
 
+@torch.no_grad()
 def copy_layer(layer: nn.Module, values: dict[str, Tensor], lwir_filters: str = "mean") -> None:
     """Copy weight, bias and (of a BatchNorm) statistics; adapt a 3-channel convolution's input."""
     for name, value in values.items():
         if value.ndim == 4 and value.shape[1] == 3:
             value = adapt_channels(value, layer.in_channels, lwir_filters)
-        copy_tensor(getattr(layer, name), value)
+        getattr(layer, name).copy_(value)
 
 
 def adapt_channels(weight: Tensor, channels: int, lwir_filters: str) -> Tensor:
@@ -255,14 +249,3 @@ def adapt_channels(weight: Tensor, channels: int, lwir_filters: str) -> Tensor:
     if channels == 4:
         return torch.cat([weight, lwir], dim=1)
     return lwir if channels == 1 else weight
-
-
-@torch.no_grad()
-def copy_tensor(target: Tensor, value: Tensor) -> None:
-    """Copy a published tensor over a model's, refusing another shape."""
-    if target.shape != value.shape:
-        raise InputError(
-            f"pretrained weights of shape {tuple(value.shape)} do not fit {tuple(target.shape)}",
-            "pretrained weights need WIDTH = 1.0",
-        )
-    target.copy_(value)

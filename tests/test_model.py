@@ -268,14 +268,6 @@ def test_coco_weights_leave_the_heads_of_other_priors_alone():
     assert torch.equal(ours.extras[3][2].bias, theirs["backbone.extra.4.2.bias"])
 
 
-def test_pretrained_weights_that_do_not_fit_are_refused():
-    state = vgg16(weights=None).state_dict()
-    with pytest.raises(InputError, match="WIDTH = 1.0"):
-        convert_torchvision_vgg(make_model(), state)
-    with pytest.raises(InputError, match="VGG16-BN"):
-        convert_torchvision_vgg(make_model(width=1.0, batch_norm=True), state)
-
-
 def test_no_network_names_the_remedy(monkeypatch, tmp_path):
     def unreachable(*_, **__):
         raise OSError("no route")
