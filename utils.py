@@ -20,7 +20,7 @@ from engine.loader import BatchLoader
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError
 from kaist.results import Detections
-from model import SSD300, predict_mirrored
+from model import SSD300, build_model, predict_mirrored
 from ssd.augment import resize, view_pixels, whole_frame
 from ssd.boxes import Predictions, detect
 from ssd.losses import IGNORE, PERSON

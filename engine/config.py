@@ -49,6 +49,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "workers": (0, 256),
     "max_bad_frames": (0, 10**9),
     "save_minutes": (0, 10**6),
+    "pixel_mean": (0, 1),
+    "pixel_std": (1e-3, 10),
     "width": (1e-3, 4),
     "lr": (1e-12, 1e9),
     "bias_lr_factor": (0, 1000),
@@ -247,8 +249,9 @@ def check_config(values: dict[str, Any]) -> None:
             refuse(name, value, f"choose one of {', '.join(CHOICES[name])}")
         if name in RANGES:
             low, high = RANGES[name]
-            if not (isinstance(value, int | float) and low <= value <= high):
-                refuse(name, value, f"choose a number from {low:g} to {high:g}")
+            for number in value if isinstance(value, tuple | list) else (value,):
+                if not (isinstance(number, int | float) and low <= number <= high):
+                    refuse(name, value, f"choose a number from {low:g} to {high:g}")
         if isinstance(value, str) and not value.isprintable():  # half a character, of a foreign encoding
             refuse(name, ascii(value), "write it in UTF-8, without control characters")
     if values.get("infusion"):
@@ -339,10 +342,11 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
 
 def same_kind(value: Any, default: tuple) -> bool:
     """Whether a value is a tuple or list of as many numbers as a default."""
+    kinds = {int, type(default[0])}
     return (
         isinstance(value, tuple | list)
         and len(value) == len(default)
-        and all(type(number) is int for number in value)
+        and all(type(number) in kinds for number in value)
     )
 
 

@@ -18,7 +18,8 @@ import heapq
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert
+
+from ssd.boxes import to_corners
 
 PERSON, BACKGROUND, IGNORE = 1, 0, -1
 TIE = 1e-5  # overlaps that differ by no more than this share are equal
@@ -148,7 +149,7 @@ def is_best(iou: Tensor) -> Tensor:
 
 def prior_corners(priors: Tensor) -> tuple[Tensor, Tensor]:
     """xyxy corners (4, P) of cxcywh priors, a row each, and their areas (P,)."""
-    return box_convert(priors, "cxcywh", "xyxy").T.contiguous(), priors[:, 2] * priors[:, 3]
+    return to_corners(priors).T.contiguous(), priors[:, 2] * priors[:, 3]
 
 
 def intersection(boxes: Tensor, corners: Tensor) -> Tensor:

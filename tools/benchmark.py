@@ -178,12 +178,9 @@ def training_rows(bench: Bench, n: int, width: float, n_frames: int, workers: in
         make_pairs(root, frames, cache),
         batch_size=n,
         workers=workers,
-        map_sizes=[model.map_sizes[i] for i in model.infused_maps],
+        map_sizes=[model.grids[i] for i in model.infused_maps],
         device=bench.device,
     )
-    model = SSD300(**(MODEL | {"width": width})).to(bench.device).train()
-    maps = [model.grids[i] for i in model.infused_maps]
-    loader = DeviceLoader(pairs, batch_size=n, workers=workers, map_sizes=maps, device=bench.device)
     batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
     batch = next(batches)
     predictions, loss = model(batch.images), our_loss(model)

@@ -62,14 +62,8 @@ def parse_arguments() -> Namespace:
     add("--image-list", default="imageSets/train-all.txt", help=words)
     add("--annotations", default="auto", help="a form, as of train.py, or a path")
     add("--priors", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    add(
-        "--sizes",
-        nargs="+",
-        type=input_size,
-        default=[(300, 300), (512, 640)],
-        metavar="HxW",
-        help="inputs (default: 300x300 512x640)",
-    )
+    words = "inputs (default: 300x300 512x640)"
+    add("--sizes", nargs="+", type=input_size, default=sizes, metavar="HxW", help=words)
     add("--centres", choices=CHOICES["centres"], default="stride", help="of the priors, as of train.py")
     add("--min-height", type=float, default=12.0, help="lower persons are left out, pixels")
     add("--margin", type=float, default=5.0, help="so are those closer to the border, pixels")
@@ -128,6 +122,15 @@ def annotated_frames(annotations: Annotations) -> list[str]:
 # ----------------------------------------------------------------------------------- coverage
 
 
+class Coverage(NamedTuple):
+    """How a set's priors at an input of (height, width) match persons: best_iou (n,) of each."""
+
+    name: str
+    size: tuple[int, int]
+    n_priors: int
+    best_iou: np.ndarray
+
+
 def cover(persons: np.ndarray, name: str, size: tuple[int, int], centres: str) -> Coverage:
     """How well the priors of a set, on the maps of an input of (height, width), match persons."""
     shapes, grids = prior_shapes(name), make_grids(size, centres)
@@ -149,8 +152,8 @@ def best_overlaps(
         grids: the cells of each map, as from `make_grids`.
     """
     centre, size = persons[:, None, :2], persons[:, None, 2:]
-    best = np.empty((len(shapes), len(persons)))
-    for i, (map_shapes, (h, w, dy, dx)) in enumerate(zip(shapes, grids, strict=True)):
+    best = np.zeros(len(persons))
+    for map_shapes, (h, w, dy, dx) in zip(shapes, grids, strict=True):
         step = np.array([dx, dy])
         cell = np.clip(np.floor(centre / step), 0, np.array([w, h]) - 1)
         distance = np.abs(centre - (cell + 0.5) * step)
@@ -210,10 +213,9 @@ def draw(found: list[Coverage], heights: np.ndarray, path: Path) -> None:
 def derive(persons: np.ndarray, count: int, size: tuple[int, int]) -> str:
     """A set of upright priors as the lines of `prior_shapes` to hold it, with what it matches."""
     ratio, heights = derive_heights(persons, count, size)
-    shapes = [[(ratio * h, h) for h in of_map] for of_map in heights]
-    best = best_overlaps(persons, shapes, make_grids(size, "stride")).max(0)
-    rows = "\n".join(f"            {tuple(of_map)}," for of_map in heights)
-    in_frame = ratio * FRAME_WIDTH / FRAME_HEIGHT
+    shapes = [[(ratio * h, h) for h in map_heights] for map_heights in heights]
+    best = best_overlaps(persons, shapes, make_grids(size, "stride"))
+    rows = "\n".join(f"            {tuple(map_heights)}," for map_heights in heights)
     return (
         f"width/height {ratio:g} in fractions of the input, {ratio * FRAME_WIDTH / FRAME_HEIGHT:.2f} in the "
         f"frame; {100 * np.mean(best >= MATCH_IOU):.1f}% of the persons matched\n\n"

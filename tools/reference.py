@@ -25,41 +25,24 @@ from ssd.boxes import Predictions, encode
 
 
 def plain_multibox_loss(predictions: Predictions, boxes: Tensor, labels: Tensor, priors: Tensor) -> Tensor:
-    """loc + conf as tutorials write it: image by image, hard negatives by sorting them all."""
-    area = priors[:, 2] * priors[:, 3]
-    total, n_positive = torch.zeros((), device=priors.device), 0
-    for loc, conf, image_boxes, image_labels in zip(*predictions[:2], boxes, labels, strict=True):
-        target = torch.zeros(len(priors), dtype=torch.int64, device=priors.device)
-        people, ignored = (image_boxes[image_labels == label] for label in (1, -1))
-        shared = intersection(ignored, priors)
-        target[(shared >= 0.5 * area).any(0)] = -1
-        to_ignored = shared / ((ignored[:, 2:] - ignored[:, :2]).prod(1)[:, None] + area - shared)
-        target[(to_ignored >= 0.5).any(0)] = -1
-        shared = intersection(people, priors)
-        iou = shared / ((people[:, 2:] - people[:, :2]).prod(1)[:, None] + area - shared)
-        owner = torch.zeros_like(target)
-        if len(people):
-            best, owner = iou.max(0)
-            nearer = best >= to_ignored.amax(0) if len(ignored) else True
-            target[(best >= 0.5) & nearer] = 1
-        for row in to_ignored:  # an ignored object's best prior is nobody's, nor are those that tie
-            taken = (row > 0) & (row >= row.max() * (1 - 1e-5))
-            target[taken], iou[:, taken] = -1, -1
-        for _ in people:  # each owns a prior, the best overlap of all first
-            person, prior = divmod(int(iou.argmax()), len(priors))
-            if iou[person, prior] < 0:
-                break
-            target[prior], owner[prior] = 1, person
-            iou[person], iou[:, prior] = -1, -1
-        positive = target == 1
-        offsets = encode(box_convert(people[owner[positive]], "xyxy", "cxcywh"), priors[positive])
-        entropy = F.cross_entropy(conf, target.clamp(min=0), reduction="none")
-        negatives = entropy[target == 0].sort(descending=True).values
-        n = int(positive.sum())
-        total = total + F.smooth_l1_loss(loc[positive], offsets, reduction="sum")
-        total = total + entropy[positive].sum() + negatives[: max(3, 3 * n)].sum()
-        n_positive += n
-    return total / max(1, n_positive)
+    """loc + conf of a batch: matched image by image, hard negatives by sorting all priors of each.
+
+    Args:
+        boxes: (N, M, 4) xyxy fractions; labels: (N, M); priors: (P, 4) cxcywh.
+    """
+    matches = [plain_match(*objects, priors) for objects in zip(boxes, labels, strict=True)]
+    target, matched_idxs = (torch.stack(part) for part in zip(*matches, strict=True))
+    image, prior = (target == 1).nonzero(as_tuple=True)
+    matched = box_convert(boxes[image, matched_idxs[image, prior]], "xyxy", "cxcywh")
+    offsets = encode(matched, priors[prior])
+    loc = F.smooth_l1_loss(predictions.loc[image, prior], offsets, reduction="sum")
+
+    conf = F.cross_entropy(predictions.conf.flatten(0, 1), target.clamp(min=0).flatten(), reduction="none")
+    conf = conf.view(target.shape)
+    hardest = conf.masked_fill(target != 0, 0).sort(1, descending=True).values
+    n_negatives = (3 * (target == 1).sum(1, keepdim=True)).clamp(min=3)
+    negatives = hardest[torch.arange(len(priors), device=priors.device) < n_negatives]
+    return (loc + conf[image, prior].sum() + negatives.sum()) / max(1, len(image))
 
 
 def plain_match(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,13 +55,20 @@ def plain_match(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor, 
     low, high = torch.max(boxes[:, None, :2], corners[:, :2]), torch.min(boxes[:, None, 2:], corners[:, 2:])
     shared = (high - low).clamp_(min=0)
     shared = shared[..., 0] * shared[..., 1]
-    areas, people = priors[:, 2] * priors[:, 3], (labels == 1).nonzero()[:, 0]
-    target = -(shared[labels == -1] >= 0.5 * areas).any(0).long()
+    areas = priors[:, 2] * priors[:, 3]
+    iou = shared / (box_area(boxes)[:, None] + areas - shared)
+    people, ignored = ((labels == label).nonzero()[:, 0] for label in (1, -1))
+    target = -((shared[ignored] >= 0.5 * areas) | (iou[ignored] >= 0.5)).any(0).long()
+    # An ignored object's best prior is nobody's, nor are those that tie with it.
+    highest = iou.amax(1, keepdim=True).clamp(min=1e-12)
+    taken = (iou >= highest * (1 - 1e-5))[ignored].any(0)
+    target[taken] = -1
     if not len(people):
         return target, torch.zeros_like(target)
-    iou = shared[people] / (box_area(boxes[people])[:, None] + areas - shared[people])
+    nearest_ignored = iou[ignored].amax(0) if len(ignored) else torch.zeros_like(areas)
+    iou = iou[people].masked_fill(taken, -1)
     best, matched_idxs = iou.max(0)
-    target[best >= 0.5] = 1
+    target[(best >= 0.5) & (best >= nearest_ignored)] = 1
     own = best_priors(iou)
     target[own] = 1
     matched_idxs[own] = torch.arange(len(people), device=own.device)

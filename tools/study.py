@@ -65,7 +65,7 @@ STUDIES = {
     "beyond": Study(
         "What do the changes beyond the log bring, each by itself?",
         "26b",
-        {row: (row, {}) for row in ("31", "32", "33", "34", "36", "37", "38", "40", "12", "19")},
+        rows("31 32 33 34 36 37 38 40 12 19"),
         seeds=3,
         small={"schedule": None, "epochs": 12, "eval_every": 12},
     ),
@@ -79,7 +79,7 @@ STUDIES = {
     "kaist": Study(
         "What does each row reach as the lab book has it, at full size?",
         "26b",
-        {row: (row, {}) for row in ("12", "19", *map(str, range(31, 41)))},
+        rows("12 19 31 32 33 34 35 36 37 38 39 40"),
         seeds=1,
         small=dict.fromkeys(SMALL),
     ),
