@@ -170,7 +170,7 @@ def convert_torchvision_vgg(model: nn.Module, state: dict[str, Tensor], lwir_fil
         for layer, values in zip(ours, theirs.values(), strict=True):
             copy_layer(layer, values, lwir_filters)
     if isinstance(model, MultispectralSSD):  # its conv6 is another; LWIR begins with red's filters
-        copy_tensor(model.lwir[0].weight, state["features.0.weight"][:, :1])
+        model.lwir[0].weight.data.copy_(state["features.0.weight"][:, :1])
         return
     conv6, conv7 = (layer for layer in model.conv6_7 if isinstance(layer, nn.Conv2d))
     fc6 = state["classifier.0.weight"].view(4096, 512, 7, 7)[::4, :, ::3, ::3]
