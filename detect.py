@@ -59,7 +59,7 @@ def main() -> None:
 
     # Here, so that a wrong flag or name is answered at once: torch takes a while.
     from engine.checkpoint import choose_checkpoint
-    from kaist.images import MEAN_COLOUR, join_modalities, open_view, to_array
+    from kaist.images import join_modalities, open_view, to_array
     from kaist.picture import draw_pair
     from utils import choose_device, choose_precision, detect_image, open_network
 
@@ -83,7 +83,7 @@ def main() -> None:
             skip(error, failures, len(pairs))
             continue
         arrays = {modality: to_array(view) for modality, view in views.items() if modality in wanted}
-        frame = join_modalities(arrays, config.input_mode, MEAN_COLOUR)
+        frame = join_modalities(arrays, config.input_mode, model.filler())
         boxes, scores = detect_image(model, frame, precision, **detection)
         width, height = next(iter(views.values())).size
         scale = np.tile((width / FRAME_WIDTH, height / FRAME_HEIGHT), 2)

@@ -222,8 +222,6 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     from datasets import TESTING, test_loader
     from engine.checkpoint import choose_checkpoint
     from kaist.demo import open_root
-    from model import INPUT_CHANNELS
-    from ssd.augment import mean_colour
     from utils import choose_device, choose_precision, detect_frames, open_network
 
     path = choose_checkpoint(arguments.checkpoint, find_folder(CHECKPOINTS))
@@ -242,9 +240,8 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
         nothing = Detections(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0))
         frames = choose_frames(test_set.frames, arguments.subset)
         test_set, _ = select_frames(test_set, nothing, frames)
-    map_sizes = [model.map_sizes[i] for i in model.infused_maps]
-    filler = mean_colour(INPUT_CHANNELS[config.input_mode])
-    settings = {"device": device, "filler": filler, "map_sizes": map_sizes, **pick(config, *TESTING)}
+    grids = [model.grids[i] for i in model.infused_maps]
+    settings = {"device": device, "filler": model.filler(), "map_sizes": grids, **pick(config, *TESTING)}
     loader = test_loader(root, test_set, without=arguments.blackout, **settings)
     precision = choose_precision(config.precision, device)
     detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")

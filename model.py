@@ -16,14 +16,22 @@ import torch
 from torch import Tensor, nn
 
 from kaist.files import InputError
-from ssd.boxes import EXTRA_LAYERS, Predictions, feature_map_sizes, prior_shapes
+from ssd.boxes import (
+    EXTRA_LAYERS,
+    STRIDES,
+    VARIANCES,
+    Predictions,
+    feature_map_sizes,
+    make_grids,
+    prior_shapes,
+)
 from ssd.layers import VGG16_STAGES, Detector, L2Norm, scaled_width, vgg_stage
 from ssd.multispectral import MLPD, INSANet
 
 # What a batch carries.
 INPUT_CHANNELS = {"lwir": 1, "visible": 3, "mean": 4, "early": 4, "halfway": 4}
-MEAN = (0.485, 0.456, 0.406, 0.449)  # ImageNet R, G, B, then their mean for LWIR
-STD = (0.229, 0.224, 0.225, 0.226)
+IMAGENET_MEAN = (0.485, 0.456, 0.406, 0.449)  # R, G, B, then their mean for LWIR
+IMAGENET_STD = (0.229, 0.224, 0.225, 0.226)
 
 
 class SSD300(Detector):
@@ -39,6 +47,10 @@ class SSD300(Detector):
         infusion_conv: a 3x3 convolution of the map's own width before the head's 1x1.
         prior_set: a name in `prior_shapes`.
         size: (height, width) of the input in pixels; feature maps and priors follow from it.
+        centres: where the priors lie, "even" or "stride", see `make_grids`.
+        pixel_mean, pixel_std: (R, G, B, LWIR) of pixels from 0 to 1, subtracted and divided by.
+
+    What a checkpoint from before an argument was added was trained with is its default.
 
     The priors are the non-persistent buffer `priors`, (P, 4) cxcywh fractions of the input.
     """
@@ -53,11 +65,15 @@ class SSD300(Detector):
         infusion_conv: bool,
         prior_set: str,
         size: tuple[int, int],
+        centres: str = "even",
+        pixel_mean: Sequence[float] = IMAGENET_MEAN,
+        pixel_std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__()
         self.input_mode = input_mode
         self.prior_set = prior_set
         self.size = tuple(size)
+        self.centres = centres
 
         scaled = partial(scaled_width, width=width)
         if input_mode == "halfway":
@@ -88,16 +104,16 @@ class SSD300(Detector):
             )
             map_widths.append(scaled(expand))
 
-        map_sizes, shapes = feature_map_sizes(self.size), prior_shapes(prior_set)
-        self.add_heads(map_widths, map_sizes, shapes, 2, infusion, infusion_conv)
+        grids, shapes = make_grids(self.size, centres), prior_shapes(prior_set)
+        self.add_heads(map_widths, grids, shapes, 2, infusion, infusion_conv)
         if input_mode == "halfway":
             self.to_conv4_3.start_from_mean()
 
         channels = slice(3, 4) if input_mode == "lwir" else slice(0, INPUT_CHANNELS[input_mode])
-        self.add_normalisation(MEAN[channels], STD[channels])
+        self.add_normalisation(pixel_mean[channels], pixel_std[channels])
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) uint8 -> float with ImageNet's mean and spread; "mean" averages to 3."""
+        """(N, C, H, W) uint8 -> float, less `pixel_mean` over `pixel_std`; "mean" averages to 3."""
         x = super().normalise(images)
         return (x[:, :3] + x[:, 3:]) / 2 if self.input_mode == "mean" else x
 
@@ -113,8 +129,9 @@ class SSD300(Detector):
 class HalfwayFusion(nn.Module):
     """Visible and LWIR each in a VGG16 stream up to conv4_3, joined there by a 1x1 convolution.
 
-    Liu et al., "Multispectral Deep Neural Networks for Pedestrian Detection" (BMVC 2016), and the
-    place of the join in MLPD (Kim et al., 2021).
+    Source: Liu et al., "Multispectral Deep Neural Networks for Pedestrian Detection" (BMVC 2016), whose
+    halfway fusion joins after conv4 too. (MLPD does not: it runs both streams through all layers and
+    joins them at each of six maps.)
 
     Args:
         visible, lwir: from 3 channels and from 1 to `channels` at an eighth of the resolution.
@@ -160,17 +177,31 @@ def build_model(checkpoint: dict[str, Any]) -> Detector:
     return model
 
 
-def mirror(model: Detector, predictions: Predictions) -> Predictions:
-    """What predictions of mirror images say of the images themselves, prior by prior; no masks.
+def predict_mirrored(model: Detector, images: Tensor) -> Predictions:
+    """What the mirror images of (N, C, H, W) uint8 images say of the images, prior by prior.
 
-    Each prior's mirror image is the prior of the same shape in the column counted from the other
-    side, and its offset to the right becomes one to the left.
+    A prior's partner is the prior of the same shape in the column counted from the other side, and
+    its offset to the right becomes one to the left. There are no masks.
+
+    The priors of a 300 pixels wide input with centres at strides of 8 have no partners: the 38 cells
+    are 304 pixels wide. So the mirror image is padded on its left with the mean colour, up to a
+    multiple of the coarsest stride. That shifts the cells by what the priors lack to be symmetric.
     """
-    order, first = [], 0
-    for priors, (h, w) in zip(model.map_priors(), model.map_sizes, strict=True):
-        places = torch.arange(first, first + len(priors), device=priors.device)
-        order.append(places.view(h, w, -1).flip(1).flatten())
-        first += len(priors)
-    order = torch.cat(order)
-    loc = predictions.loc[:, order] * predictions.loc.new_tensor((-1, 1, 1, 1))
-    return Predictions(loc, predictions.conf[:, order], [])
+    pad = -model.size[1] % STRIDES[-1] if model.centres == "stride" else 0
+    filler = model.mean.round().to(images.dtype).expand(len(images), -1, images.shape[2], pad)
+    predictions = model(torch.cat([filler, images.flip(3)], dim=3))
+    padded_sizes = feature_map_sizes((model.size[0], model.size[1] + pad)) if pad else model.map_sizes
+    partners, shifts, first = [], [], 0
+    for k, ((h, w), (_, columns)) in enumerate(zip(model.map_sizes, padded_sizes, strict=True)):
+        shapes = model.loc_heads[k].out_channels // 4
+        places = first + torch.arange(h * columns * shapes, device=images.device)
+        partners.append(places.view(h, columns, shapes).flip(1)[:, :w].flatten())
+        # Priors that divide the input evenly are symmetric as they are.
+        shifts.append(0.0 if k < len(STRIDES) else pad / model.size[1])
+        first += len(places)
+    partner = torch.cat(partners)
+    loc = predictions.loc[:, partner] * predictions.loc.new_tensor((-1, 1, 1, 1))
+    lengths = torch.tensor([len(p) for p in partners], device=images.device)
+    shift = torch.tensor(shifts, device=images.device).repeat_interleave(lengths)
+    loc[..., 0] += shift / (VARIANCES[0] * model.priors[:, 2])
+    return Predictions(loc, predictions.conf[:, partner], [])

@@ -10,7 +10,7 @@ from torchvision.ops import box_convert, box_iou
 
 
 def box_masks(
-    boxes: Tensor, labels: Tensor, map_sizes: list[tuple[int, int]], map_range: MapRange | None = None
+    boxes: Tensor, labels: Tensor, map_sizes: list[tuple], map_range: MapRange | None = None
 ) -> list[Tensor]:
     """Masks (N, h, w) int64 of each feature map: 1 person, 0 background, -1 ignored.
 
@@ -22,11 +22,12 @@ def box_masks(
     Args:
         boxes: (N, M, 4) xyxy fractions of the network's input, padded.
         labels: (N, M) int64: 1 person, -1 ignore, 0 padding.
-        map_sizes: (h, w) of each map.
+        map_sizes: of each map (h, w), or (h, w, dy, dx) where its cells do not divide the input
+            evenly, see `ssd.boxes.Grid`.
         map_range: leaves the persons that a map cannot detect out of its mask.
     """
     of_maps = map_range.labels(boxes, labels) if map_range else [labels] * len(map_sizes)
-    return [one_map(boxes, own, h, w) for own, (h, w) in zip(of_maps, map_sizes, strict=True)]
+    return [one_map(boxes, own, *size) for own, size in zip(of_maps, map_sizes, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,13 @@ def choose_range(out_of_range: str, priors: list[Tensor], maps: list[int]) -> Ma
     return MapRange([p.cpu() for p in priors], maps, outside)
 
 
-def one_map(boxes: Tensor, labels: Tensor, h: int, w: int) -> Tensor:
-    """`box_masks` for a single (h, w) map."""
-    columns = cells_inside(boxes[..., 0], boxes[..., 2], w)
-    rows = cells_inside(boxes[..., 1], boxes[..., 3], h)
-    centre_column = cell_under((boxes[..., 0] + boxes[..., 2]) / 2, w)
-    centre_row = cell_under((boxes[..., 1] + boxes[..., 3]) / 2, h)
+def one_map(boxes: Tensor, labels: Tensor, h: int, w: int, dy: float = 0, dx: float = 0) -> Tensor:
+    """`box_masks` for a single (h, w) map; cells without a distance of their own are even."""
+    dy, dx = dy or 1 / h, dx or 1 / w
+    columns = cells_inside(boxes[..., 0], boxes[..., 2], w, dx)
+    rows = cells_inside(boxes[..., 1], boxes[..., 3], h, dy)
+    centre_column = cell_under((boxes[..., 0] + boxes[..., 2]) / 2, w, dx)
+    centre_row = cell_under((boxes[..., 1] + boxes[..., 3]) / 2, h, dy)
     holds_none = ~(columns.any(-1) & rows.any(-1)).unsqueeze(-1)
     columns = torch.where(holds_none, centre_column, columns)
     rows = torch.where(holds_none, centre_row, rows)
@@ -88,15 +90,15 @@ def one_map(boxes: Tensor, labels: Tensor, h: int, w: int) -> Tensor:
     return torch.where(person, 1, torch.where(ignored, -1, 0))
 
 
-def cells_inside(start: Tensor, end: Tensor, cells: int) -> Tensor:
-    """(..., cells) bool: which of `cells` equal cells of [0, 1] have their centre in the span."""
-    centres = (torch.arange(cells, device=start.device) + 0.5) / cells
+def cells_inside(start: Tensor, end: Tensor, cells: int, step: float) -> Tensor:
+    """(..., cells) bool: which of `cells` cells, `step` wide, have their centre in the span."""
+    centres = (torch.arange(cells, device=start.device) + 0.5) * step
     return (centres >= start.unsqueeze(-1)) & (centres < end.unsqueeze(-1))
 
 
-def cell_under(point: Tensor, cells: int) -> Tensor:
-    """(..., cells) bool: the one cell that a point of [0, 1] lies in."""
-    index = (point * cells).long().clamp(0, cells - 1)
+def cell_under(point: Tensor, cells: int, step: float) -> Tensor:
+    """(..., cells) bool: the one of `cells` cells, `step` wide, that a point of [0, 1] lies in."""
+    index = (point / step).long().clamp(0, cells - 1)
     return torch.arange(cells, device=point.device) == index.unsqueeze(-1)
 
 

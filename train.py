@@ -43,10 +43,10 @@ from kaist.frames import Frame, load_frames
 from kaist.images import check_images
 from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth, open_test_set
 from kaist.report import count_people, headline, report
-from model import INPUT_CHANNELS, make_network
+from model import make_network
 from pseudo_gt import choose_range
-from ssd.augment import Augmentation, mean_colour
-from ssd.losses import Criterion
+from ssd.augment import Augmentation
+from ssd.losses import TERMS, Criterion
 from ssd.pretrained import check_pretrained, load_pretrained
 from utils import autocast, choose_device, choose_precision, detect_frames, make_deterministic
 
@@ -80,17 +80,24 @@ LOADER = "auto"  # who makes batches: workers, device (needs CACHE), or auto: a 
 NETWORK = "ssd300"  # ssd300, mlpd, insanet (both: INPUT_MODE halfway, BATCH_NORM, L1 loss, mean)
 INPUT_MODE = "early"  # lwir, visible, mean (of both), early (4 channels), halfway (two streams)
 INPUT_SIZE = (300, 300)  # height and width of the network's input, pixels
+PIXEL_MEAN = (0.3465, 0.3219, 0.2842, 0.1598)  # of R, G, B and LWIR, from 0 to 1: subtracted, fills gaps
+PIXEL_STD = (0.2358, 0.2265, 0.2274, 0.0813)  # divided by; both as published for KAIST's training frames
 BATCH_NORM = True  # VGG16 with BatchNorm
 WIDTH = 0.125  # width multiplier of every layer; 1.0 is VGG16
 PRIORS = "pedestrian"  # ssd300 (VOC's), ssd300-coco, pedestrian (upright), multispectral (MLPD's)
+CENTRES = "stride"  # of the priors: stride (where the maps' cells look) or even (as the log had them)
 PRETRAINED = "none"  # none, imagenet (VGG16), coco (SSD300), or a file of published weights
+LWIR_FILTERS = "sum"  # LWIR's from the published RGB filters: their sum, or mean (a third, as logged)
 INFUSION = (1, 1, 0, 0, 0, 0)  # feature maps 38, 19, 10, 5, 3, 1 with a segmentation head: 1
 INFUSION_CONV = False  # a 3x3 convolution before each head's 1x1
 # -------- loss
 LOC_LOSS = "smooth_l1"  # l1 or smooth_l1
 LOC_REDUCTION = "sum"  # sum (over the positives' number, as in the paper) or mean (a quarter)
+CONF_DIVISOR = "balanced"  # of the conf loss: positives (the paper's), or balanced for small batches
 SEG_CELLS = "mean"  # a map's mask loss over its cells: mean or sum
 SEG_MAPS = "sum"  # the mask losses over the maps: mean, sum, or uncertainty (learned weights)
+SEG_BALANCE = "none"  # weights of a map's cells: none, share (of the persons'), height (SDS-RCNN's)
+SEG_PERSON_SHARE = 0.2  # of the weight that a map's person cells have together; for SEG_BALANCE = "share"
 SEG_WEIGHT = 1.0  # weight of the mask loss in the total
 MASKS_FOLLOW = True  # masks follow the augmentation (rows 18 to 25 of the log: they did not)
 OUT_OF_RANGE = "keep"  # persons no prior of a map matches, in its mask: keep, background, ignore
@@ -132,7 +139,7 @@ def main() -> None:
     torch.manual_seed(config.seed)
     model = make_network(**run.model_args)
     if is_main_process() and not run.resumes:
-        load_pretrained(model, config.pretrained)
+        load_pretrained(model, config.pretrained, config.lwir_filters)
     model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else model  # is evaluated and kept
 
@@ -141,23 +148,24 @@ def main() -> None:
         demo.open_root(config.data_root)
     barrier()
     frames, held_out = read_training_frames(config)
-    root, filler = Path(config.data_root), mean_colour(INPUT_CHANNELS[config.input_mode])
+    root = Path(config.data_root)
     test_set = open_test_set(root, config.test_list, config.test_annotations)
     val_set = load_ground_truth(training_annotations(config), held_out) if held_out else test_set
-    map_sizes = [model.map_sizes[i] for i in model.infused_maps]
-    testing = {"device": device, "filler": filler, "map_sizes": map_sizes, **pick(config, *datasets.TESTING)}
+    grids = [model.grids[i] for i in model.infused_maps]
+    common = {"device": device, "map_sizes": grids}
+    testing = {**common, "filler": model.filler(), **pick(config, *datasets.TESTING)}
     test_loader = datasets.test_loader(root, test_set, **testing)
     val_loader = datasets.test_loader(root, val_set, **testing) if held_out else test_loader
     options = Augmentation(**pick(config, *datasets.AUGMENTATION)) if config.augment else None
     keywords = pick(config, *datasets.PAIRS)
-    pairs = datasets.KaistPairs(root, frames, filler=filler, augmentation=options, **keywords)
+    pairs = datasets.KaistPairs(root, frames, filler=model.filler(), augmentation=options, **keywords)
     map_range = choose_range(config.out_of_range, model.map_priors(), model.infused_maps)
-    masks = {"map_sizes": map_sizes, "map_range": map_range}
-    train_loader = datasets.training_loader(pairs, device=device, **masks, **pick(config, *datasets.TRAINING))
+    training = {**common, "map_range": map_range, **pick(config, *datasets.TRAINING)}
+    train_loader = datasets.training_loader(pairs, **training)
 
     # Loss and optimiser.
-    terms = pick(config, "loc_loss", "loc_reduction", "seg_cells", "seg_maps", "seg_weight")
-    criterion = Criterion(model.priors, model.infused_maps, model.n_logits, **terms).to(device)
+    heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
+    criterion = Criterion(*heads, **pick(config, *TERMS)).to(device)
     steps = pick(config, "lr", "bias_lr_factor", "weight_decay")
     optimizer = make_optimizer(model, criterion, name=config.optimizer, **steps)
     run.terms = criterion.terms

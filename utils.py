@@ -20,7 +20,7 @@ from engine.loader import BatchLoader
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError
 from kaist.results import Detections
-from model import SSD300, build_model, make_network, mirror
+from model import SSD300, build_model, make_network, predict_mirrored
 from ssd.augment import whole_frame
 from ssd.boxes import Predictions, detect
 from ssd.losses import IGNORE, PERSON
@@ -217,7 +217,7 @@ def predict(
     with autocast(images.device, precision):
         predictions = model(images, with_masks)
         if test_flip:
-            mirrored = mirror(model, model(images.flip(3)))
+            mirrored = predict_mirrored(model, images)
             loc, conf = ((a + b) / 2 for a, b in zip(predictions[:2], mirrored[:2], strict=True))
             predictions = Predictions(loc, conf, predictions.seg)
     return predictions

@@ -25,10 +25,14 @@ CHOICES = {
     "input_mode": ("lwir", "visible", "mean", "early", "halfway"),
     "network": ("ssd300", "mlpd", "insanet"),
     "priors": ("ssd300", "ssd300-coco", "pedestrian", "multispectral"),
+    "centres": ("even", "stride"),
+    "lwir_filters": ("mean", "sum"),
     "seg_cells": ("mean", "sum"),
     "seg_maps": ("mean", "sum", "uncertainty"),
+    "seg_balance": ("none", "share", "height"),
     "out_of_range": ("keep", "background", "ignore"),
     "loc_loss": ("l1", "smooth_l1"),
+    "conf_divisor": ("positives", "balanced"),
     "loc_reduction": ("mean", "sum"),
     "optimizer": ("sgd", "adam"),
     "schedule": ("constant", "step", "step-mlpd", "cosine"),
@@ -46,6 +50,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "workers": (0, 256),
     "max_bad_frames": (0, 10**9),
     "save_minutes": (0, 10**6),
+    "pixel_mean": (0, 1),
+    "pixel_std": (1e-3, 10),
     "width": (1e-3, 4),
     "lr": (1e-12, 1e9),
     "bias_lr_factor": (0, 1000),
@@ -56,6 +62,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "eval_every": (1, 10**6),
     "validation": (0, BELOW_1),
     "seg_weight": (0, 10**6),
+    "seg_person_share": (0, BELOW_1),
     "zoom_out": (1, 16),
     "copy_paste": (0, 1),
     "modality_dropout": (0, 1),
@@ -243,8 +250,9 @@ def check_config(values: dict[str, Any]) -> None:
             refuse(name, value, f"choose one of {', '.join(CHOICES[name])}")
         if name in RANGES:
             low, high = RANGES[name]
-            if not (isinstance(value, int | float) and low <= value <= high):
-                refuse(name, value, f"choose a number from {low:g} to {high:g}")
+            for number in value if isinstance(value, tuple | list) else (value,):
+                if not (isinstance(number, int | float) and low <= number <= high):
+                    refuse(name, value, f"choose a number from {low:g} to {high:g}")
         if isinstance(value, str) and not value.isprintable():  # half a character, of a foreign encoding
             refuse(name, ascii(value), "write it in UTF-8, without control characters")
     if values.get("infusion"):
@@ -273,11 +281,14 @@ def check_infusion(values: dict[str, Any]) -> None:
     """
     if not set(values["infusion"]) <= {0, 1}:
         refuse("infusion", values["infusion"], "write 1 for a map with a segmentation head, else 0")
+    if values.get("seg_balance") == "height" and not values["masks_follow"]:
+        refuse("seg_balance", "height", "it takes heights after the augmentation: set MASKS_FOLLOW")
     if any(values["infusion"]):
         return
     without = {
         "infusion_conv": (False,),
         "seg_maps": ("mean", "sum"),
+        "seg_balance": ("none",),
         "out_of_range": ("keep",),
         "seg_weight": (1.0, 0.0),
     }
@@ -348,10 +359,11 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
 
 def same_kind(value: Any, default: tuple) -> bool:
     """Whether a value is a tuple or list of as many numbers as a default."""
+    kinds = {int, type(default[0])}
     return (
         isinstance(value, tuple | list)
         and len(value) == len(default)
-        and all(type(number) is int for number in value)
+        and all(type(number) in kinds for number in value)
     )
 
 
@@ -362,8 +374,12 @@ def pick(config: Namespace, *names: str) -> dict[str, Any]:
 
 def model_arguments(config: Namespace) -> dict[str, Any]:
     """The arguments of the network, as a checkpoint keeps them."""
-    names = ("input_mode", "batch_norm") if config.network == "ssd300" else ("network",)
-    arguments = pick(config, *names, "width", "infusion", "infusion_conv")
+    names = ["width", "infusion", "infusion_conv"]
+    if config.network == "ssd300":
+        names += ["input_mode", "pixel_mean", "pixel_std", "batch_norm", "centres"]
+    else:
+        names += ["network"]
+    arguments = pick(config, *names)
     return arguments | {"prior_set": config.priors, "size": config.input_size}
 
 

@@ -20,6 +20,8 @@ from kaist.files import InputError
 MIN_SIZE = 1e-5  # of a box that is encoded, as a fraction: no logarithm of zero
 VARIANCES = (0.1, 0.2)  # SSD's scaling of centre and size offsets
 MAX_LOG_SCALE = math.log(1000 / 16)  # a decoded box is at most this many e-folds its prior
+STRIDES = (8, 16, 32, 64)  # pixels of the input between the cells of the four finest maps
+CANDIDATES = 400  # an image's highest scores that NMS looks at
 # Extra layers as (1x1 width, 3x3 width, stride, padding).
 EXTRA_LAYERS = ((256, 512, 2, 1), (128, 256, 2, 1), (128, 256, 1, 0), (128, 256, 1, 0))
 
@@ -35,6 +37,18 @@ class Predictions(NamedTuple):
     loc: Tensor
     conf: Tensor
     seg: list[Tensor]
+
+
+class Grid(NamedTuple):
+    """The cells of a feature map: h rows of w, their centres dy and dx apart.
+
+    The centre of row i, column j is ((j + 0.5) * dx, (i + 0.5) * dy), as fractions of the input.
+    """
+
+    h: int
+    w: int
+    dy: float
+    dx: float
 
 
 def feature_map_sizes(size: tuple[int, int], network: str = "ssd300") -> list[tuple[int, int]]:
@@ -116,16 +130,35 @@ def prior_shapes(prior_set: str) -> list[list[tuple[float, float]]]:
     return [[(min(w, 1.0), min(h, 1.0)) for w, h in map_shapes] for map_shapes in shapes]
 
 
-def make_priors(map_sizes: list[tuple[int, int]], shapes: list[list[tuple[float, float]]]) -> Tensor:
+def make_grids(size: tuple[int, int], centres: str, network: str = "ssd300") -> list[Grid]:
+    """The cells of a network's six feature maps for an input of (height, width) pixels.
+
+    Args:
+        centres: "even" divides the input evenly among a map's cells, as the logged experiments did.
+            "stride" takes SSD300's own stride on the four finest maps, as torchvision does: 38 cells
+            of 8 pixels reach beyond an input of 300. The two coarsest maps stay even, because their
+            convolutions are not padded.
+        network: as in `feature_map_sizes`; other networks than "ssd300" are always even.
+
+    Raises:
+        InputError: as `feature_map_sizes`.
+    """
+    grids = [Grid(h, w, 1 / h, 1 / w) for h, w in feature_map_sizes(size, network)]
+    if centres == "stride" and network == "ssd300":
+        for i, stride in enumerate(STRIDES):
+            grids[i] = grids[i]._replace(dy=stride / size[0], dx=stride / size[1])
+    return grids
+
+
+def make_priors(grids: list[Grid], shapes: list[list[tuple[float, float]]]) -> Tensor:
     """(P, 4) float32 cxcywh priors as fractions of the input.
 
-    A cell's priors share its centre ((column + 0.5) / w, (row + 0.5) / h). Priors may cross the
-    border: 2,740 of SSD300's 8,732 do.
+    A cell's priors share its centre. They may cross the border: 2,740 of SSD300's 8,732 do.
     """
     priors = []
-    for (h, w), map_shapes in zip(map_sizes, shapes, strict=True):
+    for (h, w, dy, dx), map_shapes in zip(grids, shapes, strict=True):
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        centres = torch.stack([(columns + 0.5) / w, (rows + 0.5) / h], dim=-1)
+        centres = torch.stack([(columns + 0.5) * dx, (rows + 0.5) * dy], dim=-1)
         wh = torch.tensor(map_shapes).expand(h, w, -1, 2)
         centres = centres.unsqueeze(2).expand_as(wh)
         priors.append(torch.cat([centres, wh], dim=-1).reshape(-1, 4))
@@ -189,7 +222,8 @@ def detect(
 ) -> list[tuple[Tensor, Tensor]]:
     """Boxes and scores of each image: decode, clip to the frame, drop overlaps.
 
-    Boxes of three logits are not clipped: MLPD's and INSANet's authors do not.
+    Of two logits the `CANDIDATES` highest scores of an image are looked at, as SSD does. Of three
+    logits all are, and boxes are not clipped, as MLPD's and INSANet's authors do.
 
     Args:
         predictions: loc (N, P, 4) and conf (N, P, 2) or (N, P, 3), see `person_scores`.
@@ -203,31 +237,14 @@ def detect(
         descending score. An image without detections has k = 0.
     """
     scores = person_scores(predictions.conf)
-    clip = predictions.conf.shape[-1] == 2
-    results: dict[int, tuple[Tensor, Tensor]] = {}
-    # Greedy NMS decides on a box from the higher-scored ones alone, so NMS of a prefix keeps
-    # just what NMS of everything keeps of it: decode and suppress until that is enough.
-    prefix = 2 * max_boxes
-    waiting = torch.arange(len(scores), device=scores.device)
-    while len(waiting):
-        own = scores[waiting]
-        candidates = own > min_score
-        if candidates.sum(dim=1).max() > prefix:
-            candidates &= own >= own.topk(prefix, dim=1).values[:, -1:]
-        image, prior = candidates.nonzero(as_tuple=True)
-        boxes = decode(predictions.loc[waiting[image], prior], priors[prior])
-        boxes = to_corners(boxes)
-        boxes = boxes.clamp(0, 1) if clip else boxes
-        lengths = image.bincount(minlength=len(own)).tolist()
-        parts = zip(boxes.split(lengths), own[image, prior].split(lengths), strict=True)
-        unfinished = []
-        for i, (own_boxes, own_scores) in zip(waiting.tolist(), parts, strict=True):
-            kept = load_nms()(own_boxes, own_scores, nms_iou)[:max_boxes]
-            if len(kept) < max_boxes and len(own_scores) >= prefix:
-                unfinished.append(i)  # there may be more below
-            else:
-                # For so few rows half of the time that own_boxes[kept] takes.
-                results[i] = own_boxes.index_select(0, kept), own_scores.index_select(0, kept)
-        waiting = waiting.new_tensor(unfinished)
-        prefix *= 2
-    return [results[i] for i in range(len(scores))]
+    is_ssd = predictions.conf.shape[-1] == 2
+    counts = (scores > min_score).sum(1).tolist()
+    scores, prior = scores.topk(min(max(counts), CANDIDATES) if is_ssd else max(counts), dim=1)
+    loc = predictions.loc.gather(1, prior.unsqueeze(2).expand(-1, -1, 4))
+    boxes = to_corners(decode(loc, priors[prior]))
+    boxes = boxes.clamp(0, 1) if is_ssd else boxes
+    results = []
+    for image_boxes, image_scores, n in zip(boxes, scores, counts, strict=True):
+        kept = load_nms()(image_boxes[:n], image_scores[:n], nms_iou)[:max_boxes]
+        results.append((image_boxes[kept], image_scores[kept]))
+    return results

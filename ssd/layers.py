@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssd.boxes import Predictions, make_priors
+from ssd.boxes import Grid, Predictions, make_priors
 
 NORM_FLOOR = 1e-3  # length below which conv4_3's features are not scaled to unit length
 
@@ -30,14 +31,17 @@ class Detector(nn.Module):
     Attributes:
         n_logits: of a prior: background and person, or background and a person in each modality.
         size: (height, width) of the input in pixels.
-        map_sizes: (height, width) of each feature map, finest first.
+        map_sizes: (height, width) of each feature map, finest first; grids: all of their cells.
+        centres: where the priors lie, see `make_grids`.
         infused_maps: indices of the maps with a segmentation head.
     """
+
+    centres = "even"
 
     def add_heads(
         self,
         map_widths: Sequence[int],
-        map_sizes: list[tuple[int, int]],
+        grids: list[Grid],
         shapes: list[list[tuple[float, float]]],
         n_logits: int,
         infusion: Sequence[int],
@@ -46,14 +50,15 @@ class Detector(nn.Module):
         """Make priors and heads, and initialise all convolutions.
 
         Args:
-            map_widths: channels of each map.
+            map_widths: channels of each map; grids: its cells.
             shapes: (width, height) of each map's priors, see `make_priors`.
             n_logits: of a prior.
             infusion: for each map 1 where it has a segmentation head, else 0.
             infusion_conv: a 3x3 convolution of the map's own width before that head's 1x1.
         """
-        self.map_sizes = map_sizes
-        self.register_buffer("priors", make_priors(map_sizes, shapes), persistent=False)
+        self.grids = grids
+        self.map_sizes = [(grid.h, grid.w) for grid in grids]
+        self.register_buffer("priors", make_priors(grids, shapes), persistent=False)
         maps = list(zip(map_widths, map(len, shapes), strict=True))
         self.loc_heads = nn.ModuleList(nn.Conv2d(w, 4 * n, 3, padding=1) for w, n in maps)
         self.conf_heads = nn.ModuleList(nn.Conv2d(w, n_logits * n, 3, padding=1) for w, n in maps)
@@ -74,6 +79,10 @@ class Detector(nn.Module):
         for name, values in (("mean", mean), ("std", std)):
             buffer = torch.tensor(values).view(1, -1, 1, 1) * 255
             self.register_buffer(name, buffer, persistent=False)
+
+    def filler(self) -> np.ndarray:
+        """(C,) uint8: the colour that normalisation turns into zero, for what an image does not show."""
+        return self.mean.round().to(torch.uint8).flatten().cpu().numpy()
 
     def map_priors(self) -> list[Tensor]:
         """The priors of each feature map, (P_i, 4) cxcywh fractions."""

@@ -6,9 +6,7 @@ Both take a whole batch as padded tensors; no loop runs over its images. Label 1
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -16,24 +14,36 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.distributed import all_reduce_sum, world_size
-from ssd.boxes import Predictions, encode, to_corners
+from kaist.annotations import FRAME_HEIGHT
+from ssd.boxes import Grid, Predictions, encode
+from ssd.matching import BACKGROUND, IGNORE, PERSON, match, match_static
 from ssd.multilabel_loss import BOTH, MultiLabelLoss
 
+# What `Criterion` takes from a configuration.
+TERMS = (
+    *("loc_loss", "loc_reduction", "conf_divisor"),
+    *("seg_cells", "seg_maps", "seg_balance", "seg_person_share", "seg_weight"),
+)
 LOG_VARIANCE_LIMIT = 5.0  # learned weights stay between exp(-5) and exp(5)
+HEIGHT_UNIT = 50.0  # pixels of height that add 1 to the weight of a person's cells, SDS-RCNN's
 
 
 class MultiBoxLoss(nn.Module):
     """SSD's loss (section 2.2 of the paper): localisation of matched priors, and confidence.
 
     Confidence is the cross-entropy of all positive priors and of the hardest negatives, three a
-    positive; both losses are divided by the number of positives in the batch (at least 1). Processes
-    that share a batch count the positives of all of it: the mean of their losses is the batch's.
+    positive. Localisation is divided by the number of positives in the batch (at least 1). Processes
+    that share a batch count what all of it holds: the mean of their losses is the batch's.
 
     Args:
         priors: (P, 4) cxcywh fractions.
         loc_loss: "l1" or "smooth_l1".
         loc_reduction: "sum" over coordinates, divided by the positives as in the paper; or
             "mean" over coordinates too (a quarter of it), as the logged experiments did.
+        conf_divisor: what confidence is divided by. "positives": their number, as in the paper.
+            Frames without people add negatives to it, so that a small batch with few positives
+            has many terms a positive. "balanced": a third of the negatives where that is more, so
+            that there are 3 to 4 terms to one of the divisor.
         match_iou: a prior that overlaps a person by at least this IoU is positive.
         negative_ratio: mined negatives for each positive.
         min_negatives: mined negatives of a frame with fewer positives, so that frames of pure
@@ -46,6 +56,7 @@ class MultiBoxLoss(nn.Module):
         *,
         loc_loss: str,
         loc_reduction: str,
+        conf_divisor: str = "positives",
         match_iou: float = 0.5,
         negative_ratio: int = 3,
         min_negatives: int = 3,
@@ -54,6 +65,7 @@ class MultiBoxLoss(nn.Module):
         self.register_buffer("priors", priors, persistent=False)
         self.distance = {"l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}[loc_loss]
         self.loc_terms = {"sum": 1, "mean": 4}[loc_reduction]
+        self.balanced = conf_divisor == "balanced"
         self.match_iou = match_iou
         self.negative_ratio = negative_ratio
         self.min_negatives = min_negatives
@@ -67,39 +79,47 @@ class MultiBoxLoss(nn.Module):
             labels: (N, M) int64: 1 person, -1 ignore, 0 padding.
         """
         terms = self.sparse if predictions.loc.device.type == "cpu" else self.static
-        loc, conf, positives = terms(predictions, boxes, labels)
-        count = all_reduce_sum(positives).clamp(min=1) / world_size()
-        return loc / (self.loc_terms * count), conf / count
+        loc, conf, positives, negatives = terms(predictions, boxes, labels)
+        positives = all_reduce_sum(positives).clamp(min=1) / world_size()
+        divisor = positives
+        if self.balanced:
+            negatives = all_reduce_sum(negatives) / world_size()
+            divisor = torch.maximum(positives, negatives / self.negative_ratio)
+        return loc / (self.loc_terms * positives), conf / divisor
 
     def sparse(
         self, predictions: Predictions, boxes: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Sums of loc and conf, and the positives' number, from those priors alone that teach
-        something: the quick way on a CPU."""
-        target, owner = match(boxes, labels, self.priors, self.match_iou)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sums of loc and conf, and the numbers of positives and of mined negatives.
+
+        Only priors that have a loss are looked at, which is the fast way on a CPU.
+        """
+        target, matched_idxs = match(boxes, labels, self.priors, self.match_iou)
         positive = torch.from_numpy(np.flatnonzero(target.numpy() == PERSON))
         image, prior = positive // len(self.priors), positive % len(self.priors)
-        wanted = self.negatives(image.bincount(minlength=len(boxes)))
-        negative = hardest_negatives(predictions.conf.detach(), target, wanted)
+        n_negatives = self.n_negatives(image.bincount(minlength=len(boxes)))
+        negative = hardest_negatives(predictions.conf.detach(), target, n_negatives)
 
-        offsets = encode(to_cxcywh(boxes[image, owner[image, prior]]), self.priors[prior])
+        offsets = encode(to_cxcywh(boxes[image, matched_idxs[image, prior]]), self.priors[prior])
         loc = predictions.loc.flatten(0, 1).index_select(0, positive)
         conf = predictions.conf.flatten(0, 1).index_select(0, torch.cat([positive, negative]))
         margin = conf[:, 1] - conf[:, 0]
         # With two classes the cross-entropy is softplus of the logits' difference.
         margin = torch.cat([-margin[: len(positive)], margin[len(positive) :]])
         sums = self.distance(loc, offsets, reduction="sum"), F.softplus(margin).sum()
-        return *sums, torch.tensor(len(positive))
+        return *sums, torch.tensor(len(positive)), torch.tensor(len(negative))
 
     def static(
         self, predictions: Predictions, boxes: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The same from all priors, with shapes that no value changes: the way on a GPU, which
-        never waits for the host to look at one."""
-        target, owner = match_static(boxes, labels, self.priors, self.match_iou)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The same from all priors, with shapes that no value changes.
+
+        A GPU never waits for the host to look at a value.
+        """
+        target, matched_idxs = match_static(boxes, labels, self.priors, self.match_iou)
         positive = target == PERSON
-        owned = boxes.gather(1, owner.unsqueeze(2).expand(-1, -1, 4))
-        offsets = encode(to_cxcywh(owned), self.priors)
+        matched = boxes.gather(1, matched_idxs.unsqueeze(2).expand(-1, -1, 4))
+        offsets = encode(to_cxcywh(matched), self.priors)
         # What is not positive is compared with itself: no loss, no gradient.
         offsets = torch.where(positive.unsqueeze(2), offsets, predictions.loc.detach())
         loc = self.distance(predictions.loc, offsets, reduction="sum")
@@ -108,14 +128,14 @@ class MultiBoxLoss(nn.Module):
         negative = margin.masked_fill(target != BACKGROUND, -torch.inf)
         hardest = negative.sort(dim=1, descending=True).values
         rank = torch.arange(len(self.priors), device=margin.device)
-        mined = rank < self.negatives(positive.sum(1)).unsqueeze(1)
+        mined = rank < self.n_negatives(positive.sum(1)).unsqueeze(1)
         conf = F.softplus(hardest).masked_fill(~mined, 0).sum()
         conf = conf + F.softplus(-margin).masked_fill(~positive, 0).sum()
-        return loc, conf, positive.sum()
+        return loc, conf, positive.sum(), (mined & (hardest > -torch.inf)).sum()
 
-    def negatives(self, positives: Tensor) -> Tensor:
-        """How many negatives frames (N,) of so many positives mine."""
-        return (self.negative_ratio * positives).clamp(min=self.min_negatives)
+    def n_negatives(self, n_positives: Tensor) -> Tensor:
+        """How many negatives are mined of frames (N,) with so many positives."""
+        return (self.negative_ratio * n_positives).clamp(min=self.min_negatives)
 
 
 def to_cxcywh(boxes: Tensor) -> Tensor:
@@ -123,16 +143,16 @@ def to_cxcywh(boxes: Tensor) -> Tensor:
     return torch.cat([(boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]], dim=-1)
 
 
-def hardest_negatives(conf: Tensor, target: Tensor, wanted: Tensor) -> Tensor:
-    """Indices into the (N P) priors of a batch: of each frame its `wanted` (N,) background priors
-    with the highest loss, or all that it has.
+def hardest_negatives(conf: Tensor, target: Tensor, n_negatives: Tensor) -> Tensor:
+    """The background priors of highest loss of each frame, as indices into a batch's (N P) priors.
 
     Args:
         conf: (N, P, 2) logits, without gradient; target: (N, P) as from `match`.
+        n_negatives: (N,) how many of each frame; all that it has if there are fewer.
     """
     margin = (conf[..., 1] - conf[..., 0]).masked_fill_(target != BACKGROUND, -torch.inf)
     hardest = [
-        row.topk(min(k, len(row)), sorted=False) for row, k in zip(margin, wanted.tolist(), strict=True)
+        row.topk(min(k, len(row)), sorted=False) for row, k in zip(margin, n_negatives.tolist(), strict=True)
     ]
     frame = torch.arange(len(margin)).repeat_interleave(torch.tensor([len(x[0]) for x in hardest]))
     index = torch.cat([index for _, index in hardest]) + frame * margin.shape[1]
@@ -148,12 +168,20 @@ class SegmentationLoss(nn.Module):
         maps: "mean" or "sum" over the feature maps, or "uncertainty": a sum in which each map's
             loss L counts exp(-s) L + s / 2 with a learned s, the logarithm of its variance (Kendall
             et al., "Multi-Task Learning Using Uncertainty to Weigh Losses", CVPR 2018).
+        balance: weights of the cells, of a mean of 1 over a batch. "none": all alike. "share": a
+            map's person cells together have `person_share` of the weight. "height": a person's cells
+            count 1 + height / 50 to a background cell's 1, with the height in pixels of a 512 pixels
+            high frame (SDS-RCNN: Brazil et al., ICCV 2017).
     """
 
-    def __init__(self, n_maps: int, *, cells: str, maps: str) -> None:
+    def __init__(
+        self, n_maps: int, *, cells: str, maps: str, balance: str = "none", person_share: float = 0.2
+    ) -> None:
         super().__init__()
         self.cells = cells
         self.maps = maps
+        self.balance = balance
+        self.person_share = person_share
         if maps == "uncertainty":
             self.log_variance = nn.Parameter(torch.zeros(n_maps))
 
@@ -165,28 +193,63 @@ class SegmentationLoss(nn.Module):
         """-s of each map, bounded: a loss of zero would raise its weight without end."""
         return -self.log_variance.clamp(-LOG_VARIANCE_LIMIT, LOG_VARIANCE_LIMIT)
 
-    def forward(self, seg: Sequence[Tensor], masks: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, seg: Sequence[Tensor], masks: Sequence[Tensor], heights: Sequence[Tensor] = ()
+    ) -> tuple[Tensor, Tensor]:
         """The loss, a float32 scalar (0 without infused maps), and each map's own, (maps,).
 
         Args:
             seg: per infused map (N, 2, h, w) logits of background and person.
             masks: per infused map (N, h, w) int64: 1 person, 0 background, -1 left out.
+            heights: per infused map (N, h, w) as from `cell_heights`, where `balance` asks for them.
         """
         if not seg:
             return torch.zeros(()), torch.zeros(0)
         losses = []
-        for logits, mask in zip(seg, masks, strict=True):
-            loss = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="sum")
+        for i, (logits, mask) in enumerate(zip(seg, masks, strict=True)):
+            entropy = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="none")
+            if self.balance == "share":
+                entropy = entropy * self.normalise(self.share_weights(mask), mask)
+            elif self.balance == "height":
+                entropy = entropy * self.normalise(1 + heights[i] / HEIGHT_UNIT, mask)
+            n_cells = len(mask)
             if self.cells == "mean":
-                cells = all_reduce_sum((mask != IGNORE).sum()).clamp(min=1) / world_size()
-            else:
-                cells = len(mask)
-            losses.append(loss / cells)
+                n_cells = all_reduce_sum((mask != IGNORE).sum()).clamp(min=1) / world_size()
+            losses.append(entropy.sum() / n_cells)
         losses = torch.stack(losses)
         if self.maps == "uncertainty":
             precision = self.bounded()
             return (precision.exp() * losses - precision / 2).sum(), losses
         return (losses.sum() if self.maps == "sum" else losses.mean()), losses
+
+    def share_weights(self, mask: Tensor) -> Tensor:
+        """Weights (N, h, w) that give a map's person cells `person_share` of the total."""
+        n_persons, n_background = (all_reduce_sum((mask == kind).sum()) for kind in (PERSON, BACKGROUND))
+        odds = self.person_share / (1 - self.person_share)
+        return torch.where(mask == PERSON, odds * n_background.clamp(min=1) / n_persons, 1.0)
+
+    def normalise(self, weights: Tensor, mask: Tensor) -> Tensor:
+        """Weights (N, h, w) of a mean of 1 over the cells of a batch that are not left out."""
+        weights = weights * (mask != IGNORE)
+        total = all_reduce_sum(torch.stack([weights.sum(), (mask != IGNORE).sum()]))
+        return weights * total[1] / total[0].clamp(min=1e-6)
+
+
+def cell_heights(boxes: Tensor, labels: Tensor, grid: Grid) -> Tensor:
+    """(N, h, w) height of the tallest person over each cell's centre, in pixels of a KAIST frame; 0
+    where there is none.
+
+    Args:
+        boxes: (N, M, 4) xyxy fractions, padded; labels: (N, M) int64.
+    """
+    rows, columns = (
+        (torch.arange(n, device=boxes.device) + 0.5) * step
+        for n, step in ((grid.h, grid.dy), (grid.w, grid.dx))
+    )
+    x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(-2)
+    over = ((rows >= y0) & (rows < y1)).unsqueeze(3) & ((columns >= x0) & (columns < x1)).unsqueeze(2)
+    heights = ((y1 - y0).squeeze(-1) * FRAME_HEIGHT * (labels == PERSON))[..., None, None]
+    return (over * heights).amax(1) if boxes.shape[1] else boxes.new_zeros(len(boxes), grid.h, grid.w)
 
 
 class Criterion(nn.Module):
@@ -195,9 +258,10 @@ class Criterion(nn.Module):
     Called with predictions and a batch's boxes, labels and masks; returns the float32 `terms`.
 
     Args:
-        priors, loc_loss, loc_reduction: as in `MultiBoxLoss`; seg_cells, seg_maps: as `cells` and
-            `maps` in `SegmentationLoss`.
-        infused_maps: indices of the feature maps with a segmentation head.
+        priors, loc_loss, loc_reduction, conf_divisor: as in `MultiBoxLoss`.
+        grids: the cells of all feature maps; infused_maps: which of them have a segmentation head.
+        seg_cells, seg_maps, seg_balance, seg_person_share: as `cells`, `maps`, `balance` and
+            `person_share` in `SegmentationLoss`.
         n_logits: of a prior: 2 (`MultiBoxLoss`) or 3 (`MultiLabelLoss`).
 
     Attributes:
@@ -208,13 +272,17 @@ class Criterion(nn.Module):
     def __init__(
         self,
         priors: Tensor,
+        grids: Sequence[Grid],
         infused_maps: Sequence[int],
         n_logits: int,
         *,
         loc_loss: str,
         loc_reduction: str,
+        conf_divisor: str,
         seg_cells: str,
         seg_maps: str,
+        seg_balance: str,
+        seg_person_share: float,
         seg_weight: float,
     ) -> None:
         super().__init__()
@@ -222,9 +290,18 @@ class Criterion(nn.Module):
         if self.multilabel:
             self.multibox = MultiLabelLoss(priors)
         else:
-            self.multibox = MultiBoxLoss(priors, loc_loss=loc_loss, loc_reduction=loc_reduction)
-        self.segmentation = SegmentationLoss(len(infused_maps), cells=seg_cells, maps=seg_maps)
+            self.multibox = MultiBoxLoss(
+                priors, loc_loss=loc_loss, loc_reduction=loc_reduction, conf_divisor=conf_divisor
+            )
+        self.segmentation = SegmentationLoss(
+            len(infused_maps),
+            cells=seg_cells,
+            maps=seg_maps,
+            balance=seg_balance,
+            person_share=seg_person_share,
+        )
         self.seg_weight = seg_weight
+        self.weighted_grids = [grids[i] for i in infused_maps] if seg_balance == "height" else []
         of_maps = (f"seg_map{i + 1}" for i in infused_maps)
         self.terms = ("loss", "loc", "conf", "seg", *of_maps)
 
@@ -239,149 +316,7 @@ class Criterion(nn.Module):
         if self.multilabel:  # a person of one box for both modalities is in both
             labels = torch.where(labels == PERSON, BOTH, labels)
         loc, conf = self.multibox(predictions, boxes, labels)
-        seg, of_maps = self.segmentation(predictions.seg, masks)
+        heights = [cell_heights(boxes, labels, grid) for grid in self.weighted_grids]
+        seg, of_maps = self.segmentation(predictions.seg, masks, heights)
         total = loc + conf + self.seg_weight * seg.to(loc.device)
         return torch.stack([total, loc, conf, seg.to(loc.device), *of_maps])
-
-
-PERSON, BACKGROUND, IGNORE = 1, 0, -1
-
-
-ROWS = 16  # objects of an image whose overlaps are computed at a time: they fit the CPU's cache
-
-
-def intersection(boxes: Tensor, corners: Tensor, out: Tensor | None = None) -> Tensor:
-    """(…, P) overlap areas of boxes (…, 4) xyxy with priors' `corners` (4, P)."""
-    x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(-2)
-    width = torch.minimum(x1, corners[2]).sub_(torch.maximum(x0, corners[0])).clamp_(min=0)
-    height = torch.minimum(y1, corners[3]).sub_(torch.maximum(y0, corners[1])).clamp_(min=0)
-    return torch.mul(width, height, out=out)
-
-
-def box_areas(boxes: Tensor) -> Tensor:
-    """(…,) areas of boxes (…, 4) xyxy."""
-    return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
-
-
-def prior_corners(priors: Tensor) -> tuple[Tensor, Tensor]:
-    """xyxy corners (4, P) of cxcywh priors, a row each, and their areas (P,)."""
-    return to_corners(priors).T.contiguous(), priors[:, 2] * priors[:, 3]
-
-
-@torch.no_grad()
-def match(boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float) -> tuple[Tensor, Tensor]:
-    """Matching, image by image; overlaps are computed for a few images at a time."""
-    corners, areas = prior_corners(priors)
-    target = np.zeros((len(boxes), len(priors)), np.int8)
-    owner = np.zeros(target.shape, np.int64)
-    kinds = labels.numpy()
-    overlaps = boxes.new_empty((max(ROWS, labels.shape[1]), len(priors)))
-    for images in blocks((kinds != 0).sum(1).tolist()):
-        people, ignored = (np.argwhere(kinds[images] == kind) for kind in (PERSON, IGNORE))
-        image, k = torch.from_numpy(np.concatenate([people, ignored])).T
-        objects = boxes[images][image, k]
-        shared = overlaps[: len(objects)]
-        for rows, out in zip(objects.split(ROWS), shared.split(ROWS), strict=True):
-            intersection(rows, corners, out)
-        covered = shared[len(people) :].ge(0.5 * areas).numpy()
-        for image, inside in zip(ignored[:, 0], covered, strict=True):
-            target[images][image, inside] = IGNORE
-        shared = shared[: len(people)]
-        union = (box_areas(objects[: len(people)]).unsqueeze(1) + areas).sub_(shared)
-        iou = shared.div_(union).numpy()
-        ends = people[:, 0].searchsorted(range(images.stop - images.start + 1)).tolist()
-        for image, (start, end) in enumerate(pairwise(ends), images.start):
-            if start < end:
-                own, prior = match_image(iou[start:end], match_iou)
-                target[image, prior] = PERSON
-                owner[image, prior] = people[start:end, 1][own]
-    return torch.from_numpy(target), torch.from_numpy(owner)
-
-
-def blocks(counts: list[int]) -> Iterator[slice]:
-    """Consecutive images that together hold at most `ROWS` objects, or one with more."""
-    start = total = 0
-    for image, count in enumerate(counts):
-        if image > start and total + count > ROWS:
-            yield slice(start, image)
-            start, total = image, 0
-        total += count
-    yield slice(start, len(counts))
-
-
-def match_image(iou: np.ndarray, match_iou: float) -> tuple[np.ndarray, np.ndarray]:
-    """Persons and the priors that answer for them, from an image's overlaps (m, P); of a prior that
-    is there twice the last one counts."""
-    positive = np.flatnonzero(iou.max(0) >= match_iou)
-    best = iou[:, positive].argmax(0)
-    own, prior = own_priors(iou)
-    return np.append(best, own), np.append(positive, prior)
-
-
-def own_priors(iou: np.ndarray) -> tuple[list[int], list[int]]:
-    """Persons (at most as many as there are priors) and the priors they own, by greedy matching.
-
-    Every person waits with its best overlap in a queue. The highest overlap is served: with the
-    prior if that is free, else the person waits again with its best overlap of the free priors.
-    `iou` (m, P) loses what was refused.
-    """
-    best = iou.argmax(1).tolist()  # numpy's is many times faster than torch's
-    queue = [(-iou[person, prior], person, prior) for person, prior in enumerate(best)]
-    heapq.heapify(queue)
-    taken: dict[int, int] = {}
-    while queue and len(taken) < iou.shape[1]:
-        _, person, prior = queue[0]
-        if prior in taken:
-            iou[person, list(taken)] = -1
-            prior = int(iou[person].argmax())
-            heapq.heapreplace(queue, (-iou[person, prior], person, prior))
-        else:
-            taken[prior] = person
-            heapq.heappop(queue)
-    return list(taken.values()), list(taken)
-
-
-@torch.no_grad()
-def match_static(boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float) -> tuple[Tensor, Tensor]:
-    """Matching without a look at any value: the batch at once, and as many rounds as objects."""
-    corners, areas = prior_corners(priors)
-    shared = intersection(boxes, corners)  # (N, M, P)
-    covered = (shared >= 0.5 * areas) & (labels == IGNORE).unsqueeze(2)
-    iou = shared / (box_areas(boxes).unsqueeze(2) + areas - shared)
-    iou = iou.masked_fill((labels != PERSON).unsqueeze(2), -1.0)
-    best, owner = iou.max(1)
-    target = torch.where(best >= match_iou, PERSON, covered.any(1) * IGNORE).to(torch.int8)
-
-    prior = own_priors_static(iou)
-    person = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
-    spare = target.new_zeros((len(target), 1))  # where those who own none are written
-    target = torch.cat([target, spare], 1).scatter(1, prior, PERSON)[:, :-1]
-    owner = torch.cat([owner, spare], 1).scatter(1, prior, person)[:, :-1]
-    return target, owner
-
-
-def own_priors_static(iou: Tensor) -> Tensor:
-    """Index (N, M) of the prior each object owns, P where it owns none.
-
-    A person's M best priors are enough to choose from, since others own at most M - 1 of them. Then
-    M times the highest overlap left is served.
-
-    Args:
-        iou: (N, M, P) overlaps, -1 for what is no person.
-    """
-    n, m, p = iou.shape
-    k = min(m, p)
-    # One integer holds the overlap (float bits of numbers from 0 up order as integers do) and,
-    # for equal overlaps, the prior, earlier ones higher. -1 becomes the lowest of all.
-    bits = iou.clamp(min=0).view(torch.int32).long() + (iou >= 0)
-    key = (bits * p + (p - 1 - torch.arange(p, device=iou.device))).topk(k, dim=2).values
-    candidate = (p - 1 - key % p).flatten(1)  # (N, M k) priors
-    overlap = (key // p).flatten(1)  # 0 for what is no person
-    whose = torch.arange(m, device=iou.device).repeat_interleave(k)
-    own = torch.full((n, m), p, device=iou.device)
-    for _ in range(m):
-        value, slot = overlap.max(1, keepdim=True)
-        person, prior = whose[slot], candidate.gather(1, slot)
-        own = own.scatter(1, person, torch.where(value > 0, prior, own.gather(1, person)))
-        overlap = overlap.masked_fill((whose == person) | (candidate == prior), 0)
-    return own

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kaist.files import InputError
-from ssd.boxes import feature_map_sizes, prior_shapes
+from ssd.boxes import make_grids, prior_shapes
 from ssd.layers import VGG16_STAGES, Detector, L2Norm, scaled_width, vgg_stage
 
 # Of KAIST's training frames: R, G, B, then LWIR.
@@ -57,9 +57,8 @@ class MultispectralSSD(Detector):
         scaled = partial(scaled_width, width=width)
         self.add_backbone(scaled)
         self.conv4_3_norm = L2Norm(scaled(512))
-        sizes = feature_map_sizes(self.size, "mlpd")
-        shapes = prior_shapes(prior_set)
-        self.add_heads([scaled(512)] * 6, sizes, shapes, N_LOGITS, infusion, infusion_conv)
+        grids, shapes = make_grids(self.size, "even", "mlpd"), prior_shapes(prior_set)
+        self.add_heads([scaled(512)] * 6, grids, shapes, N_LOGITS, infusion, infusion_conv)
         self.add_normalisation(MEAN, STD)
 
     def add_backbone(self, scaled: Callable[[int], int]) -> None:

@@ -26,11 +26,12 @@ from ssd.published import check_published, is_published, load_published, read_pu
 STATES = "take a state file of torchvision's VGG16, VGG16-BN or SSD300"
 
 
-def load_pretrained(model: nn.Module, source: str) -> None:
+def load_pretrained(model: nn.Module, source: str, lwir_filters: str = "mean") -> None:
     """Fill a network of width 1.0 with published weights, in place; downloads them once.
 
     Args:
         model: the network. conv1_1 is adapted to its channels, see `adapt_channels`.
+        lwir_filters: how, "mean" or "sum".
         source: "imagenet" (the backbone; VGG16-BN's where the model has BatchNorm), "coco"
             (backbone, extra layers and, where the priors are COCO's, the heads, of whose 91
             classes background and person are kept), "none", or the path of a file that
@@ -52,7 +53,7 @@ def load_pretrained(model: nn.Module, source: str) -> None:
             load_published(model, state, Path(source))
             return
     convert = convert_torchvision_ssd if is_ssd(state) else convert_torchvision_vgg
-    convert(model, state)
+    convert(model, state, lwir_filters)
 
 
 def check_pretrained(source: str, model: Detector, *, width: float, batch_norm: bool) -> None:
@@ -153,7 +154,7 @@ def download(weights: VGG16_Weights | VGG16_BN_Weights | SSD300_VGG16_Weights) -
         ) from error
 
 
-def convert_torchvision_vgg(model: nn.Module, state: dict[str, Tensor]) -> None:
+def convert_torchvision_vgg(model: nn.Module, state: dict[str, Tensor], lwir_filters: str = "mean") -> None:
     """Copy a torchvision VGG16 or VGG16-BN classifier's state into a model's backbone.
 
     The fully connected fc6 (4096 x 512 x 7 x 7) and fc7 (4096 x 4096) become conv6 (3x3) and
@@ -166,15 +167,10 @@ def convert_torchvision_vgg(model: nn.Module, state: dict[str, Tensor]) -> None:
             theirs.setdefault(layer, {})[name] = value
     for stream in backbones(model):
         ours = [layer for layer in stream if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
-        if len(ours) != len(theirs):
-            raise InputError(
-                f"these weights have {len(theirs)} backbone layers, the model has {len(ours)}",
-                "use VGG16 weights for a model without BatchNorm and VGG16-BN weights for one with it",
-            )
         for layer, values in zip(ours, theirs.values(), strict=True):
-            copy_layer(layer, values)
+            copy_layer(layer, values, lwir_filters)
     if isinstance(model, MultispectralSSD):  # its conv6 is another; LWIR begins with red's filters
-        copy_tensor(model.lwir[0].weight, state["features.0.weight"][:, :1])
+        model.lwir[0].weight.data.copy_(state["features.0.weight"][:, :1])
         return
     conv6, conv7 = (layer for layer in model.conv6_7 if isinstance(layer, nn.Conv2d))
     fc6 = state["classifier.0.weight"].view(4096, 512, 7, 7)[::4, :, ::3, ::3]
@@ -192,17 +188,16 @@ def backbones(model: nn.Module) -> list[list[nn.Module]]:
     return [[*stream, *model.to_conv5_3] for stream in streams]
 
 
-def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor]) -> None:
+def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor], lwir_filters: str = "mean") -> None:
     """Copy the state of torchvision's `ssd300_vgg16` into a model, keeping the person class.
 
     The heads belong to COCO's priors: a model with others keeps its own, untrained.
 
     Both networks list their convolutions in the order of computation, so layers pair up by
-    position. torchvision feeds its network 255 x (image - mean) with means of its own; the
-    standard deviations are folded into conv1_1, the means differ by less than 0.05 of 1.
+    position. torchvision feeds its network 255 x (image - mean), which ImageNet's standard
+    deviations in conv1_1 make up for. A network whose `pixel_mean` is torchvision's then detects
+    what torchvision's does; row 35 of the lab book is one.
     """
-    if any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
-        raise InputError("COCO's SSD300 has no BatchNorm", "set BATCH_NORM = False")
     rest = [layer for part in (model.conv6_7, *model.extras) for layer in part]
     names = [
         key.removesuffix(".weight")
@@ -215,8 +210,8 @@ def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor]) -> None:
             weight = state[f"{name}.weight"]
             if i == 0:
                 weight = weight * (255 * weight.new_tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1))
-            copy_layer(layer, {"weight": weight, "bias": state[f"{name}.bias"]})
-    copy_tensor(model.conv4_3_norm.scale, state["backbone.scale_weight"])
+            copy_layer(layer, {"weight": weight, "bias": state[f"{name}.bias"]}, lwir_filters)
+    model.conv4_3_norm.scale.data.copy_(state["backbone.scale_weight"])
     if model.prior_set != "ssd300-coco":
         return
     for i, (loc, conf) in enumerate(zip(model.loc_heads, model.conf_heads, strict=True)):
@@ -231,31 +226,26 @@ def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor]) -> None:
             copy_layer(head, values)
 
 
-def copy_layer(layer: nn.Module, values: dict[str, Tensor]) -> None:
+@torch.no_grad()
+def copy_layer(layer: nn.Module, values: dict[str, Tensor], lwir_filters: str = "mean") -> None:
     """Copy weight, bias and (of a BatchNorm) statistics; adapt a 3-channel convolution's input."""
     for name, value in values.items():
         if value.ndim == 4 and value.shape[1] == 3:
-            value = adapt_channels(value, layer.in_channels)
-        copy_tensor(getattr(layer, name), value)
+            value = adapt_channels(value, layer.in_channels, lwir_filters)
+        getattr(layer, name).copy_(value)
 
 
-def adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    """RGB filters (C, 3, k, k) for another input: the mean of the three stands for LWIR.
+def adapt_channels(weight: Tensor, channels: int, lwir_filters: str) -> Tensor:
+    """RGB filters (C, 3, k, k) for another input: (C, channels, k, k).
 
-    1 channel: that mean alone, as in the logged experiments; 4: R, G, B and the mean; 3: unchanged.
+    3 channels are R, G and B, 1 is LWIR, 4 are all of them.
+
+    Args:
+        lwir_filters: what LWIR gets. "sum" of the RGB filters answers to LWIR as they do to a grey
+            picture. "mean" answers a third as much, with all of the bias; the logged experiments
+            had it.
     """
-    lwir = weight.mean(dim=1, keepdim=True)
+    lwir = weight.sum(dim=1, keepdim=True) if lwir_filters == "sum" else weight.mean(dim=1, keepdim=True)
     if channels == 4:
         return torch.cat([weight, lwir], dim=1)
     return lwir if channels == 1 else weight
-
-
-@torch.no_grad()
-def copy_tensor(target: Tensor, value: Tensor) -> None:
-    """Copy a published tensor over a model's, refusing another shape."""
-    if target.shape != value.shape:
-        raise InputError(
-            f"pretrained weights of shape {tuple(value.shape)} do not fit {tuple(target.shape)}",
-            "pretrained weights need WIDTH = 1.0",
-        )
-    target.copy_(value)

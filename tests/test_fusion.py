@@ -18,9 +18,9 @@ from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.files import InputError
 from kaist.frames import load_frames
 from kaist.images import read_frame
-from model import SSD300, mirror
+from model import SSD300, predict_mirrored
 from ssd.augment import Augmentation, mean_colour, sample_transform
-from ssd.boxes import Predictions, decode, detect
+from ssd.boxes import decode, detect
 from utils import predict
 
 QUICK = (
@@ -205,7 +205,7 @@ def test_averaged_weights_by_hand():
 # ------------------------------------------------------------------------------ test flip
 
 
-def make_model():
+def make_model(**changes):
     torch.manual_seed(0)
     return SSD300(
         input_mode="early",
@@ -214,23 +214,41 @@ def make_model():
         infusion=(0,) * 6,
         infusion_conv=False,
         prior_set="pedestrian",
-        size=(300, 375),
+        **{"size": (300, 375)} | changes,
     ).eval()
 
 
-def test_mirrored_predictions_decode_to_mirrored_boxes():
-    model = make_model()
-    n = len(model.priors)
-    predictions = Predictions(torch.randn(2, n, 4), torch.randn(2, n, 2), [])
-    mirrored = mirror(model, predictions)
-    boxes = decode(predictions.loc, model.priors) * torch.tensor([-1, 1, 1, 1])
-    boxes = boxes + torch.tensor([1.0, 0, 0, 0])
-    counts = [len(p) for p in model.map_priors()]
-    values = torch.cat([boxes, predictions.conf], dim=-1).split(counts, dim=1)
-    found = torch.cat([decode(mirrored.loc, model.priors), mirrored.conf], dim=-1)
-    for (h, w), ours, theirs in zip(model.map_sizes, values, found.split(counts, dim=1), strict=True):
-        ours = ours.reshape(2, h, w, -1, 6).flip(2)
-        assert torch.allclose(ours, theirs.view(2, h, w, -1, 6), atol=1e-5)
+@pytest.mark.parametrize(("centres", "width"), [("even", 375), ("stride", 375), ("stride", 384)])
+def test_mirrored_predictions_decode_to_mirrored_boxes(centres, width):
+    """Against the same network built for the width that the mirror image is padded to."""
+    model = make_model(size=(300, width), centres=centres)
+    for head in (*model.loc_heads, *model.conf_heads):
+        torch.nn.init.normal_(head.weight, std=0.02)
+    padded_width = width if centres == "even" else 384
+    padded = make_model(size=(300, padded_width), centres=centres)
+    padded.load_state_dict(model.state_dict())
+    images = torch.randint(256, (2, 4, 300, width), dtype=torch.uint8)
+    filler = model.mean.round().to(torch.uint8).expand(2, 4, 300, padded_width - width)
+    with torch.inference_mode():
+        theirs = padded(torch.cat([filler, images.flip(3)], dim=3))
+        ours = predict_mirrored(model, images)
+    unit, padded_unit = (torch.tensor([w, 300, w, 300]) for w in (width, padded_width))
+    boxes = decode(ours.loc, model.priors) * unit
+    # What a prior of the padded network's says, with the shape that the prior has in the other.
+    for i, (h, w, _, dx) in enumerate(model.grids):
+        own, other = (m.map_priors()[i] * u for m, u in ((model, unit), (padded, padded_unit)))
+        own, other = (x.view(h, -1, len(own) // (h * w), 4) for x in (own, other))
+        first = [sum(map(len, m.map_priors()[:i])) for m in (model, padded)]
+        rows = [slice(start, start + x[..., 0].numel()) for start, x in zip(first, (own, other), strict=True)]
+        mirrored = theirs.loc[:, rows[1]].view(2, *other.shape).flip(2)[:, :, :w]
+        x = padded_width - (torch.arange(other.shape[1]).flip(0)[:w] + 0.5) * dx * width
+        x = x.view(1, 1, w, 1) - mirrored[..., 0] * 0.1 * own[..., 2]
+        y = own[..., 1] + mirrored[..., 1] * 0.1 * own[..., 3]
+        size = own[..., 2:] * (mirrored[..., 2:] * 0.2).exp()
+        expected = torch.cat([torch.stack([x, y], -1), size], -1).view(2, -1, 4)
+        assert torch.allclose(boxes[:, rows[0]], expected, atol=1e-2)
+        conf = theirs.conf[:, rows[1]].view(2, *other.shape[:3], 2).flip(2)[:, :, :w]
+        assert torch.allclose(ours.conf[:, rows[0]], conf.reshape(2, -1, 2), atol=1e-5)
 
 
 def test_test_flip_treats_left_and_right_alike():

@@ -3,7 +3,7 @@
 import torch
 
 from pseudo_gt import MapRange, box_masks
-from ssd.boxes import feature_map_sizes, make_priors, prior_shapes
+from ssd.boxes import feature_map_sizes, make_grids, make_priors, prior_shapes
 
 
 def mask_of(box, size, label=1):
@@ -54,8 +54,8 @@ def test_masks_agree_with_a_loop_over_cells():
 
 
 def ssd300_priors():
-    maps = zip(feature_map_sizes((300, 300)), prior_shapes("ssd300"), strict=True)
-    return [make_priors([size], [shapes]) for size, shapes in maps]
+    maps = zip(make_grids((300, 300), "even"), prior_shapes("ssd300"), strict=True)
+    return [make_priors([grid], [shapes]) for grid, shapes in maps]
 
 
 def test_a_map_keeps_the_persons_its_priors_match():
@@ -87,3 +87,13 @@ def test_every_person_is_in_range_of_some_map():
     labels = torch.ones(4, 9, dtype=torch.int64)
     labels_of_maps = MapRange(ssd300_priors(), list(range(6)), 0).labels(boxes, labels)
     assert torch.stack(labels_of_maps).any(0).all()
+
+
+def test_masks_follow_the_stride():
+    """At an input of 300 the last cell of 8 pixels is centred at 300: no box reaches it."""
+    grids = make_grids((300, 300), "stride")[:2]
+    boxes = torch.tensor([[[0.9, 0.0, 1.0, 1.0]]])
+    even, stride = (box_masks(boxes, torch.tensor([[1]]), maps)[0] for maps in ([(38, 38)], grids))
+    assert even[0, 0].nonzero().flatten().tolist() == [34, 35, 36, 37]
+    # Centres at 276, 284, 292 and 300 pixels; the box spans 270 to 300.
+    assert stride[0, 0].nonzero().flatten().tolist() == [34, 35, 36]

@@ -158,11 +158,14 @@ def test_a_person_of_one_box_is_learned_in_both_modalities():
     terms = {
         "loc_loss": "l1",
         "loc_reduction": "mean",
+        "conf_divisor": "positives",
         "seg_cells": "mean",
         "seg_maps": "mean",
+        "seg_balance": "none",
+        "seg_person_share": 0.2,
         "seg_weight": 1.0,
     }
-    criterion = Criterion(model.priors, model.infused_maps, model.n_logits, **terms)
+    criterion = Criterion(model.priors, model.grids, model.infused_maps, model.n_logits, **terms)
     predictions = model.train()(torch.randint(256, (1, 4, 64, 128), dtype=torch.uint8))
     boxes = torch.tensor([[[0.3, 0.2, 0.5, 0.9]]])
     one, both = (criterion(predictions, boxes, torch.tensor([[label]]), []) for label in (1, 3))

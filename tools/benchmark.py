@@ -179,7 +179,7 @@ def training_rows(bench: Bench, n: int, width: float, n_frames: int, workers: in
         make_pairs(root, frames, cache),
         batch_size=n,
         workers=workers,
-        map_sizes=[model.map_sizes[i] for i in model.infused_maps],
+        map_sizes=[model.grids[i] for i in model.infused_maps],
         device=bench.device,
     )
     batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))

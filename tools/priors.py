@@ -30,7 +30,7 @@ from kaist.annotations import (
 from kaist.demo import open_root
 from kaist.files import InputError, run_script, write_atomically
 from kaist.frames import load_frames
-from ssd.boxes import feature_map_sizes, prior_shapes
+from ssd.boxes import Grid, feature_map_sizes, make_grids, prior_shapes
 
 MATCH_IOU = 0.5  # from which a prior learns a person
 BANDS = {"all": (0, np.inf), "< 55 px": (0, 55), "55 to 115": (55, 115), ">= 115": (115, np.inf)}  # heights
@@ -45,7 +45,9 @@ def main() -> None:
     if arguments.derive:
         print(derive(persons, arguments.derive, arguments.sizes[0]))
         return
-    found = [cover(persons, name, size) for name in arguments.priors for size in arguments.sizes]
+    found = [
+        cover(persons, name, size, arguments.centres) for name in arguments.priors for size in arguments.sizes
+    ]
     print(coverage_table(found, heights))
     write_atomically(arguments.out, lambda path: draw(found, heights, path))
     print(f"\ncoverage over height: {arguments.out}")
@@ -62,6 +64,7 @@ def parse_arguments() -> Namespace:
     add("--priors", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
     words = "inputs (default: 300x300 512x640)"
     add("--sizes", nargs="+", type=input_size, default=sizes, metavar="HxW", help=words)
+    add("--centres", choices=CHOICES["centres"], default="stride", help="of the priors, as of train.py")
     add("--min-height", type=float, default=12.0, help="lower persons are left out, pixels")
     add("--margin", type=float, default=5.0, help="so are those closer to the border, pixels")
     words = "print a set of K heights for the first of the sizes"
@@ -128,15 +131,15 @@ class Coverage(NamedTuple):
     best_iou: np.ndarray
 
 
-def cover(persons: np.ndarray, name: str, size: tuple[int, int]) -> Coverage:
+def cover(persons: np.ndarray, name: str, size: tuple[int, int], centres: str) -> Coverage:
     """How well the priors of a set, on the maps of an input of (height, width), match persons."""
-    shapes, map_sizes = prior_shapes(name), feature_map_sizes(size)
-    n_priors = sum(h * w * len(s) for (h, w), s in zip(map_sizes, shapes, strict=True))
-    return Coverage(name, size, n_priors, best_overlaps(persons, shapes, map_sizes))
+    shapes, grids = prior_shapes(name), make_grids(size, centres)
+    n_priors = sum(grid.h * grid.w * len(s) for grid, s in zip(grids, shapes, strict=True))
+    return Coverage(name, size, n_priors, best_overlaps(persons, shapes, grids))
 
 
 def best_overlaps(
-    persons: np.ndarray, shapes: list[list[tuple[float, float]]], map_sizes: list[tuple[int, int]]
+    persons: np.ndarray, shapes: list[list[tuple[float, float]]], grids: list[Grid]
 ) -> np.ndarray:
     """(n,) IoU of each person with its best prior.
 
@@ -146,14 +149,14 @@ def best_overlaps(
     Args:
         persons: (n, 4) cxcywh fractions of the input.
         shapes: (width, height) of each map's priors, as from `prior_shapes`.
-        map_sizes: (h, w) of each map.
+        grids: the cells of each map, as from `make_grids`.
     """
     centre, size = persons[:, None, :2], persons[:, None, 2:]
     best = np.zeros(len(persons))
-    for map_shapes, (h, w) in zip(shapes, map_sizes, strict=True):
-        cells = np.array([w, h])
-        cell = np.clip(np.floor(centre * cells), 0, cells - 1)
-        distance = np.abs(centre - (cell + 0.5) / cells)
+    for map_shapes, (h, w, dy, dx) in zip(shapes, grids, strict=True):
+        step = np.array([dx, dy])
+        cell = np.clip(np.floor(centre / step), 0, np.array([w, h]) - 1)
+        distance = np.abs(centre - (cell + 0.5) * step)
         prior = np.minimum(map_shapes, 1.0)
         shared = np.minimum(np.minimum(size, prior), (size + prior) / 2 - distance).clip(0).prod(2)
         best = np.maximum(best, (shared / (size.prod(2) + prior.prod(1) - shared)).max(1))
@@ -211,7 +214,7 @@ def derive(persons: np.ndarray, count: int, size: tuple[int, int]) -> str:
     """A set of upright priors as the lines of `prior_shapes` to hold it, with what it matches."""
     ratio, heights = derive_heights(persons, count, size)
     shapes = [[(ratio * h, h) for h in map_heights] for map_heights in heights]
-    best = best_overlaps(persons, shapes, feature_map_sizes(size))
+    best = best_overlaps(persons, shapes, make_grids(size, "stride"))
     rows = "\n".join(f"            {tuple(map_heights)}," for map_heights in heights)
     return (
         f"width/height {ratio:g} in fractions of the input, {ratio * FRAME_WIDTH / FRAME_HEIGHT:.2f} in the "

@@ -55,13 +55,20 @@ def plain_match(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor, 
     low, high = torch.max(boxes[:, None, :2], corners[:, :2]), torch.min(boxes[:, None, 2:], corners[:, 2:])
     shared = (high - low).clamp_(min=0)
     shared = shared[..., 0] * shared[..., 1]
-    areas, people = priors[:, 2] * priors[:, 3], (labels == 1).nonzero()[:, 0]
-    target = -(shared[labels == -1] >= 0.5 * areas).any(0).long()
+    areas = priors[:, 2] * priors[:, 3]
+    iou = shared / (box_area(boxes)[:, None] + areas - shared)
+    people, ignored = ((labels == label).nonzero()[:, 0] for label in (1, -1))
+    target = -((shared[ignored] >= 0.5 * areas) | (iou[ignored] >= 0.5)).any(0).long()
+    # An ignored object's best prior is nobody's, nor are those that tie with it.
+    highest = iou.amax(1, keepdim=True).clamp(min=1e-12)
+    taken = (iou >= highest * (1 - 1e-5))[ignored].any(0)
+    target[taken] = -1
     if not len(people):
         return target, torch.zeros_like(target)
-    iou = shared[people] / (box_area(boxes[people])[:, None] + areas - shared[people])
+    nearest_ignored = iou[ignored].amax(0) if len(ignored) else torch.zeros_like(areas)
+    iou = iou[people].masked_fill(taken, -1)
     best, matched_idxs = iou.max(0)
-    target[best >= 0.5] = 1
+    target[(best >= 0.5) & (best >= nearest_ignored)] = 1
     own = best_priors(iou)
     target[own] = 1
     matched_idxs[own] = torch.arange(len(people), device=own.device)

@@ -106,7 +106,7 @@ def our_step(
     if batches is None:
         images = torch.randint(256, (n, 4, *model.size), dtype=torch.uint8, device=device)
         boxes, labels = random_objects(n, 3, device)
-        masks = box_masks(boxes, labels, [model.map_sizes[i] for i in model.infused_maps])
+        masks = box_masks(boxes, labels, [model.grids[i] for i in model.infused_maps])
         batches = itertools.repeat(Batch(images, boxes, labels, masks, []))
     loss, on_gpu = our_loss(model), device.type == "cuda"
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, fused=on_gpu)

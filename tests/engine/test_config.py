@@ -162,7 +162,16 @@ def test_rows_as_the_log_has_them(row, expected):
         ("32", {"input_size": (512, 640)}),
         ("33", {"input_mode": "halfway"}),
         ("34", {"input_mode": "halfway", "modality_dropout": 0.25}),
-        ("35", {"pretrained": "coco", "batch_norm": False, "priors": "ssd300-coco"}),
+        (
+            "35",
+            {
+                "pretrained": "coco",
+                "batch_norm": False,
+                "priors": "ssd300-coco",
+                "pixel_mean": (0.48235, 0.45882, 0.40784, 0.1598),
+                "pixel_std": (0.229, 0.224, 0.225, 0.0813),
+            },
+        ),
         ("36", {"ema_decay": 0.999}),
         ("37", {"schedule": "cosine"}),
         ("38", {"test_flip": True}),
@@ -180,8 +189,8 @@ def test_rows_as_the_log_has_them(row, expected):
         ("40", {"priors": "pedestrian", "input_mode": "halfway", "test_flip": True}),
     ],
 )
-def test_rows_beyond_the_log_change_row_26_as_they_say(row, change):
-    before, after = resolve_row("26"), resolve_row(row)
+def test_rows_beyond_the_log_change_row_26b_as_they_say(row, change):
+    before, after = resolve_row("26b"), resolve_row(row)
     assert {key: value for key, value in after.items() if value != before[key]} == change
     train.configure(["--experiment", row])  # it can be trained
 

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import box_convert, box_iou
 
-from ssd.boxes import Predictions, encode, feature_map_sizes, make_priors, prior_shapes
-from ssd.losses import MultiBoxLoss, SegmentationLoss, match, match_static
+from ssd.boxes import Grid, Predictions, encode, make_grids, make_priors, prior_shapes
+from ssd.losses import MultiBoxLoss, SegmentationLoss, cell_heights
+from ssd.matching import match, match_static
 from tools.reference import plain_multibox_loss
 
-PRIORS = make_priors(feature_map_sizes((300, 300)), prior_shapes("ssd300"))
+PRIORS = make_priors(make_grids((300, 300), "even"), prior_shapes("ssd300"))
 
 
 def random_batch(n, most, seed, share_ignored=0.3):
@@ -32,19 +33,24 @@ def slow_match(boxes, labels, priors):
     corners = box_convert(priors, "cxcywh", "xyxy")
     iou = box_iou(boxes, corners)
     target, owner = [0] * len(priors), [0] * len(priors)
-    people = [i for i, label in enumerate(labels.tolist()) if label == 1]
+    people, ignored = ([i for i, x in enumerate(labels.tolist()) if x == label] for label in (1, -1))
     for j in range(len(priors)):
-        for i in (i for i, label in enumerate(labels.tolist()) if label == -1):
+        for i in ignored:
             low = torch.maximum(boxes[i, :2], corners[j, :2])
             high = torch.minimum(boxes[i, 2:], corners[j, 2:])
             if (high - low).clamp(min=0).prod() >= 0.5 * priors[j, 2] * priors[j, 3]:
                 target[j] = -1
-        if people:
-            best = max(people, key=lambda i: iou[i, j])
+        if people + ignored:
+            best = max(people + ignored, key=lambda i: iou[i, j])
             if iou[best, j] >= 0.5:
-                target[j], owner[j] = 1, best
+                target[j], owner[j] = int(labels[best]), best
     free, waiting = set(range(len(priors))), set(people)
-    while waiting:
+    for i in ignored:
+        for j in range(len(priors)):
+            if iou[i, j] > 0 and iou[i, j] >= iou[i].max() * (1 - 1e-5):
+                target[j] = -1
+                free -= {j}
+    while waiting and free:
         i, j = max(((i, j) for i in waiting for j in free), key=lambda ij: iou[ij])
         target[j], owner[j] = 1, i
         waiting.remove(i)
@@ -133,7 +139,7 @@ def test_hard_cases_equal_the_plain_loss(name):
     plain = plain_multibox_loss(predictions, boxes, labels, PRIORS)
     plain_gradient = torch.autograd.grad(plain, (loc, conf))
     for way in (criterion.sparse, criterion.static):
-        *sums, positives = way(predictions, boxes, labels)
+        *sums, positives, _ = way(predictions, boxes, labels)
         ours = sum(sums) / positives
         assert torch.isclose(ours, plain, rtol=1e-5)
         gradient = torch.autograd.grad(ours, (loc, conf))
@@ -152,7 +158,7 @@ def test_both_ways_give_the_same_loss_and_gradient(seed):
     conf = torch.randn(5, len(priors), 2, requires_grad=True)
     criterion = MultiBoxLoss(priors, loc_loss="l1", loc_reduction="sum")
     ways = [way(Predictions(loc, conf, []), boxes, labels) for way in (criterion.sparse, criterion.static)]
-    assert ways[0][2] == ways[1][2]
+    assert ways[0][2:] == ways[1][2:]
     for term in (0, 1):
         a, b = (way[term] for way in ways)
         assert torch.isclose(a, b, rtol=1e-5)
@@ -166,7 +172,7 @@ def test_static_way_looks_at_no_value_and_keeps_its_shapes():
     criterion = MultiBoxLoss(priors, loc_loss="smooth_l1", loc_reduction="sum")
 
     def step(loc, conf, boxes, labels):
-        loc_sum, conf_sum, count = criterion.static(Predictions(loc, conf, []), boxes, labels)
+        loc_sum, conf_sum, count, _ = criterion.static(Predictions(loc, conf, []), boxes, labels)
         return (loc_sum + conf_sum) / count.clamp(min=1)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=False, backend="aot_eager")
@@ -238,6 +244,30 @@ def test_ignored_objects_are_neither_positive_nor_mined():
     assert loss.item() == pytest.approx(3 * math.log(2), rel=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_no_ignored_object_is_mined_by_its_best_prior(seed):
+    """Small objects too, of whose size no prior lies half inside them."""
+    boxes, labels = random_batch(16, 8, seed, share_ignored=0.5)
+    centre, size = (boxes[..., 2:] + boxes[..., :2]) / 2, boxes[..., 2:] - boxes[..., :2]
+    size = size * torch.rand(16, 8, 1, generator=torch.Generator().manual_seed(seed))
+    boxes = torch.cat([centre - size / 2, centre + size / 2], -1)
+    target, _ = both_ways(boxes, labels, PRIORS)
+    iou = box_iou(boxes.flatten(0, 1), box_convert(PRIORS, "cxcywh", "xyxy")).view(16, 8, -1)
+    for image, k in (labels == -1).nonzero().tolist():
+        assert target[image, iou[image, k].argmax()] == -1
+        people = iou[image, labels[image] == 1].amax(0) if (labels[image] == 1).any() else 0
+        near = (iou[image, k] >= 0.5) & (iou[image, k] > people)
+        owned = target[image] == 1  # a person may own a prior that is nearer to an ignored object
+        assert (target[image, near & ~owned] == -1).all() and (near & owned).sum() <= 8
+    assert ((target == 1).any(1) == (labels == 1).any(1)).all()  # no person is left out for that
+    conf = torch.zeros(16, 8732, 2, requires_grad=True)
+    criterion = MultiBoxLoss(PRIORS, loc_loss="l1", loc_reduction="sum")
+    for way in (criterion.sparse, criterion.static):
+        terms = way(Predictions(torch.zeros(16, 8732, 4), conf, []), boxes, labels)
+        (gradient,) = torch.autograd.grad(terms[1], conf)
+        assert not gradient[target == -1].any() and terms[2] == (target == 1).sum()
+
+
 def test_empty_frames_teach_and_stay_finite():
     loc = torch.zeros(2, 8732, 4, requires_grad=True)
     conf = torch.zeros(2, 8732, 2, requires_grad=True)
@@ -249,6 +279,22 @@ def test_empty_frames_teach_and_stay_finite():
         assert losses[0] == 0 and losses[1].item() == pytest.approx(6 * math.log(2), rel=1e-5)
         grads = torch.autograd.grad(sum(losses), (loc, conf))
         assert all(g.isfinite().all() for g in grads) and grads[1].abs().sum() > 0
+
+
+def test_frames_without_people_do_not_inflate_the_balanced_loss():
+    """One person in a batch of eight: 3 negatives of its frame, and 3 of each of the others."""
+    boxes, labels = torch.zeros(8, 1, 4), torch.zeros(8, 1, dtype=torch.int64)
+    boxes[0, 0], labels[0, 0] = PRIORS[4000], 1
+    boxes[0] = box_convert(boxes[0], "cxcywh", "xyxy")
+    predictions = Predictions(torch.zeros(8, 8732, 4), torch.zeros(8, 8732, 2), [])
+    n = int((match(boxes, labels, PRIORS, 0.5)[0] == 1).sum())
+    terms = 4 * n + 21
+    for divisor, expected in (("positives", terms / n), ("balanced", terms / (n + 7))):
+        criterion = MultiBoxLoss(PRIORS, loc_loss="l1", loc_reduction="sum", conf_divisor=divisor)
+        loss = criterion(predictions, boxes, labels)[1].item()
+        assert loss == pytest.approx(expected * math.log(2), rel=1e-5)
+    no_one = criterion(predictions, boxes, torch.zeros_like(labels))[1].item()
+    assert no_one == pytest.approx(3 * math.log(2), rel=1e-5)
 
 
 def test_loc_mean_is_a_quarter_of_the_sum():
@@ -293,6 +339,37 @@ def test_learned_uncertainty_by_hand():
     assert criterion.weights() == pytest.approx([1 / (2 * a), math.exp(-5)])
     # exp(-s) L + s / 2 is lowest where exp(s) is twice the loss.
     assert criterion.log_variance.grad.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+
+
+def test_a_maps_person_cells_have_their_share_of_the_weight():
+    """One person cell of five that count: a fifth of the weight is what it has anyhow."""
+    logits, mask = torch.randn(1, 2, 2, 3), torch.tensor([[[1, 0, 0], [0, 0, -1]]])
+    entropy = F.cross_entropy(logits, mask, ignore_index=-1, reduction="none").flatten()
+    for share in (0.2, 0.5):
+        criterion = SegmentationLoss(1, cells="mean", maps="sum", balance="share", person_share=share)
+        expected = share * entropy[0] + (1 - share) * entropy[1:5].mean()
+        assert criterion([logits], [mask])[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    background = mask.clamp(max=0)  # no person: all cells alike
+    expected = F.cross_entropy(logits, background, ignore_index=-1)
+    assert criterion([logits], [background])[0].item() == pytest.approx(expected.item(), rel=1e-5)
+    persons = torch.ones_like(mask)
+    expected = F.cross_entropy(logits, persons)
+    assert criterion([logits], [persons])[0].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_taller_persons_weigh_more_as_in_sds_rcnn():
+    grid = Grid(2, 2, 0.5, 0.5)
+    # 100 pixels of 512 high over the upper left cell's centre; an ignored object beside it.
+    top = 0.25 - 50 / 512
+    boxes = torch.tensor([[[0.0, top, 0.5, top + 100 / 512], [0.5, 0.0, 1.0, 1.0]]])
+    heights = cell_heights(boxes, torch.tensor([[1, -1]]), grid)
+    assert heights.flatten().tolist() == pytest.approx([100, 0, 0, 0])
+    assert cell_heights(boxes[:, :0], torch.zeros(1, 0), grid).tolist() == torch.zeros(1, 2, 2).tolist()
+    logits, mask = torch.randn(1, 2, 2, 2), torch.tensor([[[1, -1], [0, 0]]])
+    entropy = F.cross_entropy(logits, mask, ignore_index=-1, reduction="none").flatten()
+    loss = SegmentationLoss(1, cells="mean", maps="sum", balance="height")([logits], [mask], [heights])[0]
+    expected = (3 * entropy[0] + entropy[2] + entropy[3]) / 5  # 1 + 100 / 50, over the sum of weights
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_segmentation_loss_keeps_channels_apart_from_cells():

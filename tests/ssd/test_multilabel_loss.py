@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import box_convert, box_iou
 
-from ssd.boxes import Predictions, detect, encode, feature_map_sizes, make_priors, person_scores, prior_shapes
+from ssd.boxes import Predictions, detect, encode, make_grids, make_priors, person_scores, prior_shapes
 from ssd.multilabel_loss import MultiLabelLoss, match_multilabel
 
 
 def priors_of(size):
-    return make_priors(feature_map_sizes(size, "mlpd"), prior_shapes("multispectral"))
+    return make_priors(make_grids(size, "even", "mlpd"), prior_shapes("multispectral"))
 
 
 def pad(objects, spare=2):

@@ -5,7 +5,7 @@ import torch
 
 from model import SSD300, L2Norm
 from pseudo_gt import box_masks
-from ssd.boxes import Predictions, encode, feature_map_sizes, make_priors, prior_shapes
+from ssd.boxes import Predictions, encode, make_grids, make_priors, prior_shapes
 from ssd.losses import MultiBoxLoss, SegmentationLoss
 from utils import autocast
 
@@ -93,7 +93,7 @@ def test_no_box_has_an_infinite_offset():
 
 
 def test_logits_of_any_size_give_a_finite_loss_and_gradient():
-    priors = make_priors(feature_map_sizes((300, 300)), prior_shapes("ssd300"))
+    priors = make_priors(make_grids((300, 300), "even"), prior_shapes("ssd300"))
     multibox = MultiBoxLoss(priors, loc_loss="smooth_l1", loc_reduction="sum")
     boxes, labels = torch.tensor([[[0.2, 0.2, 0.4, 0.7]]]), torch.tensor([[1]])
     for size in (1e3, 1e10, 1e30):

@@ -12,7 +12,7 @@ from torchvision.ops import box_convert, box_iou
 
 from kaist.annotations import open_annotations
 from kaist.files import InputError
-from ssd.boxes import feature_map_sizes, make_priors, prior_shapes
+from ssd.boxes import make_grids, make_priors, prior_shapes
 from tools import priors
 
 XML = """<annotation><object><name>{}</name><bndbox><x>{}</x><y>{}</y><w>{}</w><h>{}</h></bndbox>
@@ -28,15 +28,16 @@ def random_persons(n):
 
 @pytest.mark.parametrize("name", ["ssd300", "pedestrian"])
 @pytest.mark.parametrize("size", [(300, 300), (300, 375)])
-def test_best_overlaps_are_those_of_all_priors(name, size):
+@pytest.mark.parametrize("centres", ["even", "stride"])
+def test_best_overlaps_are_those_of_all_priors(name, size, centres):
     persons = random_persons(200)
-    shapes, map_sizes = prior_shapes(name), feature_map_sizes(size)
-    everything = box_convert(make_priors(map_sizes, shapes), "cxcywh", "xyxy")
+    shapes, grids = prior_shapes(name), make_grids(size, centres)
+    everything = box_convert(make_priors(grids, shapes), "cxcywh", "xyxy")
     corners = box_convert(torch.from_numpy(persons), "cxcywh", "xyxy")
     overlaps = box_iou(corners, everything.double())
-    found = priors.best_overlaps(persons, shapes, map_sizes)
+    found = priors.best_overlaps(persons, shapes, grids)
     assert np.allclose(found, overlaps.amax(1).numpy(), atol=1e-6)
-    assert priors.cover(persons, name, size).n_priors == len(everything)
+    assert priors.cover(persons, name, size, centres).n_priors == len(everything)
 
 
 def test_table_by_hand():
