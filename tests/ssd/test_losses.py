@@ -9,7 +9,7 @@ from torchvision.ops import box_convert, box_iou
 
 from ssd.boxes import Predictions, encode, feature_map_sizes, make_priors, prior_shapes
 from ssd.losses import MultiBoxLoss, SegmentationLoss, match, match_static
-from tools.reference import plain_multibox_loss
+from tests.reference import plain_multibox_loss
 
 PRIORS = make_priors(feature_map_sizes((300, 300)), prior_shapes("ssd300"))
 
