@@ -5,9 +5,8 @@
     python -m tools.benchmark --device cuda           # the rows of a GPU
     python -m tools.benchmark --rows                  # detection by every row of the lab book
 
-A row is two functions that do the same work, run in turns; the table shows the medians. Where
-both have to agree, that is checked before they are timed. The references are torchvision's, or the
-plain way of reference.py.
+A row is two functions that do the same work, run in turns; the table shows the medians. The
+references are torchvision's SSD300 and augmentation, and a metric that loops over the frames.
 """
 
 from __future__ import annotations
@@ -27,8 +26,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from torchvision.models.detection import ssd300_vgg16
 from torchvision.ops import box_convert
 
 from datasets import Collate, DeviceLoader
@@ -44,11 +41,17 @@ from kaist.results import read_detections
 from model import SSD300
 from ssd.boxes import Predictions, detect
 from ssd.losses import MultiBoxLoss
-from tools.reference import plain_miss_rates, plain_multibox_loss, v2_sample
+from tools.isolated import STATUS, Subprocess, added_memory
+from tools.reference import (
+    plain_miss_rates,
+    torchvision_image,
+    torchvision_loss,
+    torchvision_ssd,
+    torchvision_step,
+    v2_sample,
+)
 from tools.workloads import (
     LIMITS,
-    Subprocess,
-    added_memory,
     make_model,
     make_pairs,
     our_image,
@@ -57,8 +60,6 @@ from tools.workloads import (
     random_objects,
     random_predictions,
     random_result,
-    torchvision_image,
-    torchvision_step,
     trunk_step,
     with_malloc_tuning,
 )
@@ -205,10 +206,11 @@ def training_rows(bench: Bench, n: int, width: float, n_frames: int, workers: in
 
 def bench_memory(bench: Bench) -> Iterator[Row]:
     """Peak memory that a step of batch 8 adds, each in a process of its own."""
-    if not bench.quick:
-        step = added_memory, our_step, bench.device, bench.precision, 8
+    if not bench.quick and STATUS.exists():
+        on_gpu = bench.device.type == "cuda"
+        step = added_memory, on_gpu, our_step, bench.device, bench.precision, 8
         ours = Subprocess(with_malloc_tuning, *step)() / 2**20
-        theirs = Subprocess(added_memory, torchvision_step, bench.device, 8)() / 2**20
+        theirs = Subprocess(added_memory, on_gpu, torchvision_step, bench.device, 8)() / 2**20
         sizes = f"{ours:.0f} MB", f"torchvision: {theirs:.0f} MB"
         yield ratio_row("memory added by a batch-8 step", *sizes, ours / theirs, 0.8)
 
@@ -217,22 +219,19 @@ def bench_loss(bench: Bench) -> Iterator[Row]:
     """The multibox loss, forward and backward, for a batch of 32."""
     priors = make_model(width=0.01).priors.to(bench.device)
     loss = MultiBoxLoss(priors, loc_loss="smooth_l1", loc_reduction="sum").to(bench.device)
-
-    def backward(loss: Callable, predictions: Predictions, *rest: Tensor) -> tuple[Tensor, ...]:
-        value = loss(predictions, *rest)
-        value = value if isinstance(value, Tensor) else sum(value)
-        return value, *torch.autograd.grad(value, predictions[:2])
-
     for people, target in ((3, 6.0), (20, 4.0)):
         objects = random_objects(32, people, bench.device)
         predictions = random_predictions(32, 0.0, bench.device)
         predictions = Predictions(*(x.requires_grad_() for x in predictions[:2]), [])
-        ours = partial(backward, loss, predictions, *objects)
-        plain = partial(backward, plain_multibox_loss, predictions, *objects, priors)
-        torch.testing.assert_close(ours(), plain(), rtol=1e-4, atol=1e-7)
+        theirs = torchvision_loss(predictions, *objects, priors)
+        times = interleave(
+            bench,
+            lambda: torch.autograd.grad(sum(loss(predictions, *objects)), predictions[:2]),  # noqa: B023
+            lambda: torch.autograd.grad(theirs(), predictions[:2]),  # noqa: B023
+        )
         work = f"multibox loss and gradient, batch 32, {people} people"
         target = 20 if bench.device.type == "cuda" else target
-        yield speedup_row(work, *interleave(bench, ours, plain), "image by image", target)
+        yield speedup_row(work, *times, "torchvision", target)
 
 
 # ------------------------------------------------------------------------------ detection
@@ -241,7 +240,7 @@ def bench_loss(bench: Bench) -> Iterator[Row]:
 def bench_detect(bench: Bench) -> Iterator[Row]:
     """Decoding and NMS of a batch of 8 down to 200 boxes."""
     priors = make_model(width=0.01).priors.to(bench.device)
-    ssd = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2, score_thresh=0.01)
+    ssd = torchvision_ssd(bench.device)
     anchors = [300 * box_convert(priors, "cxcywh", "xyxy")] * 8
     for mean, target in ((-3.6, 1.1), (-8.94, 2.0)):
         predictions = random_predictions(8, mean, bench.device)

@@ -25,9 +25,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from engine.config import OneLineParser
+from kaist.annotation_files import FRAME_ID
 from kaist.annotations import (
     FOLDERS,
-    FRAME_ID,
     JSON_NAME,
     MODALITIES,
     Annotations,
@@ -44,10 +44,9 @@ from tools.faults import (
     GREY,
     Fault,
     ImageStats,
+    check_file,
     check_image,
     check_json,
-    check_text,
-    check_xml,
     unreadable,
 )
 
@@ -189,7 +188,7 @@ def check_frames(
             for digest, path in report.digests.items():
                 other = first.setdefault(digest, path)
                 if other != path:
-                    problem = f"the same picture as {relative(other, root)}"
+                    problem = f"the same picture as {other}".replace(f"{root}/", "")
                     faults.append(Fault("copied-image", path, 0, problem))
     for rows in annotated.values():
         faults += missing_annotations(rows, forms, jsons)
@@ -257,10 +256,9 @@ def check_annotation(form: Annotations, frame_id: str) -> tuple[list[Fault], boo
         if fault := unreadable(path, "missing-annotation"):
             faults.append(fault)
         else:
-            is_xml, columns = path.suffix == ".xml", 5 if form.form == "paired" else 11
-            found, rows = check_xml(path, frame_id) if is_xml else check_text(path, columns)
+            found, rows = check_file(path, form.form, frame_id)
             faults += found
-            labels.append([label for _, label, _ in rows])
+            labels.append([row.label for row in rows])
     if not labels and {fault.name for fault in faults} == {"missing-annotation"}:
         return [], False
     if not faults and labels[0] != labels[-1]:
@@ -272,18 +270,13 @@ def check_annotation(form: Annotations, frame_id: str) -> tuple[list[Fault], boo
 # ------------------------------------------------------------------------------ the report
 
 
-def relative(path: Path, root: Path) -> Path:
-    """A path as seen from the root, if it is below it."""
-    return path.relative_to(root) if path.is_relative_to(root) else path
-
-
 def table(faults: list[Fault], root: Path) -> str:
     """Faults by name, the first few of each with their places."""
     lines = []
     for name in FAULTS:
         found = [fault for fault in faults if fault.name == name]
         for fault in found[:MAX_SHOWN]:
-            place = f"{relative(fault.file, root)}:{fault.line}".removesuffix(":0")
+            place = f"{fault.file}:{fault.line}".removesuffix(":0").removeprefix(f"{root}/")
             lines.append((name, place, fault.problem))
         if len(found) > MAX_SHOWN:
             lines.append((name, f"… and {len(found) - MAX_SHOWN} more", ""))

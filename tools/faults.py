@@ -6,7 +6,7 @@ import hashlib
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,17 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from kaist.annotations import (
-    FRAME_HEIGHT,
-    FRAME_WIDTH,
-    ObjectRow,
-    json_row,
-    line_row,
-    object_line,
-    parse_xml,
-    read_json,
-    xml_row,
-)
+from kaist.annotation_files import READERS, ObjectRow, json_row, parse_xml, read_json, read_rows
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError, load_json, read_text
 
 FAULTS = {
@@ -72,7 +63,7 @@ FAULTS = {
 }
 # How the messages of readers begin or end, and the fault each tells of.
 MESSAGES = {
-    "not a text file": "not-text",
+    "not a text file in UTF-8": "not-text",
     "is not a bbGt header": "bad-header",
     "are wanted": "too-few-columns",
     "is not a number": "not-a-number",
@@ -94,8 +85,6 @@ OTHER_ENDINGS = (".bmp", ".webp", ".gif", ".Jpg", ".Png")
 MAX_PIXELS = 16 * FRAME_WIDTH * FRAME_HEIGHT  # pixels
 GREY, COLOURED = 6, 10  # 99.5th percentile of max - min over the channels; KAIST's LWIR has 3
 FLAT = 1.0  # standard deviation of grey values; KAIST's darkest LWIR frames have 7
-
-Rows = list[tuple[int, str, tuple[float, ...]]]  # line (or place), label, box x, y, w, h
 
 
 class Fault(NamedTuple):
@@ -168,60 +157,30 @@ def check_image(path: Path, modality: str) -> Fault | ImageStats:
 # ------------------------------------------------------------------------------ annotations
 
 
-def to_fault(error: InputError, path: Path, line: int) -> Fault:
+def to_fault(error: InputError, path: Path) -> Fault:
     """What a reader refused, under its name."""
-    message = error.problem
-    names = (name for words, name in MESSAGES.items() if message.startswith(words) or message.endswith(words))
-    return Fault(next(names), path, error.line or line, message)
+    text = error.problem
+    names = (name for words, name in MESSAGES.items() if text.startswith(words) or text.endswith(words))
+    return Fault(next(names, "unreadable-file"), path, error.line or 0, text)
 
 
-def check_objects(
-    objects: Iterable[tuple[int, Callable[[], ObjectRow]]], path: Path
-) -> tuple[list[Fault], Rows]:
-    """Faults of an annotation's objects, and those that can be read, each with its line.
-
-    Args:
-        objects: the line of each, and a call that reads it.
-    """
-    faults, rows = [], []
-    for line, read in objects:
-        try:
-            label, box, *_ = read()
-            rows.append((line, label, tuple(box)))
-        except InputError as error:
-            faults.append(to_fault(error, path, line))
-    return [*faults, *implausible_objects(rows, path)], rows
-
-
-def check_text(path: Path, columns: int) -> tuple[list[Fault], Rows]:
-    """Faults of a text annotation, and its objects."""
+def check_file(path: Path, form: str, frame_id: str) -> tuple[list[Fault], list[ObjectRow]]:
+    """Faults of a frame's annotation in a file of its own, and its objects."""
+    errors: list[InputError] = []
     try:
-        rows = as_rows(read_lines(path, columns, errors))
+        rows = READERS[form](path, errors)
+        root = parse_xml(path)[0] if form.startswith("xml") else None
     except InputError as error:
-        return [to_fault(error, path, 0)], []
-    objects = [(n, partial(line_row, x, columns, path, n)) for n, x in enumerate(lines[1:], 2) if x.strip()]
-    faults, rows = check_objects(objects, path)
-    if not lines or not lines[0].startswith("%"):
-        faults.append(Fault("bad-header", path, 1, "it does not begin with '% bbGt version=3'"))
-    return faults, rows
-
-
-def check_xml(path: Path, frame_id: str) -> tuple[list[Fault], Rows]:
-    """Faults of an XML annotation, and its objects."""
-    try:
-        tree, lines = parse_xml(path)
-    except InputError as error:
-        return [to_fault(error, path, 0)], []
-    items = enumerate(tree.iter("object"))
-    faults, rows = check_objects(
-        ((object_line(path, i), partial(xml_row, x, path, None)) for i, x in items), path
-    )
-    named = re.findall(r"set\d\d|V\d{3}|I\d{5}", tree.findtext("filename", ""))
-    if set(named) - set(frame_id.split("/")):
-        faults.append(Fault("contradicting-file", path, 0, f"its filename is {tree.findtext('filename')!r}"))
-    size = [tree.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
-    if any(size) and size != [str(FRAME_WIDTH), str(FRAME_HEIGHT)]:
-        faults.append(Fault("contradicting-file", path, 0, f"its size is {size[0]}x{size[1]}"))
+        return [to_fault(error, path)], []
+    faults = [*(to_fault(error, path) for error in errors), *implausible_objects(rows, path)]
+    if root is not None:
+        named = re.findall(r"set\d\d|V\d{3}|I\d{5}", root.findtext("filename", ""))
+        if set(named) - set(frame_id.split("/")):
+            problem = f"its filename is {root.findtext('filename')!r}"
+            faults.append(Fault("contradicting-file", path, 0, problem))
+        size = [root.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
+        if any(size) and size != [str(FRAME_WIDTH), str(FRAME_HEIGHT)]:
+            faults.append(Fault("contradicting-file", path, 0, f"its size is {size[0]}x{size[1]}"))
     return faults, rows
 
 
@@ -229,52 +188,53 @@ def check_json(path: Path) -> tuple[list[Fault], set[str]]:
     """Faults of a test JSON, and the frames it holds."""
     faults: list[Fault] = []
     frames: set[str] = set()
+    errors: list[InputError] = []
     try:
         content = load_json(read_text(path), path)
-        faults += (Fault(name, path, 0, problem) for name, problem in contradictions(content, frames))
-        labels = {category["id"]: category["name"] for category in content["categories"]}
-        of_image: dict[Any, list] = defaultdict(list)
-        for number, item in enumerate(content["annotations"]):
-            of_image[item.get("image_id")].append((number, partial(json_row, item, number, labels, path)))
-        for fault in (fault for objects in of_image.values() for fault in check_objects(objects, path)[0]):
-            where = "" if fault.problem.startswith("annotation ") else f"annotation {fault.line}: "
-            faults.append(fault._replace(line=0, problem=where + fault.problem))
-        if not faults:
+        faults += contradictions(content, path, frames)
+        names, items = {c["id"]: c["name"] for c in content["categories"]}, content["annotations"]
+        of_image: dict[Any, list[ObjectRow]] = defaultdict(list)
+        for row in read_rows(enumerate(items), partial(json_row, path, names), path, errors):
+            of_image[items[row.number]["image_id"]].append(row)
+        for fault in (fault for rows in of_image.values() for fault in implausible_objects(rows, path)):
+            faults.append(fault._replace(line=0, problem=f"annotation {fault.line}: {fault.problem}"))
+        if not faults and not errors:
             read_json(path)
     except InputError as error:
-        faults.append(to_fault(error, path, 0))
+        errors.append(error)
     except (AttributeError, KeyError, TypeError) as error:
-        words = f"no KAIST annotation ({type(error).__name__}: {error})"
-        faults.append(Fault("broken-json", path, 0, words))
-    return faults, frames
+        problem = f"no KAIST annotation ({type(error).__name__}: {error})"
+        faults.append(Fault("broken-json", path, 0, problem))
+    return faults + [to_fault(error, path) for error in errors], frames
 
 
-def contradictions(content: Any, frames: set[str]) -> Iterator[tuple[str, str]]:
+def contradictions(content: Any, path: Path, frames: set[str]) -> Iterator[Fault]:
     """What a test JSON's parts say against each other; its frames are added to `frames`."""
     ids: set[Any] = set()
     for image in content["images"]:
         if image["id"] in ids or image["im_name"] in frames:
-            yield "json-repeated-id", f"image {image['id']} or {image['im_name']} is there twice"
+            problem = f"image {image['id']} or {image['im_name']} is there twice"
+            yield Fault("json-repeated-id", path, 0, problem)
         ids.add(image["id"])
         frames.add(image["im_name"])
         size = image.get("width", FRAME_WIDTH), image.get("height", FRAME_HEIGHT)
         if size != (FRAME_WIDTH, FRAME_HEIGHT):
-            yield "contradicting-file", f"{image['im_name']} is of size {size[0]}x{size[1]}"
+            problem = f"{image['im_name']} is of size {size[0]}x{size[1]}"
+            yield Fault("contradicting-file", path, 0, problem)
     used = Counter(item.get("id", number) for number, item in enumerate(content["annotations"]))
     for repeated in (i for i, n in used.items() if n > 1):
-        yield "json-repeated-id", f"annotation id {repeated} is there {used[repeated]} times"
+        problem = f"annotation id {repeated} is there {used[repeated]} times"
+        yield Fault("json-repeated-id", path, 0, problem)
     for number, item in enumerate(content["annotations"]):
-        if "image_id" in item and item["image_id"] not in ids:
-            yield "json-unknown-image", f"annotation {number} is of image {item['image_id']}"
-        if item.get("ignore", 0) not in (0, 1):
-            yield "incomplete-object", f"annotation {number}: ignore is {item['ignore']!r}, not 0 or 1"
+        if item["image_id"] not in ids:
+            problem = f"annotation {number} is of image {item['image_id']}"
+            yield Fault("json-unknown-image", path, 0, problem)
 
 
-def implausible_objects(rows: Rows, path: Path) -> Iterator[Fault]:
+def implausible_objects(rows: list[ObjectRow], path: Path) -> Iterator[Fault]:
     """What is odd about well-formed objects of one frame."""
     boxes = set()
-    for line, label, box in rows:
-        x, y, w, h = box
+    for label, (x, y, w, h), _, _, line in rows:
         words = f"{label} x={x:g} y={y:g} w={w:g} h={h:g}"
         if label not in LABELS:
             yield Fault("unknown-label", path, line, f"{label[:40]!r} is no label of KAIST")
@@ -287,6 +247,6 @@ def implausible_objects(rows: Rows, path: Path) -> Iterator[Fault]:
         low, high = PERSON_ASPECTS if label == "person" else ASPECTS
         if not (low <= w / h <= high and HEIGHTS[0] <= h <= HEIGHTS[1]):
             yield Fault("odd-box", path, line, words)
-        if box in boxes:
+        if (x, y, w, h) in boxes:
             yield Fault("repeated-box", path, line, words)
-        boxes.add(box)
+        boxes.add((x, y, w, h))

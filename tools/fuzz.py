@@ -13,18 +13,14 @@ from __future__ import annotations
 import faulthandler
 import io
 import json
-import math
 import os
 import random
-import re
 import signal
 import sys
 import tempfile
-import time
 import traceback
 import warnings
-from argparse import Namespace
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -42,16 +38,17 @@ import eval as eval_script
 import train
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.config import OneLineParser, read_constants
-from kaist.annotations import read_bbgt, read_image_list, read_json, read_paired, read_xml
+from kaist.annotation_files import READERS, read_json
+from kaist.annotations import read_image_list
 from kaist.files import InputError, make_folder, run_script
 from kaist.images import read_image
 from kaist.results import read_detections
-from tools.faults import Fault, check_image, check_json, check_text, check_xml
+from tools.faults import Fault, check_file, check_image, check_json
 from tools.mutations import JSON_WORDS, WORDS, XML_WORDS, mutate_bytes, mutate_text, mutate_zip
 
 CHUNK = 200  # inputs that a process takes at a time
 LIMIT = 100.0  # seconds that they may take
-MAX_KEPT = 3  # failing inputs of a kind that are kept
+MAX_KEPT = 100  # failing inputs that are kept
 FRAMES = [f"set06/V000/I{number:05d}" for number in range(20)]
 TEXT = b"% bbGt version=3\nperson 10 20 30 60 1 0 0 0 0 0 0\npeople 300 200 90 60 0 0 0 0 0 1 0\n"
 XML = b"""<?xml version="1.0"?>
@@ -61,17 +58,6 @@ XML = b"""<?xml version="1.0"?>
 <occlusion>0</occlusion></object>
 <object><name>people</name><bndbox><x>9</x><y>8</y><w>17</w><h>36</h></bndbox></object></annotation>
 """
-FLAGS = {
-    "train-flags": [
-        b"--experiment 26 --lr 1e-3 --infusion 1,1,0,0,0,0 --no-augment",
-        b"--batch-size=8 --input-size 300,300 --device cpu",
-    ],
-    "eval-flags": [
-        b"--detections %b --annotations x.json --bootstrap 10 --by-video" % os.fsencode(__file__),
-        b"--checkpoint x --subset night --out x.png --show-errors 2",
-    ],
-    "detect-flags": [b"x.jpg --checkpoint y --min-score 0.2 --out z --device cpu"],
-}
 
 
 class Reader(NamedTuple):
@@ -129,11 +115,10 @@ def make_seeds(folder: Path) -> dict[str, list[bytes]]:
     """Valid content for each kind of file; a checkpoint is written below `folder`."""
     row = {"image_id": 0, "category_id": 1, "bbox": [10.5, 20, 30, 60], "score": 0.5}
     rows = [row | {"image_id": i, "category_id": 1 + (i == 2)} for i in range(4)]
-    objects = [row | {"id": i, "image_id": i // 2, "occlusion": i % 3, "ignore": i % 2} for i in range(6)]
     people = {
         "categories": [{"id": 1, "name": "person"}, {"id": 2, "name": "people"}],
         "images": [{"id": i, "im_name": FRAMES[i], "width": 640, "height": 512} for i in range(4)],
-        "annotations": [item | {"bbox": [10 * i, 20, 30, 60]} for i, item in enumerate(objects)],
+        "annotations": [row | {"id": i, "occlusion": i % 3, "ignore": i % 2} for i, row in enumerate(rows)],
     }
     gradient = Image.linear_gradient("L").resize((640, 512))
     picture = Image.merge("RGB", [gradient, gradient.rotate(180), gradient])
@@ -143,8 +128,13 @@ def make_seeds(folder: Path) -> dict[str, list[bytes]]:
     tensors = {"w": torch.zeros(3), "b": torch.ones(2, 2, dtype=torch.float16)}
     state = {"model": tensors, "model_args": {"size": (300, 300), "width": 0.5}, "epoch": 3}
     save_checkpoint(folder / "seed.pt", state | {"config": {"lr": 1e-3}, "experiment": "26"})
-    seeds = {
-        "bbgt": [TEXT, TEXT + TEXT.split(b"\n")[1]],
+    flags = {
+        "train": "--experiment 26 --lr 1e-3 --infusion 1,1,0,0,0,0 --no-augment --input-size 300,300",
+        "eval": f"--detections {__file__} --annotations x.json --bootstrap 10 --by-video --out x.png",
+        "detect": "x.jpg --checkpoint y --min-score 0.2 --out z --device cpu",
+    }
+    return {
+        "text": [TEXT, TEXT + TEXT.split(b"\n")[1]],
         "xml": [XML],
         "annotation-json": [json.dumps(people, indent=i).encode() for i in (None, 1)],
         "result-text": [b"".join(b"%d,10.5,20,30.25,60,0.%d\n" % (i, i) for i in range(1, 10))],
@@ -153,31 +143,31 @@ def make_seeds(folder: Path) -> dict[str, list[bytes]]:
         "checkpoint": [(folder / "seed.pt").read_bytes()],
         "jpeg": [jpeg.getvalue()],
         "png": [png.getvalue()],
+        **{f"{script}-flags": ["\n".join(line.split()).encode()] for script, line in flags.items()},
     }
-    return seeds | {name: [b"\n".join(line.split()) for line in lines] for name, lines in FLAGS.items()}
 
 
 def make_readers(seeds: dict[str, list[bytes]]) -> dict[str, Reader]:
     """Everything that is fed, by name."""
     constants = [f"--{name.replace('_', '-')}".encode() for name in read_constants(train.__file__)]
-    text = partial(mutate_text, words=WORDS)
+    more = {"text": (), "xml": XML_WORDS, "json": JSON_WORDS}
+    text, xml, json_text = (partial(mutate_text, words=WORDS + words) for words in more.values())
     flags = partial(mutate_text, words=(*WORDS, *constants, b"--help", b"--", b"-x", b"auto"))
-    xml, json_text = (partial(mutate_text, words=WORDS + more) for more in (XML_WORDS, JSON_WORDS))
-    bbgt = partial(with_check, read_bbgt, lambda path: check_text(path, 11)[0])
-    paired = partial(with_check, read_paired, lambda path: check_text(path, 5)[0])
-    from_xml = partial(with_check, read_xml, lambda path: check_xml(path, FRAMES[19])[0])
+    checks = {form: partial(check_file, form=form, frame_id=FRAMES[19]) for form in READERS}
+    bbgt, paired, from_xml = (
+        partial(with_check, READERS[form], lambda path, check=checks[form]: check(path)[0])
+        for form in ("bbgt", "paired", "xml")
+    )
     from_json = partial(with_check, read_json, lambda path: check_json(path)[0])
-    visible = partial(with_check, partial(read_image, modality="visible"), check_picture)
-    lwir = partial(with_check, partial(read_image, modality="lwir"), check_picture)
+    visible, lwir = (
+        partial(with_check, partial(read_image, modality=m), check_picture) for m in ("visible", "lwir")
+    )
     results = partial(read_detections, frames=FRAMES)
-    parsers = {
-        "train-flags": (train.configure, 0.002),
-        "eval-flags": (eval_script.parse_arguments, 0.008),
-        "detect-flags": (detect.parse_arguments, 0.008),
-    }
+    parsers = train.configure, eval_script.parse_arguments, detect.parse_arguments
+    from_train, from_eval, from_detect = (partial(parse_flags, parse) for parse in parsers)
     return {
-        "bbgt": Reader(bbgt, "x.txt", seeds["bbgt"], text, 0.16),
-        "paired": Reader(paired, "x.txt", seeds["bbgt"], text, 0.1),
+        "bbgt": Reader(bbgt, "x.txt", seeds["text"], text, 0.16),
+        "paired": Reader(paired, "x.txt", seeds["text"], text, 0.1),
         "xml": Reader(from_xml, "x.xml", seeds["xml"], xml, 0.12),
         "annotation-json": Reader(from_json, "x.json", seeds["annotation-json"], json_text, 0.1),
         "result-text": Reader(results, "x.txt", seeds["result-text"], text, 0.13),
@@ -187,30 +177,13 @@ def make_readers(seeds: dict[str, list[bytes]]) -> dict[str, Reader]:
         "checkpoint": Reader(load_checkpoint, "x.pt", seeds["checkpoint"], mutate_zip, 0.04),
         "jpeg": Reader(lwir, "x.jpg", seeds["jpeg"], mutate_bytes, 0.015),
         "png": Reader(visible, "x.jpg", seeds["png"], mutate_bytes, 0.01),
-    } | {
-        name: Reader(partial(parse_flags, parse), "x", seeds[name], flags, share)
-        for name, (parse, share) in parsers.items()
+        "train-flags": Reader(from_train, "x", seeds["train-flags"], flags, 0.002),
+        "eval-flags": Reader(from_eval, "x", seeds["eval-flags"], flags, 0.008),
+        "detect-flags": Reader(from_detect, "x", seeds["detect-flags"], flags, 0.008),
     }
 
 
 # ------------------------------------------------------------------------------ feeding
-
-
-def run_one(reader: Reader, data: bytes, folder: Path) -> bool:
-    """Write an input below `folder` and read it; returns whether it was refused.
-
-    Raises:
-        BaseException: whatever comes out of the reader other than an InputError.
-    """
-    path = folder / reader.file
-    path.write_bytes(data)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            reader.read(path)
-        except InputError:
-            return True
-    return False
 
 
 def make_input(name: str, reader: Reader, number: int, seed: int) -> bytes:
@@ -218,40 +191,45 @@ def make_input(name: str, reader: Reader, number: int, seed: int) -> bytes:
     return reader.mutate(random.Random(f"{seed} {name} {number}"), reader.seeds)
 
 
-Failure = tuple[str, bytes, str]  # name, input, traceback
+Fed = tuple[Counter[str], list[tuple[str, bytes, str]]]  # counts; failures: label, input, traceback
 
 
-def feed(
-    readers: dict[str, Reader], seed: int, folder: Path, name: str, numbers: Iterable[int]
-) -> tuple[Counter[str], list[Failure]]:
-    """Feed a reader the inputs of some numbers; returns how many were taken, refused and failed."""
-    counts, failures = Counter(), []
-    for number in numbers:
-        data = make_input(name, readers[name], number, seed)
+def feed(reader: Reader, inputs: Iterable[tuple[str, bytes]], folder: Path) -> Fed:
+    """Write labelled inputs below `folder`, each over the other, and read them."""
+    counts, failures = Counter[str](), []
+    for label, data in inputs:
+        path = folder / reader.file
+        path.write_bytes(data)
         try:
-            counts["refused" if run_one(readers[name], data, folder) else "taken"] += 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                reader.read(path)
+            counts["taken"] += 1
+        except InputError:
+            counts["refused"] += 1
         except BaseException:
             counts["failed"] += 1
-            failures.append((f"{name}-{number}", data, traceback.format_exc()))
+            failures.append((label, data, traceback.format_exc()))
     return counts, failures
 
 
 def feed_chunk(
     seeds: dict[str, list[bytes]], seed: int, folder: Path, chunk: tuple[str, range]
-) -> tuple[str, Counter[str], list[Failure]]:
-    """Feed one chunk in a process of the pool, in at most `LIMIT` seconds: else the process ends."""
-    faulthandler.dump_traceback_later(LIMIT, exit=True)
+) -> tuple[str, Fed]:
+    """Feed a reader the inputs of some numbers, in a process of the pool; after `LIMIT` it ends."""
+    faulthandler.dump_traceback_later(LIMIT, exit=True, file=sys.__stderr__)
     torch.set_num_threads(1)
     own = folder / str(os.getpid())
     own.mkdir(exist_ok=True)
-    fed = feed(make_readers(seeds), seed, own, *chunk)
+    (name, numbers), reader = chunk, make_readers(seeds)[chunk[0]]
+    fed = feed(reader, ((f"{name}-{i}", make_input(name, reader, i, seed)) for i in numbers), own)
     faulthandler.cancel_dump_traceback_later()
-    return chunk[0], *fed
+    return name, fed
 
 
 def feed_all(
     seeds: dict[str, list[bytes]], counts: dict[str, int], seed: int, workers: int, folder: Path
-) -> Iterator[tuple[str, Counter[str], list[Failure]]]:
+) -> Iterator[tuple[str, Fed]]:
     """Feed all readers in several processes. An input that ends its process ends everything, and
     is among what the processes were reading, which then is the last that is yielded."""
     starts = [(name, start) for name, count in counts.items() for start in range(0, count, CHUNK)]
@@ -262,50 +240,14 @@ def feed_all(
             yield from pool.map(partial(feed_chunk, seeds, seed, folder), chunks)
         except BrokenProcessPool:
             own = [path for path in folder.iterdir() if path.name.isdigit()]
-            read = [max(path.iterdir(), key=lambda file: file.stat().st_mtime_ns) for path in own]
+            files = [max(path.iterdir(), key=lambda file: file.stat().st_mtime_ns) for path in own]
             trace = "a process died that was reading this or another died-… file\n"
-            died = [(f"died-{file.parent.name}-{file.name}", file.read_bytes(), trace) for file in read]
-            yield "died", Counter(failed=1), died
+            died = [(f"died-{file.parent.name}-{file.name}", file.read_bytes(), trace) for file in files]
+            yield "died", (Counter(failed=1), died)
 
 
 def main() -> None:
     """Feed all readers their shares of the inputs; exit code 1 if any fails."""
-    arguments, parser = parse_arguments()
-    started, memory = time.perf_counter(), Path("/dev/shm")
-    totals: dict[str, Counter[str]] = defaultdict(Counter)
-    kinds: Counter[str] = Counter()
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        seeds = make_seeds(Path(folder))
-        readers = make_readers(seeds)
-        chosen = arguments.reader or list(readers)
-        if set(chosen) - set(readers):
-            parser.error(f"the readers are {', '.join(readers)}")
-        share = sum(readers[name].share for name in chosen)
-        counts = {name: math.ceil(arguments.inputs * readers[name].share / share) for name in chosen}
-        results = feed_all(seeds, counts, arguments.seed, arguments.workers, Path(folder))
-        with tqdm(total=sum(counts.values()), unit="input") as bar, suppress(KeyboardInterrupt):
-            for name, fed, failures in results:
-                bar.update(fed.total())
-                totals[name] += fed
-                for label, data, trace in failures:
-                    kind = name + re.sub(r"\d+", "0", trace.splitlines()[-1])[:80]
-                    kinds[kind] += 1
-                    if name == "died" or kinds[kind] <= MAX_KEPT:
-                        make_folder(arguments.out)
-                        (arguments.out / label).write_bytes(data)
-                        (arguments.out / f"{label}.trace").write_text(trace, errors="backslashreplace")
-    print(f"{'reader':16} {'refused':>9} {'taken':>9} {'failed':>6}")
-    for name, fed in totals.items():
-        print(f"{name:16} {fed['refused']:9,} {fed['taken']:9,} {fed['failed']:6}")
-    total = sum(totals.values(), Counter())
-    kept = f", kept in {arguments.out}" if total["failed"] else ""
-    seconds = time.perf_counter() - started
-    print(f"{total.total():,} inputs in {seconds:.0f} s, {total['failed']} failures{kept}")
-    sys.exit(bool(total["failed"]))
-
-
-def parse_arguments() -> tuple[Namespace, OneLineParser]:
-    """The command line, and the parser, to refuse more of it."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--inputs", type=int, default=1_000_000, help="of all readers together (%(default)s)")
@@ -313,7 +255,33 @@ def parse_arguments() -> tuple[Namespace, OneLineParser]:
     add("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
     add("--reader", action="append", help="feed this one alone; may be repeated")
     add("--out", type=Path, default=Path("fuzz-failures"), help="for what fails (%(default)s)")
-    return parser.parse_args(), parser
+    arguments = parser.parse_args()
+    totals: dict[str, Counter[str]] = {}
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
+        seeds = make_seeds(Path(folder))
+        readers = make_readers(seeds)
+        chosen = arguments.reader or list(readers)
+        if set(chosen) - set(readers):
+            parser.error(f"the readers are {', '.join(readers)}")
+        share = arguments.inputs / sum(readers[name].share for name in chosen)
+        counts = {name: round(share * readers[name].share + 0.5) for name in chosen}
+        fed = feed_all(seeds, counts, arguments.seed, arguments.workers, Path(folder))
+        with tqdm(total=sum(counts.values()), unit="input") as bar, suppress(KeyboardInterrupt):
+            for name, (new, failures) in fed:
+                bar.update(new.total())
+                totals[name] = totals.get(name, Counter()) + new
+                for label, data, trace in failures[: MAX_KEPT - totals[name]["failed"] + new["failed"]]:
+                    make_folder(arguments.out)
+                    (arguments.out / label).write_bytes(data)
+                    (arguments.out / f"{label}.trace").write_text(trace, errors="backslashreplace")
+    print(f"{'reader':16} {'refused':>9} {'taken':>9} {'failed':>6}")
+    for name, n in totals.items():
+        print(f"{name:16} {n['refused']:9,} {n['taken']:9,} {n['failed']:6}")
+    total = sum(totals.values(), Counter())
+    kept = f", kept in {arguments.out}" if total["failed"] else ""
+    print(f"{total.total():,} inputs, {total['failed']} failures{kept}")
+    sys.exit(bool(total["failed"]))
 
 
 if __name__ == "__main__":

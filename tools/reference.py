@@ -1,6 +1,5 @@
-"""The plain way: what tools/benchmark.py measures this project's fast paths against.
-
-Written as tutorials and torchvision are: a loop over images or files, vectorised within each.
+"""What tools/benchmark.py measures this project against: torchvision's SSD300, its augmentation
+recipe, and a metric that goes through the frames one by one.
 """
 
 from __future__ import annotations
@@ -10,82 +9,68 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.ops import box_area, box_convert
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.models.detection.ssd import SSD, ssd300_vgg16
+from torchvision.ops import box_convert, box_iou
 from torchvision.transforms import v2
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
 from kaist.frames import Frame
 from kaist.miss_rate import FPPI_POINTS, GroundTruth, Setup
 from pseudo_gt import box_masks
-from ssd.boxes import Predictions, encode
+from ssd.boxes import Predictions
+from tools.workloads import random_objects
 
 
-def plain_multibox_loss(predictions: Predictions, boxes: Tensor, labels: Tensor, priors: Tensor) -> Tensor:
-    """loc + conf of a batch: matched image by image, hard negatives by sorting all priors of each.
-
-    Args:
-        boxes: (N, M, 4) xyxy fractions; labels: (N, M); priors: (P, 4) cxcywh.
-    """
-    matches = [plain_match(*objects, priors) for objects in zip(boxes, labels, strict=True)]
-    target, matched_idxs = (torch.stack(part) for part in zip(*matches, strict=True))
-    image, prior = (target == 1).nonzero(as_tuple=True)
-    matched = box_convert(boxes[image, matched_idxs[image, prior]], "xyxy", "cxcywh")
-    offsets = encode(matched, priors[prior])
-    loc = F.smooth_l1_loss(predictions.loc[image, prior], offsets, reduction="sum")
-
-    conf = F.cross_entropy(predictions.conf.flatten(0, 1), target.clamp(min=0).flatten(), reduction="none")
-    conf = conf.view(target.shape)
-    hardest = conf.masked_fill(target != 0, 0).sort(1, descending=True).values
-    n_negatives = (3 * (target == 1).sum(1, keepdim=True)).clamp(min=3)
-    negatives = hardest[torch.arange(len(priors), device=priors.device) < n_negatives]
-    return (loc + conf[image, prior].sum() + negatives.sum()) / max(1, len(image))
+def torchvision_ssd(device: torch.device) -> SSD:
+    """torchvision's SSD300 for persons, in fp32, untrained."""
+    network = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2, score_thresh=0.01)
+    return network.to(device)
 
 
-def plain_match(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
-    """(P,) 1 person, 0 background or -1 ignored for each prior of an image, and (P,) its object.
+def torchvision_step(device: torch.device, n: int) -> Callable[[], None]:
+    """A training step of torchvision's SSD300 in fp32, without masks."""
+    model = torchvision_ssd(device).train()
+    images = list(torch.rand(n, 3, 300, 300, device=device))
+    labels = torch.ones(3, dtype=torch.int64, device=device)
+    targets = [{"boxes": b[:3] * 300, "labels": labels} for b in random_objects(n, 3, device)[0]]
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9)
 
-    Args:
-        boxes: (M, 4) xyxy; labels: (M,); priors: (P, 4) cxcywh.
-    """
-    corners = box_convert(priors, "cxcywh", "xyxy")
-    low, high = torch.max(boxes[:, None, :2], corners[:, :2]), torch.min(boxes[:, None, 2:], corners[:, 2:])
-    shared = (high - low).clamp_(min=0)
-    shared = shared[..., 0] * shared[..., 1]
-    areas = priors[:, 2] * priors[:, 3]
-    iou = shared / (box_area(boxes)[:, None] + areas - shared)
-    people, ignored = ((labels == label).nonzero()[:, 0] for label in (1, -1))
-    target = -((shared[ignored] >= 0.5 * areas) | (iou[ignored] >= 0.5)).any(0).long()
-    # An ignored object's best prior is nobody's, nor are those that tie with it.
-    highest = iou.amax(1, keepdim=True).clamp(min=1e-12)
-    taken = (iou >= highest * (1 - 1e-5))[ignored].any(0)
-    target[taken] = -1
-    if not len(people):
-        return target, torch.zeros_like(target)
-    nearest_ignored = iou[ignored].amax(0) if len(ignored) else torch.zeros_like(areas)
-    iou = iou[people].masked_fill(taken, -1)
-    best, matched_idxs = iou.max(0)
-    target[(best >= 0.5) & (best >= nearest_ignored)] = 1
-    own = best_priors(iou)
-    target[own] = 1
-    matched_idxs[own] = torch.arange(len(people), device=own.device)
-    return target, people[matched_idxs]
+    def step() -> None:
+        loss = sum(model(images, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
 
 
-def best_priors(iou: Tensor) -> Tensor:
-    """(m,) each person's own prior of overlaps (m, P); of two that want one, the better has it."""
-    best, own = iou.max(1)
-    while True:
-        order = best.argsort(descending=True).cpu().numpy()
-        first = np.unique(own.cpu().numpy()[order], return_index=True)[1]
-        if len(first) == len(own):
-            return own
-        losers = np.delete(order, first)
-        iou[losers, own[losers]] = -1
-        best[losers], own[losers] = iou[losers].max(1)
+def torchvision_image(device: torch.device, path: Path) -> Callable[[], None]:
+    """Detection in an image's file by torchvision's SSD300 in fp32."""
+    model = torchvision_ssd(device).eval()
+
+    @torch.inference_mode()
+    def run() -> None:
+        model([decode_image(path, ImageReadMode.RGB).to(device) / 255])
+
+    return run
+
+
+def torchvision_loss(predictions: Predictions, boxes: Tensor, labels: Tensor, priors: Tensor) -> Callable:
+    """A function that matches the persons with the priors and gives the sum of both losses."""
+    ssd, anchors = torchvision_ssd(priors.device), 300 * box_convert(priors, "cxcywh", "xyxy")
+    people = [labels[i] == 1 for i in range(len(boxes))]
+    targets = [{"boxes": 300 * b[p], "labels": x[p]} for b, x, p in zip(boxes, labels, people, strict=True)]
+    outputs = {"bbox_regression": predictions.loc, "cls_logits": predictions.conf}
+
+    def loss() -> Tensor:
+        matched = [ssd.proposal_matcher(box_iou(target["boxes"], anchors)) for target in targets]
+        return sum(ssd.compute_loss(targets, outputs, [anchors] * len(targets), matched).values())
+
+    return loss
 
 
 def v2_sample(root: Path) -> Callable[[Frame], tuple]:
@@ -120,21 +105,21 @@ def plain_miss_rates(path: Path, ground_truth: GroundTruth, setups: dict[str, Se
     for line in path.read_text().splitlines():
         image_id, *row = map(float, line.split(","))
         rows[int(image_id) - 1].append(row)
-    people: list[list[tuple]] = [[] for _ in ground_truth.frames]
-    columns = ground_truth.boxes, ground_truth.occlusion, ground_truth.ignore
-    for i, *person in zip(ground_truth.frame, *columns, strict=True):
-        people[i].append(tuple(person))
-
     rates = {}
+    x, y, w, h = ground_truth.boxes.T
+    inside = (x >= 5) & (y >= 5) & (x + w <= FRAME_WIDTH - 5) & (y + h <= FRAME_HEIGHT - 5)
     for name, setup in setups.items():
+        low, high = setup.heights
+        counts = inside & ~ground_truth.ignore & (low <= h) & (h <= high)
+        counts &= np.isin(ground_truth.occlusion, setup.occlusion)
+        people: list[list[tuple]] = [[] for _ in ground_truth.frames]
+        for i, box, positive in zip(ground_truth.frame, ground_truth.boxes.tolist(), counts, strict=True):
+            people[i].append((box, positive))
         frames = np.flatnonzero(ground_truth.in_subset(setup.subset))
-        hits: list[tuple[float, bool]] = []
-        n_people = 0
-        for i in frames:
-            objects = [(person[0], counts(*person, setup)) for person in people[i]]
-            n_people += sum(positive for _, positive in objects)
-            hits += match_frame(rows[i], objects)
-        hits.sort(key=lambda hit: -hit[0])
+        n_people = sum(positive for i in frames for _, positive in people[i])
+        hits = sorted(
+            (hit for i in frames for hit in match_frame(rows[i], people[i])), key=lambda hit: -hit[0]
+        )
         found = np.array([hit for _, hit in hits], dtype=bool)
         fppi, recall = np.cumsum(~found) / len(frames), np.cumsum(found) / n_people
         reached = [max(recall[fppi <= point], default=0.0) for point in FPPI_POINTS]
@@ -142,15 +127,7 @@ def plain_miss_rates(path: Path, ground_truth: GroundTruth, setups: dict[str, Se
     return rates
 
 
-def counts(box: np.ndarray, occlusion: int, ignore: bool, setup: Setup) -> bool:
-    """Whether a person counts under a setup."""
-    x, y, w, h = box
-    inside = x >= 5 and y >= 5 and x + w <= FRAME_WIDTH - 5 and y + h <= FRAME_HEIGHT - 5
-    low, high = setup.heights
-    return bool(inside and not ignore and low <= h <= high and occlusion in setup.occlusion)
-
-
-def match_frame(rows: list[list[float]], objects: list[tuple[np.ndarray, bool]]) -> list[tuple[float, bool]]:
+def match_frame(rows: list[list[float]], objects: list[tuple[list[float], bool]]) -> list[tuple[float, bool]]:
     """(score, found a person) of one frame's detections, without those that are ignored."""
     results, taken = [], set()
     for *box, score in sorted(rows, key=lambda row: -row[-1]):

@@ -33,13 +33,14 @@ from kaist.files import InputError, run_script
 
 FLAGS = "--epochs 6 --eval-every 2 --batch-size 2 --workers 2 --width 0.0625 --save-minutes 0.005"
 FLAGS += " --device cpu --precision fp32 --name soak"
-ACTS = ("kill", "signal", "signals", "pause", "no memory", "no disk", "kill a loader")
+ACTS = ("kill", "stop", "signals", "pause", "no memory", "no disk", "kill a loader")
 CLOCKS = ("seconds", "images_per_s")  # columns of log.csv that no run repeats
 
 
 def start(root: Path, folder: Path) -> subprocess.Popen:
     """Start or go on with the run whose folder is made below `folder`."""
     command = [sys.executable, train.__file__, *FLAGS.split(), "--data-root", root, "--checkpoints", folder]
+    folder.mkdir(exist_ok=True)
     with (folder / "output.txt").open("a") as output:
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, stdout=output, stderr=output, env=environment)
@@ -55,26 +56,46 @@ def result(folder: Path) -> dict[str, object]:
 
 
 def disturb(process: subprocess.Popen, act: str, rng: random.Random) -> None:
-    """Do one act to a running process, which ends after all of them but "pause"."""
-    if act == "kill":
-        process.kill()
-    elif act in ("signal", "signals"):
-        for _ in range(6 if act == "signals" else 1):
-            process.send_signal(rng.choice((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)))
-            time.sleep(0.01)
-    elif act == "pause":
+    """Do one act to a running process; it ends after most of them, at once or at its next save."""
+    if act == "pause":
         process.send_signal(signal.SIGSTOP)
         time.sleep(rng.uniform(0, 2))
         process.send_signal(signal.SIGCONT)
     elif act in ("no memory", "no disk"):
-        kind = resource.RLIMIT_AS if act == "no memory" else resource.RLIMIT_FSIZE
-        held = Path(f"/proc/{process.pid}/statm").read_text().split()[0]
-        limit = int(held) * resource.getpagesize() + 2**24 if act == "no memory" else 2**16
-        resource.prlimit(process.pid, kind, (limit, limit))
-    else:
+        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0])
+        most = (resource.RLIMIT_AS, pages * resource.getpagesize() + 2**24)
+        most = most if act == "no memory" else (resource.RLIMIT_FSIZE, 2**16)
+        resource.prlimit(process.pid, most[0], (most[1], most[1]))
+    elif act == "kill a loader":
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        if children:
-            os.kill(int(rng.choice(children)), signal.SIGKILL)
+        os.kill(int(rng.choice(children or [0x7FFFFFFF])), signal.SIGKILL)
+    else:
+        kinds = {"kill": ["SIGKILL"], "stop": ["SIGTERM"], "signals": ["SIGINT", "SIGTERM", "SIGHUP"] * 2}
+        for name in kinds[act]:
+            process.send_signal(getattr(signal, name))
+            time.sleep(0.01)
+
+
+def finish(root: Path, folder: Path, end: float, length: float, rng: random.Random, counts: Counter) -> bool:
+    """Start a run until it is through, disturbed until the time `end`; False if it never is."""
+    for _ in range(100):
+        process, disturbed = start(root, folder), False
+        counts["starts"] += 1
+        while process.poll() is None and time.monotonic() < end:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(rng.uniform(0, length))
+            if process.poll() is None:
+                least = min(counts[act] for act in ACTS)
+                act = rng.choice([act for act in ACTS if counts[act] == least])
+                with suppress(OSError):  # the process, or its loader, has just ended
+                    disturb(process, act, rng)
+                    disturbed = True
+                    counts[act] += 1
+        if process.wait() == 0:
+            return True
+        if not disturbed:
+            return False
+    return False
 
 
 def main() -> None:
@@ -87,51 +108,24 @@ def main() -> None:
     arguments = parser.parse_args()
     rng, counts = random.Random(arguments.seed), Counter[str]()
     with tempfile.TemporaryDirectory() as temporary:
-        root, whole = Path(temporary, "demo"), Path(temporary, "whole")
+        root, folder = Path(temporary, "demo"), Path(temporary, "whole")
         draw_demo(root, train_frames=24, test_frames=12, progress=False)
-        whole.mkdir()
         begun = time.monotonic()
-        if start(root, whole).wait():
-            raise InputError("the undisturbed run failed", "look why", file=whole / "output.txt")
-        expected, length = result(whole), time.monotonic() - begun
-        print(f"an undisturbed run takes {length:.0f} s", flush=True)
+        if start(root, folder).wait():
+            raise InputError("the undisturbed run failed", "look why", file=folder / "output.txt")
+        expected, length = result(folder), time.monotonic() - begun
         end = time.monotonic() + 60 * arguments.minutes
         while time.monotonic() < end:
             folder = Path(temporary, f"run-{counts['runs']}")
-            folder.mkdir()
             counts["runs"] += 1
-            same = finish(root, folder, end, length, rng, counts) and result(folder) == expected
-            if not same:
+            if not (finish(root, folder, end, length, rng, counts) and result(folder) == expected):
                 counts["differ"] += 1
-                shutil.copytree(folder, arguments.out / folder.name)
+                shutil.copytree(folder, arguments.out / folder.name, dirs_exist_ok=True)
             shutil.rmtree(folder)
-    acts = ", ".join(f"{counts[act]} {act}" for act in ACTS)
-    print(f"{counts['runs']} runs, {counts['starts']} starts; disturbed by: {acts}")
+    print(f"{counts['runs']} runs of {length:.0f} s in {counts['starts']} starts, disturbed by ", end="")
+    print(", ".join(f"{act}: {counts[act]}" for act in ACTS))
     print(f"{counts['differ']} runs ended otherwise than the undisturbed one")
     sys.exit(bool(counts["differ"]))
-
-
-def finish(
-    root: Path, folder: Path, end: float, length: float, rng: random.Random, counts: Counter[str]
-) -> bool:
-    """Start a run until it is through, disturbed until the time `end`; False if it never is."""
-    failed = 0
-    while failed < 3:
-        process = start(root, folder)
-        counts["starts"] += 1
-        act = None
-        while process.poll() is None and time.monotonic() < end and act in (None, "pause"):
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0, length))
-            if process.poll() is None:
-                act = rng.choice(ACTS)
-                with suppress(OSError):  # the process, or its loader, has just ended
-                    disturb(process, act, rng)
-                    counts[act] += 1
-        if process.wait() == 0:
-            return True
-        failed += act is None  # of its own accord
-    return False
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ import train
 from engine.config import OneLineParser, as_flags, show
 from engine.experiments import EXPERIMENTS
 from engine.run import same_recipe
-from kaist.files import InputError, make_folder, run_script, write_atomically
+from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
 
 SMALL = {"width": 0.125, "pretrained": "none", "lr": 2e-3, "schedule": "cosine", "batch_size": 8}
 SMALL |= {"epochs": 8, "eval_every": 8, "zoom_out": 1.5, "min_score": 0.01}
@@ -99,7 +99,7 @@ def main() -> None:
     command = " ".join(["python -m tools.study", arguments.study, *more])
     text = f"`{command}`: {study.question}\n\n{report(study, by_arm)}\n"
     make_folder(out)
-    write_atomically(out / f"{arguments.study}.md", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(out / f"{arguments.study}.md", text)
     write_atomically(out / f"{arguments.study}.png", lambda path: draw(study, by_arm, path))
     print(text)
 
@@ -147,7 +147,7 @@ def plan(study: Study, folder: Path, seeds: int, more: list[str]) -> list[StudyR
             flags = as_flags({key: value for key, value in values.items() if value is not None})
             flags = ["--experiment", row, *flags, *more, "--checkpoints", str(folder), "--name", name]
             runs.append(StudyRun(arm, seed, folder / name, flags, train.configure(flags)))
-            if runs[-1].folder.exists() and not same_recipe(folder / name, runs[-1].config):
+            if runs[-1].folder.exists() and not same_recipe(folder / name, vars(runs[-1].config)):
                 remedy = "move it away to run the study anew"
                 raise InputError("it holds a run of other constants", remedy, file=folder / name)
     return runs
@@ -240,7 +240,7 @@ def report(study: Study, by_arm: dict[str, list[Outcome]]) -> str:
     for arm, own in by_arm.items():
         rates = np.array([outcome.miss_rates for outcome in own])
         row, changes = study.arms.get(arm, (arm, {}))
-        name = arm if changes else f"{arm}: {EXPERIMENTS[row]['words']}"
+        name = arm if changes else f"{arm}: {EXPERIMENTS[row].words}"
         spread = f" ± {rates[:, 0].std(ddof=1):.1f}" if len(own) > 1 else ""
         numbers = [*rates[:, 1:].mean(0), np.mean([outcome.recall for outcome in own])]
         cells = [name, str(len(own)), f"{rates[:, 0].mean():.1f}{spread}", *(f"{x:.1f}" for x in numbers)]

@@ -1,20 +1,14 @@
-"""What tools/benchmark.py times: training steps, detectors, drawn inputs, processes of their own."""
+"""What tools/benchmark.py times of this project, and the inputs that it draws."""
 
 from __future__ import annotations
 
 import itertools
-import resource
-import sys
 from collections.abc import Callable, Iterator
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image
-from torchvision.models.detection import ssd300_vgg16
 
 from datasets import Batch, Frame, KaistPairs
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
@@ -32,36 +26,6 @@ from utils import autocast, detect_image, tune_malloc
 MODEL = {"input_mode": "early", "batch_norm": False, "width": 1.0, "prior_set": "ssd300", "size": (300, 300)}
 MODEL |= {"infusion": (1, 1, 0, 0, 0, 0), "infusion_conv": False}
 LIMITS = {"min_score": 0.01, "nms_iou": 0.45, "max_boxes": 200}  # of detection, as in training
-
-
-class Subprocess:
-    """A function in a process of its own, which ends when this object is gone.
-
-    make(*arguments) is called there and gives the function; a call runs it and returns what it
-    returns. All of them have to be picklable.
-    """
-
-    def __init__(self, make: Callable[..., Callable[[], object]], *arguments: object) -> None:
-        context = get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        context.Process(target=worker, args=(theirs, make, arguments), daemon=True).start()
-        theirs.close()
-
-    def __call__(self) -> object:
-        """Raises EOFError or OSError where the process has died; it has said why on stderr."""
-        self.pipe.send(None)
-        return self.pipe.recv()
-
-
-def worker(pipe: Connection, make: Callable, arguments: tuple) -> None:
-    """Run make(*arguments)() whenever asked, as long as there is somebody to ask."""
-    function = make(*arguments)
-    while True:
-        try:
-            pipe.recv()
-        except EOFError:
-            return
-        pipe.send(function())
 
 
 def with_malloc_tuning(make: Callable, *arguments: object) -> Callable:
@@ -174,38 +138,7 @@ def our_image(device: torch.device, precision: torch.dtype, path: Path) -> Calla
     return run
 
 
-# ------------------------------------------------------------------------------ torchvision's
-
-
-def torchvision_step(device: torch.device, n: int) -> Callable[[], None]:
-    """A training step of torchvision's SSD300 in fp32, without masks."""
-    model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2).to(device).train()
-    images = list(torch.rand(n, 3, 300, 300, device=device))
-    labels = torch.ones(3, dtype=torch.int64, device=device)
-    targets = [{"boxes": b[:3] * 300, "labels": labels} for b in random_objects(n, 3, device)[0]]
-    optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9)
-
-    def step() -> None:
-        loss = sum(model(images, targets).values())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def torchvision_image(device: torch.device, path: Path) -> Callable[[], None]:
-    """Detection in an image's file by torchvision's SSD300 in fp32."""
-    model = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2).to(device).eval()
-
-    @torch.inference_mode()
-    def run() -> None:
-        model([decode_image(path, ImageReadMode.RGB).to(device) / 255])
-
-    return run
-
-
-# ------------------------------------------------------------------------------ inputs, memory
+# ------------------------------------------------------------------------------ inputs
 
 
 def random_objects(n: int, people: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -243,33 +176,3 @@ def random_result(folder: Path, n_frames: int) -> tuple[GroundTruth, Path]:
     path = folder / f"result-{n_frames}.txt"
     write_detections(path, detections, ids)
     return people, path
-
-
-def added_memory(
-    make: Callable[..., Callable], device: torch.device, *arguments: object
-) -> Callable[[], int]:
-    """A function that gives the bytes by which the peak of this process rises above what it held
-    in the first step of make(device, …)."""
-    step = make(device, *arguments)
-
-    def measure() -> int:
-        on_gpu = device.type == "cuda"
-        before = torch.cuda.memory_allocated(device) if on_gpu else process_memory("VmRSS")
-        step()
-        return (torch.cuda.max_memory_allocated(device) if on_gpu else process_memory("VmHWM")) - before
-
-    return measure
-
-
-def process_memory(field: str) -> int:
-    """Bytes that this process holds ("VmRSS") or held at most ("VmHWM"), as Linux tells; elsewhere
-    the most so far has to do for both.
-
-    Not `resource` where there is better: on Linux a process begins with its parent's peak there.
-    """
-    status = Path("/proc/self/status")
-    if not status.exists():
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    [line] = [line for line in status.read_text().splitlines() if line.startswith(field)]
-    return int(line.split()[1]) * 1024

@@ -34,13 +34,8 @@ QUICK = (
 KILLS = [
     *("open config.json 1", "rename config.json 1 half", "open set00 1", "rename last.pt 1 half"),
     *("later set03 1", "rename last.pt 2 half", "later set06 1", "rename best.pt 1 half"),
-    *(
-        "rename last.pt 3",
-        "later set00 1",
-        "rename last.pt 4 half",
-        "later set06 2",
-        "rename detections.txt 1",
-    ),
+    *("rename last.pt 3", "later set00 1", "rename last.pt 4 half", "later set06 2"),
+    "rename detections.txt 1",
 ]
 
 # Runs train.py's main() in a process of its own for each line of flags, says its id and, when it

@@ -10,7 +10,7 @@ from torchvision.ops import box_convert, box_iou
 from ssd.boxes import Grid, Predictions, encode, make_grids, make_priors, prior_shapes
 from ssd.losses import MultiBoxLoss, SegmentationLoss, cell_heights
 from ssd.matching import match, match_static
-from tools.reference import plain_multibox_loss
+from tests.reference import plain_multibox_loss
 
 PRIORS = make_priors(make_grids((300, 300), "even"), prior_shapes("ssd300"))
 

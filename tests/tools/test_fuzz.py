@@ -59,21 +59,22 @@ def readers(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "data"), REGRESSIONS)
 def test_what_once_ended_in_a_traceback_is_refused(readers, tmp_path, name, data):
-    assert fuzz.run_one(readers[name], data, tmp_path)
+    assert fuzz.feed(readers[name], [("x", data)], tmp_path) == ({"refused": 1}, [])
 
 
 def test_what_is_valid_is_taken(readers, tmp_path):
     for name, data in (("annotation-json", ANNOTATIONS), ("result-json", RESULT)):
-        assert not fuzz.run_one(readers[name], data, tmp_path)
+        assert fuzz.feed(readers[name], [("x", data)], tmp_path) == ({"taken": 1}, [])
     for name, reader in readers.items():
-        assert not fuzz.run_one(reader, reader.seeds[0], tmp_path), name
+        assert fuzz.feed(reader, [(name, reader.seeds[0])], tmp_path) == ({"taken": 1}, []), name
 
 
 def test_two_thousand_inputs(readers, tmp_path):
     assert math.isclose(sum(reader.share for reader in readers.values()), 1, abs_tol=0.01)
     for name, reader in readers.items():
         n = math.ceil(2000 * reader.share)
-        counts, failures = fuzz.feed(readers, 1, tmp_path, name, range(n))
+        inputs = ((f"{name}-{i}", fuzz.make_input(name, reader, i, 1)) for i in range(n))
+        counts, failures = fuzz.feed(reader, inputs, tmp_path)
         assert not failures, failures[0]
         assert counts.total() == n and counts["refused"] > 0
 
@@ -82,11 +83,10 @@ def test_failures_are_told(tmp_path):
     def read(path):
         raise [KeyError("x"), InputError("x", "y")][path.read_bytes().count(b"a") % 2]
 
-    inputs = iter([b"", b"a", b"", b"aaa"])
-    readers = {"x": fuzz.Reader(read, "x", [], lambda *_: next(inputs), 1)}
-    counts, failures = fuzz.feed(readers, 0, tmp_path, "x", range(4))
+    inputs = [("a", b""), ("b", b"a"), ("c", b""), ("d", b"aaa")]
+    counts, failures = fuzz.feed(fuzz.Reader(read, "x", [], None, 1), inputs, tmp_path)
     assert counts == {"refused": 2, "failed": 2}
-    assert [failure[:2] for failure in failures] == [("x-0", b""), ("x-2", b"")]
+    assert [failure[:2] for failure in failures] == [("a", b""), ("c", b"")]
     assert "KeyError: 'x'" in failures[0][2]
 
 
@@ -96,7 +96,7 @@ import time, pathlib, sys
 from tools import fuzz
 spin = fuzz.Reader(lambda path: time.sleep(60), "x", [], lambda *_: b"slow", 1)
 fuzz.LIMIT, fuzz.make_readers = 1.0, lambda seeds: {"x": spin}
-[(name, counts, failures)] = fuzz.feed_all({}, {"x": 1}, 0, 1, pathlib.Path())
+[(name, (counts, failures))] = fuzz.feed_all({}, {"x": 1}, 0, 1, pathlib.Path())
 print(name, counts["failed"], *failures[0][:2])
 """
     command = [sys.executable, "-c", script]
@@ -132,11 +132,13 @@ def test_a_name_that_the_system_refuses_is_told_in_one_line(tmp_path):
     assert done.stderr.startswith("error: AAA") and done.stderr.endswith(": File name too long\n")
 
 
-def test_script_counts_its_inputs(tmp_path):
-    flags = ["--inputs", "400", "--workers", "2", "--reader", "bbgt", "--reader", "image-list"]
-    command = [sys.executable, "-m", "tools.fuzz", *flags]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "bbgt" in done.stdout and "xml" not in done.stdout
-    assert done.stdout.splitlines()[-1].startswith("40") and "0 failures" in done.stdout
+def test_the_script_counts_its_inputs(tmp_path, monkeypatch, capsys):
+    flags = "--inputs 400 --workers 2 --reader bbgt --reader image-list --out failures".split()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", *flags])
+    with pytest.raises(SystemExit) as end:
+        fuzz.main()
+    said = capsys.readouterr().out
+    assert end.value.code == 0 and "bbgt" in said and "xml" not in said
+    assert said.splitlines()[-1].startswith("40") and "0 failures" in said
     assert not list(tmp_path.iterdir())

@@ -101,12 +101,13 @@ def test_every_annotated_frame_of_a_bare_folder(tmp_path, layout, capsys):
         priors.read_persons(arguments)
 
 
-def test_script_as_a_user_runs_it(demo_root, tmp_path):
-    command = [sys.executable, "-m", "tools.priors", "--data-root", demo_root, "--sizes", "300x375"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("| `pedestrian` | 300x375 |") == 1
-    assert Path(tmp_path / "priors.png").stat().st_size > 10_000
+def test_the_script_prints_its_table_and_draws(demo_root, tmp_path, monkeypatch, capsys):
+    flags = ["--data-root", str(demo_root), "--sizes", "300x375"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["priors.py", *flags])
+    priors.main()
+    assert capsys.readouterr().out.count("| `pedestrian` | 300x375 |") == 1
+    assert Path("priors.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
