@@ -23,16 +23,7 @@ from torch import nn
 from tqdm import tqdm
 
 import datasets
-from engine.distributed import (
-    all_reduce_mean,
-    average_gradients,
-    average_statistics,
-    barrier,
-    close_distributed,
-    init_distributed,
-    is_main_process,
-    wrap_ddp,
-)
+from engine import distributed
 from engine.loader import BatchLoader
 from engine.monitor import MAX_NONFINITE_STEPS, StepMonitor
 from engine.optim import GuardedStep, lr_factor, make_optimizer, set_lr, update_ema
@@ -132,21 +123,21 @@ def main() -> None:
         make_deterministic()
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
-    device = init_distributed(device, config.batch_size)  # joins torchrun's processes, if any
+    device = distributed.init_distributed(device, config.batch_size)  # joins torchrun's processes, if any
     run = Run(config, run_name(config), model_arguments(config))
 
     # Model. Published weights are read by one process; the others get them from it.
     torch.manual_seed(config.seed)
     model = make_network(**run.model_args)
-    if is_main_process() and not run.resumes:
+    if distributed.is_main_process() and not run.resumes:
         load_pretrained(model, config.pretrained, config.lwir_filters)
     model.to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else model  # is evaluated and kept
 
     # Data. The demo set is drawn if it is not there.
-    if is_main_process():
+    if distributed.is_main_process():
         demo.open_root(config.data_root)
-    barrier()
+    distributed.barrier()
     frames, held_out = read_training_frames(config)
     root = Path(config.data_root)
     test_set = open_test_set(root, config.test_list, config.test_annotations)
@@ -171,20 +162,20 @@ def main() -> None:
     run.terms = criterion.terms
     parts = {"model": ema, "optimizer": optimizer, "criterion": criterion}
     run.restore(parts if ema is model else {**parts, "raw_model": model})
-    network = wrap_ddp(model)
+    network = distributed.wrap_ddp(model)
     if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
         network = torch.compile(network, dynamic=False)
 
     # Epochs. `with run` saves on Ctrl-C, SIGTERM and a failing loader; the same command goes on.
-    if is_main_process():
+    if distributed.is_main_process():
         print_banner(run, frames, test_set, model, f"{device} in {str(precision).removeprefix('torch.')}")
     detections = None
     detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")
     with run:
         for epoch in range(run.epoch, config.epochs):
             train_epoch(run, network, model, ema, criterion, optimizer, train_loader, device, precision)
-            average_statistics(model)  # of processes on CPUs; one evaluation is shared by all
-            average_statistics(ema)
+            distributed.average_statistics(model)  # of processes on CPUs; one evaluation is shared by all
+            distributed.average_statistics(ema)
             scores = criterion.learned_weights()
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
                 detections, mask_scores = detect_frames(ema, val_loader, precision, **detection)
@@ -192,10 +183,10 @@ def main() -> None:
             run.end_epoch(scores)
         if detections is None or held_out:
             detections, _ = detect_frames(ema, test_loader, precision, **detection)
-    if is_main_process():
+    if distributed.is_main_process():
         report(run.folder.name, test_set, detections, run.folder)
         print(run.closing_words())
-    close_distributed()
+    distributed.close_distributed()
 
 
 def train_epoch(
@@ -226,7 +217,7 @@ def train_epoch(
         desc=f"epoch {run.epoch + 1}/{config.epochs}",
         unit="step",
         leave=False,
-        disable=not is_main_process(),
+        disable=not distributed.is_main_process(),
     )
     with StepMonitor(run, MAX_NONFINITE_STEPS if config.on_nonfinite == "skip" else 1) as monitor:
         for step, batch in monitor.steps(batches):
@@ -238,8 +229,8 @@ def train_epoch(
             losses = criterion(predictions, batch.boxes, batch.labels, batch.masks)  # (terms,), total first
             optimizer.zero_grad()
             losses[0].backward()
-            average_gradients(criterion)
-            mean_losses = all_reduce_mean(losses.detach())
+            distributed.average_gradients(criterion)
+            mean_losses = distributed.all_reduce_mean(losses.detach())
             finite = guarded_step(mean_losses)  # moves nothing where a loss or gradient is not finite
             update_ema(ema, model, config.ema_decay, step)
             monitor.add(torch.stack([mean_losses, losses.detach()]), finite, batch.frame_ids)
