@@ -224,7 +224,7 @@ def read_json(path: Path) -> tuple[tuple[str, ...], np.ndarray, Objects]:
         items = content["annotations"]
         try:
             objects = json_objects(items, names)
-        except (KeyError, TypeError, ValueError, OverflowError):  # one by one it can be named
+        except (InputError, KeyError, TypeError, ValueError, OverflowError):  # one by one it can be named
             objects = make_objects(read_rows(enumerate(items), partial(json_row, path, names), path, None))
         place = np.array([places[item["image_id"]] for item in items], dtype=np.int64)
     except (KeyError, TypeError, ValueError) as error:
@@ -245,31 +245,28 @@ def json_objects(items: list[dict[str, Any]], names: dict[Any, str]) -> Objects:
     """The objects of a JSON's list, all at once; names: category id -> label.
 
     Raises:
-        KeyError, TypeError, ValueError, OverflowError: one of them is not as `json_row` wants it.
+        InputError, KeyError, TypeError, ValueError, OverflowError: one of them is malformed.
     """
     boxes, occlusion, ignore = ([item[key] for item in items] for key in ("bbox", "occlusion", "ignore"))
     labels = tuple(names[item["category_id"]] for item in items)
+    types = {*map(type, itertools.chain(occlusion, *boxes))}
+    if types - {int, float} or {*map(type, labels)} - {str} or {*map(len, boxes)} - {4}:
+        raise TypeError("a value is of the wrong type")
+    if {*map(type, ignore)} - {int, bool} or {*ignore} - {0, 1}:
+        raise TypeError(f"ignore is {ignore[0]!r}, not 0, 1, true or false")
     xywh = np.array(boxes, np.float64).reshape(-1, 4)
-    fits = {*map(type, itertools.chain(occlusion, *boxes))} <= {int, float} and {*map(len, boxes)} <= {4}
-    fits = fits and {*map(type, ignore)} <= {int, bool} and {*map(type, labels)} <= {str}
-    fits = fits and {*occlusion} <= {0, 1, 2} and {*ignore} <= {0, 1}
-    if not (fits and (xywh[:, 2:] > 0).all() and (np.abs(xywh).sum(1) < 1e6).all()):
-        raise ValueError("an object is malformed")
+    fits = (xywh[:, 2:] > 0).all(1) & (np.abs(xywh).sum(1) < 1e6) & np.isin(occlusion, (0, 1, 2))
+    for i in np.flatnonzero(~fits):
+        check_object(boxes[i], occlusion[i])
     return Objects(xywh, labels, np.array(occlusion, np.int64), np.array(ignore, bool))
 
 
 def json_row(path: Path, names: dict[Any, str], item: Any, number: int) -> ObjectRow:
-    """A row from a JSON's object `number`; names: category id -> label."""
+    """A row from a JSON's object `number`, refused by its number; names: category id -> label."""
     try:
-        label, occlusion, ignore = names[item["category_id"]], item["occlusion"], item["ignore"]
-        numbers = [*item["bbox"], occlusion]
-        if not isinstance(label, str) or {*map(type, numbers)} - {int, float}:
-            raise TypeError("a value is of the wrong type")
-        if type(ignore) not in (int, bool) or ignore not in (0, 1):
-            raise TypeError(f"ignore is {ignore!r}, not 0, 1, true or false")
-        box = [float(value) for value in numbers[:-1]]
-        check_object(box, occlusion)
-        return ObjectRow(label, box, occlusion, bool(ignore), number)
+        objects = json_objects([item], names)
+        flags = int(objects.occlusion[0]), bool(objects.ignore[0])
+        return ObjectRow(objects.labels[0], objects.boxes[0].tolist(), *flags, number)
     except InputError as error:
         problem, remedy = f": {error.problem}", error.remedy
     except (KeyError, TypeError, ValueError, OverflowError) as error:

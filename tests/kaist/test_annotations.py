@@ -265,7 +265,7 @@ def test_json_objects_are_refused_together_as_one_by_one(seed):
         try:
             rows = [json_row("a.json", {1: "person", 2: 7}, item, i) for i, item in enumerate(items)]
         except InputError:
-            with pytest.raises((KeyError, TypeError, ValueError, OverflowError)):
+            with pytest.raises((InputError, KeyError, TypeError, ValueError, OverflowError)):
                 json_objects(items, {1: "person", 2: 7})
             continue
         taken += 1
