@@ -29,7 +29,7 @@ import train
 from engine.config import OneLineParser, as_flags, show
 from engine.experiments import EXPERIMENTS
 from engine.run import same_recipe
-from kaist.files import InputError, make_folder, run_script, write_atomically
+from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
 
 SMALL = {"width": 0.125, "pretrained": "none", "lr": 2e-3, "schedule": "cosine", "batch_size": 8}
 SMALL |= {"epochs": 8, "eval_every": 8, "zoom_out": 1.5, "min_score": 0.01}

@@ -21,7 +21,7 @@ from tools import benchmark
 from tools.isolated import STATUS, Subprocess, added_memory
 from tools.reference import plain_miss_rates, v2_sample
 from tools.workloads import random_result
-from utils import keep_memory
+from utils import tune_malloc
 
 
 def test_the_script_prints_a_table(monkeypatch, capsys):
@@ -75,7 +75,7 @@ def new_pages(n: int) -> int:
 
 def untuned_and_tuned() -> tuple[int, int]:
     usual = new_pages(8)
-    keep_memory()
+    tune_malloc()
     return usual, new_pages(8)
 
 
