@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from functools import partial
@@ -12,11 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from kaist.annotation_files import READERS, ObjectRow, json_row, parse_xml, read_json, read_rows
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError, load_json, read_text
+from kaist.images import open_image
 
 FAULTS = {
     "list-empty": "an image list without frames",
@@ -30,7 +29,7 @@ FAULTS = {
     "broken-link": "a link to a file that is not there",
     "unreadable-file": "a file that may not be read, or that is no file",
     "empty-file": "a file of 0 bytes",
-    "not-an-image": "content that is neither JPEG nor PNG",
+    "not-an-image": "content that is no JPEG, PNG or TIFF",
     "broken-image": "an image that cannot be decoded to its end",
     "wrong-size": "an image that is not 640x512",
     "huge-image": "a size that would fill the memory",
@@ -61,28 +60,32 @@ FAULTS = {
     "json-repeated-id": "an id or frame that a JSON holds twice",
     "json-unknown-image": "a JSON object of an image that is not in it",
 }
-# How the messages of readers begin or end, and the fault each tells of.
+# Words of the readers' messages, and the fault that each tells of.
 MESSAGES = {
-    "not a text file in UTF-8": "not-text",
+    "exceeds limit": "huge-image",
+    "too large to decode": "huge-image",
+    "not an 8-bit image": "16-bit-image",
+    "cannot identify image": "not-an-image",
+    "unreadable image": "broken-image",
+    "not a text file": "not-text",
     "is not a bbGt header": "bad-header",
-    "are wanted": "too-few-columns",
+    "columns where": "too-few-columns",
     "is not a number": "not-a-number",
     "with positive size": "no-area",
     "is unknown": "unknown-occlusion",
-    "an object lacks": "incomplete-object",
-    "annotation ": "incomplete-object",
     "broken XML": "broken-xml",
     "an XML with a DOCTYPE": "broken-xml",
     "is no KAIST annotation": "broken-xml",
     "broken JSON": "broken-json",
     "not a KAIST annotation JSON": "broken-json",
+    "an object lacks": "incomplete-object",
+    "annotation ": "incomplete-object",
 }
 LABELS = {"person", "people", "cyclist", "person?", "__ignore__"}
 HEIGHTS = (10, 450)  # pixels; KAIST's objects have 20 to 309
 PERSON_ASPECTS = (0.08, 4.0)  # width / height
 ASPECTS = (0.08, 16.0)  # the same of other objects; KAIST's crowds reach 10.7
 OTHER_ENDINGS = (".bmp", ".webp", ".gif", ".Jpg", ".Png")
-MAX_PIXELS = 16 * FRAME_WIDTH * FRAME_HEIGHT  # pixels
 GREY, COLOURED = 6, 10  # 99.5th percentile of max - min over the channels; KAIST's LWIR has 3
 FLAT = 1.0  # standard deviation of grey values; KAIST's darkest LWIR frames have 7
 
@@ -126,27 +129,14 @@ def check_image(path: Path, modality: str) -> Fault | ImageStats:
     if fault := unreadable(path, f"missing-{modality}"):
         return fault
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=("JPEG", "PNG"))
-    except UnidentifiedImageError:
-        return Fault("not-an-image", path, 0, "its content is no JPEG or PNG")
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        return Fault("huge-image", path, 0, str(error))
+        with open_image(path) as image:
+            if image.size != (FRAME_WIDTH, FRAME_HEIGHT):
+                return Fault("wrong-size", path, 0, "{}x{}, not 640x512".format(*image.size))
+            pixels = np.asarray(image.convert("RGB"))
+    except InputError as error:
+        return to_fault(error, path)
     except Exception as error:  # whatever Pillow meets in broken data
         return Fault("broken-image", path, 0, str(error))
-    with image:
-        size = "{}x{}".format(*image.size)
-        if image.width * image.height > MAX_PIXELS:
-            return Fault("huge-image", path, 0, f"it declares {size} pixels")
-        if image.mode[0] in "IF" or (image.tile and "16" in str(image.tile[0].args)):
-            return Fault("16-bit-image", path, 0, "convert it to 8 bits, scaled by its own range")
-        if image.size != (FRAME_WIDTH, FRAME_HEIGHT):
-            return Fault("wrong-size", path, 0, f"{size}, not {FRAME_WIDTH}x{FRAME_HEIGHT}")
-        try:
-            pixels = np.asarray(image.convert("RGB"))
-        except Exception as error:
-            return Fault("broken-image", path, 0, str(error))
     few = pixels[::4, ::4].astype(np.int16)
     if few.mean(2).std() < FLAT:
         return Fault("constant-image", path, 0, f"all of it is about {few.mean():.0f}")
@@ -159,9 +149,8 @@ def check_image(path: Path, modality: str) -> Fault | ImageStats:
 
 def to_fault(error: InputError, path: Path) -> Fault:
     """What a reader refused, under its name."""
-    text = error.problem
-    names = (name for words, name in MESSAGES.items() if text.startswith(words) or text.endswith(words))
-    return Fault(next(names, "unreadable-file"), path, error.line or 0, text)
+    names = (name for words, name in MESSAGES.items() if words in error.problem)
+    return Fault(next(names, "unreadable-file"), path, error.line or 0, error.problem)
 
 
 def check_file(path: Path, form: str, frame_id: str) -> tuple[list[Fault], list[ObjectRow]]:
