@@ -38,7 +38,7 @@ from kaist.frames import Frame, load_frames
 from kaist.images import cache_frames, read_frame
 from kaist.miss_rate import SETUPS, evaluate, load_ground_truth
 from kaist.results import read_detections
-from model import SSD300
+from model import make_network
 from ssd.boxes import Predictions, detect
 from ssd.losses import MultiBoxLoss
 from tools.isolated import STATUS, Subprocess, added_memory
@@ -267,9 +267,10 @@ def row_detector(bench: Bench, name: str) -> Callable[[], object]:
     """Detection by a row's network with random weights, of which few priors say person."""
     config = resolve_row(name) | {"width": 1.0}
     root, frames = bench.demo()
-    model = SSD300(**model_arguments(config)).to(bench.device, memory_format=torch.channels_last)
+    model = make_network(**model_arguments(Namespace(**config)))
+    model.to(bench.device, memory_format=torch.channels_last)
     for head in model.eval().conf_heads:
-        torch.nn.init.constant_(head.bias[::2], 4.0)
+        head.bias.data.view(-1, model.n_logits)[:, 1:] = -4.0
 
     def run() -> object:
         frame = read_frame(root, frames[0].id, config["input_mode"])
@@ -286,6 +287,7 @@ def detect_rows(bench: Bench) -> Iterator[str]:
     for name in EXPERIMENTS:
         config = resolve_row(name)
         words = [config["input_mode"], "{}x{}".format(*config["input_size"]), config["priors"]]
+        words = [config["network"]] * (config["network"] != "ssd300") + words
         words += ["BatchNorm"] * config["batch_norm"] + ["test flip"] * config["test_flip"]
         networks.setdefault(", ".join(words), []).append(name)
     times = interleave(bench, *(row_detector(bench, names[0]) for names in networks.values()))
