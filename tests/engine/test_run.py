@@ -421,7 +421,7 @@ def test_workers_end_with_their_run_and_their_death_is_told(nursery, data, tmp_p
 def loader_of(config):
     """The training batches that train.py makes of a configuration."""
     frames, _ = train.read_training_frames(config)
-    model = train.SSD300(**train.model_arguments(config))
+    model = train.make_network(**train.model_arguments(config))
     options = Augmentation(**pick(config, *datasets.AUGMENTATION))
     keywords = pick(config, *datasets.PAIRS)
     pairs = datasets.KaistPairs(
