@@ -105,7 +105,7 @@ def draw_runs(scores: Sequence[Scores], logs: Sequence[Log], path: Path, form: s
     best = min(scores, key=lambda s: s.official[key].miss_rate)
     losses.set(title="training loss and its terms", ylim=(0, None))
     lowest = f"{best.name} ends lowest, {percent(best.official[key].miss_rate)}%"
-    rates.set(title=f"miss rate, Reasonable: {lowest}", ylim=(0, 1))
+    rates.set(title=f"miss rate, Reasonable\n{lowest}", ylim=(0, 1))
     final.set(title="final miss rate, 95% interval", xlim=(0, 1), ylim=(len(scores) - 0.5, -0.5))
     final.grid(axis="x", alpha=0.3)
     rates.yaxis.set_major_formatter("{x:.0%}")

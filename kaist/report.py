@@ -146,37 +146,32 @@ def as_dict(scores: Sequence[Scores], curves: bool = False) -> dict[str, dict]:
     """
     content = {}
     for s in scores:
-        official = {key: numbers(result, curves) for key, result in s.official.items()}
+        official, leaderboard = (
+            {key: numbers(result, curves) for key, result in results.items()}
+            for results in (s.official, s.leaderboard)
+        )
         for key, samples in s.samples.items():
-            bounds = list(map(defined, interval(samples)))
-            official[key] |= {"interval_95": bounds, "resamples": len(samples)}
-        leaderboard = {key: numbers(result, curves) for key, result in s.leaderboard.items()}
+            official[key] |= {"interval_95": interval(samples), "resamples": len(samples)}
         content[s.name] = {"official": official, "leaderboard": leaderboard, "notes": s.notes}
-    return content
+    return json.loads(json.dumps(content), parse_constant=lambda nan: None)
 
 
 def numbers(result: Result, curves: bool) -> dict[str, Any]:
-    """A result's numbers as JSON has them."""
+    """A result's numbers as JSON has them, but for NaN."""
     values = {
-        "miss_rate": defined(result.miss_rate),
-        "recall": defined(result.recall),
+        "miss_rate": result.miss_rate,
+        "recall": result.recall,
         "reference_fppi": result.points.tolist(),
-        "detection_rate_at_reference_fppi": list(map(defined, result.rates.tolist())),
+        "detection_rate_at_reference_fppi": result.rates.tolist(),
         "n_positive": result.n_positive,
         "n_frames": result.n_frames,
         "n_true_positive": int(result.hits.sum()),
         "n_false_positive": int((~result.hits).sum()),
     }
     if curves:
-        rates = list(map(defined, result.detection_rate.tolist()))
-        curve = {"score": result.scores.tolist(), "fppi": result.fppi.tolist(), "detection_rate": rates}
-        values["curve"] = curve
+        columns = {"score": result.scores, "fppi": result.fppi, "detection_rate": result.detection_rate}
+        values["curve"] = {name: column.tolist() for name, column in columns.items()}
     return values
-
-
-def defined(value: float) -> float | None:
-    """A number, or None for NaN, which JSON does not know."""
-    return None if math.isnan(value) else value
 
 
 def write_json(scores: Sequence[Scores], path: Path, curves: bool = False) -> None:

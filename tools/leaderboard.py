@@ -103,11 +103,11 @@ def page(
     n_resamples, n_pairs = len(best.samples[ALL]), len(pairs)
     return f"""# Published detectors on KAIST, with intervals
 
-Made by `python -m tools.leaderboard FOLDER --annotations KAIST_annotation.json` from the detectors' own
-result files, on the improved annotations of the test list: {n_frames} frames of {n_videos} videos, in which
-{n_people} people count under Reasonable. Miss rates in per cent, lower is better. *Official* is the
-benchmark's own tool; *leaderboard* is the script behind the public tables, which drops the people of
-frames without detections.
+Made by `python -m tools.leaderboard FOLDER --annotations KAIST_annotation.json --only-published`
+from the detectors' own result files, on the improved annotations of the test list:
+{n_frames} frames of {n_videos} videos, in which {n_people} people count under Reasonable.
+Miss rates in per cent, lower is better. *Official* is the benchmark's own tool; *leaderboard* is
+the script behind the public tables, which drops the people of frames without detections.
 
 ![curves, and the intervals of each detector](figures/{figure})
 
