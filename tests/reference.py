@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -63,13 +62,10 @@ def plain_match(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor, 
 
 
 def best_priors(iou: Tensor) -> Tensor:
-    """(m,) each person's own prior of overlaps (m, P); of two that want one, the better has it."""
-    best, own = iou.max(1)
-    while True:
-        order = best.argsort(descending=True).cpu().numpy()
-        first = np.unique(own.cpu().numpy()[order], return_index=True)[1]
-        if len(first) == len(own):
-            return own
-        losers = np.delete(order, first)
-        iou[losers, own[losers]] = -1
-        best[losers], own[losers] = iou[losers].max(1)
+    """(m,) each person's own prior of overlaps (m, P), the best overlap of all first."""
+    own = torch.zeros(len(iou), dtype=torch.int64, device=iou.device)
+    for _ in own:
+        person, prior = divmod(int(iou.argmax()), iou.shape[1])
+        own[person] = prior
+        iou[person], iou[:, prior] = -2, -2
+    return own

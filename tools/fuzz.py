@@ -2,10 +2,10 @@
 
     python -m tools.fuzz --inputs 1000000 --seed 0
 
-Inputs are valid files and command lines, mutated with a knowledge of their structure. A reader may
-take one or refuse it with an InputError; any other exception, a hang, or a file that training
-would refuse and the data check calls clean is a failure. Failing inputs are kept in `--out`; they
-belong into tests/tools/test_fuzz.py. Each input depends on its reader, number and seed alone.
+Inputs are valid files and command lines, mutated. A reader may take one or refuse it with an
+InputError; any other exception, a hang, or a file that training would refuse and the data check
+calls clean is a failure. Failing inputs are kept in `--out`; they belong into
+tests/tools/test_fuzz.py. Each input depends on its reader, number and seed alone.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
 import traceback
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -44,50 +46,133 @@ from kaist.files import InputError, make_folder, run_script
 from kaist.images import read_image
 from kaist.results import read_detections
 from tools.faults import Fault, check_file, check_image, check_json
-from tools.mutations import JSON_WORDS, WORDS, XML_WORDS, mutate_bytes, mutate_text, mutate_zip
 
 CHUNK = 200  # inputs that a process takes at a time
 LIMIT = 100.0  # seconds that they may take
-MAX_KEPT = 100  # failing inputs that are kept
+MAX_KEPT = 100  # failing inputs of a reader that are kept
+LONGEST = 200_000  # bytes of an input
 FRAMES = [f"set06/V000/I{number:05d}" for number in range(20)]
-TEXT = b"% bbGt version=3\nperson 10 20 30 60 1 0 0 0 0 0 0\npeople 300 200 90 60 0 0 0 0 0 1 0\n"
-XML = b"""<?xml version="1.0"?>
-<annotation><filename>set06/V000/I00019</filename>
-<size><width>640</width><height>512</height><depth>4</depth></size>
+TEXT = "% bbGt version=3\nperson 10 20 30 60 1 0 0 0 0 0 0\npeople 300 200 90 60 0 0 0 0 0 1 0\n"
+XML = """<?xml version="1.0"?>
+<annotation><filename>set06/V000/I00019</filename><size><width>640</width><height>512</height></size>
 <object><name>person</name><bndbox><x>10</x><y>20</y><w>30</w><h>60</h></bndbox>
 <occlusion>0</occlusion></object>
 <object><name>people</name><bndbox><x>9</x><y>8</y><w>17</w><h>36</h></bndbox></object></annotation>
 """
+LAUGHS = b'<!DOCTYPE a [<!ENTITY a "ha">%b]>' % b"".join(
+    b'<!ENTITY %c "%s">' % (98 + i, b"&%c;" % (97 + i) * 10) for i in range(9)
+)  # each entity is ten of the one before
+WORDS = (
+    *b"0 -1 1 2 3 -0.0 0.5 1.5 640 512 1e5 1e308 1e400 -1e400 1e-400 nan -nan inf -inf NaN".split(),
+    *b"Infinity -Infinity 2147483648 9223372036854775808 18446744073709551616 0x10 1_0".split(),
+    *(b"9" * 400, b"9" * 5000, "٣".encode(), "１".encode(), "\u2028é😀".encode()),
+    *b"\0|\x0b|\x1c|\x85|\xff|\xef\xbb\xbf|\xff\xfe|\xed\xa0\x80|| |\t|\n|\r\n|\r".split(b"|"),
+    *rb"""% %s{} ' " \ \ud800 , ; # - ../../x /dev/null true null person""".split(),
+    *(b"A" * 70_000, b"1 " * 5000, b"1," * 5000),
+)
+JSON_WORDS = (
+    *b'{ } [ ] : // false [] {} [[]] [1] [1,2,3,4] {"id":1} {"id":0,"id":1} "x" "1" "" "\\ud800"'.split(),
+    *b'"image_id" "id" "bbox" "score" "set06/V000/I00001" -1000000000000000000000000000000'.split(),
+    *(b"[" * 3000, b"[" * 100_000, b'{"a":' * 3000, b"[" * 2000 + b"]" * 2000),
+)
+XML_WORDS = (
+    *b"< > </ <object> </object> <name> <bndbox> &a; &i; &lt; &#0; &#x110000; <![CDATA[ ]]>".split(),
+    *b"<!-- --> xmlns:a='b' <a:object/> <?xml?>".split(),
+    *(b"<?xml version='1.0' encoding='%s'?>" % name for name in (b"utf-8", b"utf-16", b"klingon")),
+    *(b'<!DOCTYPE a SYSTEM "file:///etc/passwd">', b"<a>" * 3000, b"<a>" * 100_000, LAUGHS),
+)
 
 
-class Reader(NamedTuple):
-    """A call on a file, the file's name, valid content, its mutation, its share of all inputs."""
+# ------------------------------------------------------------------------------ mutations
 
-    read: Callable[[Path], Any]
-    file: str
-    seeds: list[bytes]
-    mutate: Callable[[random.Random, list[bytes]], bytes]
-    share: float
+
+def mutate_bytes(rng: random.Random, seeds: list[bytes]) -> bytes:
+    """A seed with one to four damages that know nothing of its structure."""
+    data = bytearray(rng.choice(seeds))
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at = rng.randrange(len(data) + 1)
+        end = min(len(data), at + rng.choice((1, 2, 4, 16, 200)))
+        match rng.randrange(5):
+            case 0 if at < len(data):
+                data[at] ^= 1 << rng.randrange(8)
+            case 1:
+                data[at:end] = rng.choice((rng.randbytes(end - at), b"\0" * 4, b"\xff" * 4, b"\x7f\xff"))
+            case 2:
+                data[at:end] *= rng.choice((0, 0, 2, 3, 50))
+            case 3:
+                del data[at:]
+            case 4:
+                other = rng.choice(seeds)
+                data[at:] = other[rng.randrange(len(other) + 1) :]
+    return bytes(data)
+
+
+def mutate_text(rng: random.Random, seeds: list[bytes], words: tuple[bytes, ...]) -> bytes:
+    """A seed whose words and lines are replaced, repeated, dropped or swapped."""
+    data = rng.choice(seeds)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        spans = [match.span() for match in re.finditer(rb"\"[^\"]*\"|[^\s,<>\":{}\[\]]+", data[:4000])]
+        start, end = rng.choice(spans) if spans else (0, 0)
+        match rng.randrange(10):
+            case 0 | 1 | 2 | 3:
+                data = data[:start] + rng.choice(words) + data[end:]
+            case 4 | 5:
+                data = data[:start] + rng.choice((b"", rng.choice(words) + data[start:end])) + data[end:]
+            case 6 | 7:
+                lines = data.split(b"\n")
+                line = rng.randrange(len(lines))
+                lines[line : line + 1] *= rng.choice((0, 0, 0, 0, 2, 2, 2, 300))
+                data = b"\n".join(lines)
+            case 8:
+                old, new = rng.choice((b"\n|\r\n", b"\n|\r", b"\n|\0", b",|;", b"0|\0")).split(b"|")
+                data = data.replace(old, new)
+            case 9:
+                data = mutate_bytes(rng, [data, *seeds])
+    if rng.random() < 0.02:
+        data = data.decode("latin-1").encode(rng.choice(("utf-16", "utf-32", "utf-8-sig")))
+    return data[:LONGEST]
+
+
+def mutate_zip(rng: random.Random, seeds: list[bytes]) -> bytes:
+    """A zip archive (a checkpoint) with one member mutated under a right checksum; or as it is."""
+    if rng.random() < 0.4:
+        return mutate_bytes(rng, seeds)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(rng.choice(seeds))) as old, zipfile.ZipFile(buffer, "w") as new:
+        bad = rng.choice([n for n in old.namelist() if n.endswith(".pkl")] * 3 + old.namelist())
+        for name in old.namelist():
+            data = mutate_bytes(rng, [old.read(name)]) if name == bad else old.read(name)
+            new.writestr(zipfile.ZipInfo(name), data)
+    return buffer.getvalue()
 
 
 # ------------------------------------------------------------------------------ readers
 
 
-def with_check(read: Callable[[Path], Any], check: Callable[[Path], list], path: Path) -> None:
-    """Read a file; the data check has to find a fault in it if it is refused."""
-    faults = check(path)
-    try:
-        read(path)
-    except InputError as error:
-        if not faults:
-            raise AssertionError(f"the data check finds nothing, but: {error}") from error
-        raise
+class Reader(NamedTuple):
+    """A call on a file, the file's name, its share of all inputs, mutation, valid content."""
+
+    read: Callable[[Path], Any]
+    file: str
+    share: float
+    mutate: Callable[[random.Random, list[bytes]], bytes]
+    seeds: list[bytes]
 
 
-def check_picture(path: Path) -> list[Fault]:
-    """The data check of one image, as a list."""
-    result = check_image(path, "visible")
-    return [result] if isinstance(result, Fault) else []
+def checked(read: Callable[[Path], Any], check: Callable[[Path], Any]) -> Callable[[Path], None]:
+    """A reader of files in which the data check has to find a fault if they are refused."""
+
+    def both(path: Path) -> None:
+        found = check(path)
+        faults = found[0] if isinstance(found, tuple) and not isinstance(found, Fault) else found
+        try:
+            read(path)
+        except InputError as error:
+            if not faults:
+                raise AssertionError(f"the data check finds nothing, but: {error}") from error
+            raise
+
+    return both
 
 
 def parse_flags(parse: Callable[[], Any], path: Path) -> None:
@@ -111,8 +196,8 @@ def read_frame_list(path: Path) -> None:
     read_detections(result, FRAMES)
 
 
-def make_seeds(folder: Path) -> dict[str, list[bytes]]:
-    """Valid content for each kind of file; a checkpoint is written below `folder`."""
+def make_readers(folder: Path) -> dict[str, Reader]:
+    """Everything that is fed, by name; a checkpoint is written below `folder`."""
     row = {"image_id": 0, "category_id": 1, "bbox": [10.5, 20, 30, 60], "score": 0.5}
     rows = [row | {"image_id": i, "category_id": 1 + (i == 2)} for i in range(4)]
     people = {
@@ -128,58 +213,46 @@ def make_seeds(folder: Path) -> dict[str, list[bytes]]:
     tensors = {"w": torch.zeros(3), "b": torch.ones(2, 2, dtype=torch.float16)}
     state = {"model": tensors, "model_args": {"size": (300, 300), "width": 0.5}, "epoch": 3}
     save_checkpoint(folder / "seed.pt", state | {"config": {"lr": 1e-3}, "experiment": "26"})
-    flags = {
-        "train": "--experiment 26 --lr 1e-3 --infusion 1,1,0,0,0,0 --no-augment --input-size 300,300",
-        "eval": f"--detections {__file__} --annotations x.json --bootstrap 10 --by-video --out x.png",
-        "detect": "x.jpg --checkpoint y --min-score 0.2 --out z --device cpu",
-    }
-    return {
-        "text": [TEXT, TEXT + TEXT.split(b"\n")[1]],
-        "xml": [XML],
-        "annotation-json": [json.dumps(people, indent=i).encode() for i in (None, 1)],
-        "result-text": [b"".join(b"%d,10.5,20,30.25,60,0.%d\n" % (i, i) for i in range(1, 10))],
-        "result-json": [json.dumps(rows).encode(), json.dumps(rows[:2], indent=1).encode()],
-        "image-list": ["\n".join(FRAMES).encode(), b"set00/V000/I00001\n"],
-        "checkpoint": [(folder / "seed.pt").read_bytes()],
-        "jpeg": [jpeg.getvalue()],
-        "png": [png.getvalue()],
-        **{f"{script}-flags": ["\n".join(line.split()).encode()] for script, line in flags.items()},
-    }
-
-
-def make_readers(seeds: dict[str, list[bytes]]) -> dict[str, Reader]:
-    """Everything that is fed, by name."""
+    zipped, frames = [(folder / "seed.pt").read_bytes()], "\n".join(FRAMES)
+    results = "".join(f"{i},10.5,20,30.25,60,0.{i}\n" for i in range(1, 10))
+    flags = (
+        "--experiment 26 --lr 1e-3 --infusion 1,1,0,0,0,0 --no-augment --input-size 300,300",
+        f"--detections {__file__} --annotations x.json --bootstrap 10 --by-video --out x.png",
+        "x.jpg --checkpoint y --min-score 0.2 --out z --device cpu",
+    )
     constants = [f"--{name.replace('_', '-')}".encode() for name in read_constants(train.__file__)]
-    more = {"text": (), "xml": XML_WORDS, "json": JSON_WORDS}
-    text, xml, json_text = (partial(mutate_text, words=WORDS + words) for words in more.values())
-    flags = partial(mutate_text, words=(*WORDS, *constants, b"--help", b"--", b"-x", b"auto"))
-    checks = {form: partial(check_file, form=form, frame_id=FRAMES[19]) for form in READERS}
-    bbgt, paired, from_xml = (
-        partial(with_check, READERS[form], lambda path, check=checks[form]: check(path)[0])
-        for form in ("bbgt", "paired", "xml")
-    )
-    from_json = partial(with_check, read_json, lambda path: check_json(path)[0])
-    visible, lwir = (
-        partial(with_check, partial(read_image, modality=m), check_picture) for m in ("visible", "lwir")
-    )
-    results = partial(read_detections, frames=FRAMES)
+
+    def mutated(words: tuple[bytes, ...], *texts: str) -> tuple[Callable, list[bytes]]:
+        return partial(mutate_text, words=WORDS + words), [text.encode() for text in texts]
+
+    def annotation(form: str) -> Callable[[Path], None]:
+        return checked(READERS[form], partial(check_file, form=form, frame_id=FRAMES[19]))
+
+    def image(modality: str) -> Callable[[Path], None]:
+        fault = lambda path: isinstance(check_image(path, modality), Fault)  # noqa: E731
+        return checked(partial(read_image, modality=modality), fault)
+
+    lists, read_results = mutated((), frames, "set00/V000/I00001"), partial(read_detections, frames=FRAMES)
+    boxes, entries = (mutated(JSON_WORDS, json.dumps(x), json.dumps(x, indent=1)) for x in (people, rows))
     parsers = train.configure, eval_script.parse_arguments, detect.parse_arguments
-    from_train, from_eval, from_detect = (partial(parse_flags, parse) for parse in parsers)
+    words = (*constants, b"--help", b"--", b"-x", b"auto")
     return {
-        "bbgt": Reader(bbgt, "x.txt", seeds["text"], text, 0.16),
-        "paired": Reader(paired, "x.txt", seeds["text"], text, 0.1),
-        "xml": Reader(from_xml, "x.xml", seeds["xml"], xml, 0.12),
-        "annotation-json": Reader(from_json, "x.json", seeds["annotation-json"], json_text, 0.1),
-        "result-text": Reader(results, "x.txt", seeds["result-text"], text, 0.13),
-        "result-json": Reader(results, "x.json", seeds["result-json"], json_text, 0.12),
-        "frame-list": Reader(read_frame_list, "result.frames.txt", seeds["image-list"], text, 0.08),
-        "image-list": Reader(read_image_list, "x.txt", seeds["image-list"], text, 0.107),
-        "checkpoint": Reader(load_checkpoint, "x.pt", seeds["checkpoint"], mutate_zip, 0.04),
-        "jpeg": Reader(lwir, "x.jpg", seeds["jpeg"], mutate_bytes, 0.015),
-        "png": Reader(visible, "x.jpg", seeds["png"], mutate_bytes, 0.01),
-        "train-flags": Reader(from_train, "x", seeds["train-flags"], flags, 0.002),
-        "eval-flags": Reader(from_eval, "x", seeds["eval-flags"], flags, 0.008),
-        "detect-flags": Reader(from_detect, "x", seeds["detect-flags"], flags, 0.008),
+        "bbgt": Reader(annotation("bbgt"), "x.txt", 0.16, *mutated((), TEXT)),
+        "paired": Reader(annotation("paired"), "x.txt", 0.1, *mutated((), TEXT)),
+        "xml": Reader(annotation("xml"), "x.xml", 0.12, *mutated(XML_WORDS, XML)),
+        "annotation-json": Reader(checked(read_json, check_json), "x.json", 0.1, *boxes),
+        "result-text": Reader(read_results, "x.txt", 0.13, *mutated((), results)),
+        "result-json": Reader(read_results, "x.json", 0.12, *entries),
+        "frame-list": Reader(read_frame_list, "result.frames.txt", 0.08, *lists),
+        "image-list": Reader(read_image_list, "x.txt", 0.107, *lists),
+        "checkpoint": Reader(load_checkpoint, "x.pt", 0.04, mutate_zip, zipped),
+        "jpeg": Reader(image("lwir"), "x.jpg", 0.015, mutate_bytes, [jpeg.getvalue()]),
+        "png": Reader(image("visible"), "x.jpg", 0.01, mutate_bytes, [png.getvalue()]),
+    } | {
+        f"{name}-flags": Reader(
+            partial(parse_flags, parse), "x", 0.006, *mutated(words, "\n".join(line.split()))
+        )
+        for name, parse, line in zip(("train", "eval", "detect"), parsers, flags, strict=True)
     }
 
 
@@ -198,12 +271,11 @@ def feed(reader: Reader, inputs: Iterable[tuple[str, bytes]], folder: Path) -> F
     """Write labelled inputs below `folder`, each over the other, and read them."""
     counts, failures = Counter[str](), []
     for label, data in inputs:
-        path = folder / reader.file
-        path.write_bytes(data)
+        (folder / reader.file).write_bytes(data)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                reader.read(path)
+                reader.read(folder / reader.file)
             counts["taken"] += 1
         except InputError:
             counts["refused"] += 1
@@ -213,34 +285,32 @@ def feed(reader: Reader, inputs: Iterable[tuple[str, bytes]], folder: Path) -> F
     return counts, failures
 
 
-def feed_chunk(
-    seeds: dict[str, list[bytes]], seed: int, folder: Path, chunk: tuple[str, range]
-) -> tuple[str, Fed]:
+def feed_chunk(seed: int, folder: Path, chunk: tuple[str, range]) -> tuple[str, Fed]:
     """Feed a reader the inputs of some numbers, in a process of the pool; after `LIMIT` it ends."""
     faulthandler.dump_traceback_later(LIMIT, exit=True, file=sys.__stderr__)
     torch.set_num_threads(1)
     own = folder / str(os.getpid())
     own.mkdir(exist_ok=True)
-    (name, numbers), reader = chunk, make_readers(seeds)[chunk[0]]
+    (name, numbers), reader = chunk, make_readers(own)[chunk[0]]
     fed = feed(reader, ((f"{name}-{i}", make_input(name, reader, i, seed)) for i in numbers), own)
     faulthandler.cancel_dump_traceback_later()
     return name, fed
 
 
-def feed_all(
-    seeds: dict[str, list[bytes]], counts: dict[str, int], seed: int, workers: int, folder: Path
-) -> Iterator[tuple[str, Fed]]:
+def feed_all(counts: dict[str, int], seed: int, workers: int, folder: Path) -> Iterator[tuple[str, Fed]]:
     """Feed all readers in several processes. An input that ends its process ends everything, and
     is among what the processes were reading, which then is the last that is yielded."""
-    starts = [(name, start) for name, count in counts.items() for start in range(0, count, CHUNK)]
-    chunks = [(name, range(start, min(start + CHUNK, counts[name]))) for name, start in starts]
+    chunks = [
+        (name, range(start, min(start + CHUNK, count)))
+        for name, count in counts.items()
+        for start in range(0, count, CHUNK)
+    ]
     ignore_sigint = (signal.SIGINT, signal.SIG_IGN)  # the main process handles it
     with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore_sigint) as pool:
         try:
-            yield from pool.map(partial(feed_chunk, seeds, seed, folder), chunks)
+            yield from pool.map(partial(feed_chunk, seed, folder), chunks)
         except BrokenProcessPool:
-            own = [path for path in folder.iterdir() if path.name.isdigit()]
-            files = [max(path.iterdir(), key=lambda file: file.stat().st_mtime_ns) for path in own]
+            files = [max(own.iterdir(), key=lambda file: file.stat().st_mtime_ns) for own in folder.iterdir()]
             trace = "a process died that was reading this or another died-… file\n"
             died = [(f"died-{file.parent.name}-{file.name}", file.read_bytes(), trace) for file in files]
             yield "died", (Counter(failed=1), died)
@@ -259,19 +329,19 @@ def main() -> None:
     totals: dict[str, Counter[str]] = {}
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        seeds = make_seeds(Path(folder))
-        readers = make_readers(seeds)
+        readers = make_readers(Path(folder))
+        (Path(folder) / "seed.pt").unlink()
         chosen = arguments.reader or list(readers)
         if set(chosen) - set(readers):
             parser.error(f"the readers are {', '.join(readers)}")
         share = arguments.inputs / sum(readers[name].share for name in chosen)
         counts = {name: round(share * readers[name].share + 0.5) for name in chosen}
-        fed = feed_all(seeds, counts, arguments.seed, arguments.workers, Path(folder))
+        results = feed_all(counts, arguments.seed, arguments.workers, Path(folder))
         with tqdm(total=sum(counts.values()), unit="input") as bar, suppress(KeyboardInterrupt):
-            for name, (new, failures) in fed:
+            for name, (new, failures) in results:
                 bar.update(new.total())
                 totals[name] = totals.get(name, Counter()) + new
-                for label, data, trace in failures[: MAX_KEPT - totals[name]["failed"] + new["failed"]]:
+                for label, data, trace in failures if totals[name]["failed"] <= MAX_KEPT else ():
                     make_folder(arguments.out)
                     (arguments.out / label).write_bytes(data)
                     (arguments.out / f"{label}.trace").write_text(trace, errors="backslashreplace")

@@ -41,26 +41,17 @@ def worker(pipe: Connection, make: Callable, arguments: tuple) -> None:
         pipe.send(function())
 
 
-def added_memory(on_gpu: bool, make: Callable[..., Callable], *arguments: object) -> Callable[[], int]:
+def added_memory(make: Callable[..., Callable], *arguments: object) -> Callable[[], int]:
     """A function that gives the bytes by which this process's peak rises above what it held, in the
-    first call of make(*arguments), on a GPU or on Linux."""
+    first call of make(*arguments). On Linux; `resource` would begin with the parent's peak."""
     function = make(*arguments)
 
+    def held(field: str) -> int:
+        return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", STATUS.read_text())[1])
+
     def measure() -> int:
-        before = held_memory(on_gpu, "VmRSS")
+        before = held("VmRSS")
         function()
-        return held_memory(on_gpu, "VmHWM") - before
+        return held("VmHWM") - before
 
     return measure
-
-
-def held_memory(on_gpu: bool, field: str) -> int:
-    """Bytes that this process holds ("VmRSS") or held at most ("VmHWM"), as torch or Linux tells.
-
-    Not by `resource`: on Linux a process begins with its parent's peak there.
-    """
-    if on_gpu:
-        from torch import cuda
-
-        return cuda.memory_allocated() if field == "VmRSS" else cuda.max_memory_allocated()
-    return 1024 * int(re.search(rf"{field}:\s*(\d+) kB", STATUS.read_text())[1])

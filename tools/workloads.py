@@ -1,4 +1,4 @@
-"""What tools/benchmark.py times of this project, and the inputs that it draws."""
+"""What tools/benchmark.py times: this project's steps and torchvision's, on drawn inputs."""
 
 from __future__ import annotations
 
@@ -8,13 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.models.detection.ssd import SSD, ssd300_vgg16
+from torchvision.ops import box_convert, box_iou
+from torchvision.transforms import v2
 
-from datasets import Batch, Frame, KaistPairs
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
+from datasets import Batch, KaistPairs
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
 from kaist.frame_cache import FrameCache
+from kaist.frames import Frame
 from kaist.images import read_image
-from kaist.miss_rate import GroundTruth
+from kaist.miss_rate import FPPI_POINTS, GroundTruth, Setup
 from kaist.results import Detections, write_detections
 from model import SSD300
 from pseudo_gt import box_masks
@@ -26,6 +33,7 @@ from utils import autocast, detect_image, tune_malloc
 MODEL = {"input_mode": "early", "batch_norm": False, "width": 1.0, "prior_set": "ssd300", "size": (300, 300)}
 MODEL |= {"infusion": (1, 1, 0, 0, 0, 0), "infusion_conv": False}
 LIMITS = {"min_score": 0.01, "nms_iou": 0.45, "max_boxes": 200}  # of detection, as in training
+MAPS = [(38, 38), (19, 19)]  # of which there are masks
 
 
 def with_malloc_tuning(make: Callable, *arguments: object) -> Callable:
@@ -37,24 +45,15 @@ def with_malloc_tuning(make: Callable, *arguments: object) -> Callable:
 # ------------------------------------------------------------------------------ this project's
 
 
-def make_model(**changes: object) -> SSD300:
+def our_model(device: torch.device, **changes: object) -> SSD300:
     """A network of MODEL's arguments, but for some."""
-    return SSD300(**(MODEL | changes))
+    return SSD300(**(MODEL | changes)).to(device, memory_format=torch.channels_last)
 
 
-def make_pairs(root: Path, frames: list[Frame], cache: FrameCache | None) -> KaistPairs:
+def our_pairs(root: Path, frames: list[Frame], cache: FrameCache | None) -> KaistPairs:
     """Augmented training samples of a KAIST root, from its files or a frame cache."""
-    return KaistPairs(
-        root,
-        frames,
-        input_mode="early",
-        input_size=(300, 300),
-        filler=mean_colour(4),
-        augmentation=Augmentation(),
-        masks_follow=True,
-        seed=0,
-        cache=cache,
-    )
+    settings = {"input_mode": "early", "input_size": (300, 300), "filler": mean_colour(4), "seed": 0}
+    return KaistPairs(root, frames, **settings, augmentation=Augmentation(), masks_follow=True, cache=cache)
 
 
 def our_step(
@@ -62,16 +61,15 @@ def our_step(
     precision: torch.dtype,
     n: int,
     batches: Iterator[Batch] | None = None,
-    **changes: object,
+    width: float = 1.0,
 ) -> Callable[[], None]:
     """A training step with masks, as train.py makes it, on the next of the batches or, without
     any, again and again on n frames of 3 people."""
-    model = make_model(**changes).to(device, memory_format=torch.channels_last).train()
+    model = our_model(device, width=width).train()
     if batches is None:
-        images = torch.randint(256, (n, 4, *model.size), dtype=torch.uint8, device=device)
+        images = torch.randint(256, (n, 4, 300, 300), dtype=torch.uint8, device=device)
         boxes, labels = random_objects(n, 3, device)
-        masks = box_masks(boxes, labels, [model.grids[i] for i in model.infused_maps])
-        batches = itertools.repeat(Batch(images, boxes, labels, masks, []))
+        batches = itertools.repeat(Batch(images, boxes, labels, box_masks(boxes, labels, MAPS), []))
     loss, on_gpu = our_loss(model), device.type == "cuda"
     optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, fused=on_gpu)
     network = torch.compile(model, dynamic=False) if on_gpu else model
@@ -91,7 +89,7 @@ def our_step(
 def our_loss(model: SSD300) -> Callable[[Predictions, Batch], Tensor]:
     """The total of a training step's losses."""
     multibox = MultiBoxLoss(model.priors, loc_loss="smooth_l1", loc_reduction="sum")
-    segmentation = SegmentationLoss(len(model.infused_maps), cells="mean", maps="sum")
+    segmentation = SegmentationLoss(len(MAPS), cells="mean", maps="sum")
 
     def loss(predictions: Predictions, batch: Batch) -> Tensor:
         boxes = sum(multibox(predictions, batch.boxes, batch.labels))
@@ -100,20 +98,17 @@ def our_loss(model: SSD300) -> Callable[[Predictions, Batch], Tensor]:
     return loss
 
 
-def trunk_step(device: torch.device, precision: torch.dtype, n: int, **changes: object) -> Callable[[], None]:
+def bare_step(device: torch.device, precision: torch.dtype, n: int, width: float = 1.0) -> Callable[[], None]:
     """The same network's convolutions, ReLUs and pools, forward and backward, and nothing else."""
-    model = make_model(**changes).to(device, memory_format=torch.channels_last)
-    images = torch.randn(n, 4, *model.size, device=device).to(memory_format=torch.channels_last)
+    model = our_model(device, width=width)
+    model.conv4_3_norm = nn.Identity()
+    images = torch.randn(n, 4, 300, 300, device=device).to(memory_format=torch.channels_last)
     heads = [*model.loc_heads, *model.conf_heads, *model.seg_heads]
     gradients: list[Tensor] = []
 
     def outputs() -> list[Tensor]:
-        conv4_3 = model.to_conv4_3(images)
-        maps = [conv4_3, model.conv6_7(model.to_conv5_3(conv4_3))]
-        for extra in model.extras:
-            maps.append(extra(maps[-1]))
-        inputs = [*maps, *maps, *(maps[i] for i in model.infused_maps)]
-        return [head(x) for head, x in zip(heads, inputs, strict=True)]
+        maps = model.feature_maps(images)
+        return [head(x) for head, x in zip(heads, [*maps, *maps, *maps[: len(MAPS)]], strict=True)]
 
     if device.type == "cuda":
         outputs = torch.compile(outputs)
@@ -128,14 +123,81 @@ def trunk_step(device: torch.device, precision: torch.dtype, n: int, **changes: 
     return step
 
 
-def our_image(device: torch.device, precision: torch.dtype, path: Path) -> Callable[[], None]:
+def our_image(device: torch.device, precision: torch.dtype, path: Path) -> Callable[[], object]:
     """Detection in a visible image's file, as detect.py makes it."""
-    model = make_model(input_mode="visible").to(device, memory_format=torch.channels_last).eval()
+    model = our_model(device, input_mode="visible").eval()
+    return lambda: detect_image(model, read_image(path, "visible"), precision, **LIMITS)
 
-    def run() -> None:
-        detect_image(model, read_image(path, "visible"), precision, **LIMITS)
 
-    return run
+# ------------------------------------------------------------------------------ torchvision's
+
+
+def torchvision_ssd(device: torch.device) -> SSD:
+    """SSD300 for persons, in fp32, untrained."""
+    network = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2, score_thresh=0.01)
+    return network.to(device)
+
+
+def torchvision_step(device: torch.device, n: int) -> Callable[[], None]:
+    """A training step, without masks."""
+    model = torchvision_ssd(device).train()
+    images = list(torch.rand(n, 3, 300, 300, device=device))
+    labels = torch.ones(3, dtype=torch.int64, device=device)
+    targets = [{"boxes": b[:3] * 300, "labels": labels} for b in random_objects(n, 3, device)[0]]
+    optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9)
+
+    def step() -> None:
+        loss = sum(model(images, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def torchvision_loss(predictions: Predictions, boxes: Tensor, labels: Tensor, priors: Tensor) -> Callable:
+    """A function that matches the persons with the priors and gives the sum of both losses."""
+    ssd, anchors = torchvision_ssd(priors.device), 300 * box_convert(priors, "cxcywh", "xyxy")
+    people = [(b[x == 1], x[x == 1]) for b, x in zip(boxes, labels, strict=True)]
+    targets = [{"boxes": 300 * boxes, "labels": labels} for boxes, labels in people]
+    outputs = {"bbox_regression": predictions.loc, "cls_logits": predictions.conf}
+
+    def loss() -> Tensor:
+        matched = [ssd.proposal_matcher(box_iou(target["boxes"], anchors)) for target in targets]
+        return sum(ssd.compute_loss(targets, outputs, [anchors] * len(targets), matched).values())
+
+    return loss
+
+
+def torchvision_image(device: torch.device, path: Path) -> Callable[[], object]:
+    """Detection in an image's file."""
+    model = torchvision_ssd(device).eval()
+    return torch.inference_mode()(lambda: model([decode_image(path, ImageReadMode.RGB).to(device) / 255]))
+
+
+def torchvision_sample(root: Path) -> Callable[[Frame], tuple]:
+    """The SSD recipe on a pair: zoom-out on a canvas, crop, flip, resize; and our masks."""
+    transform = v2.Compose(
+        [
+            v2.RandomPhotometricDistort(),
+            v2.RandomZoomOut(),
+            v2.RandomIoUCrop(),
+            v2.RandomHorizontalFlip(),
+            v2.Resize((300, 300), antialias=True),
+            v2.SanitizeBoundingBoxes(labels_getter=lambda inputs: inputs[-1]["labels"]),
+        ]
+    )
+
+    def sample(frame: Frame) -> tuple:
+        paths = [image_path(root, frame.id, modality) for modality in ("visible", "lwir")]
+        pair = [tv_tensors.Image(Image.open(path).convert("RGB")) for path in paths]
+        size = (FRAME_HEIGHT, FRAME_WIDTH)
+        boxes = tv_tensors.BoundingBoxes(frame.boxes_px, format="XYXY", canvas_size=size)
+        visible, lwir, target = transform(*pair, {"boxes": boxes, "labels": torch.from_numpy(frame.labels)})
+        boxes = (target["boxes"] / 300)[None]
+        return torch.cat([visible, lwir[:1]]), boxes, box_masks(boxes, target["labels"][None], MAPS)
+
+    return sample
 
 
 # ------------------------------------------------------------------------------ inputs
@@ -160,19 +222,67 @@ def random_predictions(n: int, mean: float, device: torch.device) -> Predictions
     return Predictions((torch.randn(n, 8732, 4, generator=g) / 2).to(device), conf.to(device), [])
 
 
-def random_result(folder: Path, n_frames: int) -> tuple[GroundTruth, Path]:
+def random_result(path: Path, n_frames: int) -> GroundTruth:
     """Two people a frame, and a result file with six boxes a frame, some on the people."""
     rng = np.random.default_rng(0)
-    ids = [f"set{6 + i % 6:02d}/V{i // 6 // 5000:03d}/I{i // 6 % 5000:05d}" for i in range(n_frames)]
+    ids = tuple(f"set{6 + i % 6:02d}/V000/I{i // 6:05d}" for i in range(n_frames))
     height = rng.uniform(30, 200, 2 * n_frames)
     size = np.stack([0.41 * height, height], 1)
     boxes = np.concatenate([rng.random(size.shape) * ((FRAME_WIDTH, FRAME_HEIGHT) - size), size], 1)
-    frame = np.repeat(np.arange(n_frames), 2)
-    occlusion = rng.choice(3, len(boxes), p=(0.7, 0.2, 0.1))
-    people = GroundTruth(tuple(ids), frame, boxes, occlusion, rng.random(len(boxes)) < 0.2)
-    shuffled = np.tile(boxes, (2, 1))[rng.permutation(2 * len(boxes))]
-    found = np.concatenate([boxes, shuffled]) + rng.normal(0, 3, (3 * len(boxes), 4))
-    detections = Detections(np.tile(frame, 3), found.clip(1), rng.random(len(found)).round(6))
-    path = folder / f"result-{n_frames}.txt"
-    write_detections(path, detections, ids)
-    return people, path
+    frame, occlusion = np.repeat(np.arange(n_frames), 2), rng.choice(3, len(boxes), p=(0.7, 0.2, 0.1))
+    found = np.concatenate([boxes, np.tile(boxes, (2, 1))[rng.permutation(2 * len(boxes))]])
+    found = (found + rng.normal(0, 3, found.shape)).clip(1)
+    write_detections(path, Detections(np.tile(frame, 3), found, rng.random(len(found)).round(6)), ids)
+    return GroundTruth(ids, frame, boxes, occlusion, rng.random(len(boxes)) < 0.2)
+
+
+# ------------------------------------------------------------------------------ the metric, plainly
+
+
+def plain_miss_rates(path: Path, ground_truth: GroundTruth, setups: dict[str, Setup]) -> dict[str, float]:
+    """Read a text result file and evaluate it frame by frame, for each setup anew."""
+    rows: list[list[list[float]]] = [[] for _ in ground_truth.frames]
+    for line in path.read_text().splitlines():
+        image_id, *row = map(float, line.split(","))
+        rows[int(image_id) - 1].append(row)
+    rates = {}
+    x, y, w, h = ground_truth.boxes.T
+    inside = (x >= 5) & (y >= 5) & (x + w <= FRAME_WIDTH - 5) & (y + h <= FRAME_HEIGHT - 5)
+    for name, setup in setups.items():
+        low, high = setup.heights
+        counts = inside & ~ground_truth.ignore & (low <= h) & (h <= high)
+        counts &= np.isin(ground_truth.occlusion, setup.occlusion)
+        people: list[list[tuple]] = [[] for _ in ground_truth.frames]
+        for i, box, positive in zip(ground_truth.frame, ground_truth.boxes.tolist(), counts, strict=True):
+            people[i].append((box, positive))
+        frames = np.flatnonzero(ground_truth.in_subset(setup.subset))
+        n_people = sum(positive for i in frames for _, positive in people[i])
+        hits = sorted(
+            (hit for i in frames for hit in match_frame(rows[i], people[i])), key=lambda hit: -hit[0]
+        )
+        found = np.array([hit for _, hit in hits], dtype=bool)
+        fppi, recall = np.cumsum(~found) / len(frames), np.cumsum(found) / n_people
+        reached = [max(recall[fppi <= point], default=0.0) for point in FPPI_POINTS]
+        rates[name] = float(np.exp(np.log(np.maximum(1 - np.array(reached), 1e-10)).mean()))
+    return rates
+
+
+def match_frame(rows: list[list[float]], objects: list[tuple[list[float], bool]]) -> list[tuple[float, bool]]:
+    """(score, found a person) of one frame's detections, without those that are ignored."""
+    results, taken = [], set()
+    for *box, score in sorted(rows, key=lambda row: -row[-1]):
+        best, chosen, ignored = 0.5, None, False
+        x, y, w, h = box
+        for k, ((u, v, s, t), positive) in enumerate(objects):
+            width, height = min(x + w, u + s) - max(x, u), min(y + h, v + t) - max(y, v)
+            shared = width * height if width > 0 and height > 0 else 0.0
+            if not positive:
+                ignored |= shared / (w * h) >= 0.5
+            elif k not in taken and shared / (w * h + s * t - shared) >= best:
+                best, chosen = shared / (w * h + s * t - shared), k
+        if chosen is not None:
+            taken.add(chosen)
+            results.append((score, True))
+        elif not ignored:
+            results.append((score, False))
+    return results

@@ -19,8 +19,7 @@ from kaist.miss_rate import SETUPS, evaluate
 from kaist.results import read_detections
 from tools import benchmark
 from tools.isolated import STATUS, Subprocess, added_memory
-from tools.reference import plain_miss_rates, v2_sample
-from tools.workloads import random_result
+from tools.workloads import plain_miss_rates, random_result, torchvision_sample
 from utils import tune_malloc
 
 
@@ -93,27 +92,36 @@ def test_freed_memory_is_kept(monkeypatch):
 @pytest.mark.skipif(not STATUS.exists(), reason="Linux alone tells what a process holds")
 def test_added_memory_is_the_functions_own():
     held = torch.ones(600 * 2**20, dtype=torch.uint8)  # by the parent, of which it knows nothing
-    add = Subprocess(added_memory, False, partial, operator.mul, b"x", 100 * 2**20)
+    add = Subprocess(added_memory, partial, operator.mul, b"x", 100 * 2**20)
     assert 99 * 2**20 < add() < 200 * 2**20
     del held
 
 
 def test_rows_say_whether_the_target_is_met():
-    assert benchmark.speedup_row("work", 2.0, 5.0, "plain", 2.5).passed
-    assert not benchmark.speedup_row("work", 2.0, 4.9, "plain", 2.5).passed
-    assert benchmark.ratio_row("work", "1", "2", 0.8, 0.8).passed
-    assert str(benchmark.speedup_row("w", 2.0, 5.0, "p", 2.5)).endswith("| >= 2.5x | met |")
+    assert benchmark.speedup_row("w", 2.0, 5.0, 2.5).endswith(
+        "| torchvision: 5 ms | 2.5x faster | >= 2.5x | met |"
+    )
+    assert benchmark.speedup_row("w", 2.0, 4.9, 2.5).endswith("| missed |")
+    assert benchmark.ratio_row("w", "1", "2", 0.8, 0.8) == "| w | 1 | 2 | 0.8 of it | <= 0.8 | met |"
 
 
 def test_training_is_timed_from_the_cache_to_the_weights(tmp_path):
     bench = benchmark.Bench(torch.device("cpu"), torch.float32, tmp_path, quick=True, seconds=0.0, rounds=1)
-    rows = list(benchmark.training_rows(bench, n=2, width=0.01, n_frames=8, workers=0))
-    assert "images/s" in rows[0].ours and "images/s" in rows[0].reference
-    assert [row.work.split(" alone")[0] for row in rows[1:]] == ["data and augmentation", "losses", "update"]
+    first, *rows = benchmark.training_rows(bench, n=2, width=0.01, n_frames=8, workers=0)
+    assert first.count("images/s") == 2
+    assert [row.split(" alone")[0] for row in rows] == ["| data and augmentation", "| losses", "| update"]
+
+
+@pytest.mark.parametrize("name", ["26", "42"])
+def test_rows_of_the_lab_book_detect(tmp_path, name):
+    bench = benchmark.Bench(torch.device("cpu"), torch.float32, tmp_path, quick=True, seconds=0.0, rounds=1)
+    boxes, scores = benchmark.row_detector(bench, name, width=0.03)()
+    assert boxes.shape == (len(scores), 4)
 
 
 def test_plain_miss_rates_agree(tmp_path):
-    people, path = random_result(tmp_path, 200)
+    path = tmp_path / "result.txt"
+    people = random_result(path, 200)
     plain = plain_miss_rates(path, people, SETUPS)
     ours = evaluate(people, read_detections(path, people.frames))
     assert len({round(rate, 6) for rate in plain.values()}) > 3
@@ -125,7 +133,7 @@ def test_recipe_gives_what_our_samples_hold(demo_root):
     ids = read_image_list(demo_root / "imageSets/train-all.txt")
     frames = load_frames(ids, open_annotations(demo_root), min_height=12, margin=5)
     torch.manual_seed(0)
-    image, boxes, masks = v2_sample(demo_root)(frames[0])
+    image, boxes, masks = torchvision_sample(demo_root)(frames[0])
     assert image.shape == (4, 300, 300) and image.dtype == torch.uint8
     assert boxes.shape[::2] == (1, 4) and (boxes >= 0).all() and (boxes <= 1).all()
     assert [tuple(mask.shape) for mask in masks] == [(1, 38, 38), (1, 19, 19)]

@@ -54,7 +54,7 @@ REGRESSIONS = [
 
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory):
-    return fuzz.make_readers(fuzz.make_seeds(tmp_path_factory.mktemp("seeds")))
+    return fuzz.make_readers(tmp_path_factory.mktemp("seeds"))
 
 
 @pytest.mark.parametrize(("name", "data"), REGRESSIONS)
@@ -84,7 +84,7 @@ def test_failures_are_told(tmp_path):
         raise [KeyError("x"), InputError("x", "y")][path.read_bytes().count(b"a") % 2]
 
     inputs = [("a", b""), ("b", b"a"), ("c", b""), ("d", b"aaa")]
-    counts, failures = fuzz.feed(fuzz.Reader(read, "x", [], None, 1), inputs, tmp_path)
+    counts, failures = fuzz.feed(fuzz.Reader(read, "x", 1, None, []), inputs, tmp_path)
     assert counts == {"refused": 2, "failed": 2}
     assert [failure[:2] for failure in failures] == [("a", b""), ("c", b"")]
     assert "KeyError: 'x'" in failures[0][2]
@@ -94,9 +94,9 @@ def test_an_input_that_hangs_ends_the_run_and_is_kept(tmp_path):
     script = """
 import time, pathlib, sys
 from tools import fuzz
-spin = fuzz.Reader(lambda path: time.sleep(60), "x", [], lambda *_: b"slow", 1)
-fuzz.LIMIT, fuzz.make_readers = 1.0, lambda seeds: {"x": spin}
-[(name, (counts, failures))] = fuzz.feed_all({}, {"x": 1}, 0, 1, pathlib.Path())
+spin = fuzz.Reader(lambda path: time.sleep(60), "x", 1, lambda *_: b"slow", [])
+fuzz.LIMIT, fuzz.make_readers = 1.0, lambda folder: {"x": spin}
+[(name, (counts, failures))] = fuzz.feed_all({"x": 1}, 0, 1, pathlib.Path())
 print(name, counts["failed"], *failures[0][:2])
 """
     command = [sys.executable, "-c", script]
@@ -110,9 +110,9 @@ def test_a_refused_file_that_the_check_calls_clean_is_a_failure(tmp_path):
         raise InputError("no", "never")
 
     with pytest.raises(AssertionError, match="the data check finds nothing, but: no"):
-        fuzz.with_check(read, lambda path: [], tmp_path)
+        fuzz.checked(read, lambda path: [])(tmp_path)
     with pytest.raises(InputError):
-        fuzz.with_check(read, lambda path: ["fault"], tmp_path)
+        fuzz.checked(read, lambda path: ["fault"])(tmp_path)
 
 
 def test_an_input_depends_on_its_number_and_seed_alone(readers):
