@@ -320,7 +320,7 @@ def training_loader(
         if is_main_process():
             cache_frames(cache, dataset.root, ids, dataset.input_mode)
         barrier()
-        drawn = cache_frames(cache, dataset.root, ids, dataset.input_mode)
+        drawn = cache_frames(cache, dataset.root, ids, dataset.input_mode, check=False)
         dataset = dataclasses.replace(dataset, cache=drawn)
     on_gpu = device.type == "cuda"
     pasted = dataset.augmentation is not None and dataset.augmentation.copy_paste > 0
