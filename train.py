@@ -104,6 +104,8 @@ EMA_DECAY = 0.0  # evaluate and keep weights averaged over about 1 / (1 - this) 
 # -------- augmentation
 AUGMENT = True  # SSD augmentation; False only resizes
 ZOOM_OUT = 1.5  # largest zoomed-out canvas, in frames a side
+CROP_ASPECT = (0.8, 1.2)  # smallest and largest width / height of a crop, in the frame's own
+MIN_INPUT_HEIGHT = 10.0  # persons that end up lower are ignored, pixels of the network's input
 HUE_SATURATION = True  # distort hue and saturation of the visible image
 LWIR_JITTER = True  # distort brightness and contrast of the LWIR image
 COPY_PASTE = 0.0  # share of the frames into which people of other frames are pasted
@@ -142,8 +144,7 @@ def main() -> None:
     root = Path(config.data_root)
     test_set = open_test_set(root, config.test_list, config.test_annotations)
     val_set = load_ground_truth(training_annotations(config), held_out) if held_out else test_set
-    grids = [model.grids[i] for i in model.infused_maps]
-    common = {"device": device, "map_sizes": grids}
+    common = {"device": device, "map_sizes": [model.grids[i] for i in model.infused_maps]}
     testing = {**common, "filler": model.filler(), **pick(config, *datasets.TESTING)}
     test_loader = datasets.test_loader(root, test_set, **testing)
     val_loader = datasets.test_loader(root, val_set, **testing) if held_out else test_loader

@@ -45,6 +45,8 @@ BASE = {
     "validation": 0.1,
     "augment": False,
     "zoom_out": 4.0,
+    "crop_aspect": (0.4, 1.6),
+    "min_input_height": 0.0,
     "hue_saturation": True,
     "lwir_jitter": True,
     "copy_paste": 0.0,
@@ -67,6 +69,8 @@ MENDED = {
     "centres": "stride",  # even ones drift by up to 4 pixels from where the cells look
     "conf_divisor": "balanced",  # frames without people inflate it at small batches
     "zoom_out": 2.0,  # 4 leaves a sixth of the people lower than 16 pixels
+    "crop_aspect": (0.8, 1.2),  # 0.5 to 2 makes people half as wide, or twice
+    "min_input_height": 10.0,  # of lower ones too little is left to learn
 }
 
 
