@@ -183,7 +183,7 @@ def run_all(runs: list[StudyRun], jobs: int) -> None:
 
 
 class Outcome(NamedTuple):
-    """What one finished run reached: rates in per cent (all, day, night), masks' IoU by map."""
+    """What one finished run reached: rates in per cent (all, day, night), masks' average precision by map."""
 
     arm: str
     seed: int
