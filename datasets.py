@@ -50,7 +50,10 @@ from ssd.device_augment import DeviceFrames, TransformBatch, send
 
 # What is taken from a configuration: by KaistPairs, Augmentation, training_loader and test_loader.
 PAIRS = ("input_mode", "input_size", "masks_follow", "seed")
-AUGMENTATION = ("zoom_out", "hue_saturation", "lwir_jitter", "copy_paste", "modality_dropout")
+AUGMENTATION = (
+    *("zoom_out", "crop_aspect", "min_input_height"),
+    *("hue_saturation", "lwir_jitter", "copy_paste", "modality_dropout"),
+)
 TRAINING = ("batch_size", "workers", "start_method", "cache", "loader", "max_bad_frames")
 TESTING = ("input_mode", "input_size", "min_height", "margin", "batch_size", "workers", "start_method")
 

@@ -74,7 +74,7 @@ INPUT_SIZE = (300, 300)  # height and width of the network's input, pixels
 PIXEL_MEAN = (0.3465, 0.3219, 0.2842, 0.1598)  # of R, G, B and LWIR, from 0 to 1: subtracted, fills gaps
 PIXEL_STD = (0.2358, 0.2265, 0.2274, 0.0813)  # divided by; both as published for KAIST's training frames
 BATCH_NORM = True  # VGG16 with BatchNorm
-WIDTH = 0.125  # width multiplier of every layer; 1.0 is VGG16
+WIDTH = 0.25  # width multiplier of every layer; 1.0 is VGG16
 PRIORS = "pedestrian"  # ssd300 (VOC's), ssd300-coco, pedestrian (upright), multispectral (MLPD's)
 CENTRES = "stride"  # of the priors: stride (where the maps' cells look) or even (as the log had them)
 PRETRAINED = "none"  # none, imagenet (VGG16), coco (SSD300), or a file of published weights
@@ -98,22 +98,24 @@ LR = 2e-3  # learning rate of the weights
 BIAS_LR_FACTOR = 2.0  # biases learn this many times faster
 WEIGHT_DECAY = 1e-5  # L2 penalty
 SCHEDULE = "cosine"  # constant, step (x0.1 at 2/3, 5/6 of EPOCHS), step-mlpd (1/2, 9/10), cosine
-BATCH_SIZE = 8  # frames a step
-EPOCHS = 16  # passes over the training list
+BATCH_SIZE = 4  # frames a step
+EPOCHS = 18  # passes over the training list
 EMA_DECAY = 0.0  # evaluate and keep weights averaged over about 1 / (1 - this) steps; 0: off
 # -------- augmentation
 AUGMENT = True  # SSD augmentation; False only resizes
 ZOOM_OUT = 1.5  # largest zoomed-out canvas, in frames a side
+CROP_ASPECT = (0.8, 1.2)  # smallest and largest width / height of a crop, in the frame's own
+MIN_INPUT_HEIGHT = 10.0  # persons that end up lower are ignored, pixels of the network's input
 HUE_SATURATION = True  # distort hue and saturation of the visible image
 LWIR_JITTER = True  # distort brightness and contrast of the LWIR image
 COPY_PASTE = 0.0  # share of the frames into which people of other frames are pasted
 MODALITY_DROPOUT = 0.0  # share of the samples that see one modality alone, the other blanked
 # -------- evaluation
-EVAL_EVERY = 8  # epochs between evaluations; the last epoch is always evaluated
+EVAL_EVERY = 18  # epochs between evaluations; the last epoch is always evaluated
 MIN_SCORE = 0.01  # detections below this score are dropped
 NMS_IOU = 0.45  # of two detections that overlap more, the lower-scored is dropped
 MAX_BOXES = 200  # detections kept in a frame
-TEST_FLIP = False  # detect in each frame and its mirror image, averaged: twice the time
+TEST_FLIP = True  # detect in each frame and its mirror image, averaged: twice the time
 
 
 def main() -> None:
@@ -142,8 +144,7 @@ def main() -> None:
     root = Path(config.data_root)
     test_set = open_test_set(root, config.test_list, config.test_annotations)
     val_set = load_ground_truth(training_annotations(config), held_out) if held_out else test_set
-    grids = [model.grids[i] for i in model.infused_maps]
-    common = {"device": device, "map_sizes": grids}
+    common = {"device": device, "map_sizes": [model.grids[i] for i in model.infused_maps]}
     testing = {**common, "filler": model.filler(), **pick(config, *datasets.TESTING)}
     test_loader = datasets.test_loader(root, test_set, **testing)
     val_loader = datasets.test_loader(root, val_set, **testing) if held_out else test_loader

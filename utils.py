@@ -26,6 +26,8 @@ from ssd.boxes import Predictions, detect
 from ssd.losses import IGNORE, PERSON
 from ssd.published import load_published, read_published, tutorial_input_mode
 
+MAX_MARGIN, MARGIN_BINS = 16.0, 4096  # of the mask logits whose average precision is measured
+
 
 def choose_device(name: str) -> torch.device:
     """The device a name stands for; "auto" takes a GPU (CUDA, then Apple's) where there is one.
@@ -166,15 +168,15 @@ def detect_frames(
         nms_settings: min_score, nms_iou and max_boxes, as of `ssd.boxes.detect`.
 
     Returns:
-        The detections, in xywh pixels of the 640x512 frame; and "iou_map1", … of each infused map:
-        the cells that both the predicted and the box-shaped mask call person, of all frames, over
-        those that one of them does. Ignored cells are left out; NaN where no cell is a person's.
+        The detections, in xywh pixels of the 640x512 frame; and "ap_map1", … of each infused map:
+        the average precision of its mask head over the cells of all frames, see
+        `average_precision`. NaN where no cell is a person's.
     """
     device = model.priors.device
     was_training = model.training
     model.eval()
     found: list[tuple[Tensor, Tensor]] = []
-    cells = torch.zeros(len(model.infused_maps), 2, dtype=torch.int64, device=device)
+    cells = torch.zeros(len(model.infused_maps), 2, MARGIN_BINS, dtype=torch.int64, device=device)
     bar = tqdm(
         loader.epoch(0), total=len(loader), desc="detecting", leave=False, disable=not is_main_process()
     )
@@ -183,7 +185,7 @@ def detect_frames(
             images = batch.images.to(device, non_blocking=True)
             predictions = predict(model, images, precision, test_flip, with_masks=True)
             for i, (logits, mask) in enumerate(zip(predictions.seg, batch.masks, strict=True)):
-                cells[i] += mask_intersection_union(logits, mask.to(device))
+                cells[i] += margin_histogram(logits, mask.to(device))
             pairs = detect(predictions, model.priors, **nms_settings)
             found += [(boxes.cpu(), scores.cpu()) for boxes, scores in pairs]
     model.train(was_training)
@@ -192,19 +194,33 @@ def detect_frames(
     found = [to_pixels(boxes, scores) for boxes, scores in found]
     frame = np.repeat(np.arange(len(found)), [len(scores) for _, scores in found])
     detections = Detections(frame, *map(np.concatenate, zip(*found, strict=True)))
-    intersection, union = all_reduce_sum(cells).double().T
-    names = [f"iou_map{i + 1}" for i in model.infused_maps]
-    return detections, dict(zip(names, (intersection / union).tolist(), strict=True))
+    names = [f"ap_map{i + 1}" for i in model.infused_maps]
+    return detections, dict(zip(names, map(average_precision, all_reduce_sum(cells)), strict=True))
 
 
-def mask_intersection_union(logits: Tensor, mask: Tensor) -> Tensor:
-    """(2,) int64: cells that both call person, and cells that either does.
+def margin_histogram(logits: Tensor, mask: Tensor) -> Tensor:
+    """(2, MARGIN_BINS) int64: how many background and person cells have a margin of each bin.
+
+    The margin is the person's logit less the background's, from -MAX_MARGIN to MAX_MARGIN. Ignored
+    cells are left out.
 
     Args:
         logits: (N, 2, h, w) of background and person; mask: (N, h, w) as from `box_masks`.
     """
-    predicted = (logits[:, 1] > logits[:, 0]) & (mask != IGNORE)
-    return torch.stack([(predicted & (mask == PERSON)).sum(), (predicted | (mask == PERSON)).sum()])
+    margin = (logits[:, 1] - logits[:, 0]).clamp(-MAX_MARGIN, MAX_MARGIN)
+    place = ((margin / MAX_MARGIN + 1) / 2 * (MARGIN_BINS - 1)).round().long()
+    counted = (place + MARGIN_BINS * (mask == PERSON))[mask != IGNORE]
+    return counted.bincount(minlength=2 * MARGIN_BINS).view(2, MARGIN_BINS)
+
+
+def average_precision(cells: Tensor) -> float:
+    """Area under precision over recall of a `margin_histogram`; chance is the share of person cells.
+
+    Each bin of cells adds what recall it gains, times the precision of it and all higher bins.
+    """
+    background, person = cells.double().flip(1)
+    precision = person.cumsum(0) / (person + background).cumsum(0).clamp(min=1)
+    return ((person * precision).sum() / person.sum()).item()
 
 
 def predict(

@@ -263,6 +263,9 @@ def check_config(values: dict[str, Any]) -> None:
         copy_paste = values["augment"] and values["copy_paste"] > 0
         if reason := device_loader_conflict(values["cache"], copy_paste):
             refuse("loader", "device", reason)
+    low, high = values.get("crop_aspect", (0, 1))
+    if not low < high:
+        refuse("crop_aspect", (low, high), "write the smallest and the largest, with a range between them")
     dropout = values.get("modality_dropout")
     if dropout and not (values["augment"] and len(MODALITIES[values["input_mode"]]) == 2):
         refuse("modality_dropout", dropout, "it needs AUGMENT and an INPUT_MODE of both modalities")
@@ -359,12 +362,8 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
 
 def same_kind(value: Any, default: tuple) -> bool:
     """Whether a value is a tuple or list of as many numbers as a default."""
-    kinds = {int, type(default[0])}
-    return (
-        isinstance(value, tuple | list)
-        and len(value) == len(default)
-        and all(type(number) in kinds for number in value)
-    )
+    same_length = isinstance(value, tuple | list) and len(value) == len(default)
+    return same_length and all(type(number) in (int, type(default[0])) for number in value)
 
 
 def pick(config: Namespace, *names: str) -> dict[str, Any]:

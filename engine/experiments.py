@@ -45,6 +45,8 @@ BASE = {
     "validation": 0.1,
     "augment": False,
     "zoom_out": 4.0,
+    "crop_aspect": (0.4, 1.6),
+    "min_input_height": 0.0,
     "hue_saturation": True,
     "lwir_jitter": True,
     "copy_paste": 0.0,
@@ -67,6 +69,8 @@ MENDED = {
     "centres": "stride",  # even ones drift by up to 4 pixels from where the cells look
     "conf_divisor": "balanced",  # frames without people inflate it at small batches
     "zoom_out": 2.0,  # 4 leaves a sixth of the people lower than 16 pixels
+    "crop_aspect": (0.8, 1.2),  # 0.5 to 2 makes people half as wide, or twice
+    "min_input_height": 10.0,  # of lower ones too little is left to learn
 }
 
 
@@ -242,7 +246,7 @@ EXPERIMENTS = {
         "26b",
         dict(
             input_mode="early",
-            width=0.125,
+            width=0.25,
             priors="pedestrian",
             pretrained="none",
             infusion=(1, 1, 0, 0, 0, 0),
@@ -250,12 +254,13 @@ EXPERIMENTS = {
             lr=2e-3,
             weight_decay=1e-05,
             schedule="cosine",
-            batch_size=8,
-            epochs=16,
+            batch_size=4,
+            epochs=18,
             zoom_out=1.5,
-            eval_every=8,
+            eval_every=18,
             min_score=0.01,
             nms_iou=0.45,
+            test_flip=True,
         ),
         "not of the log: a narrow network on both modalities for the demo set",
     ),

@@ -293,7 +293,7 @@ class Run:
         Args:
             scores: "weight_map1", … of the masks' losses where they are learned; and when the
                 epoch was evaluated "miss_rate", "miss_rate_day", "miss_rate_night", "recall" and
-                the masks' "iou_map1", … as fractions.
+                the masks' "ap_map1", … as fractions.
         """
         best = min((past.get("miss_rate", 2.0) for past in self.history), default=2.0)
         row = {

@@ -39,6 +39,9 @@ class Augmentation:
     """SSD's training augmentation (section 2.2 and 3.6 of the paper), for a registered pair.
 
     zoom_out: largest side of the zoomed-out canvas in frames; 1 switches zoom-out off.
+    crop_aspect: smallest and largest width / height of a crop, in those of the frame; SSD's own is
+        0.5 to 2 of its pixels. People are stretched by as much.
+    min_input_height: persons that end up lower in the network's input, in its pixels, are ignored.
     hue_saturation: distort hue and saturation of the visible image too.
     lwir_jitter: distort brightness and contrast of the LWIR image.
     copy_paste: share of the frames into which people of other frames are pasted.
@@ -46,6 +49,8 @@ class Augmentation:
     """
 
     zoom_out: float = 4.0
+    crop_aspect: tuple[float, float] = (0.4, 1.6)
+    min_input_height: float = 0.0
     hue_saturation: bool = True
     lwir_jitter: bool = True
     copy_paste: float = 0.0
@@ -53,18 +58,22 @@ class Augmentation:
 
 
 def random_window(
-    rng: np.random.Generator, people: np.ndarray, zoom_out: float
+    rng: np.random.Generator,
+    people: np.ndarray,
+    zoom_out: float,
+    crop_aspect: tuple[float, float] = (0.4, 1.6),
 ) -> tuple[float, float, float, float]:
     """Zoom-out and IoU crop as one xyxy window in pixels of the frame; it may reach outside.
 
     Half of the time the frame is placed on a canvas 1 to `zoom_out` times its size. Then one of
     SSD's minimum overlaps is drawn: none leaves the canvas as it is; otherwise up to 50 crops of
-    0.3 to 1 of each side and aspect ratio 1/2 to 2 are tried, and the first that reaches that
-    overlap with some person and holds some person's centre is taken; if none does, another
+    0.3 to 1 of each side and an aspect within `crop_aspect` are tried, and the first that reaches
+    that overlap with some person and holds some person's centre is taken; if none does, another
     overlap is drawn. A frame without people takes any crop that shows the frame in half its area.
 
     Args:
         people: (n, 4) xyxy pixels of the persons in the frame.
+        zoom_out, crop_aspect: as in `Augmentation`.
     """
     x, y, w, h = 0.0, 0.0, float(FRAME_WIDTH), float(FRAME_HEIGHT)
     if rng.random() < 0.5:
@@ -78,8 +87,8 @@ def random_window(
             return x, y, x + w, y + h
         size = rng.uniform(0.3, 1, (CROP_TRIALS, 2)) * (w, h)
         corner = (x, y) + rng.random((CROP_TRIALS, 2)) * ((w, h) - size)
-        ratio = size[:, 1] / size[:, 0]
-        fits = (ratio > 0.5) & (ratio < 2)
+        aspect = size[:, 0] / size[:, 1] * (FRAME_HEIGHT / FRAME_WIDTH)
+        fits = (aspect > crop_aspect[0]) & (aspect < crop_aspect[1])
         crops = np.concatenate([corner, corner + size], axis=1)
         if len(people):
             fits &= crop_overlaps(crops, people, overlap)
@@ -181,7 +190,7 @@ class Transform:
 
     crop: which part of the frame goes where; matrix: (C, C) and offset: (C,) float32, by which
     colours are distorted; size: (height, width) of the network's input; filler: (C,) uint8, the
-    colour outside of the frame.
+    colour outside of the frame; min_height: persons lower in the input, in its pixels, are ignored.
     """
 
     crop: Crop
@@ -189,6 +198,7 @@ class Transform:
     offset: np.ndarray
     size: tuple[int, int]
     filler: np.ndarray
+    min_height: float = 0.0
 
     def apply(self, pixels: np.ndarray) -> Tensor:
         """The network's input (C, *size) uint8 of a frame's pixels (512, 640, C) uint8.
@@ -212,7 +222,8 @@ class Transform:
 
         A person stays when its centre is in view, as in SSD. An ignored object stays as long as
         anything of it does, so that no remnant of a crowd is mined. Boxes are clipped to the
-        input, and those left with less than a pixel are dropped. Returns the boxes and their labels.
+        input, and those left with less than a pixel are dropped. Persons left lower than
+        `min_height` become ignored. Returns the boxes and their labels.
         """
         source = np.array(self.crop.source, dtype=np.float32)
         target = np.array(self.crop.target, dtype=np.float32)
@@ -225,6 +236,7 @@ class Transform:
         in_view = ((centre > 0) & (centre < limit)).all(1)
         boxes = boxes.clip(0, limit)
         stays = (in_view | (labels == -1)) & ((boxes[:, 1] - boxes[:, 0]) >= MIN_BOX).all(1)
+        labels = np.where(boxes[:, 1, 1] - boxes[:, 0, 1] < self.min_height, -1, labels)
         return (boxes[stays] / limit).reshape(-1, 4), labels[stays]
 
 
@@ -251,7 +263,7 @@ def sample_transform(
         people: (n, 4) xyxy pixels of the persons in the frame; mean: as from `frame_mean`.
         size: (height, width) of the network's input; filler: (C,) uint8.
     """
-    window = random_window(rng, people, options.zoom_out)
+    window = random_window(rng, people, options.zoom_out, options.crop_aspect)
     crop = round_to_pixels(window, size, flip=bool(rng.random() < 0.5))
     channels = len(mean)
     matrix = np.eye(channels, dtype=np.float32)
@@ -263,7 +275,7 @@ def sample_transform(
     if options.modality_dropout and rng.random() < options.modality_dropout:
         gone = slice(0, 3) if rng.random() < 0.5 else slice(3, 4)
         matrix[gone], offset[gone] = 0, filler[gone]
-    return Transform(crop, matrix, offset, size, filler)
+    return Transform(crop, matrix, offset, size, filler, options.min_input_height)
 
 
 def mean_colour(channels: int) -> np.ndarray:

@@ -278,12 +278,12 @@ class Criterion(nn.Module):
         *,
         loc_loss: str,
         loc_reduction: str,
-        conf_divisor: str,
         seg_cells: str,
         seg_maps: str,
-        seg_balance: str,
-        seg_person_share: float,
         seg_weight: float,
+        conf_divisor: str = "positives",
+        seg_balance: str = "none",
+        seg_person_share: float = 0.2,
     ) -> None:
         super().__init__()
         self.multilabel = n_logits == 3

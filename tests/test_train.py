@@ -64,7 +64,7 @@ def test_train_eval_detect_as_a_user_runs_them(demo_root, tmp_path):
     header, *rows = (folder / "log.csv").read_text().splitlines()
     columns = header.split(",")
     assert columns[:7] == ["epoch", "loss", "loc", "conf", "seg", "seg_map1", "seg_map2"]
-    assert {"lr", "images_per_s", "seconds", "miss_rate", "iou_map1", "iou_map2"} <= set(columns)
+    assert {"lr", "images_per_s", "seconds", "miss_rate", "ap_map1", "ap_map2"} <= set(columns)
     assert len(rows) == 2
 
     table = [line for line in done.stdout.splitlines() if line.startswith("custom")]

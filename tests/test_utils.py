@@ -1,12 +1,38 @@
-"""Evaluating a network over a list: whose masks it is held against, and their IoU."""
+"""Evaluating a network over a list: whose masks it is held against, and their average precision."""
 
+import math
+
+import numpy as np
+import pytest
 import torch
 
-from utils import mask_intersection_union
+from utils import average_precision, margin_histogram
 
 
-def test_mask_intersection_union_by_hand():
-    mask = torch.tensor([[[1, 1, 0, 0, -1, -1]]])
-    predicted = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0, -1.0]).view(1, 1, 1, 6)
-    logits = torch.cat([torch.zeros_like(predicted), predicted], dim=1)
-    assert mask_intersection_union(logits, mask).tolist() == [1, 3]  # the ignored cells count nowhere
+def as_logits(margins):
+    margins = torch.tensor(margins).view(1, 1, 1, -1)
+    return torch.cat([torch.zeros_like(margins), margins], dim=1)
+
+
+def test_average_precision_by_hand():
+    """Persons at ranks 1 and 3 of four cells; what is ignored, first of all, counts nowhere."""
+    mask = torch.tensor([[[1, 0, 1, 0, -1]]])
+    cells = margin_histogram(as_logits([3.0, 2.0, 1.0, -1.0, 9.0]), mask)
+    assert cells.sum(1).tolist() == [2, 2]
+    assert average_precision(cells) == pytest.approx((1 / 1 + 2 / 3) / 2)
+    assert math.isnan(average_precision(margin_histogram(as_logits([1.0]), torch.tensor([[[0]]]))))
+
+
+def test_average_precision_needs_no_cell_above_one_half():
+    """Where few cells are a person's, a head that ranks them well may call none of them person."""
+    g = torch.Generator().manual_seed(0)
+    mask = (torch.rand(8, 38, 38, generator=g) < 0.01).long()
+    margin = torch.randn(8, 38, 38, generator=g) - 8 + 3 * mask
+    ap = average_precision(margin_histogram(torch.stack([-margin / 2, margin / 2], dim=1), mask))
+    order = np.argsort(-margin.flatten().numpy(), kind="stable")
+    hits = mask.flatten().numpy()[order]
+    exact = (np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits == 1].mean()
+    assert (margin < 0).all() and 0.3 < exact < 0.9 and ap == pytest.approx(exact, abs=0.01)
+    shuffled = mask.flatten()[torch.randperm(mask.numel(), generator=g)].view_as(mask)
+    chance = average_precision(margin_histogram(torch.stack([-margin / 2, margin / 2], dim=1), shuffled))
+    assert chance < 0.04

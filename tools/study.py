@@ -183,13 +183,13 @@ def run_all(runs: list[StudyRun], jobs: int) -> None:
 
 
 class Outcome(NamedTuple):
-    """What one finished run reached: rates in per cent (all, day, night), masks' IoU by map."""
+    """What one finished run reached: rates in per cent (all, day, night), masks' average precision by map."""
 
     arm: str
     seed: int
     miss_rates: np.ndarray
     recall: float
-    mask_ious: list[float]
+    mask_aps: list[float]
     minutes: float
 
 
@@ -200,10 +200,10 @@ def read_outcome(run: StudyRun) -> Outcome:
     rates = [official[f"Reasonable-{part}"]["miss_rate"] for part in ("all", "day", "night")]
     with (run.folder / "log.csv").open(encoding="utf-8") as file:
         log = list(csv.DictReader(file))
-    ious = [float(value) for key, value in log[-1].items() if key.startswith("iou_")]
+    aps = [float(value) for key, value in log[-1].items() if key.startswith("ap_")]
     minutes = sum(float(row["seconds"]) for row in log) / 60
     recall = 100 * official["Reasonable-all"]["recall"]
-    return Outcome(run.arm, run.seed, 100 * np.array(rates, dtype=float), recall, ious, minutes)
+    return Outcome(run.arm, run.seed, 100 * np.array(rates, dtype=float), recall, aps, minutes)
 
 
 def group(study: Study, outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
@@ -233,9 +233,7 @@ def report(study: Study, by_arm: dict[str, list[Outcome]]) -> str:
     }
     tests = {arm: paired_test(np.array(values)) for arm, values in differences.items()}
     adjusted = holm({arm: test.p for arm, test in tests.items()})
-    columns = (
-        "arm|seeds|miss rate all (%)|day|night|recall|minus the baseline, 95%|p|p (Holm)|mask IoU by map"
-    )
+    columns = "arm|seeds|miss rate all (%)|day|night|recall|minus the baseline, 95%|p|p (Holm)|mask AP by map"
     lines = [f"| {columns.replace('|', ' | ')} |", "|---" * 10 + "|"]
     for arm, own in by_arm.items():
         rates = np.array([outcome.miss_rates for outcome in own])
@@ -251,8 +249,8 @@ def report(study: Study, by_arm: dict[str, list[Outcome]]) -> str:
         else:
             mean, low, high, p = tests[arm]
             cells += [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.3f}", f"{adjusted[arm]:.3f}"]
-        ious = np.mean([outcome.mask_ious for outcome in own], axis=0)
-        lines.append(f"| {' | '.join([*cells, ', '.join(f'{x:.2f}' for x in ious)])} |")
+        aps = np.mean([outcome.mask_aps for outcome in own], axis=0)
+        lines.append(f"| {' | '.join([*cells, ', '.join(f'{x:.2f}' for x in aps)])} |")
     minutes = np.median([outcome.minutes for own in by_arm.values() for outcome in own])
     return "\n".join([*lines, "", f"Median training time of a run: {minutes:.1f} minutes."])
 

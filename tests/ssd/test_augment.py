@@ -1,5 +1,7 @@
 """Windows, colours, and boxes that follow the pixels, against the paper and torchvision."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -247,3 +249,28 @@ def test_distortion_is_the_matrix_rounded_and_clipped():
         expected = np.concatenate(expected).clip(0, 255)
         ours = distort(content, t.matrix, t.offset).numpy()
         assert np.abs(ours - expected).max() < 0.51  # to the nearest
+
+
+def test_crops_keep_the_aspect_they_are_asked_for():
+    rng, person = np.random.default_rng(0), np.array([[300.0, 200, 340, 300]])
+    widest = {(0.4, 1.6): 0.0, (0.8, 1.2): 0.0}
+    for limits in widest:
+        for _ in range(300):
+            x0, y0, x1, y1 = random_window(rng, person, 1.0, limits)
+            aspect = (x1 - x0) / (y1 - y0) / 1.25  # in that of the frame, 640 x 512
+            assert limits[0] < aspect < limits[1]
+            widest[limits] = max(widest[limits], aspect)
+    assert widest[0.4, 1.6] > 1.5 and widest[0.8, 1.2] > 1.15
+
+
+def test_persons_left_too_low_in_the_input_are_ignored():
+    """20 pixels of 512 are 11.7 of 300; zoomed out twice, 5.9."""
+    boxes, labels = np.array([[300, 200, 310, 220], [100, 100, 150, 220]], np.float32), np.array([1, 1])
+    for zoom, expected in ((1, [1, 1]), (2, [-1, 1])):
+        crop = round_to_pixels((0, 0, 640 * zoom, 512 * zoom), SIZE, flip=False)
+        transform = replace(whole_frame(4, SIZE), crop=crop, min_height=10.0)
+        assert transform.move(boxes, labels)[1].tolist() == expected
+    rng = np.random.default_rng(0)
+    options = Augmentation(min_input_height=10.0)
+    drawn = sample_transform(rng, boxes, np.zeros(4), options, SIZE, mean_colour(4))
+    assert drawn.min_height == 10.0 and whole_frame(4, SIZE).min_height == 0.0
