@@ -140,8 +140,7 @@ def main() -> None:
     if distributed.is_main_process():
         demo.open_root(config.data_root)
     distributed.barrier()
-    frames, held_out = read_training_frames(config)
-    root = Path(config.data_root)
+    root, (frames, held_out) = Path(config.data_root), read_training_frames(config)
     test_set = open_test_set(root, config.test_list, config.test_annotations)
     val_set = load_ground_truth(training_annotations(config), held_out) if held_out else test_set
     common = {"device": device, "map_sizes": [model.grids[i] for i in model.infused_maps]}
@@ -172,6 +171,7 @@ def main() -> None:
         print_banner(run, frames, test_set, model, f"{device} in {str(precision).removeprefix('torch.')}")
     detections = None
     detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")
+    detection["watch"] = run.until_stopped
     with run:
         for epoch in range(run.epoch, config.epochs):
             train_epoch(run, network, model, ema, criterion, optimizer, train_loader, device, precision)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from argparse import Namespace
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,7 @@ def detect_frames(
     precision: torch.dtype,
     *,
     test_flip: bool = False,
+    watch: Callable[[Iterable], Iterable] = iter,
     **nms_settings: float,
 ) -> tuple[Detections, dict[str, float]]:
     """Detections of every frame of a loader, and how well the mask heads know where people are.
@@ -165,6 +167,7 @@ def detect_frames(
     Args:
         loader: of every `world_size`-th frame; the detections of all come back.
         test_flip: average over each frame and its mirror image.
+        watch: hands on the batches and may end them by an exception, as `Run.until_stopped`.
         nms_settings: min_score, nms_iou and max_boxes, as of `ssd.boxes.detect`.
 
     Returns:
@@ -181,7 +184,7 @@ def detect_frames(
         loader.epoch(0), total=len(loader), desc="detecting", leave=False, disable=not is_main_process()
     )
     with torch.inference_mode():
-        for batch in bar:
+        for batch in watch(bar):
             images = batch.images.to(device, non_blocking=True)
             predictions = predict(model, images, precision, test_flip, with_masks=True)
             for i, (logits, mask) in enumerate(zip(predictions.seg, batch.masks, strict=True)):

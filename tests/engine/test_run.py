@@ -17,6 +17,7 @@ import torch
 
 import datasets
 import train
+import utils
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.config import pick
 from kaist.files import InputError
@@ -248,6 +249,32 @@ def test_many_signals_at_once_save_one_checkpoint_and_end_the_run(nursery, data,
     epoch, step = re.search(r"from epoch (\d+), step (\d+)", said.split("saved;")[1]).groups()
     kept = load_checkpoint(tmp_path / "custom/last.pt")
     assert (kept["epoch"] + 1, kept["step"] + 1) == (int(epoch), int(step)) != (1, 1)
+
+
+def test_a_signal_ends_an_evaluation_and_the_run_goes_on_to_the_same_numbers(
+    nursery, data, finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(sys, "argv", ["train.py", *data, "--epochs", "2", "--checkpoints", str(tmp_path)])
+    add_step, predict = train.Run.add_step, utils.predict
+    steps = []
+
+    def ask_to_stop(*arguments, **keywords):
+        if len(steps) == 3:  # in the evaluation after the first epoch
+            signal.raise_signal(signal.SIGTERM)
+        return predict(*arguments, **keywords)
+
+    monkeypatch.setattr(train.Run, "add_step", lambda *a: steps.append(1) or add_step(*a))
+    monkeypatch.setattr(utils, "predict", ask_to_stop)
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code == 128 + signal.SIGTERM
+    kept = load_checkpoint(tmp_path / "custom/last.pt")
+    assert (kept["epoch"], kept["step"]) == (0, 3)
+    nursery.run(*data, "--epochs", "2", "--checkpoints", tmp_path)
+    assert_same(
+        load_checkpoint(tmp_path / "custom/last.pt")["model"], load_checkpoint(finished / "last.pt")["model"]
+    )
+    assert rows_of(tmp_path / "custom") == rows_of(finished)
 
 
 def test_a_run_without_its_config_is_left_alone_and_told(nursery, data, finished, tmp_path):
