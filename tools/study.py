@@ -38,8 +38,8 @@ SMALL |= {"epochs": 8, "eval_every": 8, "zoom_out": 1.5, "min_score": 0.01}
 class Study(NamedTuple):
     """A question: what it compares, and with what.
 
-    baseline: the row that all are compared with; arms: name -> (row, changes to it); small: what
-    takes the place of SMALL's values, None what the rows themselves say.
+    baseline: the row or the arm that all are compared with; arms: name -> (row, changes to it);
+    small: what takes the place of SMALL's values, None what the rows themselves say.
     """
 
     question: str
@@ -59,6 +59,18 @@ STUDIES = {
         "Does segmentation infusion help, where, and how much?",
         "12",
         rows("18 19 20 21 22 26 27 28") | {"26, SEG_WEIGHT 10": ("26", {"seg_weight": 10.0})},
+        seeds=5,
+        small={},
+    ),
+    "masks": Study(
+        "Does segmentation infusion help where its masks are learned?",
+        "without",
+        {
+            "without": ("demo", {"infusion": (0,) * 6}),
+            "weight 1": ("demo", {"seg_weight": 1.0}),
+            "weight 4, persons a fifth": ("demo", {"seg_weight": 4.0, "seg_balance": "share"}),
+            "weight 4, 1 + height / 50": ("demo", {"seg_weight": 4.0, "seg_balance": "height"}),
+        },
         seeds=5,
         small={},
     ),

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import train
 from engine import loader
 from engine.checkpoint import load_checkpoint
-from engine.distributed import init_distributed
+from engine.distributed import average_statistics, init_distributed
 from engine.loader import EpochBatches
 from kaist.files import InputError
 
@@ -70,6 +71,28 @@ def test_two_processes_train_as_one(more, demo_root, tmp_path):
     assert log_one[-1]["miss_rate"] == log_two[-1]["miss_rate"] != ""
     assert said_one.count("lowest miss rate") == said_two.count("lowest miss rate") == 1  # one writer
     assert sorted(p.name for p in Path(tmp_path / "two").iterdir()) == ["custom"]
+
+
+def average_in_a_process(rank, folder):
+    """What one of two processes makes of its own BatchNorm statistics."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.BatchNorm2d(1))
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, rank)
+    model[1].running_mean.fill_(10.0 * rank)
+    model[1].running_var.fill_(2.0 + rank)
+    average_statistics(model)
+    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_processes_average_what_batch_norm_has_seen(tmp_path):
+    """On CPUs each normalises by its own frames; a shared evaluation is of one network."""
+    torch.multiprocessing.spawn(average_in_a_process, (str(tmp_path),), nprocs=2)
+    states = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for state in states:
+        assert (state["1.running_mean"], state["1.running_var"]) == (5.0, 2.5)
+    assert [state["1.weight"].item() for state in states] == [0, 1]  # weights are the optimiser's
 
 
 def test_a_batch_is_split_by_rank(monkeypatch):
