@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -296,7 +297,8 @@ def draw(study: Study, by_arm: dict[str, list[Outcome]], path: Path) -> None:
     """Every run's miss rate as a dot, lines between the runs of a seed, each arm's mean a bar."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.6 + 1.1 * len(by_arm), 4), layout="constrained")
+    width = max(6, 1.5 + 1.1 * len(by_arm))
+    figure = Figure(figsize=(width, 4.5), layout="constrained")
     axis = figure.subplots()
     for seed in sorted({outcome.seed for own in by_arm.values() for outcome in own}):
         dots = [(i, o.miss_rates[0]) for i, own in enumerate(by_arm.values()) for o in own if o.seed == seed]
@@ -306,8 +308,9 @@ def draw(study: Study, by_arm: dict[str, list[Outcome]], path: Path) -> None:
     axis.hlines(means, x - 0.3, x + 0.3, color="black", linewidth=2, label="mean")
     axis.axhline(means[0], color="grey", linestyle=":", label="the baseline's mean")
     axis.set_xticks(x, [arm.replace(", ", "\n") for arm in by_arm])
-    axis.set(xlabel="row of the lab book", ylabel="miss rate, Reasonable (%)", title=study.question)
-    figure.legend(loc="outside right upper", fontsize="small")
+    axis.set(xlabel="row of the lab book", ylabel="miss rate, Reasonable (%)")
+    axis.set_title(textwrap.fill(study.question, int(9 * width)))
+    figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path, format="png", dpi=110)
 
 
