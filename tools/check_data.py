@@ -20,7 +20,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -51,19 +50,6 @@ from tools.faults import (
 )
 
 MAX_SHOWN = 5  # faults of a kind in the table; the file has all
-
-
-class FrameReport(NamedTuple):
-    """What was found at one frame.
-
-    digests: digest -> file of the sound images; has_image: whether any is there at all;
-    annotated: whether each of the annotations holds the frame.
-    """
-
-    faults: list[Fault]
-    digests: dict[bytes, Path]
-    has_image: bool
-    annotated: list[bool]
 
 
 def main() -> int:
@@ -178,14 +164,14 @@ def check_frames(
     with ProcessPoolExecutor(initializer=signal.signal, initargs=ignore_sigint) as pool:
         reports = pool.map(partial(check_frame, root, modalities, forms), frames, chunksize=8)
         bar = tqdm(reports, "checking", len(frames), unit="frame", leave=False)
-        for (frame_id, place), report in zip(frames.items(), bar, strict=True):
-            row = report.annotated + [frame_id in json_frames for _, json_frames in checked]
-            if not report.has_image and not any(row):
+        for (frame_id, place), (found, digests, row) in zip(frames.items(), bar, strict=True):
+            row += [frame_id in json_frames for _, json_frames in checked]
+            if not any(row) and not digests and all(f.name.startswith("missing-") for f in found):
                 faults.append(Fault("unknown-frame", *place, f"{frame_id} has no file at all"))
                 continue
             annotated[place[0]][frame_id] = row
-            faults += report.faults
-            for digest, path in report.digests.items():
+            faults += found
+            for digest, path in digests.items():
                 other = first.setdefault(digest, path)
                 if other != path:
                     problem = f"the same picture as {other}".replace(f"{root}/", "")
@@ -198,20 +184,14 @@ def check_frames(
 def missing_annotations(
     rows: dict[str, list[bool]], forms: list[Annotations], jsons: list[Path]
 ) -> Iterator[Fault]:
-    """Frames of one list that an annotation lacks which holds others of that list.
-
-    If none holds any, the first is the one that lacks them.
-
-    Args:
-        rows: frame id -> whether each of the forms and JSON files holds it.
-    """
+    """Frames of one list that an annotation lacks which holds others of that list; if none holds
+    any, the first is the one that lacks them. rows: frame id -> whether each source holds it."""
     in_use = [any(column) for column in zip(*rows.values(), strict=True)]
     in_use[0] |= not any(in_use)
     for frame_id, row in rows.items():
-        for i, there in enumerate(row):
-            if in_use[i] and not there:
-                path = Path(forms[i].path(frame_id)) if i < len(forms) else jsons[i - len(forms)]
-                yield Fault("missing-annotation", path, 0, f"{frame_id} is not annotated")
+        for i in (i for i, there in enumerate(row) if in_use[i] and not there):
+            path = Path(forms[i].path(frame_id)) if i < len(forms) else jsons[i - len(forms)]
+            yield Fault("missing-annotation", path, 0, f"{frame_id} is not annotated")
 
 
 # ------------------------------------------------------------------------------ one frame
@@ -219,18 +199,18 @@ def missing_annotations(
 
 def check_frame(
     root: Path, modalities: Sequence[str], forms: Sequence[Annotations], frame_id: str
-) -> FrameReport:
-    """Everything about one frame that its own files can tell."""
+) -> tuple[list[Fault], dict[bytes, Path], list[bool]]:
+    """The faults of one frame that its own files tell; digest -> file of its sound images; whether
+    each of the annotations holds it."""
     paths = {modality: image_path(root, frame_id, modality) for modality in modalities}
     seen = {modality: check_image(path, modality) for modality, path in paths.items()}
     faults = [result for result in seen.values() if isinstance(result, Fault)]
     images = {modality: stats for modality, stats in seen.items() if isinstance(stats, ImageStats)}
-    has_image = bool(images) or any(not fault.name.startswith("missing-") for fault in faults)
     faults += compare_modalities(images, paths)
     annotations = [check_annotation(form, frame_id) for form in forms]
     faults += [fault for found, _ in annotations for fault in found]
     digests = {stats.digest: paths[modality] for modality, stats in images.items()}
-    return FrameReport(faults, digests, has_image, [there for _, there in annotations])
+    return faults, digests, [there for _, there in annotations]
 
 
 def compare_modalities(images: dict[str, ImageStats], paths: dict[str, Path]) -> Iterator[Fault]:
@@ -272,26 +252,21 @@ def check_annotation(form: Annotations, frame_id: str) -> tuple[list[Fault], boo
 
 def table(faults: list[Fault], root: Path) -> str:
     """Faults by name, the first few of each with their places."""
-    lines = []
+    rows = []
     for name in FAULTS:
         found = [fault for fault in faults if fault.name == name]
-        for fault in found[:MAX_SHOWN]:
-            place = f"{fault.file}:{fault.line}".removesuffix(":0").removeprefix(f"{root}/")
-            lines.append((name, place, fault.problem))
-        if len(found) > MAX_SHOWN:
-            lines.append((name, f"… and {len(found) - MAX_SHOWN} more", ""))
-    widths = [max(len(line[i]) for line in lines) for i in range(2)]
-    rows = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in lines]
-    kinds = len({fault.name for fault in faults})
-    return "\n".join([*rows, f"faults: {len(faults)}, kinds: {kinds}"])
+        places = [f"{f.file}:{f.line}".removesuffix(":0").removeprefix(f"{root}/") for f in found]
+        rows += [(name, x, f.problem) for x, f in zip(places[:MAX_SHOWN], found, strict=False)]
+        rows += [(name, f"… and {len(found) - MAX_SHOWN} more", "")] * (len(found) > MAX_SHOWN)
+    widths = [max(len(row[i]) for row in rows) for i in range(2)]
+    lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in rows]
+    return "\n".join([*lines, f"faults: {len(faults)}, kinds: {len({fault.name for fault in faults})}"])
 
 
 def write_faults(faults: list[Fault], path: Path) -> None:
     """The faults as CSV: fault, file, line (0: the whole file), problem."""
     with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.writer(file)
-        writer.writerow(("fault", "file", "line", "problem"))
-        writer.writerows(faults)
+        csv.writer(file).writerows([("fault", "file", "line", "problem"), *faults])
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -244,7 +245,7 @@ def report(study: Study, by_arm: dict[str, list[Outcome]]) -> str:
         if arm != study.baseline
     }
     tests = {arm: paired_test(np.array(values)) for arm, values in differences.items()}
-    adjusted = holm({arm: test.p for arm, test in tests.items()})
+    adjusted = holm({arm: p for arm, (*_, p) in tests.items()})
     columns = "arm|seeds|miss rate all (%)|day|night|recall|minus the baseline, 95%|p|p (Holm)|mask AP by map"
     lines = [f"| {columns.replace('|', ' | ')} |", "|---" * 10 + "|"]
     for arm, own in by_arm.items():
@@ -256,35 +257,26 @@ def report(study: Study, by_arm: dict[str, list[Outcome]]) -> str:
         cells = [name, str(len(own)), f"{rates[:, 0].mean():.1f}{spread}", *(f"{x:.1f}" for x in numbers)]
         if arm == study.baseline:
             cells += ["baseline", "", ""]
-        elif np.isnan(tests[arm].p):
-            cells += [f"{tests[arm].mean:+.1f}", "", ""]
         else:
             mean, low, high, p = tests[arm]
-            cells += [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.3f}", f"{adjusted[arm]:.3f}"]
+            known = [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.3f}", f"{adjusted[arm]:.3f}"]
+            cells += [f"{mean:+.1f}", "", ""] if np.isnan(p) else known
         aps = np.mean([outcome.mask_aps for outcome in own], axis=0)
         lines.append(f"| {' | '.join([*cells, ', '.join(f'{x:.2f}' for x in aps)])} |")
     minutes = np.median([outcome.minutes for own in by_arm.values() for outcome in own])
     return "\n".join([*lines, "", f"Median training time of a run: {minutes:.1f} minutes."])
 
 
-class PairedTest(NamedTuple):
-    """Mean of paired differences, its 95% interval, and the two-sided p of their being 0."""
-
-    mean: float
-    low: float
-    high: float
-    p: float
-
-
-def paired_test(values: np.ndarray) -> PairedTest:
-    """Student's paired t-test of differences (n,); NaN where n is below 2.
+def paired_test(values: np.ndarray) -> tuple[float, float, float, float]:
+    """Mean, 95% interval (low, high) and two-sided p of differences (n,) by Student's paired
+    t-test; NaN where n is below 2.
 
     With t = sqrt(df) tan(a) the density of Student's distribution becomes cos(a)^(df - 1) on
     (-pi/2, pi/2), which the trapezoid rule integrates to many digits.
     """
     n = len(values)
     if n < 2:
-        return PairedTest(float(values.mean()) if n else np.nan, np.nan, np.nan, np.nan)
+        return float(values.mean()) if n else np.nan, np.nan, np.nan, np.nan
     mean, error = values.mean(), values.std(ddof=1) / n**0.5
     angle = np.linspace(0, np.pi / 2, 100_001)
     density = np.cos(angle) ** (n - 2)
@@ -292,7 +284,7 @@ def paired_test(values: np.ndarray) -> PairedTest:
     inside /= inside[-1]  # the probability of |t| <= sqrt(df) tan(angle)
     reach = (n - 1) ** 0.5 * np.tan(np.interp(0.95, inside, angle)) * error
     p = 1 - np.interp(np.arctan2(abs(mean), (n - 1) ** 0.5 * error), angle, inside)
-    return PairedTest(float(mean), float(mean - reach), float(mean + reach), float(p))
+    return float(mean), float(mean - reach), float(mean + reach), float(p)
 
 
 def holm(p: dict[str, float]) -> dict[str, float]:
@@ -308,7 +300,8 @@ def draw(study: Study, by_arm: dict[str, list[Outcome]], path: Path) -> None:
     """Every run's miss rate as a dot, lines between the runs of a seed, each arm's mean a bar."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(2.6 + 1.1 * len(by_arm), 4), layout="constrained")
+    width = max(6, 1.5 + 1.1 * len(by_arm))
+    figure = Figure(figsize=(width, 4.5), layout="constrained")
     axis = figure.subplots()
     for seed in sorted({outcome.seed for own in by_arm.values() for outcome in own}):
         dots = [(i, o.miss_rates[0]) for i, own in enumerate(by_arm.values()) for o in own if o.seed == seed]
@@ -318,8 +311,9 @@ def draw(study: Study, by_arm: dict[str, list[Outcome]], path: Path) -> None:
     axis.hlines(means, x - 0.3, x + 0.3, color="black", linewidth=2, label="mean")
     axis.axhline(means[0], color="grey", linestyle=":", label="the baseline's mean")
     axis.set_xticks(x, [arm.replace(", ", "\n") for arm in by_arm])
-    axis.set(xlabel="row of the lab book", ylabel="miss rate, Reasonable (%)", title=study.question)
-    figure.legend(loc="outside right upper", fontsize="small")
+    axis.set(xlabel="row of the lab book", ylabel="miss rate, Reasonable (%)")
+    axis.set_title(textwrap.fill(study.question, int(9 * width)))
+    figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path, format="png", dpi=110)
 
 

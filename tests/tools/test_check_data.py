@@ -229,6 +229,17 @@ def test_only_what_training_needs_is_asked_for(root, tmp_path, monkeypatch, caps
     assert run(monkeypatch, *flags) == 1
     said = capsys.readouterr().out
     assert said.count("missing-visible") == 6 and "… and 7 more" in said
+    assert said.endswith("12 of 12 visible images are missing: --input-mode lwir needs none\n")
+
+
+def test_lists_may_share_frames_but_not_those_of_training_with_those_of_the_test(tmp_path):
+    for name in ("train-all", "train-half", "test-all"):
+        (tmp_path / f"{name}.txt").write_text("set00/V000/I00000\n")
+    for disjoint, overlaps in ((False, ["test-all"]), (True, ["train-half", "test-all"])):
+        frames, found = {}, []
+        for name in ("train-all", "train-half", "test-all"):
+            found += check_data.check_list(tmp_path / f"{name}.txt", frames, disjoint)
+        assert [(fault.name, fault.file.stem) for fault in found] == [("list-overlap", x) for x in overlaps]
 
 
 @pytest.mark.parametrize(
