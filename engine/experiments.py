@@ -252,6 +252,29 @@ EXPERIMENTS = {
         "INSANet (Lee et al., 2024): two streams to conv3_3, attention within and between them, one trunk; "
         "its authors' detections have 5.76 / 6.63 / 4.20",
     ),
+    "43": Row("42", {"learn": "person"}, "past INSANet: only plain persons are learned"),
+    "44": Row("42", {"priors": "pedestrian"}, "past INSANet: priors of a person's shape"),
+    "45": Row(
+        "42",
+        dict(ema_decay=0.999, schedule="cosine"),
+        "past INSANet: averaged weights, and a cosine schedule with warm-up",
+    ),
+    "46": Row("42", {"test_flip": True}, "past INSANet: detections averaged over frame and mirror image"),
+    "47": Row(
+        "42",
+        dict(infusion=(1, 1, 0, 0, 0, 0), seg_maps="sum", seg_balance="height", seg_weight=4.0),
+        "past INSANet: segmentation infusion on the two finest maps, its masks weighted as in SDS-RCNN",
+    ),
+    "48": Row(
+        "42",
+        dict(batch_size=32, lr=4e-4, schedule="cosine"),
+        "past INSANet: four times the batch and the learning rate, with warm-up and a cosine schedule",
+    ),
+    "49": Row(
+        "47",
+        dict(learn="person", priors="pedestrian", ema_decay=0.999, schedule="cosine", test_flip=True),
+        "rows 43 to 47 together; none of them has been measured yet",
+    ),
     "demo": Row(
         "26b",
         dict(

@@ -89,10 +89,12 @@ def test_boxes_that_come_to_lie_on_one_another_are_joined():
 
 
 def test_persons_cut_by_the_input_are_ignored_where_that_is_asked_for():
-    boxes = np.array([[300, 100, 340, 200], [10, 100, 70, 300]], np.float32)
-    window, how = (30, 0, 670, 512), (np.array([1, 1]), np.full(2, BOTH))
+    boxes = np.array(
+        [[300, 100, 340, 200], [10, 100, 70, 300], [0, 100, 40, 200], [0, 0, 20, 50]], np.float32
+    )
+    window, how = (30, 0, 670, 512), (np.ones(4, np.int64), np.full(4, BOTH))
     assert transform(window).move(boxes, *how)[1].tolist() == [BOTH, BOTH]
-    assert transform(window, ignore_cut=True).move(boxes, *how)[1].tolist() == [BOTH, -1]
+    assert transform(window, ignore_cut=True).move(boxes, *how)[1].tolist() == [BOTH, -1, -1]
     assert sample(0, crop_apart=0.1).ignore_cut and not sample(0, mirror_apart=0.9).ignore_cut
 
 
