@@ -102,7 +102,7 @@ class TransformBatch(NamedTuple):
         channels = frames.shape[3]
         parts = channel_parts(channels) if self.crops.shape[1] == 2 else [slice(None)]
         views = [resample(frames[..., p], c, size) for p, c in zip(parts, self.crops.unbind(1), strict=True)]
-        content, inside = (torch.cat(own, 1) if len(own) > 1 else own[0] for own in zip(*views, strict=True))
+        content, inside = [torch.cat([view[i] for view in views], 1) for i in (0, 1)]
 
         # + 0.5: the conversion to uint8 truncates
         pixels = (self.offsets + 0.5)[..., None, None].expand_as(content)

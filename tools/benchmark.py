@@ -355,9 +355,7 @@ def parse_arguments() -> Namespace:
     add("--quick", action="store_true", help="under three minutes on two cores")
     add("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
     add("--device", default="cpu", help="cpu, cuda (default: %(default)s)")
-    add(
-        "--rows", nargs="*", metavar="ROW", help="detection by these rows, or by all of the lab book"
-    )
+    add("--rows", nargs="*", metavar="ROW", help="detection by these rows, or by all of the lab book")
     return parser.parse_args()
 
 

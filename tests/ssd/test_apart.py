@@ -1,7 +1,6 @@
 """Modalities moved apart: each has its own window, and boxes follow the picture they are seen in."""
 
 import numpy as np
-import pytest
 import torch
 
 from kaist.frames import BOTH, LWIR, VISIBLE
@@ -128,18 +127,8 @@ def test_how_often_modalities_move_apart():
     assert all(t.crops[0][:2] == t.crops[1][:2] for t in apart)  # one window
     drawn = [sample(seed, crop_apart=1e-9, shift_left=0.3).crops for seed in range(400)]
     shifts = [c[0].source[0] for c in drawn if c[0].source[0]]
-    assert 80 < len(shifts) < 150 and set(shifts) == set(range(1, 21))
-    assert all(c[0].source[2] == 640 and c[0].target[2] < 320 for c in drawn if c[0].source[0])
-
-
-@pytest.mark.parametrize("options", [{}, {"hue_saturation": False, "lwir_jitter": False}])
-def test_options_of_zero_change_no_draw(options):
-    zeros = {"crop_apart": 0.0, "mirror_apart": 0.0, "shift_left": 0.0}
-    people = np.array([[200.0, 150, 240, 250]])
-    for seed in range(20):
-        a, b = sample(seed, people, **options), sample(seed, people, **options, **zeros)
-        [crop] = a.crops
-        assert (crop,) == b.crops and np.array_equal(a.matrix, b.matrix)
+    assert 80 < len(shifts) < 150 and max(shifts) == 20 and len(set(shifts)) > 15
+    assert all(c[0].source[2] == 640 and c[0].target[2] == round(320 - c[0].source[0] / 2) for c in drawn)
 
 
 def test_modalities_apart_are_filled_each_with_its_own_colour():
