@@ -172,7 +172,7 @@ def test_where_a_person_is_seen_counts_for_three_logits_and_not_for_two():
     predictions = model.train()(torch.randint(256, (1, 4, 64, 128), dtype=torch.uint8))
     boxes = torch.tensor([[[0.3, 0.2, 0.5, 0.9]]])
     losses = [criterion(predictions, boxes, torch.tensor([[label]]), []) for label in (1, 2, 3)]
-    assert len({float(loss[0]) for loss in losses}) == 3  # three logits tell the modalities apart
+    assert len({loss[0].item() for loss in losses}) == 3  # three logits tell the modalities apart
     single = Criterion(model.priors, model.grids, model.infused_maps, 2, **terms)
     predictions = Predictions(predictions.loc, predictions.conf[..., :2], [])
     losses = [single(predictions, boxes, torch.tensor([[label]]), []) for label in (1, 2, 3)]
