@@ -33,7 +33,7 @@ from engine.loader import (
 from kaist.annotations import time_of_day
 from kaist.files import InputError
 from kaist.frame_cache import FrameCache
-from kaist.frames import Frame, frames_of
+from kaist.frames import BOTH, Frame, frames_of
 from kaist.images import cache_frames, check_images, read_frame
 from kaist.miss_rate import GroundTruth
 from pseudo_gt import MapRange, box_masks
@@ -53,6 +53,7 @@ PAIRS = ("input_mode", "input_size", "masks_follow", "seed")
 AUGMENTATION = (
     *("zoom_out", "crop_aspect", "min_input_height"),
     *("hue_saturation", "lwir_jitter", "copy_paste", "modality_dropout"),
+    *("mirror_apart", "crop_apart", "shift_left"),
 )
 TRAINING = ("batch_size", "workers", "start_method", "cache", "loader", "max_bad_frames")
 TESTING = ("input_mode", "input_size", "min_height", "margin", "batch_size", "workers", "start_method")
@@ -131,10 +132,11 @@ class KaistPairs(Dataset):
         """A sample of a frame with this mean colour, its image still a Transform."""
         whole = transform = whole_frame(len(mean), self.input_size)
         if self.augmentation is not None:
-            people = frame.boxes_px[frame.labels == 1]
-            transform = sample_transform(rng, people, mean, self.augmentation, self.input_size, self.filler)
-        objects = transform.move(frame.boxes_px, frame.labels)
-        mask_objects = objects if self.masks_follow else whole.move(frame.boxes_px, frame.labels)
+            how = (self.augmentation, self.input_size, self.filler)
+            transform = sample_transform(rng, frame.people, mean, *how)
+        annotated = (frame.boxes_px, frame.labels, frame.seen)
+        objects = transform.move(*annotated)
+        mask_objects = objects if self.masks_follow else whole.move(*annotated)
         return Sample(transform, *objects, *mask_objects, frame.id)
 
     def paste(self, rng: np.random.Generator, frame: Frame, pixels: np.ndarray) -> tuple[Frame, np.ndarray]:
@@ -143,18 +145,18 @@ class KaistPairs(Dataset):
         if not len(donors) or rng.random() >= self.augmentation.copy_paste:
             return frame, pixels
         donor = self.frames[rng.choice(donors)]
-        people = donor.boxes_px[donor.labels == 1]
-        pixels, *objects = paste_people(
-            rng, pixels, frame.boxes_px, frame.labels, self.read(donor.id), people
+        pixels, boxes, labels = paste_people(
+            rng, pixels, frame.boxes_px, frame.labels, self.read(donor.id), donor.people
         )
-        return Frame(frame.id, *objects), pixels
+        seen = np.append(frame.seen, np.full(len(labels) - len(frame.labels), BOTH))
+        return Frame(frame.id, boxes, labels, seen), pixels
 
     @cached_property
     def donors(self) -> dict[str, np.ndarray]:
         """Indices of the frames with persons, by time of day."""
         found: dict[str, list[int]] = {"day": [], "night": []}
         for i, frame in enumerate(self.frames):
-            if (frame.labels == 1).any():
+            if frame.n_people:
                 found[time_of_day(frame.id)].append(i)
         return {time: np.array(indices) for time, indices in found.items()}
 
@@ -169,8 +171,9 @@ class KaistPairs(Dataset):
 
 
 class Batch(NamedTuple):
-    """images (N, C, H, W) uint8; boxes (N, M, 4) float32 xyxy fractions; labels (N, M) int64,
-    1 person, -1 ignore, 0 padding; masks: per infused map (N, h, w) int64; frame ids."""
+    """images (N, C, H, W) uint8; boxes (N, M, 4) float32 xyxy fractions; labels (N, M) int64, 1 person
+    in visible, 2 in LWIR, 3 in both, -1 ignore, 0 padding; masks: per infused map (N, h, w) int64;
+    frame ids."""
 
     images: Tensor
     boxes: Tensor
@@ -187,8 +190,9 @@ class Batch(NamedTuple):
 
 def max_objects(dataset: KaistPairs) -> int:
     """How many objects a sample may have, rounded up, for batches of a shape that stays."""
-    pasted = MAX_PASTED if dataset.augmentation and dataset.augmentation.copy_paste else 0
-    most = max(len(frame.labels) for frame in dataset.frames) + pasted
+    options = dataset.augmentation or Augmentation()
+    most = max(len(frame.labels) for frame in dataset.frames) + MAX_PASTED * (options.copy_paste > 0)
+    most *= 2 if options.mirror_apart or options.crop_apart else 1  # one box may become two
     return max(8, math.ceil(most / 8) * 8)
 
 

@@ -21,7 +21,7 @@ def box_masks(
 
     Args:
         boxes: (N, M, 4) xyxy fractions of the network's input, padded.
-        labels: (N, M) int64: 1 person, -1 ignore, 0 padding.
+        labels: (N, M) int64: 1, 2 or 3 person (of a modality, or both: the union), -1 ignore, 0 padding.
         map_sizes: of each map (h, w), or (h, w, dy, dx) where its cells do not divide the input
             evenly, see `ssd.boxes.Grid`.
         map_range: leaves the persons that a map cannot detect out of its mask.
@@ -57,7 +57,7 @@ class MapRange:
         overlap = box_iou(boxes.flatten(0, 1), corners).view(*labels.shape, -1)
         best = [x.amax(-1) for x in overlap.split([len(p) for p in self.priors], dim=-1)]
         best_of_all = torch.stack(best).amax(0)
-        out = [(best[i] < 0.5) & (best[i] < best_of_all) & (labels == 1) for i in self.maps]
+        out = [(best[i] < 0.5) & (best[i] < best_of_all) & (labels > 0) for i in self.maps]
         return [labels.masked_fill(outside, self.outside) for outside in out]
 
 
@@ -85,7 +85,7 @@ def one_map(boxes: Tensor, labels: Tensor, h: int, w: int, dy: float = 0, dx: fl
     columns = torch.where(holds_none, centre_column, columns)
     rows = torch.where(holds_none, centre_row, rows)
     covered = rows.unsqueeze(-1) & columns.unsqueeze(-2)  # (N, M, h, w)
-    person = (covered & (labels == 1)[..., None, None]).any(1)
+    person = (covered & (labels > 0)[..., None, None]).any(1)
     ignored = (covered & (labels == -1)[..., None, None]).any(1)
     return torch.where(person, 1, torch.where(ignored, -1, 0))
 

@@ -11,13 +11,12 @@ import copy
 from argparse import Namespace
 from pathlib import Path
 
-from engine.config import describe, model_arguments, pick, read_config, refuse, run_name
+from engine.config import describe, model_arguments, pick, read_config, run_name
 from kaist.files import InputError, check_flags, run_script
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and typos answer at once
     check_flags(lambda: read_config(__file__))
 
-import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -30,7 +29,7 @@ from engine.optim import GuardedStep, lr_factor, make_optimizer, set_lr, update_
 from engine.run import Run
 from kaist import demo
 from kaist.annotations import Annotations, find_annotations, find_file, read_image_list
-from kaist.frames import Frame, load_frames
+from kaist.frames import Frame, hold_out_videos, list_videos, load_frames
 from kaist.images import check_images
 from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth, open_test_set
 from kaist.report import count_people, headline, report
@@ -47,9 +46,10 @@ TRAIN_LIST = "imageSets/train-all.txt"  # frames to train on: below DATA_ROOT, o
 TEST_LIST = "imageSets/test-all.txt"  # frames to evaluate on; test-all-20.txt on KAIST
 ANNOTATIONS = "auto"  # auto, bbgt, xml, xml-sanitized, paired, json, or a path: training boxes
 TEST_ANNOTATIONS = "auto"  # the same for the test list: KAIST_annotation.json where there is one
-VALIDATION = 0.0  # share of the training list held out to choose the best epoch
+VALIDATION = 0.0  # share of the training list, in whole videos, held out to choose the epoch
 MIN_HEIGHT = 12.0  # lower persons are ignored in training, pixels
 MARGIN = 5.0  # persons closer to the frame's border are ignored in training, pixels
+LEARN = "person"  # whom annotations call: person, people (also person? and people), all (any word)
 # -------- the run
 EXPERIMENT = ""  # row of the lab book (--list) whose recipe replaces the constants here
 NAME = ""  # of the run's folder; empty takes its row, or demo, and what differs
@@ -110,6 +110,9 @@ HUE_SATURATION = True  # distort hue and saturation of the visible image
 LWIR_JITTER = True  # distort brightness and contrast of the LWIR image
 COPY_PASTE = 0.0  # share of the frames into which people of other frames are pasted
 MODALITY_DROPOUT = 0.0  # share of the samples that see one modality alone, the other blanked
+CROP_APART = 0.0  # share of the samples whose modalities are cropped each by a window of its own
+MIRROR_APART = 0.0  # share of the mirrored samples whose LWIR is not mirrored
+SHIFT_LEFT = 0.0  # share of the samples that are moved up to 20 pixels to the left
 # -------- evaluation
 EVAL_EVERY = 18  # epochs between evaluations; the last epoch is always evaluated
 MIN_SCORE = 0.01  # detections below this score are dropped
@@ -141,6 +144,7 @@ def main() -> None:
         demo.open_root(config.data_root)
     distributed.barrier()
     root, (frames, held_out) = Path(config.data_root), read_training_frames(config)
+    run.notes += [f"the epoch is chosen on videos held out: {list_videos(held_out)}"] if held_out else []
     test_set = open_test_set(root, config.test_list, config.test_annotations)
     val_set = load_ground_truth(training_annotations(config), held_out) if held_out else test_set
     common = {"device": device, "map_sizes": [model.grids[i] for i in model.infused_maps]}
@@ -170,8 +174,7 @@ def main() -> None:
     if distributed.is_main_process():
         print_banner(run, frames, test_set, model, f"{device} in {str(precision).removeprefix('torch.')}")
     detections = None
-    detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")
-    detection["watch"] = run.until_stopped
+    detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip") | {"watch": run.until_stopped}
     with run:
         for epoch in range(run.epoch, config.epochs):
             train_epoch(run, network, model, ema, criterion, optimizer, train_loader, device, precision)
@@ -183,7 +186,8 @@ def main() -> None:
                 scores |= headline(evaluate(val_set, detections)) | mask_scores
             run.end_epoch(scores)
         if detections is None or held_out:
-            detections, _ = detect_frames(ema, test_loader, precision, **detection)
+            chosen = run.best_epoch(ema) if held_out else ema
+            detections, _ = detect_frames(chosen, test_loader, precision, **detection)
     if distributed.is_main_process():
         report(run.folder.name, test_set, detections, run.folder)
         print(run.closing_words())
@@ -257,19 +261,15 @@ def read_training_frames(config: Namespace) -> tuple[list[Frame], list[str]]:
     frame_ids = read_image_list(find_file(root, config.train_list))
     annotations = training_annotations(config)
     check_images(root, frame_ids, config.input_mode)
-    frames = load_frames(frame_ids, annotations, min_height=config.min_height, margin=config.margin)
-    order = np.random.default_rng(config.seed).permutation(len(frames))
-    held_out = {int(i) for i in order[: round(config.validation * len(frames))]}
-    if bool(held_out) != bool(config.validation):
-        refuse("validation", config.validation, f"of {len(frames)} frames it holds out none")
-    kept = [frame for i, frame in enumerate(frames) if i not in held_out]
-    if not any((frame.labels == 1).any() for frame in kept):
-        raise InputError(
-            "no frame of the training list holds a person to learn",
-            "check TRAIN_LIST, VALIDATION, ANNOTATIONS and MIN_HEIGHT",
-            file=annotations.source,
-        )
-    return kept, [frames[i].id for i in sorted(held_out)]
+    held_out = hold_out_videos(frame_ids, config.validation, config.seed)
+    pairs = config.network != "ssd300" or config.crop_apart + config.mirror_apart > 0
+    frames = load_frames(frame_ids, annotations, pairs=pairs, **pick(config, "min_height", "margin", "learn"))
+    kept = [frame for frame in frames if frame.id not in held_out]
+    if not any(frame.n_people for frame in kept):
+        problem = "no frame of the training list holds a person to learn"
+        remedy = "check TRAIN_LIST, VALIDATION, ANNOTATIONS, LEARN and MIN_HEIGHT"
+        raise InputError(problem, remedy, file=annotations.source)
+    return kept, list(held_out)
 
 
 def training_annotations(config: Namespace) -> Annotations:
@@ -285,7 +285,7 @@ def print_banner(run: Run, frames: list[Frame], test_set: GroundTruth, model: nn
     shared = len({frame.id for frame in frames} & set(test_set.frames))
     if shared:
         print(f"warning: {shared} frames are in both the training and the test list")
-    people = sum(int((frame.labels == 1).sum()) for frame in frames)
+    people = sum(frame.n_people for frame in frames)
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
     print(describe(run.config, __file__))
     print(f"data: {len(frames)} frames with {people} people to learn; tested on {count_people(test_set)}")

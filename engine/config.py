@@ -17,6 +17,7 @@ from engine.experiments import BASE, EXPERIMENTS
 from engine.history import runs_table
 from kaist.annotations import MODALITIES
 from kaist.files import InputError
+from kaist.frames import LEARNED
 
 ROOT = Path(__file__).parents[1]  # of the repository; its constants' relative paths are meant from here
 
@@ -31,6 +32,7 @@ CHOICES = {
     "seg_maps": ("mean", "sum", "uncertainty"),
     "seg_balance": ("none", "share", "height"),
     "out_of_range": ("keep", "background", "ignore"),
+    "learn": tuple(LEARNED),
     "loc_loss": ("l1", "smooth_l1"),
     "conf_divisor": ("positives", "balanced"),
     "loc_reduction": ("mean", "sum"),
@@ -64,8 +66,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "seg_weight": (0, 10**6),
     "seg_person_share": (0, BELOW_1),
     "zoom_out": (1, 16),
-    "copy_paste": (0, 1),
-    "modality_dropout": (0, 1),
+    **dict.fromkeys(("copy_paste", "modality_dropout", "mirror_apart", "crop_apart", "shift_left"), (0, 1)),
     "min_height": (0, 10**4),
     "margin": (0, 10**4),
     "min_score": (0, 1),
@@ -266,9 +267,10 @@ def check_config(values: dict[str, Any]) -> None:
     low, high = values.get("crop_aspect", (0, 1))
     if not low < high:
         refuse("crop_aspect", (low, high), "write the smallest and the largest, with a range between them")
-    dropout = values.get("modality_dropout")
-    if dropout and not (values["augment"] and len(MODALITIES[values["input_mode"]]) == 2):
-        refuse("modality_dropout", dropout, "it needs AUGMENT and an INPUT_MODE of both modalities")
+    for name in ("modality_dropout", "mirror_apart", "crop_apart"):
+        both = len(MODALITIES[values.get("input_mode", "early")]) == 2
+        if values.get(name) and not (values.get("augment", True) and both):
+            refuse(name, values[name], "it needs AUGMENT and an INPUT_MODE of both modalities")
     name = values.get("name", "")
     if Path(name).name != name or name.startswith("."):
         refuse("name", name, "choose a folder's name, without a slash and with no dot in front")

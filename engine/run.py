@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint
@@ -316,6 +317,13 @@ class Run:
         if "miss_rate" in scores:
             tqdm.write(self.epoch_line(self.history[-1]))
 
+    def best_epoch(self, model: nn.Module) -> nn.Module:
+        """A copy of a network with the weights of best.pt; as it is where no epoch had a miss rate."""
+        path, chosen = self.folder / "best.pt", copy.deepcopy(model)
+        state = load_checkpoint(path)["model"] if is_main_process() and path.exists() else None
+        chosen.load_state_dict(broadcast_object(state) or model.state_dict())
+        return chosen
+
     def epoch_line(self, row: dict[str, float]) -> str:
         """One line on an epoch that was evaluated."""
         rates = " / ".join(f"{100 * row[name]:.2f}" for name in RATES)
@@ -332,11 +340,12 @@ class Run:
         scored = [row for row in self.history if "miss_rate" in row]
         best = min(scored, key=lambda row: row["miss_rate"])
         seconds = tqdm.format_interval(sum(row["seconds"] for row in self.history))
+        chosen = self.folder / "best.pt" if self.config.validation else self.folder
         files = ", ".join(sorted(p.name for p in self.folder.iterdir() if not p.name.startswith(".")))
         return (
             f"{self.folder}: {self.epoch} epochs, {seconds} of training; lowest miss rate "
             f"{100 * best['miss_rate']:.2f} at epoch {best['epoch']}\nin it: {files}\n"
-            f"next: python eval.py --checkpoint {self.folder} --bootstrap 1000\n"
+            f"next: python eval.py --checkpoint {chosen} --bootstrap 1000\n"
             f"      python detect.py --checkpoint {self.folder} {self.config.data_root}/images"
         )
 

@@ -4,6 +4,9 @@ Each video is a street of its own (street.py); figures walk through it from fram
 are annotated as on KAIST: persons, crowds, cyclists, unsure figures, and how far each is covered.
 
     python -m kaist.demo --root data/demo
+
+A set can be drawn `shifted`: the visible camera of each video looks some pixels aside, and the set has
+paired annotations, each modality's boxes, instead of those of LWIR alone. All else is as without.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError, run_script, stale_files
 from kaist.street import FOCAL, ROAD, SCENE_WIDTH, Canvas, Figure, Street, build_street, draw_figure, paint
 
-ROOT = Path("data/demo")
+ROOT, SHIFTED_ROOT = Path("data/demo"), Path("data/demo-shifted")
+MAX_ASIDE = 10  # pixels to either side that a shifted video's visible camera looks aside
 TRAIN_FRAMES, TEST_FRAMES = 480, 180  # over set00-05 and over set06-11
 SEED = 4  # of every random choice
 FRAMES_PER_VIDEO = 8  # a second lies between two of them
@@ -102,15 +106,18 @@ def walk(
 # ------------------------------------------------------------------------------ frames and files
 
 
-def compose(street: Street, groups: list[list[Figure]], pan: int) -> tuple[np.ndarray, list[tuple]]:
-    """One frame before its cameras' noise.
+def compose(
+    street: Street, groups: list[list[Figure]], pan: int, aside: int = 0
+) -> tuple[np.ndarray, list[tuple], list[tuple | None]]:
+    """One frame before its cameras' noise; the visible one looks so many pixels `aside` of the other.
 
-    Returns the scene (FRAME_HEIGHT, FRAME_WIDTH, 4) float32 and, for each group that can be seen,
-    (label, box xywh in LWIR pixels, occlusion 0, 1 or 2).
+    Returns the scene (FRAME_HEIGHT, FRAME_WIDTH, 4) float32; for each group that can be seen
+    (label, box xywh in LWIR pixels, occlusion 0, 1 or 2); and its box in visible pixels, None for a
+    group that is outside of that frame.
     """
     scene, left = street.background.copy(), (SCENE_WIDTH - FRAME_WIDTH) // 2 + pan
     owner, view = np.full(scene.shape[:2], -1, np.int16), slice(left, left + FRAME_WIDTH)
-    masks = np.zeros((len(groups), *scene.shape[:2]), bool)
+    masks, in_visible = np.zeros((2, len(groups), *scene.shape[:2]), bool)
     things = [(prop.z, -1, prop) for prop in street.props]
     for index, figure in ((i, figure) for i, group in enumerate(groups) for figure in group):
         beside = [c.z for c in street.props if c.z < figure.z < c.end and abs(figure.x) < abs(c.x)]
@@ -128,25 +135,38 @@ def compose(street: Street, groups: list[list[Figure]], pan: int) -> tuple[np.nd
             shadow = shadow.sprite()
             shadow.alpha *= 0.5
             shadow.paste(scene, slice(0, 3), shift)
-        sprite.paste(scene, slice(0, 3), shift, street.light)
+        shown, part = sprite.paste(scene, slice(0, 3), shift, street.light)
         there, here = sprite.paste(scene, slice(3, 4), 0)
         solid = sprite.alpha[here][..., 0] > 0.4
         owner[there][solid] = index
         if index >= 0:
             masks[index][there] |= solid
-    marks = []
+            in_visible[index][shown] |= sprite.alpha[part][..., 0] > 0.4
+    marks, boxes, visible = [], [], slice(view.start + aside, view.stop + aside)
     for index, (group, mask) in enumerate(zip(groups, masks[:, :, view], strict=True)):
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        seen = np.mean(owner[:, view][mask] == index) if len(columns) > 3 else 0
+        box = box_around(mask)
+        seen = np.mean(owner[:, view][mask] == index) if box else 0
         if seen > 0.04:
-            box = columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1
             occlusion = 0 if seen > 0.9 else 1 if seen > 0.5 else 2
-            marks.append((group[0].kind, tuple(map(int, box)), occlusion))
+            marks.append((group[0].kind, box, occlusion))
+            boxes.append(box_around(in_visible[index, :, visible]))
     scene[..., :3] += street.glow
-    return scene[:, view], marks
+    if aside:
+        return np.concatenate([scene[:, visible, :3], scene[:, view, 3:]], axis=2), marks, boxes
+    return scene[:, view], marks, boxes
 
 
-def draw_video(root: Path, set_id: int, video: int, frames: int, seed: int) -> dict[str, list]:
+def box_around(mask: np.ndarray) -> tuple[int, int, int, int] | None:
+    """The xywh box of a mask (h, w), or None where it is narrower than four columns."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if len(columns) <= 3:
+        return None
+    return tuple(map(int, (columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)))
+
+
+def draw_video(
+    root: Path, set_id: int, video: int, frames: int, seed: int, shifted: bool = False
+) -> dict[str, list]:
     """Draws and writes one video; returns frame id -> marks, as compose() makes them."""
     from PIL import Image, ImageFilter
 
@@ -158,13 +178,17 @@ def draw_video(root: Path, set_id: int, video: int, frames: int, seed: int) -> d
     gain, grit = rng.uniform(0.9, 1.12), rng.uniform(5, 9) if night else 2.5
     noise = rng.standard_normal((FRAME_HEIGHT + 64, FRAME_WIDTH + 64, 4), np.float32)
     noise *= np.float32([grit, grit, grit, 1.8])
-    texts = root / "annotations" / folder
+    generator = np.random.default_rng([seed, set_id, video, 1])  # of its own: all else is drawn as ever
+    aside = int(generator.integers(-MAX_ASIDE, MAX_ASIDE + 1)) if shifted else 0
     pictures = {kind: root / "images" / folder / kind for kind in ("visible", "lwir")}
-    for place in (texts, *pictures.values()):
+    texts = {"lwir": root / "annotations" / folder}
+    if shifted:
+        texts = {kind: root / "annotations_paired" / folder / kind for kind in pictures}
+    for place in (*texts.values(), *pictures.values()):
         place.mkdir(parents=True)
     for frame, groups in enumerate(walk(rng, street, pans, empty, median)):
         name = f"I{max(0, 20 * frame - 1):05}"  # I00000, I00019, I00039, …
-        scene, marks = compose(street, groups, int(pans[frame]))
+        scene, marks, in_visible = compose(street, groups, int(pans[frame]), aside)
         y, x = rng.integers(64, size=2)
         scene += noise[y : y + FRAME_HEIGHT, x : x + FRAME_WIDTH]
         scene[..., 3] *= gain
@@ -172,10 +196,12 @@ def draw_video(root: Path, set_id: int, video: int, frames: int, seed: int) -> d
         lwir = Image.fromarray(pixels[..., 3]).filter(ImageFilter.GaussianBlur(0.8)).convert("RGB")
         Image.fromarray(pixels[..., :3]).save(pictures["visible"] / f"{name}.jpg", quality=90)
         lwir.save(pictures["lwir"] / f"{name}.jpg", quality=90)
-        lines = ["% bbGt version=3"]
-        for label, box, occlusion in marks:
-            lines.append(f"{label} {' '.join(map(str, box))} {occlusion} 0 0 0 0 0 0")
-        (texts / f"{name}.txt").write_text("\n".join(lines) + "\n")
+        for kind, place in texts.items():
+            lines = ["% bbGt version=3"]
+            for (label, box, occlusion), other in zip(marks, in_visible, strict=True):
+                if own := box if kind == "lwir" else other:
+                    lines.append(f"{label} {' '.join(map(str, own))} {occlusion} 0 0 0 0 0 0")
+            (place / f"{name}.txt").write_text("\n".join(lines) + "\n")
         written[f"{folder}/{name}"] = marks
     return written
 
@@ -216,6 +242,7 @@ def draw_demo(
     train_frames: int,
     test_frames: int,
     seed: int = SEED,
+    shifted: bool = False,
     progress: bool = True,
     workers: int | None = None,
 ) -> None:
@@ -225,6 +252,7 @@ def draw_demo(
         root: a folder that is absent or empty.
         train_frames, test_frames: frames over set00-05 and over set06-11, at least one a set.
         seed: of every random choice.
+        shifted: the visible camera looks aside, and the annotations are paired.
         progress: whether to show a bar.
         workers: processes, one a processor by default; the pictures do not depend on it.
 
@@ -243,7 +271,7 @@ def draw_demo(
         total = train_frames if set_id < 6 else test_frames
         frames = total // 6 + (set_id % 6 < total % 6)
         for video, start in enumerate(range(0, frames, FRAMES_PER_VIDEO)):
-            jobs.append((set_id, video, min(FRAMES_PER_VIDEO, frames - start), seed))
+            jobs.append((set_id, video, min(FRAMES_PER_VIDEO, frames - start), seed, shifted))
     marks: dict[str, list] = {}
     total = train_frames + test_frames
     try:
@@ -278,23 +306,24 @@ def begin_drawing() -> None:
 
 
 def ensure_demo(root: Path) -> None:
-    """Draws the demo set in its default size unless `root` holds one already.
+    """Draws the demo set, shifted at `SHIFTED_ROOT`, in its default size unless `root` holds one already.
 
     Raises:
         InputError: root holds something else.
     """
     if not (Path(root) / "KAIST_annotation.json").is_file():
-        draw_demo(root, train_frames=TRAIN_FRAMES, test_frames=TEST_FRAMES)
+        shifted = Path(root) == SHIFTED_ROOT
+        draw_demo(root, train_frames=TRAIN_FRAMES, test_frames=TEST_FRAMES, shifted=shifted)
 
 
 def open_root(name: str) -> Path:
-    """A KAIST root named by a constant; the demo set is drawn if it is the one that is missing.
+    """A KAIST root named by a constant; a demo set is drawn if it is the one that is missing.
 
     Raises:
         InputError: any other folder that is not there.
     """
     root = Path(name)
-    if root == ROOT:
+    if root in (ROOT, SHIFTED_ROOT):
         ensure_demo(root)
     elif not root.is_dir():
         raise InputError(
@@ -312,6 +341,7 @@ def main() -> None:
     parser.add_argument("--train-frames", type=int, default=TRAIN_FRAMES)
     parser.add_argument("--test-frames", type=int, default=TEST_FRAMES)
     parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--shifted", action="store_true", help="the visible camera looks aside; paired boxes")
     draw_demo(**vars(parser.parse_args()))
 
 

@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations
+from kaist.annotation_files import Objects
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations, time_of_day
+from kaist.files import InputError
 from kaist.miss_rate import GroundTruth
+
+VISIBLE, LWIR, BOTH = 1, 2, 3  # bits: in which modality's image an object is seen
+# Whom LEARN names: the words that annotations call them by, () for any.
+LEARNED = {"person": ("person",), "people": ("person", "person?", "people"), "all": ()}
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame's objects: boxes (n, 4) float32 xyxy pixels of 640x512, labels (n,) int64."""
+    """One frame's objects.
+
+    boxes_px: (n, 4) float32 xyxy pixels of 640x512; labels: (n,) int64, 1 for a person to learn, -1
+    for an object to ignore; seen: (n,) int64, whose box it is: `VISIBLE`, `LWIR` or `BOTH`.
+    """
 
     id: str
     boxes_px: np.ndarray
     labels: np.ndarray
+    seen: np.ndarray
+
+    @property
+    def people(self) -> np.ndarray:
+        """(m, 4) boxes of the persons to learn."""
+        return self.boxes_px[self.labels == 1]
+
+    @property
+    def n_people(self) -> int:
+        """How many persons there are to learn; one of two boxes, each a modality's, counts once."""
+        return max(int((self.seen[self.labels == 1] & bit > 0).sum()) for bit in (VISIBLE, LWIR))
 
 
 def label_objects(boxes: np.ndarray, is_person: np.ndarray, min_height: float, margin: float) -> np.ndarray:
@@ -35,13 +57,52 @@ def label_objects(boxes: np.ndarray, is_person: np.ndarray, min_height: float, m
     return np.where(is_person & (h >= min_height) & inside, 1, -1).astype(np.int64)
 
 
+def is_learned(objects: Objects, learn: str) -> np.ndarray:
+    """(n,) bool: which objects a key of `LEARNED` names, but for those flagged to be ignored."""
+    names = LEARNED[learn]
+    return np.array([not names or label in names for label in objects.labels], bool) & ~objects.ignore
+
+
 def load_frames(
-    frame_ids: list[str], annotations: Annotations, *, min_height: float, margin: float
+    frame_ids: list[str],
+    annotations: Annotations,
+    *,
+    min_height: float,
+    margin: float,
+    learn: str = "person",
+    pairs: bool = False,
 ) -> list[Frame]:
-    """Read the annotations of all frames; a malformed file stops here, before any training."""
+    """Read the annotations of all frames; a malformed file stops here, before any training.
+
+    Args:
+        min_height, margin: as in `label_objects`; learn: a key of `LEARNED`.
+        pairs: of the paired form read each modality's boxes, not those of one for both.
+    """
+    if pairs and annotations.form == "paired":
+        how = {"min_height": min_height, "margin": margin, "learn": learn}
+        sources = (Annotations(annotations.source, "paired", modality) for modality in ("visible", "lwir"))
+        visible, lwir = (load_frames(frame_ids, source, **how) for source in sources)
+        return [pair_frame(*frames) for frames in zip(visible, lwir, strict=True)]
     objects, counts = annotations.read_all(frame_ids)
-    labels = label_objects(objects.boxes, objects.is_person, min_height, margin)
+    labels = label_objects(objects.boxes, is_learned(objects, learn), min_height, margin)
     return split_objects(frame_ids, objects.boxes, labels, counts)
+
+
+def pair_frame(visible: Frame, lwir: Frame) -> Frame:
+    """A frame of each modality's objects, those that agree in box and label once."""
+    objects = [np.column_stack([frame.boxes_px, frame.labels]) for frame in (visible, lwir)]
+    seen = np.repeat([VISIBLE, LWIR], [len(visible.labels), len(lwir.labels)])
+    rows, seen = merge_equal(np.concatenate(objects), seen)
+    return Frame(visible.id, rows[:, :4].astype(np.float32), rows[:, 4].astype(np.int64), seen)
+
+
+def merge_equal(rows: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Equal rows (n, k) once, where the first stood, their bits (n,) int64 joined by "or" (-1 stays -1)."""
+    _, first, place = np.unique(rows, axis=0, return_index=True, return_inverse=True)
+    joined = np.zeros(len(first), np.int64)
+    np.bitwise_or.at(joined, place.reshape(-1), bits)
+    order = first.argsort()
+    return rows[first[order]], joined[order]
 
 
 def frames_of(ground_truth: GroundTruth, min_height: float, margin: float) -> list[Frame]:
@@ -59,4 +120,41 @@ def split_objects(
     corners[:, 2:] += corners[:, :2]
     first = counts.cumsum()[:-1]
     objects = zip(np.split(corners, first), np.split(labels, first), strict=True)
-    return [Frame(frame_id, *own) for frame_id, own in zip(frame_ids, objects, strict=True)]
+    rows = zip(frame_ids, objects, counts, strict=True)
+    return [Frame(frame_id, *own, np.full(count, BOTH)) for frame_id, own, count in rows]
+
+
+def video_of(frame_id: str) -> str:
+    """set00/V000 of set00/V000/I00000."""
+    return frame_id.rpartition("/")[0]
+
+
+def list_videos(frame_ids: Iterable[str]) -> str:
+    """The videos of frames in words, with the number of frames of each."""
+    return ", ".join(f"{video} ({n})" for video, n in Counter(map(video_of, frame_ids)).items())
+
+
+def hold_out_videos(frame_ids: Sequence[str], share: float, seed: int) -> dict[str, None]:
+    """The frames, as keys, of whole videos, drawn at random, that together are near a share of a list.
+
+    Neighbouring frames show the same people, so that frames drawn one by one would be known from
+    training. Of day and of night as much is held out, at least one video each, but never the last.
+
+    Raises:
+        InputError: a share is asked for, and there is a single video of day and of night.
+    """
+    held_out: set[str] = set()
+    for time in ("day", "night") if share else ():
+        own = [video_of(frame_id) for frame_id in frame_ids if time_of_day(frame_id) == time]
+        videos, counts = np.unique(own, return_counts=True)
+        order, n = np.random.default_rng(seed).permutation(len(videos)), 0
+        for i in order[:-1] if len(videos) else ():
+            if n + counts[i] / 2 <= share * len(own):  # nearer to the share with it than without
+                held_out.add(str(videos[i]))
+                n += counts[i]
+        if not n and len(videos) > 1:
+            held_out.add(str(videos[counts.argmin()]))
+    if share and not held_out:
+        problem = f"VALIDATION = {share:g} holds out whole videos, and the list has one of day and of night"
+        raise InputError(problem, "list more videos, or set VALIDATION = 0")
+    return dict.fromkeys(frame_id for frame_id in frame_ids if video_of(frame_id) in held_out)

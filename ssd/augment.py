@@ -2,11 +2,13 @@
 
 Zoom-out, crop, flip and resize are composed into one window of the source frame before a pixel is
 touched, so pixels are resampled once and a zoomed-out canvas is never built. Both modalities of
-a pair share the window. Each has its own photometric distortion.
+a pair share the window, but where `Augmentation` moves them apart. Each has its own photometric
+distortion.
 
 `sample_transform` draws a `Transform`, which is applied to pixels and moves boxes.
 
-Sources: SSD paper, sections 2.2 (crops, distortion) and 3.6 (zoom-out).
+Sources: SSD paper, sections 2.2 (crops, distortion) and 3.6 (zoom-out); modalities apart: Kim et al.,
+"MLPD" (RA-L 2021); the shift to the left: Lee et al., "INSANet" (Sensors 2024).
 """
 
 from __future__ import annotations
@@ -20,10 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
+from kaist.frames import BOTH, LWIR, VISIBLE, merge_equal
 from kaist.images import MEAN_COLOUR
 
 CROP_OVERLAPS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # None: no crop
 CROP_TRIALS = 50
+WHOLE = (0.0, 0.0, float(FRAME_WIDTH), float(FRAME_HEIGHT))  # the window that is the frame
+MAX_SHIFT = 20  # pixels of the frame that a pair is shifted to the left
 MIN_BOX = 1.0  # pixels of the network's input; a smaller remnant of a cropped box is dropped
 MAX_PASTED = 3  # people pasted into a frame
 PLACEMENT_TRIALS = 10  # places tried for each
@@ -38,7 +43,8 @@ YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
 class Augmentation:
     """SSD's training augmentation (section 2.2 and 3.6 of the paper), for a registered pair.
 
-    zoom_out: largest side of the zoomed-out canvas in frames; 1 switches zoom-out off.
+    zoom_out: largest side of the zoomed-out canvas in frames; 1 switches zoom-out off. Of `crop_apart`'s
+        windows, the largest side and area in those of the frame, and the inverse of the smallest.
     crop_aspect: smallest and largest width / height of a crop, in those of the frame; SSD's own is
         0.5 to 2 of its pixels. People are stretched by as much.
     min_input_height: persons that end up lower in the network's input, in its pixels, are ignored.
@@ -46,6 +52,10 @@ class Augmentation:
     lwir_jitter: distort brightness and contrast of the LWIR image.
     copy_paste: share of the frames into which people of other frames are pasted.
     modality_dropout: how probable it is that one modality of a sample is blanked.
+    crop_apart: how probable it is that each modality is cropped by a window of its own, as from
+        `window_apart`; else the frame is whole. 0: one window for both, as from `random_window`.
+    mirror_apart: how probable it is that of a mirrored pair LWIR is left as it was.
+    shift_left: how probable it is that both are moved up to `MAX_SHIFT` whole pixels to the left.
     """
 
     zoom_out: float = 4.0
@@ -55,6 +65,9 @@ class Augmentation:
     lwir_jitter: bool = True
     copy_paste: float = 0.0
     modality_dropout: float = 0.0
+    crop_apart: float = 0.0
+    mirror_apart: float = 0.0
+    shift_left: float = 0.0
 
 
 def random_window(
@@ -109,6 +122,30 @@ def crop_overlaps(crops: np.ndarray, people: np.ndarray, overlap: float) -> np.n
     shared = (high - low).clip(0).prod(2)
     union = (crops[..., 2:] - crops[..., :2]).prod(2) + (people[:, 2:] - people[:, :2]).prod(1)
     return holds & ((shared / (union - shared)).max(1) >= overlap)
+
+
+def window_apart(
+    rng: np.random.Generator, people: np.ndarray, zoom_out: float, crop_aspect: tuple[float, float]
+) -> tuple[float, float, float, float]:
+    """MLPD's crop of one modality as an xyxy window in pixels of the frame; it may reach outside.
+
+    The first of 50 windows whose sides and area are 1 / `zoom_out` to `zoom_out` times the frame's, and
+    which holds some person wholly, if there is any; the whole frame if there is no such window. It lies
+    in the frame where it is smaller, and around it where it is larger.
+
+    Args:
+        people: (n, 4) xyxy pixels of the persons in the frame.
+        zoom_out, crop_aspect: as in `Augmentation`.
+    """
+    width = rng.uniform(1 / zoom_out, zoom_out, CROP_TRIALS)
+    size = np.stack([width, width / rng.uniform(*crop_aspect, CROP_TRIALS)], axis=1)
+    corner = rng.random((CROP_TRIALS, 2)) * (1 - size)
+    windows = np.concatenate([corner, corner + size], axis=1) * np.tile((FRAME_WIDTH, FRAME_HEIGHT), 2)
+    fits = (np.abs(np.log(np.column_stack([size, size.prod(1)]))) <= np.log(zoom_out)).all(1)
+    if len(people):
+        holds = (people[:, :2] > windows[:, None, :2]) & (people[:, 2:] < windows[:, None, 2:])
+        fits &= holds.all(2).any(1)
+    return tuple(windows[fits.argmax()].tolist()) if fits.any() else WHOLE
 
 
 class Crop(NamedTuple):
@@ -188,52 +225,81 @@ def frame_mean(frame: np.ndarray) -> np.ndarray:
 class Transform:
     """How a sample is made of a frame: it moves pixels and boxes alike.
 
-    crop: which part of the frame goes where; matrix: (C, C) and offset: (C,) float32, by which
-    colours are distorted; size: (height, width) of the network's input; filler: (C,) uint8, the
-    colour outside of the frame; min_height: persons lower in the input, in its pixels, are ignored.
+    crops: which part of the frame goes where: one for all channels, or visible's and LWIR's; matrix:
+    (C, C) and offset: (C,) float32, by which colours are distorted; size: (height, width) of the
+    network's input; filler: (C,) uint8, the colour outside of the frame, which normalisation turns
+    into zero; min_height: persons lower in the input, in its pixels, are ignored; ignore_cut: so are
+    persons whom the input's border cuts, who else are clipped to it.
     """
 
-    crop: Crop
+    crops: tuple[Crop, ...]
     matrix: np.ndarray
     offset: np.ndarray
     size: tuple[int, int]
     filler: np.ndarray
     min_height: float = 0.0
+    ignore_cut: bool = False
 
     def apply(self, pixels: np.ndarray) -> Tensor:
         """The network's input (C, *size) uint8 of a frame's pixels (512, 640, C) uint8.
 
         Cut out, resized once (antialiased), distorted, placed on the filler and mirrored.
         """
-        (x0, y0, x1, y1), (left, top, right, bottom), flip = self.crop
+        parts = channel_parts(len(self.filler)) if len(self.crops) == 2 else [slice(None)]
+        images = [self.apply_crop(*own, pixels) for own in zip(self.crops, parts, strict=True)]
+        return torch.cat(images) if len(images) > 1 else images[0]
+
+    def apply_crop(self, crop: Crop, channels: slice, pixels: np.ndarray) -> Tensor:
+        """`apply` for some of the channels."""
+        (x0, y0, x1, y1), (left, top, right, bottom), flip = crop
+        pixels = pixels[..., channels]
         part = torch.from_numpy(pixels[y0:y1, x0:x1]).permute(2, 0, 1).unsqueeze(0)
         target = (bottom - top, right - left)
         image = F.interpolate(part, target, mode="bilinear", antialias=True, align_corners=False)[0]
-        image = distort(image, self.matrix, self.offset)
+        image = distort(image, self.matrix[channels, channels], self.offset[channels])
         if target != self.size:
             canvas = image.new_empty((len(image), *self.size))
-            canvas[:] = torch.from_numpy(self.filler).view(-1, 1, 1)
+            canvas[:] = torch.from_numpy(self.filler[channels]).view(-1, 1, 1)
             canvas[:, top:bottom, left:right] = image
             image = canvas
         return image.flip(2) if flip else image
 
-    def move(self, boxes_px: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def move(
+        self, boxes_px: np.ndarray, labels: np.ndarray, seen: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A frame's objects, as in `Frame`, in the input: boxes (k, 4) float32 xyxy fractions, labels (k,).
+
+        While visible and LWIR are a pair, all persons are seen in both: their label is `BOTH`. Of
+        modalities moved apart each has the boxes that are seen in it, and their label is that modality.
+        Boxes that come to lie on one another are joined; ignored objects stay -1.
+        """
+        if len(self.crops) == 1:
+            return self.move_by(self.crops[0], boxes_px, np.where(labels == 1, BOTH, labels))
+        moved = []
+        for crop, bit in zip(self.crops, (VISIBLE, LWIR), strict=True):
+            own = seen & bit > 0
+            moved.append(self.move_by(crop, boxes_px[own], np.where(labels[own] == 1, bit, labels[own])))
+        return merge_equal(*map(np.concatenate, zip(*moved, strict=True)))
+
+    def move_by(self, crop: Crop, boxes_px: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (n, 4) xyxy pixels of the frame -> (k, 4) float32 xyxy fractions of the input.
 
         A person stays when its centre is in view, as in SSD. An ignored object stays as long as
         anything of it does, so that no remnant of a crowd is mined. Boxes are clipped to the
         input, and those left with less than a pixel are dropped. Persons left lower than
-        `min_height` become ignored. Returns the boxes and their labels.
+        `min_height` become ignored, and with `ignore_cut` all that are cut.
         """
-        source = np.array(self.crop.source, dtype=np.float32)
-        target = np.array(self.crop.target, dtype=np.float32)
+        source = np.array(crop.source, dtype=np.float32)
+        target = np.array(crop.target, dtype=np.float32)
         scale = (target[2:] - target[:2]) / (source[2:] - source[:2])
         boxes = (boxes_px.reshape(-1, 2, 2) - source[:2]) * scale + target[:2]
         limit = np.array([self.size[1], self.size[0]], dtype=np.float32)
-        if self.crop.flip:
+        if crop.flip:
             boxes[..., 0] = limit[0] - boxes[:, ::-1, 0]
         centre = boxes.mean(1)
         in_view = ((centre > 0) & (centre < limit)).all(1)
+        if self.ignore_cut:
+            labels = np.where(((boxes >= 0) & (boxes <= limit)).all((1, 2)), labels, -1)
         boxes = boxes.clip(0, limit)
         stays = (in_view | (labels == -1)) & ((boxes[:, 1] - boxes[:, 0]) >= MIN_BOX).all(1)
         labels = np.where(boxes[:, 1, 1] - boxes[:, 0, 1] < self.min_height, -1, labels)
@@ -242,9 +308,9 @@ class Transform:
 
 def whole_frame(channels: int, size: tuple[int, int]) -> Transform:
     """The undistorted frame in an input of (height, width), which it fills."""
-    crop = round_to_pixels((0, 0, FRAME_WIDTH, FRAME_HEIGHT), size, flip=False)
+    crop = round_to_pixels(WHOLE, size, flip=False)
     nothing = np.zeros(channels, np.float32)
-    return Transform(crop, np.eye(channels, dtype=np.float32), nothing, size, nothing.astype(np.uint8))
+    return Transform((crop,), np.eye(channels, dtype=np.float32), nothing, size, nothing.astype(np.uint8))
 
 
 def sample_transform(
@@ -255,27 +321,46 @@ def sample_transform(
     size: tuple[int, int],
     filler: np.ndarray,
 ) -> Transform:
-    """Draw a window, a flip, and a distortion of each modality by itself.
+    """Draw a window and a flip, of both modalities or of each, and a distortion of each by itself.
 
+    What options of 0 ask for draws nothing, so that all else is the same without it.
     With `modality_dropout` one modality of a pair, by a fair coin, becomes filler alone.
 
     Args:
         people: (n, 4) xyxy pixels of the persons in the frame; mean: as from `frame_mean`.
         size: (height, width) of the network's input; filler: (C,) uint8.
     """
-    window = random_window(rng, people, options.zoom_out, options.crop_aspect)
-    crop = round_to_pixels(window, size, flip=bool(rng.random() < 0.5))
+    how = (rng, people, options.zoom_out, options.crop_aspect)
+    if not options.crop_apart:
+        windows = [random_window(*how)] * 2
+    elif rng.random() < options.crop_apart:
+        windows = [window_apart(*how), window_apart(*how)]
+    else:
+        windows = [WHOLE] * 2
+    flips = [bool(rng.random() < 0.5)] * 2
+    if options.mirror_apart and flips[1]:
+        flips[1] = bool(rng.random() >= options.mirror_apart)
+    if options.shift_left and rng.random() < options.shift_left:
+        shift = int(rng.integers(MAX_SHIFT + 1))
+        windows = [(x0 + shift, y0, x1 + shift, y1) for x0, y0, x1, y1 in windows]
+    crops = [round_to_pixels(window, size, flip) for window, flip in zip(windows, flips, strict=True)]
     channels = len(mean)
     matrix = np.eye(channels, dtype=np.float32)
     offset = np.zeros(channels, np.float32)
-    for part in {1: [slice(0, 1)], 3: [slice(0, 3)], 4: [slice(0, 3), slice(3, 4)]}[channels]:
+    for part in channel_parts(channels):
         if part.stop - part.start == 3 or options.lwir_jitter:
             matrix[part, part], offset[part] = colour_matrix(rng, mean[part], options.hue_saturation)
-    # Last, so that all other draws are the same without it.
     if options.modality_dropout and rng.random() < options.modality_dropout:
         gone = slice(0, 3) if rng.random() < 0.5 else slice(3, 4)
         matrix[gone], offset[gone] = 0, filler[gone]
-    return Transform(crop, matrix, offset, size, filler, options.min_input_height)
+    crops = tuple(dict.fromkeys(crops))  # equal ones are one of both
+    ignore_cut = options.crop_apart > 0
+    return Transform(crops, matrix, offset, size, filler, options.min_input_height, ignore_cut)
+
+
+def channel_parts(channels: int) -> list[slice]:
+    """The channels of each modality, visible first."""
+    return {1: [slice(0, 1)], 3: [slice(0, 3)], 4: [slice(0, 3), slice(3, 4)]}[channels]
 
 
 def mean_colour(channels: int) -> np.ndarray:

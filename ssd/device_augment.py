@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kaist.frame_cache import FrameCache
-from ssd.augment import Transform, frame_mean
+from ssd.augment import Transform, channel_parts, frame_mean
 
 FRAMES_PER_COPY = 64  # frames that go into the device's memory at a time
 MAX_MEMORY_FRACTION = 0.5  # of the device's free memory for frames; the rest is for training
@@ -65,8 +65,9 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 class TransformBatch(NamedTuple):
     """What `Transform.apply` needs, of N transforms.
 
-    crops: (N, 9) float32 source and target x0, y0, x1, y1, and 1 for mirrored; matrices:
-    (N, C, C) and offsets: (N, C) float32.
+    crops: (N, k, 9) float32 source and target x0, y0, x1, y1, and 1 for mirrored, of all channels
+    (k = 1) or of visible and LWIR (k = 2, where any of the transforms needs it); matrices: (N, C, C)
+    and offsets: (N, C) float32.
     """
 
     crops: Tensor
@@ -76,7 +77,8 @@ class TransformBatch(NamedTuple):
     @classmethod
     def stack(cls, transforms: Sequence[Transform]) -> TransformBatch:
         """Transforms of one batch, on the CPU."""
-        crops = [(*t.crop.source, *t.crop.target, t.crop.flip) for t in transforms]
+        k = max(len(t.crops) for t in transforms)
+        crops = [[(*c.source, *c.target, c.flip) for c in t.crops * (k // len(t.crops))] for t in transforms]
         return cls(
             torch.tensor(crops, dtype=torch.float32),
             torch.from_numpy(np.stack([t.matrix for t in transforms])),
@@ -97,26 +99,35 @@ class TransformBatch(NamedTuple):
             frames: (N, 512, 640, C) uint8.
             filler: (C,) uint8, the colour around the frame.
         """
-        n, height, width, channels = frames.shape
-        # Half precision holds every uint8, and its weights are good to a twentieth of a grey level.
-        dtype = torch.float16 if frames.is_cuda else torch.float32
-        x0, y0, x1, y1, left, top, right, bottom, mirrored = self.crops.unbind(1)
-        mirrored = mirrored.bool()
-        upright = torch.zeros_like(mirrored)
-        rows, in_rows = resize_weights(y0, y1, top, bottom, upright, height, size[0])
-        columns, in_columns = resize_weights(x0, x1, left, right, mirrored, width, size[1])
-        pixels = torch.bmm(rows.to(dtype), frames.view(n, height, -1).to(dtype))
-        pixels = pixels.view(n, size[0], width, channels).permute(0, 3, 1, 2)
-        pixels = torch.matmul(pixels, columns.to(dtype).transpose(1, 2).unsqueeze(1))
-        content = pixels.float().round_()
+        channels = frames.shape[3]
+        parts = channel_parts(channels) if self.crops.shape[1] == 2 else [slice(None)]
+        views = [resample(frames[..., p], c, size) for p, c in zip(parts, self.crops.unbind(1), strict=True)]
+        content, inside = [torch.cat([view[i] for view in views], 1) for i in (0, 1)]
 
         # + 0.5: the conversion to uint8 truncates
         pixels = (self.offsets + 0.5)[..., None, None].expand_as(content)
         for k in range(channels):  # by hand: a float32 product may be a TF32 one
             pixels = pixels + self.matrices[:, :, k, None, None] * content[:, k : k + 1]
         pixels = pixels.clamp_(0, 255).to(torch.uint8)
-        inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]
         return torch.where(inside, pixels, filler.view(-1, 1, 1))
+
+
+def resample(frames: Tensor, crops: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Frames (N, H, W, C) uint8 cut, resized and mirrored by crops (N, 9): whole grey levels (N, C, *size)
+    float32, and where these are of the frame, (N, C, *size) bool."""
+    n, height, width, channels = frames.shape
+    # Half precision holds every uint8, and its weights are good to a twentieth of a grey level.
+    dtype = torch.float16 if frames.is_cuda else torch.float32
+    x0, y0, x1, y1, left, top, right, bottom, mirrored = crops.unbind(1)
+    mirrored = mirrored.bool()
+    upright = torch.zeros_like(mirrored)
+    rows, in_rows = resize_weights(y0, y1, top, bottom, upright, height, size[0])
+    columns, in_columns = resize_weights(x0, x1, left, right, mirrored, width, size[1])
+    pixels = torch.bmm(rows.to(dtype), frames.reshape(n, height, -1).to(dtype))
+    pixels = pixels.view(n, size[0], width, channels).permute(0, 3, 1, 2)
+    pixels = torch.matmul(pixels, columns.to(dtype).transpose(1, 2).unsqueeze(1)).float().round_()
+    inside = in_rows[:, None, :, None] & in_columns[:, None, None, :]
+    return pixels, inside.expand_as(pixels)
 
 
 def resize_weights(

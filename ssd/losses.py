@@ -1,7 +1,8 @@
 """What SSD300 is trained on: the multibox loss and the segmentation infusion loss.
 
-Both take a whole batch as padded tensors; no loop runs over its images. Label 1 is a person,
--1 an ignored object (crowd, cyclist, too small, cut by the border), 0 padding.
+Both take a whole batch as padded tensors; no loop runs over its images. Labels 1, 2 and 3 are persons
+(seen in visible alone, in LWIR alone, in both), -1 an ignored object (crowd, cyclist, too small, cut
+by the border), 0 padding. A network of two logits has a single label for persons: 1.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from engine.distributed import all_reduce_sum, world_size
 from kaist.annotations import FRAME_HEIGHT
 from ssd.boxes import Grid, Predictions, encode
 from ssd.matching import BACKGROUND, IGNORE, PERSON, match, match_static
-from ssd.multilabel_loss import BOTH, MultiLabelLoss
+from ssd.multilabel_loss import MultiLabelLoss
 
 # What `Criterion` takes from a configuration.
 TERMS = (
@@ -248,7 +249,7 @@ def cell_heights(boxes: Tensor, labels: Tensor, grid: Grid) -> Tensor:
     )
     x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(-2)
     over = ((rows >= y0) & (rows < y1)).unsqueeze(3) & ((columns >= x0) & (columns < x1)).unsqueeze(2)
-    heights = ((y1 - y0).squeeze(-1) * FRAME_HEIGHT * (labels == PERSON))[..., None, None]
+    heights = ((y1 - y0).squeeze(-1) * FRAME_HEIGHT * (labels > 0))[..., None, None]
     return (over * heights).amax(1) if boxes.shape[1] else boxes.new_zeros(len(boxes), grid.h, grid.w)
 
 
@@ -313,9 +314,8 @@ class Criterion(nn.Module):
     def forward(
         self, predictions: Predictions, boxes: Tensor, labels: Tensor, masks: Sequence[Tensor]
     ) -> Tensor:
-        if self.multilabel:  # a person of one box for both modalities is in both
-            labels = torch.where(labels == PERSON, BOTH, labels)
-        loc, conf = self.multibox(predictions, boxes, labels)
+        where_seen = labels if self.multilabel else labels.clamp(max=PERSON)
+        loc, conf = self.multibox(predictions, boxes, where_seen)
         heights = [cell_heights(boxes, labels, grid) for grid in self.weighted_grids]
         seg, of_maps = self.segmentation(predictions.seg, masks, heights)
         total = loc + conf + self.seg_weight * seg.to(loc.device)

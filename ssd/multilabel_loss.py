@@ -7,9 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.distributed import all_reduce_sum, world_size
+from kaist.frames import LWIR, VISIBLE
 from ssd.boxes import Predictions, encode, to_corners
-
-VISIBLE, LWIR, BOTH = 1, 2, 3  # labels of a pair's persons: where they are seen
 
 
 class MultiLabelLoss(nn.Module):

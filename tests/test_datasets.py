@@ -11,7 +11,7 @@ from PIL import Image
 from datasets import KaistPairs, batch_loader
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.files import InputError
-from kaist.frames import load_frames
+from kaist.frames import BOTH, load_frames
 from kaist.images import cache_frames, check_images
 from kaist.images import read_frame as read
 from model import INPUT_CHANNELS
@@ -73,7 +73,7 @@ def test_batches_carry_padded_boxes_and_masks(demo_root):
     assert batch.boxes.shape[:2] == batch.labels.shape and batch.labels.dtype == torch.int64
     assert [tuple(m.shape) for m in batch.masks] == [(4, 38, 38), (4, 19, 19)]
     assert (batch.boxes[batch.labels == 0] == 0).all()
-    people = (batch.labels == 1).any(1)
+    people = (batch.labels == BOTH).any(1)
     assert torch.equal((batch.masks[0] == 1).flatten(1).any(1), people) and people.any()
 
 
@@ -139,4 +139,4 @@ def test_real_pairs_load(reference):
     for form in ("bbgt", "xml"):
         frames = load_frames(ids, open_annotations(root, form), min_height=12, margin=5)
         [batch, _] = batches(pairs(root, frames, augmentation=None), shuffle=False)
-        assert batch.images.shape == (4, 4, 300, 300) and (batch.labels == 1).sum() > 10
+        assert batch.images.shape == (4, 4, 300, 300) and (batch.labels == BOTH).sum() > 10

@@ -74,6 +74,7 @@ def check(plain, ours):
         {"input_mode": "lwir"},
         {"augmentation": Augmentation(zoom_out=1.0, hue_saturation=False, lwir_jitter=False)},
         {"augmentation": None},
+        {"augmentation": Augmentation(crop_apart=0.6, mirror_apart=0.5, shift_left=0.5)},
         {"filler": np.array([9, 0, 255, 1], np.uint8), "augmentation": Augmentation(modality_dropout=0.9)},
         {"masks_follow": False},
     ],
@@ -132,7 +133,7 @@ def test_resize_is_torchs(seed):
     frames = torch.from_numpy(rng.integers(0, 256, (1, 512, 640, 1), dtype=np.uint8))
     mirrored = bool(seed % 2)
     edges = [x0, y0, x1, y1, 7, 20, 291, 203]
-    crop = torch.tensor([[*edges, mirrored]], dtype=torch.float32)
+    crop = torch.tensor([[[*edges, mirrored]]], dtype=torch.float32)
     transforms = TransformBatch(crop, torch.eye(1)[None], torch.zeros(1, 1))
     image = transforms.apply(frames, (300, 300), torch.tensor([3], dtype=torch.uint8))
     part = frames[:, y0:y1, x0:x1].permute(0, 3, 1, 2).float()

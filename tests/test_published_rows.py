@@ -18,6 +18,7 @@ from engine.optim import lr_factor
 from kaist.files import InputError
 from kaist.images import read_image
 from model import build_model, make_network
+from ssd.boxes import Predictions
 from ssd.losses import Criterion
 from ssd.published import published_names
 from tests.ssd import published_networks
@@ -140,13 +141,15 @@ def test_schedule_and_recipe_of_the_rows():
         "nms_iou": 0.425,
         "max_boxes": 200,
     }
-    for row, network, batch_size in (("41", "mlpd", 12), ("42", "insanet", 8)):
+    recipe |= {"crop_apart": 0.5, "mirror_apart": 0.5, "learn": "all", "masks_follow": True}
+    for row, network, batch_size, shift in (("41", "mlpd", 12, 0.0), ("42", "insanet", 8, 0.3)):
         config = resolve_row(row)
         assert {name: config[name] for name in recipe} == recipe
-        assert (config["network"], config["batch_size"]) == (network, batch_size)
+        own = (config["network"], config["batch_size"], config["shift_left"])
+        assert own == (network, batch_size, shift)
 
 
-def test_a_person_of_one_box_is_learned_in_both_modalities():
+def test_where_a_person_is_seen_counts_for_three_logits_and_not_for_two():
     model = make_network(
         "mlpd",
         width=0.0625,
@@ -168,5 +171,9 @@ def test_a_person_of_one_box_is_learned_in_both_modalities():
     criterion = Criterion(model.priors, model.grids, model.infused_maps, model.n_logits, **terms)
     predictions = model.train()(torch.randint(256, (1, 4, 64, 128), dtype=torch.uint8))
     boxes = torch.tensor([[[0.3, 0.2, 0.5, 0.9]]])
-    one, both = (criterion(predictions, boxes, torch.tensor([[label]]), []) for label in (1, 3))
-    assert torch.equal(one, both) and one[0] > 0
+    losses = [criterion(predictions, boxes, torch.tensor([[label]]), []) for label in (1, 2, 3)]
+    assert len({loss[0].item() for loss in losses}) == 3  # three logits tell the modalities apart
+    single = Criterion(model.priors, model.grids, model.infused_maps, 2, **terms)
+    predictions = Predictions(predictions.loc, predictions.conf[..., :2], [])
+    losses = [single(predictions, boxes, torch.tensor([[label]]), []) for label in (1, 2, 3)]
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2]) and losses[0][0] > 0

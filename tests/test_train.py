@@ -224,17 +224,40 @@ def test_a_learning_rate_that_is_too_high_stops_before_the_weights_are_lost(star
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-def test_held_out_frames_choose_the_best_epoch_and_the_test_list_is_reported(start, monkeypatch, demo_root):
+def test_held_out_videos_are_watched_and_the_test_list_is_reported(start, monkeypatch, demo_root, capsys):
     watched = []
     evaluate = train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda p, d: watched.append(p) or evaluate(p, d))
     start("--epochs", "1", "--validation", "0.34")
     [people] = watched
-    assert len(people.frames) == 4 and all(frame < "set06" for frame in people.frames)
+    videos = sorted({frame[:10] for frame in people.frames})
+    assert len(people.frames) == 4 and videos[0] < "set03" < videos[1] < "set06"  # one of day, one of night
     frames = Path("checkpoints/custom/detections.frames.txt").read_text().split()
     assert frames == (demo_root / "imageSets/test-all.txt").read_text().split()
-    with pytest.raises(InputError, match="VALIDATION"):
-        start("--validation", "0.999")
+    assert "epoch is chosen on videos held out: set0" in capsys.readouterr().out
+    Path("one.txt").write_text("set00/V000/I00000\nset00/V000/I00019\n")
+    with pytest.raises(InputError, match="VALIDATION = 0.5 holds out whole videos"):
+        start("--validation", "0.5", "--train-list", "one.txt")
+
+
+def test_the_epoch_chosen_on_held_out_videos_is_reported(start, monkeypatch, demo_root):
+    rates = iter([0.1, 0.9])
+    headline, detect_frames, used = train.headline, train.detect_frames, []
+    monkeypatch.setattr(train, "headline", lambda results: headline(results) | {"miss_rate": next(rates)})
+
+    def note(model, *rest, **settings):
+        used.append({key: value.clone() for key, value in model.state_dict().items()})
+        return detect_frames(model, *rest, **settings)
+
+    monkeypatch.setattr(train, "detect_frames", note)
+    start("--epochs", "2", "--eval-every", "1", "--validation", "0.34")
+    best, last = (
+        load_checkpoint(Path("checkpoints/custom") / f"{name}.pt")["model"] for name in ("best", "last")
+    )
+    first, second, reported = used
+    assert all(torch.equal(reported[key], best[key]) for key in best)
+    assert all(torch.equal(first[key], best[key]) and torch.equal(second[key], last[key]) for key in best)
+    assert any(not torch.equal(best[key], last[key]) for key in best)
 
 
 def test_checkpoints_that_are_all_damaged_are_left_alone(start, capsys):

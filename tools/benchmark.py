@@ -4,6 +4,7 @@
     python -m tools.benchmark --only loss detect      # some rows
     python -m tools.benchmark --device cuda           # the rows of a GPU
     python -m tools.benchmark --rows                  # detection by every row of the lab book
+    python -m tools.benchmark --rows 41 42            # by some, beside row 26
 
 A row is two functions that do the same work, run in turns; the table shows the medians. The
 references are torchvision's SSD300 and augmentation, and a metric that loops over the frames.
@@ -245,11 +246,11 @@ def row_detector(bench: Bench, name: str, width: float = 1.0) -> Callable[[], ob
     return run
 
 
-def detect_rows(bench: Bench) -> Iterator[str]:
-    """Lines of a table: one image or pair, files to boxes, by every network of the lab book at full
-    width, against row 26's. Rows that differ in training alone share a line."""
+def detect_rows(bench: Bench, rows: list[str]) -> Iterator[str]:
+    """Lines of a table: one image or pair, files to boxes, by the networks of some rows at full width, or
+    of all, against row 26's. Rows that differ in training alone share a line."""
     networks: dict[str, list[str]] = {}
-    for name in EXPERIMENTS:
+    for name in dict.fromkeys(["26", *rows]) if rows else EXPERIMENTS:
         row = resolve_row(name)
         words = [row["input_mode"], "{}x{}".format(*row["input_size"]), row["priors"]]
         words = [row["network"]] * (row["network"] != "ssd300") + words
@@ -327,9 +328,9 @@ def main() -> None:
     print(describe_machine(device, precision), end="\n\n")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(device, precision, Path(folder), arguments.quick, 2.0 if arguments.quick else 8.0)
-        if arguments.rows:
+        if arguments.rows is not None:
             print("| rows | network | detect | of row 26 |\n|---|---|---|---|")
-            lines = detect_rows(bench)
+            lines = detect_rows(bench, arguments.rows)
         else:
             print("| work | ours | reference | ratio | target | |\n|---|---|---|---|---|---|")
             lines = (row for name in arguments.only or BENCHMARKS for row in BENCHMARKS[name](bench))
@@ -354,7 +355,7 @@ def parse_arguments() -> Namespace:
     add("--quick", action="store_true", help="under three minutes on two cores")
     add("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
     add("--device", default="cpu", help="cpu, cuda (default: %(default)s)")
-    add("--rows", action="store_true", help="detection by every row of the lab book, instead")
+    add("--rows", nargs="*", metavar="ROW", help="detection by these rows, or by all of the lab book")
     return parser.parse_args()
 
 

@@ -67,7 +67,7 @@ def main() -> int:
     frames: dict[str, tuple[Path, int]] = {}  # frame id -> the list and line that name it first
     faults = [fault for path in lists for fault in check_list(path, frames, bool(arguments.list))]
     faults += check_frames(root, frames, modalities, forms, jsons)
-    sources = ", ".join([*(form.form for form in forms), *(path.name for path in jsons)])
+    sources = ", ".join(dict.fromkeys([*(form.form for form in forms), *(path.name for path in jsons)]))
     print(f"{len(frames)} frames of {len(lists)} lists, {' and '.join(modalities)}; annotations {sources}")
     if not faults:
         out.unlink(missing_ok=True)  # of an earlier check
@@ -116,6 +116,7 @@ def find_annotations(root: Path, where: str) -> tuple[list[Annotations], list[Pa
     jsons = [path for path in jsons if path.is_file() and where in ("all", "json")]
     folders = [(root / folder, kind) for kind, folder in FOLDERS.items() if where in ("all", kind)]
     forms = [Annotations(*f, modality="lwir") for f in folders if has_annotations(*f)]
+    forms += [Annotations(form.source, "paired", "visible") for form in forms if form.form == "paired"]
     if not forms and not jsons:
         open_annotations(root, "auto" if where == "all" else where)  # says what it looked for
     return forms, jsons

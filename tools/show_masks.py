@@ -1,7 +1,8 @@
 """Draws augmented training samples with their boxes and every feature map's mask into one picture,
-so that masks which do not follow the boxes are seen at once.
+so that boxes and masks which do not follow the pictures are seen at once.
 
     python -m tools.show_masks
+    python -m tools.show_masks --annotations paired --crop-apart 0.5 --mirror-apart 0.5
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from datasets import Batch, Collate, KaistPairs
+from datasets import AUGMENTATION, Batch, Collate, KaistPairs
 from engine.config import check_config, parse_flags, read_constants
 from kaist.annotations import find_annotations, find_file, read_image_list
 from kaist.demo import open_root
 from kaist.files import InputError, run_script, write_atomically
-from kaist.frames import Frame, load_frames
+from kaist.frames import BOTH, LWIR, VISIBLE, Frame, load_frames, video_of
 from kaist.images import check_images
 from model import INPUT_CHANNELS
 from ssd.augment import Augmentation, mean_colour
@@ -27,6 +28,10 @@ IMAGE_LIST = "imageSets/train-all.txt"  # frames to draw: below DATA_ROOT, or an
 ANNOTATIONS = "auto"  # auto, bbgt, xml, xml-sanitized, paired or json
 INPUT_MODE = "early"  # what to show: lwir, visible or early (both)
 ZOOM_OUT = 4.0  # largest zoomed-out canvas, in frames a side
+CROP_APART = 0.0  # share of the samples whose modalities are cropped each by a window of its own
+MIRROR_APART = 0.0  # share of the mirrored samples whose LWIR is not mirrored
+SHIFT_LEFT = 0.0  # share of the samples that are moved up to 20 pixels to the left
+LEARN = "person"  # whom annotations call: person, people (also person? and people), all (any word)
 MASKS_FOLLOW = True  # False draws the logged mistake: masks of the unaugmented frame
 SAMPLES = 5  # rows of the picture, each with a random frame and a random augmentation
 SEED = 0  # of both
@@ -43,8 +48,10 @@ def main() -> None:
     frame_ids = read_image_list(find_file(root, config["image_list"]))
     order = torch.randperm(len(frame_ids), generator=torch.manual_seed(config["seed"]))
     annotations = find_annotations(root, config["annotations"], "lwir")
-    frames = load_frames([frame_ids[i] for i in order], annotations, min_height=12, margin=5)
-    frames = of_many_videos([frame for frame in frames if (frame.labels == 1).any()])[: config["samples"]]
+    options = Augmentation(**{key: config[key] for key in AUGMENTATION if key in config})
+    how = {"min_height": 12, "margin": 5, "learn": config["learn"], "pairs": config["input_mode"] == "early"}
+    frames = load_frames([frame_ids[i] for i in order], annotations, **how)
+    frames = of_many_videos([frame for frame in frames if frame.n_people])[: config["samples"]]
     if not frames:
         raise InputError("no frame has a person to draw", "choose another IMAGE_LIST", file=root)
     check_images(root, [frame.id for frame in frames], config["input_mode"])
@@ -54,7 +61,7 @@ def main() -> None:
         input_mode=config["input_mode"],
         input_size=(300, 300),
         filler=mean_colour(INPUT_CHANNELS[config["input_mode"]]),
-        augmentation=Augmentation(config["zoom_out"]),
+        augmentation=options,
         masks_follow=config["masks_follow"],
         seed=config["seed"],
     )
@@ -63,7 +70,7 @@ def main() -> None:
     if bad:
         raise bad[0].error
     write_atomically(Path(config["out"]), lambda path: draw_masks(batch, path))
-    print(f"{config['out']}: {len(frames)} augmented samples, green persons, red ignored objects")
+    print(f"{config['out']}: {len(frames)} augmented samples, red ignored objects, all others persons")
 
 
 def of_many_videos(frames: list[Frame]) -> list[Frame]:
@@ -71,9 +78,8 @@ def of_many_videos(frames: list[Frame]) -> list[Frame]:
     seen: Counter[str] = Counter()
 
     def turn(frame: Frame) -> int:
-        video = frame.id.rpartition("/")[0]
-        seen[video] += 1
-        return seen[video]
+        seen[video_of(frame.id)] += 1
+        return seen[video_of(frame.id)]
 
     return sorted(frames, key=turn)
 
@@ -84,10 +90,11 @@ def draw_masks(batch: Batch, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch, Rectangle
 
-    panels = {"visible": [0, 1, 2], "LWIR": [3]}
+    panels = {"visible": ([0, 1, 2], VISIBLE), "LWIR": ([3], LWIR)}
     if batch.images.shape[1] != 4:
-        panels = {"image": [0] if batch.images.shape[1] == 1 else [0, 1, 2]}
-    colours = {-1: "tab:red", 0: "0.85", 1: "limegreen"}  # of labels and of a mask's cells
+        panels = {"image": ([0] if batch.images.shape[1] == 1 else [0, 1, 2], BOTH)}
+    colours = {-1: "tab:red", VISIBLE: "deepskyblue", LWIR: "orange", BOTH: "limegreen"}  # of labels
+    of_cells = {"ignored, neither of these": "tab:red", "background": "0.85", "person": "limegreen"}
     columns, n = len(panels) + len(batch.masks), len(batch.images)
     figure = Figure(figsize=(2 * columns, 2.15 * n + 0.5), layout="constrained")
     axes = figure.subplots(n, columns, squeeze=False)
@@ -95,22 +102,24 @@ def draw_masks(batch: Batch, path: Path) -> None:
         axes, batch.images, batch.boxes, batch.labels, batch.frame_ids, *batch.masks, strict=True
     ):
         height, width = image.shape[1:]
-        for axis, (title, channels) in zip(row, panels.items(), strict=False):
+        for axis, (title, (channels, modality)) in zip(row, panels.items(), strict=False):
             axis.imshow(image[channels].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
             axis.set_title(title)
             for (x0, y0, x1, y1), label in zip(boxes.tolist(), labels.tolist(), strict=True):
-                if label:
+                if label & modality:  # an ignored object's -1 has all bits
                     corner, size = (x0 * width, y0 * height), ((x1 - x0) * width, (y1 - y0) * height)
                     axis.add_patch(Rectangle(corner, *size, fill=False, color=colours[label], linewidth=1.5))
         row[0].set_title(f"{frame_id}\n{row[0].get_title()}")
         for axis, mask in zip(row[len(panels) :], masks, strict=True):
-            axis.imshow(mask.numpy(), cmap=ListedColormap([*colours.values()]), vmin=-1, vmax=1)
+            axis.imshow(mask.numpy(), cmap=ListedColormap([*of_cells.values()]), vmin=-1, vmax=1)
             axis.set_title("mask {} x {}".format(*mask.shape))
         for axis in row:
             axis.set_axis_off()
-    names = "ignored, neither of these", "background", "person"
-    patches = [Patch(color=c, label=name) for c, name in zip(colours.values(), names, strict=True)]
-    figure.legend(handles=patches[::-1], loc="outside lower center", ncols=3, fontsize="large")
+    named = {"person in visible": colours[VISIBLE], "person in LWIR": colours[LWIR]} | of_cells
+    if not (batch.labels[..., None] == torch.tensor([VISIBLE, LWIR])).any():
+        named = of_cells  # no modality has a box of its own
+    patches = [Patch(color=colour, label=name) for name, colour in named.items()]
+    figure.legend(handles=patches[::-1], loc="outside lower center", ncols=5, fontsize="large")
     figure.savefig(path, format="png", dpi=100)
 
 

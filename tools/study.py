@@ -30,6 +30,7 @@ import train
 from engine.config import OneLineParser, as_flags, show
 from engine.experiments import EXPERIMENTS
 from engine.run import same_recipe
+from kaist import demo
 from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
 
 SMALL = {"width": 0.125, "pretrained": "none", "lr": 2e-3, "schedule": "cosine", "batch_size": 8}
@@ -88,6 +89,20 @@ STUDIES = {
         {"31 and 38": ("31", {"test_flip": True})},
         seeds=5,
         small={"schedule": None, "epochs": 36, "eval_every": 36},
+    ),
+    "past": Study(
+        "What is there past INSANet, where the cameras are not quite aligned?",
+        "42",
+        rows("41 43 44 45 46 47 49") | {"48, batch 16": ("48", {"batch_size": 16, "lr": 2e-3})},
+        seeds=5,
+        small=dict(
+            data_root=str(demo.SHIFTED_ROOT),
+            input_size=(256, 320),
+            optimizer="adam",
+            lr=1e-3,
+            schedule=None,
+            min_input_height=6.0,
+        ),
     ),
     "kaist": Study(
         "What does each row reach as the lab book has it, at full size?",

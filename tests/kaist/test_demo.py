@@ -36,7 +36,7 @@ def streets() -> list[tuple[int, list[tuple], list[tuple]]]:
         street = demo_street.build_street(rng, night=set_id % 6 >= 3)
         empty, median = demo_data.EMPTY_AND_HEIGHT[set_id < 6]
         for groups in demo_data.walk(rng, street, np.zeros(8), empty, median):
-            scene, marks = demo_data.compose(street, groups, pan=0)
+            scene, marks, _ = demo_data.compose(street, groups, pan=0)
             contrasts = [_contrast(scene, mark) for mark in marks if _clear(mark)]
             frames.append((set_id, marks, contrasts))
     return frames
@@ -144,12 +144,17 @@ def test_box_is_tight_on_its_figure(kind: str, facing: tuple[float, float]) -> N
     street.props.clear()
     paints = {part: demo_street.paint(rng, part, True) for part in demo_data.PARTS}
     figure = demo_street.Figure(kind, 0.5, 14.0, *facing, 0.7, 1.7, 1.1, False, False, paints)
-    without, _ = demo_data.compose(street, [], pan=0)
-    scene, [(label, (x, y, w, h), occlusion)] = demo_data.compose(street, [[figure]], pan=0)
+    without, *_ = demo_data.compose(street, [], pan=0)
+    scene, [(label, (x, y, w, h), occlusion)], [visible] = demo_data.compose(street, [[figure]], pan=0)
     rows, columns = np.nonzero(abs(scene - without)[..., 3] > 8)
     assert (label, occlusion) == (kind, 0)
     assert np.allclose((x, y), (columns.min(), rows.min()), atol=1)
     assert np.allclose((x + w, y + h), (columns.max() + 1, rows.max() + 1), atol=1)
+    assert visible[1:] == (y, w, h) and abs(visible[0] - x) < 20  # by the parallax
+    shifted, [mark], [aside] = demo_data.compose(street, [[figure]], pan=0, aside=7)
+    assert mark[1] == (x, y, w, h) and aside == (visible[0] - 7, *visible[1:])
+    assert np.array_equal(shifted[:, :-7, :3], scene[:, 7:, :3])  # the visible picture moves with it
+    assert np.array_equal(shifted[..., 3], scene[..., 3])
 
 
 def test_occlusion_grows_as_another_steps_in_front() -> None:
@@ -226,7 +231,33 @@ def test_ensure_draws_only_what_is_absent(
     demo_data.ensure_demo(root)
     assert not asked
     demo_data.ensure_demo(tmp_path / "new")
-    assert asked == [(tmp_path / "new", {"train_frames": 480, "test_frames": 180})]
+    sizes = {"train_frames": 480, "test_frames": 180, "shifted": False}
+    assert asked == [(tmp_path / "new", sizes)]
+    monkeypatch.chdir(tmp_path)
+    demo_data.open_root("data/demo-shifted")
+    assert asked[-1] == (demo_data.SHIFTED_ROOT, sizes | {"shifted": True})
+
+
+def test_a_shifted_set_differs_in_visible_alone_and_has_paired_boxes(root: Path, tmp_path: Path) -> None:
+    """LWIR, lists and the test annotations are byte for byte the same; most people have two boxes."""
+    place = tmp_path / "shifted"
+    demo_data.draw_demo(place, train_frames=6, test_frames=12, shifted=True, progress=False)
+    names = {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
+    ours = {path.relative_to(place) for path in place.rglob("*") if path.is_file()}
+    assert all("annotations_paired" in str(name) for name in ours - names)
+    assert all(name.parts[0] == "annotations" for name in names - ours)
+    same = {name for name in names & ours if (root / name).read_bytes() == (place / name).read_bytes()}
+    assert all("visible" in name.parts for name in names & ours - same)
+    assert len(names & ours - same) >= 12
+    apart = []
+    for frame in _frames(root, "train-all") + _frames(root, "test-all"):
+        video, name = frame.rsplit("/", 1)
+        files = [place / "annotations_paired" / video / kind / f"{name}.txt" for kind in ("visible", "lwir")]
+        assert files[1].read_bytes() == (root / "annotations" / f"{frame}.txt").read_bytes()
+        visible, lwir = ([line.split() for line in file.read_text().splitlines()[1:]] for file in files)
+        if len(visible) == len(lwir):
+            apart += [int(a[1]) - int(b[1]) for a, b in zip(visible, lwir, strict=True)]
+    assert max(map(abs, apart)) < 40 and len(set(apart)) > 5
 
 
 def test_script(tmp_path: Path) -> None:

@@ -1,7 +1,22 @@
 """Annotated frames: who is learned, who is ignored, and whose boxes are whose."""
 
-from kaist.annotations import make_objects
-from kaist.frames import frames_of, label_objects
+import numpy as np
+import pytest
+
+from kaist.annotations import make_objects, open_annotations
+from kaist.files import InputError
+from kaist.frames import (
+    BOTH,
+    LEARNED,
+    LWIR,
+    VISIBLE,
+    frames_of,
+    hold_out_videos,
+    label_objects,
+    list_videos,
+    load_frames,
+    video_of,
+)
 from kaist.miss_rate import load_ground_truth
 
 
@@ -36,3 +51,77 @@ def test_frames_hold_the_objects_of_their_own(demo_root):
         assert (frame.boxes_px[:, :2] == own[:, :2]).all()
         assert (frame.boxes_px[:, 2:] - frame.boxes_px[:, :2] - own[:, 2:] < 1e-3).all()
         assert (frame.labels[people.ignore[people.frame == i]] == -1).all()
+
+
+def paired(root, visible, lwir):
+    for modality, lines in (("visible", visible), ("lwir", lwir)):
+        folder = root / "annotations_paired/set00/V000" / modality
+        folder.mkdir(parents=True)
+        text = "\n".join(["% bbGt version=3", *lines])
+        (folder / "I00000.txt").write_text(f"{text}\n")
+    return open_annotations(root)
+
+
+def test_of_paired_annotations_each_modality_has_its_boxes_and_equal_ones_are_joined(tmp_path):
+    annotations = paired(
+        tmp_path,
+        ["person 100 100 40 90", "person 200 100 40 90", "people 300 100 90 90", "person 20 20 30 60"],
+        ["person 100 100 40 90", "person 205 100 40 90", "person 300 100 90 90"],
+    )
+    how = {"min_height": 12, "margin": 5}
+    [frame] = load_frames(["set00/V000/I00000"], annotations, pairs=True, **how)
+    x = frame.boxes_px[:, 0].astype(int).tolist()
+    objects = [*zip(x, frame.labels.tolist(), frame.seen.tolist(), strict=True)]
+    assert objects[:3] == [(100, 1, BOTH), (200, 1, VISIBLE), (300, -1, VISIBLE)]
+    assert objects[3:] == [(20, 1, VISIBLE), (205, 1, LWIR), (300, 1, LWIR)]
+    assert frame.boxes_px.dtype == np.float32 and frame.n_people == 3
+    [alone] = load_frames(["set00/V000/I00000"], annotations, **how)
+    assert alone.boxes_px[:, 0].tolist() == [100, 205, 300] and (alone.seen == BOTH).all()
+
+
+def test_boxes_of_one_box_forms_are_seen_in_both(demo_root):
+    ids = (demo_root / "imageSets/train-all.txt").read_text().split()
+    plain, pairs = (
+        load_frames(ids, open_annotations(demo_root, form), min_height=12, margin=5, pairs=pairs)
+        for form, pairs in (("bbgt", False), ("bbgt", True))
+    )
+    for a, b in zip(plain, pairs, strict=True):
+        assert np.array_equal(a.boxes_px, b.boxes_px) and (b.seen == BOTH).all()
+        assert a.n_people == (a.labels == 1).sum() == len(a.people)
+
+
+def test_whom_learn_names(tmp_path):
+    lines = [f"{word} {x} 100 40 90 0 0 0 0 0 0 0" for x, word in ((100, "person"), (200, "person?"))]
+    lines += ["people 300 100 40 90 0 0 0 0 0 0 0", "cyclist 400 100 40 90 0 0 0 0 0 0 0"]
+    lines += ["person 500 100 40 90 0 0 0 0 0 1 0"]  # flagged to be ignored
+    annotations = paired(tmp_path, lines, lines)
+    for learn, expected in (
+        ("person", [1, -1, -1, -1, -1]),
+        ("people", [1, 1, 1, -1, -1]),
+        ("all", [1, 1, 1, 1, -1]),
+    ):
+        how = {"min_height": 12, "margin": 5, "learn": learn}
+        [frame] = load_frames(["set00/V000/I00000"], annotations, **how)
+        assert frame.labels.tolist() == expected
+    assert list(LEARNED) == ["person", "people", "all"]
+
+
+def test_whole_videos_are_held_out_of_day_and_night():
+    sizes = {"set00/V000": 40, "set00/V001": 30, "set01/V000": 30, "set03/V000": 60, "set04/V001": 40}
+    ids = [f"{video}/I{i:05}" for video, n in sizes.items() for i in range(n)]
+    drawn = set()
+    for seed in range(30):
+        held_out = list(hold_out_videos(ids, 0.3, seed))
+        videos = dict.fromkeys(video_of(frame) for frame in held_out)
+        assert held_out == [frame for frame in ids if video_of(frame) in videos]
+        assert len(videos) == 2 and min(videos) < "set03" < max(videos)
+        drawn.add(tuple(videos))
+    assert len(drawn) > 3
+    assert list(hold_out_videos(ids, 0.3, 5)) == list(hold_out_videos(ids, 0.3, 5))
+    few = hold_out_videos(ids, 0.01, 0)  # the smallest, where none is near the share
+    assert list_videos(few).split(" (")[1].endswith("set04/V001") and len(few) == 70
+    most = hold_out_videos(ids, 0.99, 0)
+    assert len({video_of(frame) for frame in most}) == 3  # one of day and one of night stay
+    assert not hold_out_videos(ids, 0.0, 0)
+    with pytest.raises(InputError, match=r"VALIDATION = 0.5 holds out whole videos"):
+        hold_out_videos(ids[:40] + ids[-40:], 0.5, 0)

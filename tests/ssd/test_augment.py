@@ -10,6 +10,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+from kaist.frames import BOTH
 from ssd.augment import (
     Augmentation,
     Transform,
@@ -30,7 +31,7 @@ def geometry(window, flip=False, channels=4):
     """A Transform that takes a window and changes no colour."""
     plain = whole_frame(channels, SIZE)
     crop = round_to_pixels(window, SIZE, flip)
-    return Transform(crop, plain.matrix, plain.offset, SIZE, mean_colour(channels))
+    return Transform((crop,), plain.matrix, plain.offset, SIZE, mean_colour(channels))
 
 
 def test_boxes_follow_the_pixels():
@@ -46,7 +47,7 @@ def test_boxes_follow_the_pixels():
         t = geometry(random_window(rng, box, 4.0), flip=bool(rng.random() < 0.5))
         image = t.apply(frame)
         filler = (image == torch.from_numpy(t.filler).view(4, 1, 1)).all(0)
-        boxes, labels = t.move(box, np.array([1]))
+        boxes, labels = t.move(box, np.array([1]), np.array([BOTH]))
         if not len(boxes):
             continue
         seen += 1
@@ -67,7 +68,7 @@ def test_around_the_frame_is_the_filler_undistorted():
         )
         image = t.apply(frame)
         around = (image == torch.from_numpy(filler).view(3, 1, 1)).all(0)
-        x0, y0, x1, y1 = t.crop.target
+        x0, y0, x1, y1 = t.crops[0].target
         assert (~around).sum() == (x1 - x0) * (y1 - y0)
         assert (image[:, ~around] == image[:, ~around][:, :1]).all()
 
@@ -170,7 +171,7 @@ def test_frames_without_people_are_cropped_too():
 def test_persons_leave_with_their_centre_and_crowds_only_with_their_last_pixel():
     box = np.array([[90.0, 100, 130, 200]] * 2, np.float32)
     t = geometry((112, 0, 432, 512))  # the centre, 110, is just outside
-    boxes, labels = t.move(box, np.array([1, -1]))
+    boxes, labels = t.move(box, np.array([1, -1]), np.full(2, BOTH))
     assert labels.tolist() == [-1]
     assert np.allclose(boxes[0], [0, 100 / 512, 18 / 320, 200 / 512], atol=0.01)
 
@@ -266,10 +267,10 @@ def test_crops_keep_the_aspect_they_are_asked_for():
 def test_persons_left_too_low_in_the_input_are_ignored():
     """20 pixels of 512 are 11.7 of 300; zoomed out twice, 5.9."""
     boxes, labels = np.array([[300, 200, 310, 220], [100, 100, 150, 220]], np.float32), np.array([1, 1])
-    for zoom, expected in ((1, [1, 1]), (2, [-1, 1])):
+    for zoom, expected in ((1, [BOTH, BOTH]), (2, [-1, BOTH])):
         crop = round_to_pixels((0, 0, 640 * zoom, 512 * zoom), SIZE, flip=False)
-        transform = replace(whole_frame(4, SIZE), crop=crop, min_height=10.0)
-        assert transform.move(boxes, labels)[1].tolist() == expected
+        transform = replace(whole_frame(4, SIZE), crops=(crop,), min_height=10.0)
+        assert transform.move(boxes, labels, np.full(2, BOTH))[1].tolist() == expected
     rng = np.random.default_rng(0)
     options = Augmentation(min_input_height=10.0)
     drawn = sample_transform(rng, boxes, np.zeros(4), options, SIZE, mean_colour(4))

@@ -1,0 +1,138 @@
+"""Modalities moved apart: each has its own window, and boxes follow the picture they are seen in."""
+
+import numpy as np
+import torch
+
+from kaist.frames import BOTH, LWIR, VISIBLE
+from ssd.augment import (
+    Augmentation,
+    Transform,
+    mean_colour,
+    round_to_pixels,
+    sample_transform,
+    whole_frame,
+    window_apart,
+)
+
+SIZE = (256, 320)
+NOBODY = np.zeros((0, 4), np.float32)
+
+
+def sample(seed, people=NOBODY, **options):
+    rng = np.random.default_rng(seed)
+    return sample_transform(rng, people, np.zeros(4), Augmentation(**options), SIZE, mean_colour(4))
+
+
+def transform(*windows, flips=(False, False), **changes):
+    plain = whole_frame(4, SIZE)
+    crops = tuple(round_to_pixels(w, SIZE, flip) for w, flip in zip(windows, flips, strict=False))
+    return Transform(crops, plain.matrix, plain.offset, SIZE, mean_colour(4), **changes)
+
+
+def extent(bright):
+    rows, columns = np.flatnonzero(bright.any(1)), np.flatnonzero(bright.any(0))
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+
+
+def test_each_modalitys_boxes_follow_its_own_pixels():
+    """A bright box in visible and another one in LWIR land where their boxes say, in every sample."""
+    rng, apart = np.random.default_rng(0), 0
+    for seed in range(150):
+        w, h = rng.integers(30, 90), rng.integers(60, 140)
+        x, y = rng.integers(20, 530), rng.integers(20, 350)
+        boxes = np.array([[x, y, x + w, y + h], [x + 8, y + 2, x + 8 + w, y + 2 + h]], np.float32)
+        frame = np.zeros((512, 640, 4), np.uint8)
+        for box, channels in zip(boxes.astype(int), (slice(3), slice(3, 4)), strict=True):
+            frame[box[1] : box[3], box[0] : box[2], channels] = 255
+        seen = np.array([VISIBLE, LWIR])
+        options = {"hue_saturation": False, "crop_apart": 0.5, "mirror_apart": 0.5, "shift_left": 0.5}
+        t = sample(seed, boxes, **options)
+        plain = Transform(t.crops, np.eye(4, dtype=np.float32), np.zeros(4, np.float32), SIZE, t.filler)
+        image = plain.apply(frame).numpy()
+        moved, labels = plain.move(boxes, np.array([1, 1]), seen)
+        is_apart = len(t.crops) == 2
+        apart += is_apart
+        assert is_apart or (labels == BOTH).all()
+        places = zip(moved * np.tile(SIZE[::-1], 2), labels, strict=True)
+        for i, (box, label) in enumerate(places):
+            assert label in ((VISIBLE, LWIR) if is_apart else (BOTH,))
+            modality = label if is_apart else seen[i] if len(moved) == 2 else None
+            if modality is None:
+                continue
+            channel = 0 if modality == VISIBLE else 3
+            found = extent((image[channel] > 127) & (image[channel] != t.filler[channel]))
+            assert np.abs(np.array(found) - box).max() <= 1.01
+    assert 60 < apart < 130  # 0.5 + 0.5 * 0.25 of 150
+
+
+def test_labels_of_a_pair_and_of_modalities_apart():
+    boxes = np.array([[100, 100, 140, 200], [300, 100, 340, 200], [304, 100, 344, 200], [400, 100, 440, 200]])
+    boxes, seen = boxes.astype(np.float32), np.array([BOTH, VISIBLE, LWIR, LWIR])
+    labels = np.array([1, 1, 1, -1])
+    frame = (0, 0, 640, 512)
+    moved, found = transform(frame).move(boxes, labels, seen)
+    assert found.tolist() == [BOTH, BOTH, BOTH, -1] and np.allclose(moved * (640, 512, 640, 512), boxes)
+    moved, found = transform(frame, frame, flips=(False, True)).move(boxes, labels, seen)
+    assert found.tolist() == [VISIBLE, VISIBLE, LWIR, LWIR, -1]
+    xs = (moved * 640)[:, 0].round().tolist()
+    assert xs == [100, 300, 640 - 140, 640 - 344, 640 - 440]
+
+
+def test_boxes_that_come_to_lie_on_one_another_are_joined():
+    """A person in the middle of a mirrored frame; and a visible one where LWIR has an ignored object."""
+    frame = (0, 0, 640, 512)
+    boxes = np.array([[300, 100, 340, 200], [100, 50, 150, 250], [490, 50, 540, 250]], np.float32)
+    t = transform(frame, frame, flips=(False, True))
+    moved, labels = t.move(boxes, np.array([1, 1, -1]), np.array([BOTH, VISIBLE, LWIR]))
+    assert labels.tolist() == [BOTH, -1] and len(moved) == 2
+
+
+def test_persons_cut_by_the_input_are_ignored_where_that_is_asked_for():
+    boxes = np.array(
+        [[300, 100, 340, 200], [10, 100, 70, 300], [0, 100, 40, 200], [0, 0, 20, 50]], np.float32
+    )
+    window, how = (30, 0, 670, 512), (np.ones(4, np.int64), np.full(4, BOTH))
+    assert transform(window).move(boxes, *how)[1].tolist() == [BOTH, BOTH]
+    assert transform(window, ignore_cut=True).move(boxes, *how)[1].tolist() == [BOTH, -1, -1]
+    assert sample(0, crop_apart=0.1).ignore_cut and not sample(0, mirror_apart=0.9).ignore_cut
+
+
+def test_windows_apart_are_as_published():
+    rng = np.random.default_rng(1)
+    people = np.array([[200.0, 150, 240, 250], [500, 200, 530, 270]])
+    windows = np.array([window_apart(rng, people, 4.0, (0.8, 1.2)) for _ in range(1500)])
+    size = (windows[:, 2:] - windows[:, :2]) / (640, 512)
+    area, aspect = size.prod(1), size[:, 0] / size[:, 1]
+    assert 0.25 <= area.min() < 0.3 and 3.7 < area.max() <= 4
+    assert 0.8 <= aspect.min() < 0.82 and 1.18 < aspect.max() <= 1.2
+    low, high = windows[:, None, :2], windows[:, None, 2:]
+    assert ((low < people[:, :2]) & (high > people[:, 2:])).all(2).any(1).all()
+    smaller = size < 1  # in the frame; larger ones around it
+    inside = (windows[:, :2] >= 0) & (windows[:, 2:] <= (640, 512))
+    around = (windows[:, :2] <= 0) & (windows[:, 2:] >= (640, 512))
+    assert np.where(smaller, inside, around).all() and 0.1 < smaller.mean() < 0.6
+    everywhere = np.array([[-1.0, -1, 641, 513]])
+    zoomed = [window_apart(rng, everywhere, 1.01, (0.99, 1.01)) for _ in range(50)]
+    assert (0.0, 0.0, 640.0, 512.0) in zoomed  # no window holds it: the frame
+    assert len({window_apart(rng, NOBODY, 4.0, (0.8, 1.2)) for _ in range(50)}) == 50
+
+
+def test_how_often_modalities_move_apart():
+    drawn = [sample(seed, crop_apart=0.5) for seed in range(300)]
+    assert 120 < sum(len(t.crops) == 2 for t in drawn) < 180
+    drawn = [sample(seed, mirror_apart=0.5) for seed in range(400)]
+    apart = [t for t in drawn if len(t.crops) == 2]
+    assert 70 < len(apart) < 130  # a quarter: half of the mirrored half
+    assert all(t.crops[0].flip and not t.crops[1].flip for t in apart)
+    assert all(t.crops[0][:2] == t.crops[1][:2] for t in apart)  # one window
+    drawn = [sample(seed, crop_apart=1e-9, shift_left=0.3).crops for seed in range(400)]
+    shifts = [c[0].source[0] for c in drawn if c[0].source[0]]
+    assert 80 < len(shifts) < 150 and max(shifts) == 20 and len(set(shifts)) > 15
+    assert all(c[0].source[2] == 640 and c[0].target[2] == round(320 - c[0].source[0] / 2) for c in drawn)
+
+
+def test_modalities_apart_are_filled_each_with_its_own_colour():
+    t = transform((-320, -256, 960, 768), (0, 0, 640, 512))
+    image = t.apply(np.full((512, 640, 4), 7, np.uint8))
+    assert (image[:3, 0, 0] == torch.from_numpy(t.filler[:3])).all() and (image[3] == 7).all()
+    assert (image[:3, 64:192, 80:240] == 7).all()
