@@ -11,10 +11,9 @@ frame id a line, says which frames its ids mean; without one it is the list the 
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,8 +76,7 @@ def frames_path(path: str | Path) -> Path:
 def read_detections(path: str | Path, frames: Sequence[str]) -> Detections:
     """Read a result file, text or JSON; the frames of its ids are indexed along `frames`.
 
-    Ids count along the companion `<stem>.frames.txt` if there is one, else along `frames`. A file
-    without rows is a legal result: no detections. A box of zero width or height is legal too: it
+    A file without rows is a legal result: no detections. A box of zero width or height is legal too: it
     overlaps nothing, as in bbGt.m.
 
     Raises:
@@ -119,57 +117,18 @@ def read_detections(path: str | Path, frames: Sequence[str]) -> Detections:
 
 def parse_text(text: str, path: Path) -> tuple[np.ndarray, Sequence[int], int]:
     """Rows (n, 6) float64 of a text result, their places in the file, 0 other categories."""
-    text = text.rstrip()
-    if not text:
-        return np.empty((0, 6)), (), 0
-    rows = parse_decimals(f"{text}\n".encode())
-    if rows is None:
-        rows = parse_lines(text.split("\n"), path)
-    return rows, range(len(rows)), 0
 
-
-def parse_decimals(text: bytes) -> np.ndarray | None:
-    """Lines of six plain decimals, such as -12.3450, as rows (n, 6): all numbers at once.
-
-    Their digits are read as integers and divided by powers of ten. Up to 15 digits both are exact
-    floats, so that the quotient is the float that is nearest to the decimal, as float() has it.
-
-    Returns:
-        None for a text that holds anything else, or longer numbers.
-    """
-    first_line = text[: text.index(b"\n")].split(b",")  # tells most files of long numbers
-    if max(map(len, first_line)) > 17 or text.translate(None, b"0123456789-.,\n"):
-        return None
-    chars = np.frombuffer(text, np.uint8)
-    marks = np.flatnonzero((chars < ord("-")) | (chars == ord(".")))  # commas, line ends, points
-    point = chars[marks] == ord(".")
-    ends, points, field = marks[~point], marks[point], np.cumsum(~point)[point]
-    signs = np.flatnonzero(chars == ord("-"))
-    digits = np.diff(ends, prepend=-1) - 1  # of each number, once its point and sign are taken off
-    digits[field] -= 1
-    digits[np.searchsorted(ends, signs)] -= 1
-    plain = (chars[signs - 1] < ord("-")).all() and not (point[1:] & point[:-1]).any()
-    if not plain or digits.min() < 1 or digits.max() > 15:
-        return None  # a sign within a number, two points in one, none or too many digits
-    if len(ends) % 6 or (chars[ends].reshape(-1, 6) != tuple(b",,,,,\n")).any():
-        return None
-    decimals = np.zeros(len(ends))
-    decimals[field] = ends[field] - points - 1
-    whole = np.fromstring(text.replace(b".", b"").replace(b"\n", b","), np.int64, sep=",")
-    return (whole / 10.0**decimals).reshape(-1, 6)
-
-
-def parse_lines(lines: list[str], path: Path) -> np.ndarray:
-    """Rows (n, 6) float64 of a text result of any numbers."""
-
-    def load(some: list[str]) -> np.ndarray:
-        rows = np.loadtxt(some, delimiter=",", comments=None, ndmin=2)
-        if rows.shape != (len(some), 6):  # it skips blank lines
+    def load(lines: list[str]) -> np.ndarray:
+        rows = np.loadtxt(lines, delimiter=",", comments=None, ndmin=2)
+        if rows.shape != (len(lines), 6):  # it skips blank lines
             raise ValueError
         return rows
 
+    lines = text.rstrip().split("\n")
+    if lines == [""]:
+        return np.empty((0, 6)), (), 0
     try:
-        return load(lines)
+        return load(lines), range(len(lines)), 0
     except ValueError:
         for number, line in enumerate(lines, 1):
             try:
@@ -181,45 +140,30 @@ def parse_lines(lines: list[str], path: Path) -> np.ndarray:
 
 
 def parse_json(text: str, path: Path) -> tuple[np.ndarray, Sequence[int], int]:
-    """Rows (n, 6) float64 of a JSON result's pedestrians, their places, how many others there are.
-
-    A row is (image_id, x, y, w, h, score).
-    """
+    """Rows (n, 6) float64 of a JSON result's pedestrians, their places, how many others there are."""
     content = load_json(text, path)
     if not isinstance(content, list):
         raise InputError("the JSON is not a list", "write a list of detections", file=path, line=1)
-    try:
-        rows = entry_rows(content)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        place = next(i for i, entry in enumerate(content) if not is_entry(entry))
-        problem, line = f"{str(content[place])[:80]} is no detection", entry_line(text, place)
-        remedy = "write image_id, category_id, bbox [x, y, w, h] and score as numbers"
-        raise InputError(problem, remedy, file=path, line=line) from None
-    places = [i for i, entry in enumerate(content) if entry["category_id"] == PEDESTRIAN]
-    return rows, places, len(content) - len(places)
+    rows, places = [], []
+    for place, entry in enumerate(content):
+        try:
+            if to_float(entry["category_id"]) == PEDESTRIAN:
+                x, y, w, h = entry["bbox"]
+                values = entry["image_id"], x, y, w, h, entry["score"]
+                rows.append([to_float(value) for value in values])
+                places.append(place)
+        except (KeyError, TypeError, ValueError, OverflowError):
+            problem, line = f"{str(entry)[:80]} is no detection", entry_line(text, place)
+            remedy = "write image_id, category_id, bbox [x, y, w, h] and score as numbers"
+            raise InputError(problem, remedy, file=path, line=line) from None
+    return np.array(rows, np.float64).reshape(-1, 6), places, len(content) - len(rows)
 
 
-def entry_rows(entries: Sequence[Mapping]) -> np.ndarray:
-    """Rows (n, 6) float64 of the entries that are pedestrians.
-
-    Raises:
-        KeyError, TypeError, ValueError, OverflowError: an entry lacks a number.
-    """
-    categories = [entry["category_id"] for entry in entries]
-    found = [e for e, category in zip(entries, categories, strict=True) if category == PEDESTRIAN]
-    boxes = [entry["bbox"] for entry in found]
-    columns = [entry["image_id"] for entry in found], *zip(*boxes, strict=True), [e["score"] for e in found]
-    if {*map(type, itertools.chain(categories, *columns))} - {int, float}:
-        raise TypeError("a value is no number")
-    return np.array(columns, np.float64).T if found else np.empty((0, 6))
-
-
-def is_entry(entry: Mapping) -> bool:
-    """Whether `entry_rows` takes an entry."""
-    try:
-        return entry_rows([entry]).shape[1] == 6
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return False
+def to_float(value: object) -> float:
+    """A JSON's number; float() alone would take texts and booleans."""
+    if type(value) not in (int, float):
+        raise TypeError
+    return float(value)
 
 
 def entry_line(text: str, place: int) -> int:
@@ -240,16 +184,13 @@ def write_detections(path: str | Path, detections: Detections, frames: Sequence[
     path = Path(path)
     values = np.column_stack([detections.boxes, detections.scores]).tolist()
     ids = detections.frame.tolist()
+    rows = [(i, [f"{value:.9g}" for value in row]) for i, row in zip(ids, values, strict=True)]
+    text = "".join(f"{i + 1},{','.join(row)}\n" for i, row in rows)
     if path.suffix == ".json":
-        rows = ([float(f"{v:.9g}") for v in row] for row in values)
         content = [
-            {"image_id": i, "category_id": PEDESTRIAN, "bbox": row[:4], "score": row[4]}
-            for i, row in zip(ids, rows, strict=True)
+            {"image_id": i, "category_id": PEDESTRIAN, "bbox": [*map(float, box)], "score": float(score)}
+            for i, (*box, score) in rows
         ]
         text = json.dumps(content)
-    else:
-        rows = zip(ids, values, strict=True)
-        text = "".join(f"{i + 1}," + ",".join(f"{v:.9g}" for v in row) + "\n" for i, row in rows)
-    listing = "\n".join(frames) + "\n"
-    write_text(frames_path(path), listing)
+    write_text(frames_path(path), "\n".join(frames) + "\n")
     write_text(path, text)
