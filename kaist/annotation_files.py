@@ -6,7 +6,6 @@ and go on.
 
 from __future__ import annotations
 
-import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +20,7 @@ import numpy as np
 from kaist.files import InputError, load_json, read_text
 
 FRAME_ID = re.compile(r"set(0\d|1[01])/V\d{3}/I\d{5}", re.ASCII)
+JSON_REMEDY = "use KAIST_annotation.json, with images, annotations and categories"
 Errors = list[InputError] | None
 
 
@@ -109,17 +109,7 @@ def parse_number(text: str) -> float:
 # ------------------------------------------------------------------- text
 
 
-def read_bbgt(path: Path, errors: Errors = None) -> list[ObjectRow]:
-    """One bbGt text file, version 3 (Piotr Dollár's toolbox)."""
-    return read_lines(path, 11, errors)
-
-
-def read_paired(path: Path, errors: Errors = None) -> list[ObjectRow]:
-    """One modality's file of the paired annotations; occlusion and ignore may be absent."""
-    return read_lines(path, 5, errors)
-
-
-def read_lines(path: Path, columns: int, errors: Errors) -> list[ObjectRow]:
+def read_lines(path: Path, errors: Errors = None, *, columns: int) -> list[ObjectRow]:
     """A header line, then an object a line: a label and at least `columns` - 1 numbers."""
     lines = read_text(path).splitlines()
     if not lines or not lines[0].startswith("%"):
@@ -197,76 +187,65 @@ def xml_row(item: ElementTree.Element, number: int) -> ObjectRow:
     return ObjectRow(label.strip(), box, occlusion, False, number)
 
 
-READERS = {"bbgt": read_bbgt, "xml": read_xml, "xml-sanitized": read_xml, "paired": read_paired}
+# Form -> reader of one file (path, errors). In bbGt files, version 3 of Piotr Dollár's toolbox, a line has
+# 12 columns, of which the last may be missing; in paired ones occlusion and ignore may be absent too.
+READERS = {
+    "bbgt": partial(read_lines, columns=11),
+    "paired": partial(read_lines, columns=5),
+    "xml": read_xml,
+    "xml-sanitized": read_xml,
+}
 
 
 # ------------------------------------------------------------------- JSON
 
 
-def read_json(path: Path) -> tuple[tuple[str, ...], np.ndarray, Objects]:
-    """A test JSON: frame ids in the order of their numbers; (n,) int64, where each object's frame
-    stands among them, ascending; and the objects.
+def read_json(path: Path, errors: Errors = None) -> dict[str, list[ObjectRow]]:
+    """A test JSON: frame id -> the frame's objects, in the order of the images' ids.
 
-    Objects of a category other than "person" and those with ignore = 1 keep their flag; every
-    object's label is its category's name.
+    An object's label is its category's name.
 
     Raises:
         InputError: it is no such JSON, or an object is malformed; the line tells which.
     """
     content = load_json(read_text(path), path)
+    frames: dict[Any, str] = {}
+    objects: dict[str, list[ObjectRow]] = {}
     try:
-        names = {category["id"]: category["name"] for category in content["categories"]}
-        images = sorted(content["images"], key=lambda image: image["id"])
-        places = {image["id"]: i for i, image in enumerate(images)}
-        frames = tuple(image["im_name"] for image in images)
-        if not len(places) == len(set(frames)) == len(frames) or not all(map(FRAME_ID.fullmatch, frames)):
-            raise ValueError("an image's id or im_name is there twice, or is no frame id")
-        items = content["annotations"]
-        try:
-            objects = json_objects(items, names)
-        except (InputError, KeyError, TypeError, ValueError, OverflowError):  # one by one it can be named
-            objects = make_objects(read_rows(enumerate(items), partial(json_row, path, names), path, None))
-        place = np.array([places[item["image_id"]] for item in items], dtype=np.int64)
+        for image in sorted(content["images"], key=lambda image: image["id"]):
+            number, frame_id = image["id"], image["im_name"]
+            if not FRAME_ID.fullmatch(frame_id):
+                raise ValueError(f"im_name {frame_id!r} is no frame id")
+            if number in frames or frame_id in objects:
+                problem = f"image {number} or im_name {frame_id} is there twice"
+                refuse(InputError(problem, JSON_REMEDY, file=path), errors)
+            frames[number], objects[frame_id] = frame_id, []
+        names, items = {c["id"]: c["name"] for c in content["categories"]}, content["annotations"]
+        for row in read_rows(enumerate(items), partial(json_row, path, names), path, errors):
+            image_id = items[row.number]["image_id"]
+            if image_id in frames:
+                objects[frames[image_id]].append(row)
+            else:
+                problem = f"annotation {row.number} is of image {image_id}, which is not in it"
+                refuse(InputError(problem, JSON_REMEDY, file=path), errors)
     except (KeyError, TypeError, ValueError) as error:
         problem = f"not a KAIST annotation JSON ({type(error).__name__}: {error})"
-        remedy = "use KAIST_annotation.json, with images, annotations and categories"
-        raise InputError(problem, remedy, file=path) from None
-    order = np.argsort(place, kind="stable")
-    return frames, place[order], take_objects(objects, order)
-
-
-def take_objects(objects: Objects, index: np.ndarray) -> Objects:
-    """Some of the objects, by their index."""
-    labels = tuple(objects.labels[i] for i in index.tolist())
-    return Objects(objects.boxes[index], labels, objects.occlusion[index], objects.ignore[index])
-
-
-def json_objects(items: list[dict[str, Any]], names: dict[Any, str]) -> Objects:
-    """The objects of a JSON's list, all at once; names: category id -> label.
-
-    Raises:
-        InputError, KeyError, TypeError, ValueError, OverflowError: one of them is malformed.
-    """
-    boxes, occlusion, ignore = ([item[key] for item in items] for key in ("bbox", "occlusion", "ignore"))
-    labels = tuple(names[item["category_id"]] for item in items)
-    types = {*map(type, itertools.chain(occlusion, *boxes))}
-    if types - {int, float} or {*map(type, labels)} - {str} or {*map(len, boxes)} - {4}:
-        raise TypeError("a value is of the wrong type")
-    if {*map(type, ignore)} - {int, bool} or {*ignore} - {0, 1}:
-        raise TypeError(f"ignore is {ignore[0]!r}, not 0, 1, true or false")
-    xywh = np.array(boxes, np.float64).reshape(-1, 4)
-    fits = (xywh[:, 2:] > 0).all(1) & (np.abs(xywh).sum(1) < 1e6) & np.isin(occlusion, (0, 1, 2))
-    for i in np.flatnonzero(~fits):
-        check_object(boxes[i], occlusion[i])
-    return Objects(xywh, labels, np.array(occlusion, np.int64), np.array(ignore, bool))
+        raise InputError(problem, JSON_REMEDY, file=path) from None
+    return objects
 
 
 def json_row(path: Path, names: dict[Any, str], item: Any, number: int) -> ObjectRow:
     """A row from a JSON's object `number`, refused by its number; names: category id -> label."""
     try:
-        objects = json_objects([item], names)
-        flags = int(objects.occlusion[0]), bool(objects.ignore[0])
-        return ObjectRow(objects.labels[0], objects.boxes[0].tolist(), *flags, number)
+        label, ignore, occlusion = names[item["category_id"]], item["ignore"], item["occlusion"]
+        box = list(item["bbox"])
+        if len(box) != 4 or {*map(type, (*box, occlusion))} - {int, float} or type(label) is not str:
+            raise TypeError("a value is of the wrong type")
+        if type(ignore) not in (int, bool) or ignore not in (0, 1):
+            raise TypeError(f"ignore is {ignore!r}, not 0, 1, true or false")
+        box = [float(side) for side in box]
+        check_object(box, occlusion)
+        return ObjectRow(label, box, occlusion, bool(ignore), number)
     except InputError as error:
         problem, remedy = f": {error.problem}", error.remedy
     except (KeyError, TypeError, ValueError, OverflowError) as error:

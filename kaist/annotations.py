@@ -21,11 +21,12 @@ import numpy as np
 from kaist.annotation_files import (
     FRAME_ID,
     READERS,
+    Errors,
     ObjectRow,
     Objects,
     make_objects,
     read_json,
-    take_objects,
+    refuse,
 )
 from kaist.files import InputError, read_text
 
@@ -68,26 +69,31 @@ def read_image_list(path: str | Path) -> list[str]:
     Raises:
         InputError: a missing or empty list, a line that is no frame id, a frame listed twice.
     """
-    path = Path(path)
+    return list(list_lines(Path(path)))
+
+
+def list_lines(path: Path, errors: Errors = None) -> dict[str, int]:
+    """Frame id -> its line in an image list, in the list's order."""
     if not path.is_file():
         beside = sorted(p.name for p in path.parent.glob("*.txt"))[:8]
         have = f"{path.parent} holds {', '.join(beside)}" if beside else "check the path"
         raise InputError("image list not found", have, file=path)
-    first_line: dict[str, int] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        frame_id = line.strip()
+    lines: dict[str, int] = {}
+    text = read_text(path)
+    for number, line in enumerate(text.splitlines(), 1):
+        frame_id, problem = line.strip(), ""
         if not frame_id:
             continue
         if not FRAME_ID.fullmatch(frame_id):
-            problem = f"{frame_id[:60]!r} is not a frame id"
-            raise InputError(problem, "write set00/V000/I00000", file=path, line=number)
-        if frame_id in first_line:
-            problem = f"{frame_id} stands in line {first_line[frame_id]} already"
-            raise InputError(problem, "list each frame once", file=path, line=number)
-        first_line[frame_id] = number
-    if not first_line:
-        raise InputError("the image list is empty", "list at least one frame", file=path)
-    return list(first_line)
+            problem, remedy = f"{frame_id[:60]!r} is not a frame id", "write set00/V000/I00000"
+        elif lines.setdefault(frame_id, number) != number:
+            problem = f"{frame_id} stands in line {lines[frame_id]} already"
+            remedy = "list each frame once"
+        if problem:
+            refuse(InputError(problem, remedy, file=path, line=number), errors)
+    if not text.strip():
+        refuse(InputError("the image list is empty", "list at least one frame", file=path), errors)
+    return lines
 
 
 def find_file(root: Path, name: str) -> Path:
@@ -108,18 +114,14 @@ class Annotations:
     Attributes:
         source: the folder, or the JSON file.
         form: "bbgt", "xml", "xml-sanitized", "paired" or "json".
+        modality: whose boxes are read of the paired form.
         frames: frame ids in file order for JSON, else None.
     """
 
     def __init__(self, source: Path, form: str, modality: str) -> None:
-        self.source = source
-        self.form = form
-        self.modality = modality
-        self.frames: tuple[str, ...] | None = None
-        if form == "json":
-            self.frames, frame, self.objects = read_json(source)
-            self.places = {frame_id: i for i, frame_id in enumerate(self.frames)}
-            self.first = np.searchsorted(frame, np.arange(len(self.frames) + 1))
+        self.source, self.form, self.modality = source, form, modality
+        self.of_json = read_json(source) if form == "json" else None
+        self.frames = None if self.of_json is None else tuple(self.of_json)
 
     def path(self, frame_id: str) -> str:
         """The file that annotates a frame. A str: a Path takes longer to make than to look up."""
@@ -148,19 +150,16 @@ class Annotations:
         Raises:
             InputError: the first file that is missing or malformed.
         """
-        if self.form != "json":
-            rows = [self.read_file(Path(self.path(frame_id))) for frame_id in frame_ids]
-            return make_objects([*itertools.chain(*rows)]), np.array([len(own) for own in rows], np.int64)
-        missing = next((frame_id for frame_id in frame_ids if frame_id not in self.places), None)
-        if missing:
-            raise InputError(f"{missing} is not annotated in it", REMEDY, file=self.source)
-        frame = np.array([self.places[frame_id] for frame_id in frame_ids], np.int64)
-        counts = np.diff(self.first)[frame]
-        index = np.repeat(self.first[frame] - counts.cumsum() + counts, counts) + np.arange(counts.sum())
-        return take_objects(self.objects, index), counts
+        rows = [self.read_rows(frame_id) for frame_id in frame_ids]
+        return make_objects([*itertools.chain(*rows)]), np.array([len(own) for own in rows], np.int64)
 
-    def read_file(self, path: Path) -> list[ObjectRow]:
-        """The objects of a file of this form."""
+    def read_rows(self, frame_id: str) -> list[ObjectRow]:
+        """The objects of a frame as its file has them."""
+        if self.of_json is not None:
+            if frame_id not in self.of_json:
+                raise InputError(f"{frame_id} is not annotated in it", REMEDY, file=self.source)
+            return self.of_json[frame_id]
+        path = Path(self.path(frame_id))
         try:
             return READERS[self.form](path)
         except FileNotFoundError:

@@ -24,7 +24,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.config import OneLineParser
-from kaist.annotation_files import FRAME_ID
 from kaist.annotations import (
     FOLDERS,
     JSON_NAME,
@@ -33,10 +32,10 @@ from kaist.annotations import (
     find_file,
     has_annotations,
     image_path,
+    list_lines,
     open_annotations,
-    read_image_list,
 )
-from kaist.files import InputError, read_text, run_script, write_atomically
+from kaist.files import InputError, run_script, write_atomically
 from tools.faults import (
     COLOURED,
     FAULTS,
@@ -46,6 +45,7 @@ from tools.faults import (
     check_file,
     check_image,
     check_json,
+    to_fault,
     unreadable,
 )
 
@@ -132,21 +132,12 @@ def check_list(path: Path, frames: dict[str, tuple[Path, int]], disjoint: bool) 
     Raises:
         InputError: it is not there or is no text.
     """
-    if not path.is_file():
-        read_image_list(path)  # says what is there instead
-    ids = [(line, text.strip()) for line, text in enumerate(read_text(path).splitlines(), 1) if text.strip()]
-    if not ids:
-        yield Fault("list-empty", path, 0, "it lists no frame")
-    own: dict[str, int] = {}
-    for line, frame_id in ids:
-        if not FRAME_ID.fullmatch(frame_id):
-            yield Fault("list-bad-id", path, line, f"{frame_id[:60]!r} is not a frame id")
-            continue
-        if own.setdefault(frame_id, line) != line:
-            yield Fault("list-repeated-id", path, line, f"{frame_id} is in line {own[frame_id]} too")
+    errors: list[InputError] = []
+    for frame_id, line in list_lines(path, errors).items():
         other, other_line = frames.setdefault(frame_id, (path, line))
         if other != path and (disjoint or ("test" in path.stem) != ("test" in other.stem)):
             yield Fault("list-overlap", path, line, f"{frame_id} is in {other}:{other_line} too")
+    yield from (to_fault(error, path) for error in errors)
 
 
 def check_frames(

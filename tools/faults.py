@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from kaist.annotation_files import READERS, ObjectRow, json_row, parse_xml, read_json, read_rows
+from kaist.annotation_files import READERS, ObjectRow, parse_xml, read_json
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError, load_json, read_text
 from kaist.images import open_image
@@ -60,26 +59,26 @@ FAULTS = {
     "json-repeated-id": "an id or frame that a JSON holds twice",
     "json-unknown-image": "a JSON object of an image that is not in it",
 }
-# Words of the readers' messages, and the fault that each tells of.
+# Faults that the readers find, and words of their messages, in the order in which they are looked for.
 MESSAGES = {
-    "exceeds limit": "huge-image",
-    "too large to decode": "huge-image",
-    "not an 8-bit image": "16-bit-image",
-    "cannot identify image": "not-an-image",
-    "unreadable image": "broken-image",
-    "not a text file": "not-text",
-    "is not a bbGt header": "bad-header",
-    "columns where": "too-few-columns",
-    "is not a number": "not-a-number",
-    "with positive size": "no-area",
-    "is unknown": "unknown-occlusion",
-    "broken XML": "broken-xml",
-    "an XML with a DOCTYPE": "broken-xml",
-    "is no KAIST annotation": "broken-xml",
-    "broken JSON": "broken-json",
-    "not a KAIST annotation JSON": "broken-json",
-    "an object lacks": "incomplete-object",
-    "annotation ": "incomplete-object",
+    "huge-image": "exceeds limit|too large to decode",
+    "16-bit-image": "not an 8-bit image",
+    "not-an-image": "cannot identify image",
+    "broken-image": "unreadable image",
+    "list-bad-id": "is not a frame id",
+    "list-repeated-id": "stands in line",
+    "list-empty": "the image list is empty",
+    "not-text": "not a text file",
+    "bad-header": "is not a bbGt header",
+    "too-few-columns": "columns where",
+    "not-a-number": "is not a number",
+    "no-area": "with positive size",
+    "unknown-occlusion": "is unknown",
+    "broken-xml": "broken XML|an XML with a DOCTYPE|is no KAIST annotation",
+    "broken-json": "broken JSON|not a KAIST annotation JSON",
+    "json-repeated-id": "is there twice",
+    "json-unknown-image": "which is not in it",
+    "incomplete-object": "an object lacks|annotation ",
 }
 LABELS = {"person", "people", "cyclist", "person?", "__ignore__"}
 HEIGHTS = (10, 450)  # pixels; KAIST's objects have 20 to 309
@@ -149,7 +148,7 @@ def check_image(path: Path, modality: str) -> Fault | ImageStats:
 
 def to_fault(error: InputError, path: Path) -> Fault:
     """What a reader refused, under its name."""
-    names = (name for words, name in MESSAGES.items() if words in error.problem)
+    names = (name for name, words in MESSAGES.items() if re.search(words, error.problem))
     return Fault(next(names, "unreadable-file"), path, error.line or 0, error.problem)
 
 
@@ -175,49 +174,27 @@ def check_file(path: Path, form: str, frame_id: str) -> tuple[list[Fault], list[
 
 def check_json(path: Path) -> tuple[list[Fault], set[str]]:
     """Faults of a test JSON, and the frames it holds."""
-    faults: list[Fault] = []
-    frames: set[str] = set()
     errors: list[InputError] = []
     try:
-        content = load_json(read_text(path), path)
-        faults += contradictions(content, path, frames)
-        names, items = {c["id"]: c["name"] for c in content["categories"]}, content["annotations"]
-        of_image: dict[Any, list[ObjectRow]] = defaultdict(list)
-        for row in read_rows(enumerate(items), partial(json_row, path, names), path, errors):
-            of_image[items[row.number]["image_id"]].append(row)
-        for fault in (fault for rows in of_image.values() for fault in implausible_objects(rows, path)):
-            faults.append(fault._replace(line=0, problem=f"annotation {fault.line}: {fault.problem}"))
-        if not faults and not errors:
-            read_json(path)
+        frames = read_json(path, errors)
     except InputError as error:
-        errors.append(error)
-    except (AttributeError, KeyError, TypeError) as error:
-        problem = f"no KAIST annotation ({type(error).__name__}: {error})"
-        faults.append(Fault("broken-json", path, 0, problem))
-    return faults + [to_fault(error, path) for error in errors], frames
-
-
-def contradictions(content: Any, path: Path, frames: set[str]) -> Iterator[Fault]:
-    """What a test JSON's parts say against each other; its frames are added to `frames`."""
-    ids: set[Any] = set()
+        return [to_fault(error, path)], set()
+    faults = [to_fault(error, path) for error in errors]
+    for fault in (fault for rows in frames.values() for fault in implausible_objects(rows, path)):
+        faults.append(fault._replace(line=0, problem=f"annotation {fault.line}: {fault.problem}"))
+    content = load_json(read_text(path), path)
     for image in content["images"]:
-        if image["id"] in ids or image["im_name"] in frames:
-            problem = f"image {image['id']} or {image['im_name']} is there twice"
-            yield Fault("json-repeated-id", path, 0, problem)
-        ids.add(image["id"])
-        frames.add(image["im_name"])
         size = image.get("width", FRAME_WIDTH), image.get("height", FRAME_HEIGHT)
         if size != (FRAME_WIDTH, FRAME_HEIGHT):
             problem = f"{image['im_name']} is of size {size[0]}x{size[1]}"
-            yield Fault("contradicting-file", path, 0, problem)
-    used = Counter(item.get("id", number) for number, item in enumerate(content["annotations"]))
-    for repeated in (i for i, n in used.items() if n > 1):
-        problem = f"annotation id {repeated} is there {used[repeated]} times"
-        yield Fault("json-repeated-id", path, 0, problem)
-    for number, item in enumerate(content["annotations"]):
-        if item["image_id"] not in ids:
-            problem = f"annotation {number} is of image {item['image_id']}"
-            yield Fault("json-unknown-image", path, 0, problem)
+            faults.append(Fault("contradicting-file", path, 0, problem))
+    items = (item for item in content["annotations"] if isinstance(item, dict) and "id" in item)
+    ids = Counter(repr(item["id"]) for item in items)
+    for repeated, count in ids.items():
+        if count > 1:
+            problem = f"annotation id {repeated} is there {count} times"
+            faults.append(Fault("json-repeated-id", path, 0, problem))
+    return faults, set(frames)
 
 
 def implausible_objects(rows: list[ObjectRow], path: Path) -> Iterator[Fault]:
