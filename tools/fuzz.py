@@ -10,9 +10,9 @@ tests/tools/test_fuzz.py. Each input depends on its reader, number and seed alon
 
 from __future__ import annotations
 
-import faulthandler
 import io
 import json
+import math
 import os
 import random
 import re
@@ -23,10 +23,8 @@ import traceback
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import redirect_stdout, suppress
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,14 +40,12 @@ from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.config import OneLineParser, read_constants
 from kaist.annotation_files import READERS, read_json
 from kaist.annotations import read_image_list
-from kaist.files import InputError, make_folder, run_script
+from kaist.files import InputError, make_folder, run_script, write_text
 from kaist.images import read_image
 from kaist.results import read_detections
 from tools.faults import Fault, check_file, check_image, check_json
 
-CHUNK = 200  # inputs that a process takes at a time
-LIMIT = 100.0  # seconds that they may take
-MAX_KEPT = 100  # failing inputs of a reader that are kept
+LIMIT = 10  # seconds that a reader may take for an input
 LONGEST = 200_000  # bytes of an input
 FRAMES = [f"set06/V000/I{number:05d}" for number in range(20)]
 TEXT = "% bbGt version=3\nperson 10 20 30 60 1 0 0 0 0 0 0\npeople 300 200 90 60 0 0 0 0 0 1 0\n"
@@ -59,6 +55,11 @@ XML = """<?xml version="1.0"?>
 <occlusion>0</occlusion></object>
 <object><name>people</name><bndbox><x>9</x><y>8</y><w>17</w><h>36</h></bndbox></object></annotation>
 """
+FLAGS = {
+    "train": "--experiment 26 --lr 1e-3 --infusion 1,1,0,0,0,0 --no-augment --input-size 300,300",
+    "eval": f"--detections {__file__} --annotations x.json --bootstrap 10 --by-video --out x.png",
+    "detect": "x.jpg --checkpoint y --min-score 0.2 --out z --device cpu",
+}
 LAUGHS = b'<!DOCTYPE a [<!ENTITY a "ha">%b]>' % b"".join(
     b'<!ENTITY %c "%s">' % (98 + i, b"&%c;" % (97 + i) * 10) for i in range(9)
 )  # each entity is ten of the one before
@@ -69,71 +70,69 @@ WORDS = (
     *b"\0|\x0b|\x1c|\x85|\xff|\xef\xbb\xbf|\xff\xfe|\xed\xa0\x80|| |\t|\n|\r\n|\r".split(b"|"),
     *rb"""% %s{} ' " \ \ud800 , ; # - ../../x /dev/null true null person""".split(),
     *(b"A" * 70_000, b"1 " * 5000, b"1," * 5000),
-)
-JSON_WORDS = (
+    # of JSON
     *b'{ } [ ] : // false [] {} [[]] [1] [1,2,3,4] {"id":1} {"id":0,"id":1} "x" "1" "" "\\ud800"'.split(),
     *b'"image_id" "id" "bbox" "score" "set06/V000/I00001" -1000000000000000000000000000000'.split(),
     *(b"[" * 3000, b"[" * 100_000, b'{"a":' * 3000, b"[" * 2000 + b"]" * 2000),
-)
-XML_WORDS = (
+    # of XML
     *b"< > </ <object> </object> <name> <bndbox> &a; &i; &lt; &#0; &#x110000; <![CDATA[ ]]>".split(),
     *b"<!-- --> xmlns:a='b' <a:object/> <?xml?>".split(),
     *(b"<?xml version='1.0' encoding='%s'?>" % name for name in (b"utf-8", b"utf-16", b"klingon")),
     *(b'<!DOCTYPE a SYSTEM "file:///etc/passwd">', b"<a>" * 3000, b"<a>" * 100_000, LAUGHS),
+    # of command lines
+    *(f"--{name.replace('_', '-')}".encode() for name in read_constants(train.__file__)),
+    *(b"--help", b"--", b"-x", b"auto"),
 )
 
 
 # ------------------------------------------------------------------------------ mutations
 
 
-def mutate_bytes(rng: random.Random, seeds: list[bytes]) -> bytes:
+def mutate_bytes(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
     """A seed with one to four damages that know nothing of its structure."""
     data = bytearray(rng.choice(seeds))
     for _ in range(rng.choice((1, 1, 2, 4))):
         at = rng.randrange(len(data) + 1)
         end = min(len(data), at + rng.choice((1, 2, 4, 16, 200)))
-        match rng.randrange(5):
-            case 0 if at < len(data):
-                data[at] ^= 1 << rng.randrange(8)
-            case 1:
+        match rng.randrange(4):
+            case 0:
                 data[at:end] = rng.choice((rng.randbytes(end - at), b"\0" * 4, b"\xff" * 4, b"\x7f\xff"))
-            case 2:
+            case 1:
                 data[at:end] *= rng.choice((0, 0, 2, 3, 50))
-            case 3:
+            case 2:
                 del data[at:]
-            case 4:
+            case 3:
                 other = rng.choice(seeds)
                 data[at:] = other[rng.randrange(len(other) + 1) :]
     return bytes(data)
 
 
-def mutate_text(rng: random.Random, seeds: list[bytes], words: tuple[bytes, ...]) -> bytes:
+def mutate_text(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
     """A seed whose words and lines are replaced, repeated, dropped or swapped."""
     data = rng.choice(seeds)
     for _ in range(rng.choice((1, 1, 2, 3))):
         spans = [match.span() for match in re.finditer(rb"\"[^\"]*\"|[^\s,<>\":{}\[\]]+", data[:4000])]
         start, end = rng.choice(spans) if spans else (0, 0)
-        match rng.randrange(10):
-            case 0 | 1 | 2 | 3:
-                data = data[:start] + rng.choice(words) + data[end:]
-            case 4 | 5:
-                data = data[:start] + rng.choice((b"", rng.choice(words) + data[start:end])) + data[end:]
-            case 6 | 7:
+        match rng.randrange(5):
+            case 0 | 1:
+                kept = rng.choice((b"", b"", data[start:end]))
+                data = data[:start] + rng.choice((*WORDS, b"", b"")) + kept + data[end:]
+            case 2:
                 lines = data.split(b"\n")
                 line = rng.randrange(len(lines))
                 lines[line : line + 1] *= rng.choice((0, 0, 0, 0, 2, 2, 2, 300))
                 data = b"\n".join(lines)
-            case 8:
+            case 3:
                 old, new = rng.choice((b"\n|\r\n", b"\n|\r", b"\n|\0", b",|;", b"0|\0")).split(b"|")
                 data = data.replace(old, new)
-            case 9:
+            case 4:
                 data = mutate_bytes(rng, [data, *seeds])
     if rng.random() < 0.02:
         data = data.decode("latin-1").encode(rng.choice(("utf-16", "utf-32", "utf-8-sig")))
     return data[:LONGEST]
 
 
-def mutate_zip(rng: random.Random, seeds: list[bytes]) -> bytes:
+def mutate_zip(rng: random.Random, seeds: Sequence[bytes]) -> bytes:
     """A zip archive (a checkpoint) with one member mutated under a right checksum; or as it is."""
     if rng.random() < 0.4:
         return mutate_bytes(rng, seeds)
@@ -150,21 +149,20 @@ def mutate_zip(rng: random.Random, seeds: list[bytes]) -> bytes:
 
 
 class Reader(NamedTuple):
-    """A call on a file, the file's name, its share of all inputs, mutation, valid content."""
+    """A call on a file, the file's name, its weight among all inputs, valid content, its mutation."""
 
     read: Callable[[Path], Any]
     file: str
-    share: float
-    mutate: Callable[[random.Random, list[bytes]], bytes]
-    seeds: list[bytes]
+    weight: int
+    seeds: Sequence[bytes]
+    mutate: Callable[[random.Random, Sequence[bytes]], bytes] = mutate_text
 
 
-def checked(read: Callable[[Path], Any], check: Callable[[Path], Any]) -> Callable[[Path], None]:
+def checked(read: Callable[[Path], Any], find_faults: Callable[[Path], Any]) -> Callable[[Path], None]:
     """A reader of files in which the data check has to find a fault if they are refused."""
 
     def both(path: Path) -> None:
-        found = check(path)
-        faults = found[0] if isinstance(found, tuple) and not isinstance(found, Fault) else found
+        faults = find_faults(path)
         try:
             read(path)
         except InputError as error:
@@ -196,8 +194,8 @@ def read_frame_list(path: Path) -> None:
     read_detections(result, FRAMES)
 
 
-def make_readers(folder: Path) -> dict[str, Reader]:
-    """Everything that is fed, by name; a checkpoint is written below `folder`."""
+def make_readers() -> dict[str, Reader]:
+    """Everything that is fed, by name."""
     row = {"image_id": 0, "category_id": 1, "bbox": [10.5, 20, 30, 60], "score": 0.5}
     rows = [row | {"image_id": i, "category_id": 1 + (i == 2)} for i in range(4)]
     people = {
@@ -212,47 +210,41 @@ def make_readers(folder: Path) -> dict[str, Reader]:
     picture.quantize(8).save(png, "PNG")
     tensors = {"w": torch.zeros(3), "b": torch.ones(2, 2, dtype=torch.float16)}
     state = {"model": tensors, "model_args": {"size": (300, 300), "width": 0.5}, "epoch": 3}
-    save_checkpoint(folder / "seed.pt", state | {"config": {"lr": 1e-3}, "experiment": "26"})
-    zipped, frames = [(folder / "seed.pt").read_bytes()], "\n".join(FRAMES)
+    with tempfile.TemporaryDirectory() as folder:
+        seed = Path(folder) / "seed.pt"
+        save_checkpoint(seed, state | {"config": {"lr": 1e-3}, "experiment": "26"})
+        checkpoint = seed.read_bytes()
     results = "".join(f"{i},10.5,20,30.25,60,0.{i}\n" for i in range(1, 10))
-    flags = (
-        "--experiment 26 --lr 1e-3 --infusion 1,1,0,0,0,0 --no-augment --input-size 300,300",
-        f"--detections {__file__} --annotations x.json --bootstrap 10 --by-video --out x.png",
-        "x.jpg --checkpoint y --min-score 0.2 --out z --device cpu",
-    )
-    constants = [f"--{name.replace('_', '-')}".encode() for name in read_constants(train.__file__)]
 
-    def mutated(words: tuple[bytes, ...], *texts: str) -> tuple[Callable, list[bytes]]:
-        return partial(mutate_text, words=WORDS + words), [text.encode() for text in texts]
+    def texts(*texts: str) -> list[bytes]:
+        return [text.encode() for text in texts]
 
     def annotation(form: str) -> Callable[[Path], None]:
-        return checked(READERS[form], partial(check_file, form=form, frame_id=FRAMES[19]))
+        return checked(READERS[form], lambda path: check_file(path, form, FRAMES[19])[0])
 
     def image(modality: str) -> Callable[[Path], None]:
-        fault = lambda path: isinstance(check_image(path, modality), Fault)  # noqa: E731
-        return checked(partial(read_image, modality=modality), fault)
+        find_fault = lambda path: isinstance(check_image(path, modality), Fault)  # noqa: E731
+        return checked(partial(read_image, modality=modality), find_fault)
 
-    lists, read_results = mutated((), frames, "set00/V000/I00001"), partial(read_detections, frames=FRAMES)
-    boxes, entries = (mutated(JSON_WORDS, json.dumps(x), json.dumps(x, indent=1)) for x in (people, rows))
+    lists, read_results = texts("\n".join(FRAMES), FRAMES[1]), partial(read_detections, frames=FRAMES)
+    boxes, entries = (texts(json.dumps(x), json.dumps(x, indent=1)) for x in (people, rows))
     parsers = train.configure, eval_script.parse_arguments, detect.parse_arguments
-    words = (*constants, b"--help", b"--", b"-x", b"auto")
-    return {
-        "bbgt": Reader(annotation("bbgt"), "x.txt", 0.16, *mutated((), TEXT)),
-        "paired": Reader(annotation("paired"), "x.txt", 0.1, *mutated((), TEXT)),
-        "xml": Reader(annotation("xml"), "x.xml", 0.12, *mutated(XML_WORDS, XML)),
-        "annotation-json": Reader(checked(read_json, check_json), "x.json", 0.1, *boxes),
-        "result-text": Reader(read_results, "x.txt", 0.13, *mutated((), results)),
-        "result-json": Reader(read_results, "x.json", 0.12, *entries),
-        "frame-list": Reader(read_frame_list, "result.frames.txt", 0.08, *lists),
-        "image-list": Reader(read_image_list, "x.txt", 0.107, *lists),
-        "checkpoint": Reader(load_checkpoint, "x.pt", 0.04, mutate_zip, zipped),
-        "jpeg": Reader(image("lwir"), "x.jpg", 0.015, mutate_bytes, [jpeg.getvalue()]),
-        "png": Reader(image("visible"), "x.jpg", 0.01, mutate_bytes, [png.getvalue()]),
-    } | {
-        f"{name}-flags": Reader(
-            partial(parse_flags, parse), "x", 0.006, *mutated(words, "\n".join(line.split()))
-        )
-        for name, parse, line in zip(("train", "eval", "detect"), parsers, flags, strict=True)
+    flags = {
+        f"{name}-flags": Reader(partial(parse_flags, parse), "x", 1, texts("\n".join(FLAGS[name].split())))
+        for name, parse in zip(FLAGS, parsers, strict=True)
+    }
+    return flags | {
+        "bbgt": Reader(annotation("bbgt"), "x.txt", 20, texts(TEXT)),
+        "paired": Reader(annotation("paired"), "x.txt", 20, texts(TEXT)),
+        "xml": Reader(annotation("xml"), "x.xml", 20, texts(XML)),
+        "annotation-json": Reader(checked(read_json, lambda path: check_json(path)[0]), "x.json", 20, boxes),
+        "result-text": Reader(read_results, "x.txt", 20, texts(results)),
+        "result-json": Reader(read_results, "x.json", 20, entries),
+        "frame-list": Reader(read_frame_list, "result.frames.txt", 20, lists),
+        "image-list": Reader(read_image_list, "x.txt", 20, lists),
+        "checkpoint": Reader(load_checkpoint, "x.pt", 5, [checkpoint], mutate_zip),
+        "jpeg": Reader(image("lwir"), "x.jpg", 2, [jpeg.getvalue()], mutate_bytes),
+        "png": Reader(image("visible"), "x.jpg", 2, [png.getvalue()], mutate_bytes),
     }
 
 
@@ -264,56 +256,28 @@ def make_input(name: str, reader: Reader, number: int, seed: int) -> bytes:
     return reader.mutate(random.Random(f"{seed} {name} {number}"), reader.seeds)
 
 
-Fed = tuple[Counter[str], list[tuple[str, bytes, str]]]  # counts; failures: label, input, traceback
+def feed(reader: Reader, data: bytes, folder: Path) -> str:
+    """Write an input below `folder` and read it: "taken", "refused", or any other error's traceback."""
 
+    def give_up(*_: object) -> None:
+        raise TimeoutError(f"not read after {LIMIT} s")
 
-def feed(reader: Reader, inputs: Iterable[tuple[str, bytes]], folder: Path) -> Fed:
-    """Write labelled inputs below `folder`, each over the other, and read them."""
-    counts, failures = Counter[str](), []
-    for label, data in inputs:
-        (folder / reader.file).write_bytes(data)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                reader.read(folder / reader.file)
-            counts["taken"] += 1
-        except InputError:
-            counts["refused"] += 1
-        except BaseException:
-            counts["failed"] += 1
-            failures.append((label, data, traceback.format_exc()))
-    return counts, failures
-
-
-def feed_chunk(seed: int, folder: Path, chunk: tuple[str, range]) -> tuple[str, Fed]:
-    """Feed a reader the inputs of some numbers, in a process of the pool; after `LIMIT` it ends."""
-    faulthandler.dump_traceback_later(LIMIT, exit=True, file=sys.__stderr__)
-    torch.set_num_threads(1)
-    own = folder / str(os.getpid())
-    own.mkdir(exist_ok=True)
-    (name, numbers), reader = chunk, make_readers(own)[chunk[0]]
-    fed = feed(reader, ((f"{name}-{i}", make_input(name, reader, i, seed)) for i in numbers), own)
-    faulthandler.cancel_dump_traceback_later()
-    return name, fed
-
-
-def feed_all(counts: dict[str, int], seed: int, workers: int, folder: Path) -> Iterator[tuple[str, Fed]]:
-    """Feed all readers in several processes. An input that ends its process ends everything, and
-    is among what the processes were reading, which then is the last that is yielded."""
-    chunks = [
-        (name, range(start, min(start + CHUNK, count)))
-        for name, count in counts.items()
-        for start in range(0, count, CHUNK)
-    ]
-    ignore_sigint = (signal.SIGINT, signal.SIG_IGN)  # the main process handles it
-    with ProcessPoolExecutor(workers, initializer=signal.signal, initargs=ignore_sigint) as pool:
-        try:
-            yield from pool.map(partial(feed_chunk, seed, folder), chunks)
-        except BrokenProcessPool:
-            files = [max(own.iterdir(), key=lambda file: file.stat().st_mtime_ns) for own in folder.iterdir()]
-            trace = "a process died that was reading this or another died-… file\n"
-            died = [(f"died-{file.parent.name}-{file.name}", file.read_bytes(), trace) for file in files]
-            yield "died", (Counter(failed=1), died)
+    (folder / reader.file).write_bytes(data)
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(LIMIT)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reader.read(folder / reader.file)
+        return "taken"
+    except InputError:
+        return "refused"
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return traceback.format_exc()
+    finally:
+        signal.alarm(0)
 
 
 def main() -> None:
@@ -322,36 +286,32 @@ def main() -> None:
     add = parser.add_argument
     add("--inputs", type=int, default=1_000_000, help="of all readers together (%(default)s)")
     add("--seed", type=int, default=0, help="another seed, other inputs (%(default)s)")
-    add("--workers", type=int, default=os.cpu_count(), help="processes (%(default)s)")
     add("--reader", action="append", help="feed this one alone; may be repeated")
     add("--out", type=Path, default=Path("fuzz-failures"), help="for what fails (%(default)s)")
     arguments = parser.parse_args()
-    totals: dict[str, Counter[str]] = {}
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        readers = make_readers(Path(folder))
-        (Path(folder) / "seed.pt").unlink()
-        chosen = arguments.reader or list(readers)
-        if set(chosen) - set(readers):
-            parser.error(f"the readers are {', '.join(readers)}")
-        share = arguments.inputs / sum(readers[name].share for name in chosen)
-        counts = {name: round(share * readers[name].share + 0.5) for name in chosen}
-        results = feed_all(counts, arguments.seed, arguments.workers, Path(folder))
-        with tqdm(total=sum(counts.values()), unit="input") as bar, suppress(KeyboardInterrupt):
-            for name, (new, failures) in results:
-                bar.update(new.total())
-                totals[name] = totals.get(name, Counter()) + new
-                for label, data, trace in failures if totals[name]["failed"] <= MAX_KEPT else ():
-                    make_folder(arguments.out)
-                    (arguments.out / label).write_bytes(data)
-                    (arguments.out / f"{label}.trace").write_text(trace, errors="backslashreplace")
+    readers, n_failed = make_readers(), 0
+    chosen = arguments.reader or list(readers)
+    if set(chosen) - set(readers):
+        parser.error(f"the readers are {', '.join(readers)}")
+    share = arguments.inputs / sum(readers[name].weight for name in chosen)
     print(f"{'reader':16} {'refused':>9} {'taken':>9} {'failed':>6}")
-    for name, n in totals.items():
-        print(f"{name:16} {n['refused']:9,} {n['taken']:9,} {n['failed']:6}")
-    total = sum(totals.values(), Counter())
-    kept = f", kept in {arguments.out}" if total["failed"] else ""
-    print(f"{total.total():,} inputs, {total['failed']} failures{kept}")
-    sys.exit(bool(total["failed"]))
+    for name in chosen:
+        reader, counts = readers[name], Counter[str]()
+        numbers = range(math.ceil(share * reader.weight))
+        with tempfile.TemporaryDirectory() as folder:
+            for number in tqdm(numbers, name, leave=False):
+                data = make_input(name, reader, number, arguments.seed)
+                result = feed(reader, data, Path(folder))
+                if result not in ("taken", "refused"):
+                    make_folder(arguments.out)
+                    (arguments.out / f"{name}-{number}").write_bytes(data)
+                    write_text(arguments.out / f"{name}-{number}.trace", result)
+                    result = "failed"
+                counts[result] += 1
+        print(f"{name:16} {counts['refused']:9,} {counts['taken']:9,} {counts['failed']:6}")
+        n_failed += counts["failed"]
+    print(f"{n_failed} failures" + (f", kept in {arguments.out}" if n_failed else ""))
+    sys.exit(n_failed > 0)
 
 
 if __name__ == "__main__":
