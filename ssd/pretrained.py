@@ -6,10 +6,9 @@ anywhere, is checked key by key and shape by shape.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,9 @@ from engine.config import refuse
 from kaist.files import InputError
 from ssd.layers import Detector
 from ssd.multispectral import MultispectralSSD
-from ssd.published import check_published, is_published, load_published, read_published
+from ssd.published import check_published, check_tensors, is_published, load_published, read_published
 
+HEADS = ("regression", "classification")
 STATES = "take a state file of torchvision's VGG16, VGG16-BN or SSD300"
 
 
@@ -76,29 +76,30 @@ def check_pretrained(source: str, model: Detector, *, width: float, batch_norm: 
         return
     if width != 1.0:
         refuse("pretrained", source, "published weights need WIDTH = 1.0")
-    if source in ("imagenet", "coco"):
-        ssd = source == "coco"
-    else:
-        ssd = check_file(Path(source), state, batch_norm)
-    if ssd and batch_norm:
+    if source not in ("imagenet", "coco"):
+        check_torchvision(Path(source), state, batch_norm)
+    if batch_norm and (source == "coco" or is_ssd(state)):
         refuse("pretrained", source, "an SSD300's weights need BATCH_NORM = False")
 
 
-def check_file(file: Path, state: dict[str, Tensor], batch_norm: bool) -> bool:
-    """Check a file's state, see `check_pretrained`; whether it is an SSD300's."""
-    if is_ssd(state):
-        check_state(file, state, "SSD300", ssd300_vgg16)
-        return True
+def check_torchvision(file: Path, state: dict[str, Tensor], batch_norm: bool) -> None:
+    """Refuse a state that is not of torchvision's SSD300, or VGG16 with BatchNorm or without."""
     has_bn = any(key.endswith("running_mean") for key in state)
-    make, kind = (vgg16_bn, "VGG16-BN") if has_bn else (vgg16, "VGG16")
-    if has_bn != batch_norm:
-        raise InputError(
-            f"weights of {kind} for a network with BATCH_NORM = {batch_norm}",
-            f"set BATCH_NORM = {has_bn}, or take the other VGG16",
-            file=file,
-        )
-    check_state(file, state, kind, make)
-    return False
+    if is_ssd(state):
+        kind, make = "SSD300", partial(ssd300_vgg16, weights_backbone=None)
+    else:
+        kind, make = ("VGG16-BN", vgg16_bn) if has_bn else ("VGG16", vgg16)
+        if has_bn != batch_norm:
+            problem = f"weights of {kind} for a network with BATCH_NORM = {batch_norm}"
+            raise InputError(problem, f"set BATCH_NORM = {has_bn}, or take the other VGG16", file=file)
+    with torch.device("meta"):
+        tensors = make(weights=None).state_dict()
+    # A classifier's last layer is not used; the classes of an SSD's heads may be others.
+    wanted = {key: value.shape for key, value in tensors.items() if not key.startswith("classifier.6.")}
+    for key in wanted.keys() & state.keys():
+        if "classification" in key:
+            wanted[key] = state[key].shape
+    check_tensors(state, wanted, f"torchvision's {kind}", file, STATES)
 
 
 def is_ssd(state: dict[str, Tensor]) -> bool:
@@ -106,52 +107,18 @@ def is_ssd(state: dict[str, Tensor]) -> bool:
     return any(key.startswith("backbone.") for key in state)
 
 
-def check_state(path: Path, state: dict[str, Tensor], kind: str, make: Callable[..., nn.Module]) -> None:
-    """Compare a state with the network of torchvision's that it should be of.
-
-    Raises:
-        InputError: names the first tensor that is missing, or has another shape.
-    """
-    with torch.device("meta"):
-        backbone = {"weights_backbone": None} if make is ssd300_vgg16 else {}
-        wanted = make(weights=None, **backbone).state_dict()
-    for key, value in wanted.items():
-        if key.endswith("num_batches_tracked") or key.startswith("classifier.6."):
-            continue  # what is not used
-        if key not in state:
-            missing = len(wanted.keys() - state.keys())
-            raise InputError(
-                f"it lacks {key} and so is not torchvision's {kind} ({missing} of {len(wanted)} "
-                "tensors are missing)",
-                STATES,
-                file=path,
-            )
-        # The classes of an SSD's heads may be others: background and the first are kept.
-        if state[key].shape != value.shape and "classification" not in key:
-            raise InputError(
-                f"{key} has shape {tuple(state[key].shape)}, {kind}'s is {tuple(value.shape)}",
-                STATES,
-                file=path,
-            )
-
-
 def download(weights: VGG16_Weights | VGG16_BN_Weights | SSD300_VGG16_Weights) -> dict[str, Tensor]:
     """The state dict of torchvision weights, from its cache or the network, hash checked."""
+    folder, name = f"{torch.hub.get_dir()}/checkpoints", weights.url.rsplit("/", 1)[-1]
     try:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError) as error:
-        raise InputError(
-            f"damaged pretrained weights ({unpickling_problem(error)})",
-            "delete this file and fetch it again",
-            file=f"{torch.hub.get_dir()}/checkpoints/{weights.url.rsplit('/', 1)[-1]}",
-        ) from error
-    except (URLError, OSError) as error:
-        name = weights.url.rsplit("/", 1)[-1]
-        raise InputError(
-            f"cannot download pretrained weights ({error})",
-            f"put {name} from {weights.url} into {torch.hub.get_dir()}/checkpoints, "
-            "or train from scratch with --pretrained none",
-        ) from error
+        problem = f"damaged pretrained weights ({unpickling_problem(error)})"
+        raise InputError(problem, "delete this file and fetch it again", file=f"{folder}/{name}") from error
+    except OSError as error:  # a URLError is one
+        problem = f"cannot download pretrained weights ({error})"
+        remedy = f"put {name} from {weights.url} into {folder}, or train from scratch with --pretrained none"
+        raise InputError(problem, remedy) from error
 
 
 def convert_torchvision_vgg(model: nn.Module, state: dict[str, Tensor], lwir_filters: str = "mean") -> None:
@@ -193,17 +160,13 @@ def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor], lwir_fil
 
     The heads belong to COCO's priors: a model with others keeps its own, untrained.
 
-    Both networks list their convolutions in the order of computation, so layers pair up by
-    position. torchvision feeds its network 255 x (image - mean), which ImageNet's standard
-    deviations in conv1_1 make up for. A network whose `pixel_mean` is torchvision's then detects
-    what torchvision's does; row 35 of the lab book is one.
+    Both networks list their convolutions in the order of computation, so layers pair up by position.
+    torchvision feeds its network 255 x (image - mean), which ImageNet's standard deviations in conv1_1 make
+    up for. A network of torchvision's `pixel_mean`, such as row 35's, then detects what torchvision's does.
     """
     rest = [layer for part in (model.conv6_7, *model.extras) for layer in part]
-    names = [
-        key.removesuffix(".weight")
-        for key, value in state.items()
-        if key.startswith("backbone.") and value.ndim == 4
-    ]
+    names = [key.removesuffix(".weight") for key, value in state.items() if value.ndim == 4]
+    names = [name for name in names if name.startswith("backbone.")]
     for stream in backbones(model):
         ours = [layer for layer in (*stream, *rest) if isinstance(layer, nn.Conv2d)]
         for i, (layer, name) in enumerate(zip(ours, names, strict=True)):
@@ -215,15 +178,12 @@ def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor], lwir_fil
     if model.prior_set != "ssd300-coco":
         return
     for i, (loc, conf) in enumerate(zip(model.loc_heads, model.conf_heads, strict=True)):
-        for head, kind in ((loc, "regression"), (conf, "classification")):
-            values = {}
-            for name in ("weight", "bias"):
-                value = state[f"head.{kind}_head.module_list.{i}.{name}"]
-                if head is conf:  # rows are anchor-major: of each anchor's classes keep 0 and 1
-                    anchors = conf.out_channels // 2
-                    value = value.view(anchors, -1, *value.shape[1:])[:, :2].flatten(0, 1)
-                values[name] = value
-            copy_layer(head, values)
+        for name in ("weight", "bias"):
+            offsets, logits = (state[f"head.{kind}_head.module_list.{i}.{name}"] for kind in HEADS)
+            # Rows are anchor-major: of each anchor's classes keep 0 and 1.
+            logits = logits.unflatten(0, (conf.out_channels // 2, -1))[:, :2].flatten(0, 1)
+            copy_layer(loc, {name: offsets})
+            copy_layer(conf, {name: logits})
 
 
 @torch.no_grad()
@@ -236,14 +196,12 @@ def copy_layer(layer: nn.Module, values: dict[str, Tensor], lwir_filters: str = 
 
 
 def adapt_channels(weight: Tensor, channels: int, lwir_filters: str) -> Tensor:
-    """RGB filters (C, 3, k, k) for another input: (C, channels, k, k).
-
-    3 channels are R, G and B, 1 is LWIR, 4 are all of them.
+    """RGB filters (C, 3, k, k) for another input, (C, channels, k, k): 3 channels are R, G and B, 1 is
+    LWIR, 4 are all of them.
 
     Args:
-        lwir_filters: what LWIR gets. "sum" of the RGB filters answers to LWIR as they do to a grey
-            picture. "mean" answers a third as much, with all of the bias; the logged experiments
-            had it.
+        lwir_filters: what LWIR gets. "sum" of the RGB filters answers to LWIR as they do to a grey picture,
+            "mean" a third as much with all of the bias, as in the logged experiments.
     """
     lwir = weight.sum(dim=1, keepdim=True) if lwir_filters == "sum" else weight.mean(dim=1, keepdim=True)
     if channels == 4:

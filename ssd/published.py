@@ -25,6 +25,7 @@ from ssd.multispectral import MLPD, INSANet
 # Classes of these modules are read as stand-ins; any other class or function is refused.
 STAND_IN_MODULES = ("model.", "insa.", "torch.nn.", "torch.optim.", "numpy.")
 REMEDY = "take the authors' file, or a state dictionary with their names"
+TUTORIAL = "the SSD tutorial's SSD300"
 VGG16 = [f"conv{i}_{j}" for i, n in enumerate((2, 2, 3, 3, 3), 1) for j in range(1, n + 1)]
 LOWER_STAGES = [[*VGG16[10:], "conv6_1", "conv6_2"], *([f"conv{i}_1", f"conv{i}_2"] for i in range(7, 11))]
 HEADS = {
@@ -50,11 +51,6 @@ class StandIn:
     def __setstate__(self, state: object) -> None:
         if isinstance(state, dict):
             self.state = state
-
-    def members(self, kind: str) -> list[tuple[str, Any]]:
-        """Names and values of `_parameters`, `_buffers` or `_modules`."""
-        found = self.state.get(kind)
-        return list(found.items()) if isinstance(found, dict) else []
 
 
 def plain_dict(*_: object) -> dict:
@@ -113,13 +109,14 @@ def module_state(module: StandIn) -> dict[str, Tensor]:
     waiting, seen = [("", module)], {id(module)}
     while waiting:
         prefix, module = waiting.pop()
-        for name, value in (*module.members("_parameters"), *module.members("_buffers")):
-            if isinstance(value, Tensor):
-                state[f"{prefix}{name}"] = value
-        for name, child in module.members("_modules"):
-            if isinstance(child, StandIn) and id(child) not in seen:
-                seen.add(id(child))
-                waiting.append((f"{prefix}{name}.", child))
+        for kind in ("_parameters", "_buffers", "_modules"):
+            members = module.state.get(kind)
+            for name, value in members.items() if isinstance(members, dict) else ():
+                if isinstance(value, Tensor):
+                    state[f"{prefix}{name}"] = value
+                elif isinstance(value, StandIn) and id(value) not in seen:
+                    seen.add(id(value))
+                    waiting.append((f"{prefix}{name}.", value))
     return state
 
 
@@ -149,68 +146,55 @@ def load_published(model: Detector, state: dict[str, Tensor], file: Path) -> Non
     Raises:
         InputError: names the first tensor that is missing, or has another shape.
     """
-    own = model.state_dict()
     check_published(model, state, file)
-    with torch.no_grad():
-        for key, value in converted(model, state).items():
-            own[key].copy_(value)
-
-
-def check_published(model: Detector, state: dict[str, Tensor], file: Path) -> None:
-    """Compare a published state with the network that it should be of.
-
-    Raises:
-        InputError: names the first tensor that is missing, or has another shape.
-    """
     own, names = model.state_dict(), published_names(model)
-    missing = [theirs for theirs in names.values() if theirs not in state]
-    missing = [theirs for theirs in missing if not theirs.endswith("num_batches_tracked")]
-    kind = network_name(model)
-    if missing:
-        raise InputError(
-            f"it lacks {missing[0]} and so is not {kind} ({len(missing)} of {len(names)} tensors "
-            f"are missing){other_kind(model, state)}",
-            REMEDY,
-            file=file,
-        )
-    for ours, theirs in names.items():
-        wanted = tuple(own[ours].shape)
-        if ours == "conv4_3_norm.scale":
-            wanted = (1, *wanted, 1, 1)
-        if theirs in state and tuple(state[theirs].shape) != wanted:
-            raise InputError(
-                f"{theirs} has shape {tuple(state[theirs].shape)}, this network wants {wanted}",
-                "check INPUT_MODE, WIDTH and PRIORS",
-                file=file,
-            )
-
-
-def converted(model: Detector, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The published tensors under a network's own names and in its order."""
-    names = published_names(model)
     values = {ours: state[theirs] for ours, theirs in names.items() if theirs in state}
     values["conv4_3_norm.scale"] = values["conv4_3_norm.scale"].flatten()
     if not isinstance(model, MLPD | INSANet):
         for i, shapes in enumerate(prior_shapes("ssd300")):
             convert_tutorial_heads(values, i, shapes)
-    return values
+    with torch.no_grad():
+        for key, value in values.items():
+            own[key].copy_(value)
 
 
-def network_name(model: Detector) -> str:
-    """What a network is called beside its authors' other ones."""
-    return type(model).__name__ if isinstance(model, MLPD | INSANet) else "the SSD tutorial's SSD300"
-
-
-def other_kind(model: Detector, state: dict[str, Tensor]) -> str:
-    """ ", but X" where a state is one of the other networks."""
+def check_published(model: Detector, state: dict[str, Tensor], file: Path) -> None:
+    """Refuse a published state that is not of this network; see `check_tensors`."""
+    own = {ours: tuple(value.shape) for ours, value in model.state_dict().items()}
+    own["conv4_3_norm.scale"] = (1, *own["conv4_3_norm.scale"], 1, 1)
+    wanted = {theirs: own[ours] for ours, theirs in published_names(model).items()}
+    kind = type(model).__name__ if isinstance(model, MLPD | INSANet) else TUTORIAL
     marks = {
         "MLPD": "base.feat_1.weight",
         "INSANet": "base.conv1x1_vis.weight",
-        "the SSD tutorial's SSD300": "aux_convs.conv8_1.weight",
+        TUTORIAL: "aux_convs.conv8_1.weight",
         "one of train.py's checkpoints: leave --experiment away": "conv4_3_norm.scale",
     }
-    kinds = [kind for kind, key in marks.items() if key in state and kind != network_name(model)]
-    return f", but {kinds[0]}" if kinds else ""
+    others = [f", but {name}" for name, key in marks.items() if key in state and name != kind]
+    remedy = f"{REMEDY}, and check INPUT_MODE, WIDTH and PRIORS"
+    check_tensors(state, wanted, kind, file, remedy, "".join(others[:1]))
+
+
+def check_tensors(
+    state: dict[str, Tensor], wanted: dict[str, tuple], kind: str, file: Path, remedy: str, hint: str = ""
+) -> None:
+    """Compare a file's state with the shapes of the network's tensors that it should be of.
+
+    Args:
+        kind: what the network is called; hint: what the file seems to hold where it lacks tensors.
+
+    Raises:
+        InputError: names the first tensor that is missing, or has another shape.
+    """
+    missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
+    if missing:
+        problem = f"it lacks {missing[0]} and so is not {kind} "
+        problem += f"({len(missing)} of {len(wanted)} tensors are missing){hint}"
+        raise InputError(problem, remedy, file=file)
+    for key, shape in wanted.items():
+        if key in state and state[key].shape != shape:
+            problem = f"{key} has shape {tuple(state[key].shape)}, this network wants {tuple(shape)}"
+            raise InputError(problem, remedy, file=file)
 
 
 def published_names(model: Detector) -> dict[str, str]:
@@ -221,29 +205,23 @@ def published_names(model: Detector) -> dict[str, str]:
     """
     if isinstance(model, MLPD | INSANet):
         layers, heads, scale = multispectral_layers(model), HEADS["multispectral"], "base."
-    else:
-        if model.input_mode == "halfway" or model.prior_set != "ssd300":
-            raise InputError(
-                "the SSD tutorial's weights do not fit this network",
-                "they need PRIORS = ssd300, and an INPUT_MODE other than halfway",
-            )
+    elif model.input_mode != "halfway" and model.prior_set == "ssd300":
         layers, heads, scale = tutorial_layers(model), HEADS["tutorial"], ""
+    else:
+        problem = "the SSD tutorial's weights do not fit this network"
+        raise InputError(problem, "they need PRIORS = ssd300, and an INPUT_MODE other than halfway")
     for i, name in enumerate(heads):
-        layers[f"loc_heads.{i}"] = f"pred_convs.loc_{name}"
-        layers[f"conf_heads.{i}"] = f"pred_convs.cl_{name}"
+        layers |= {f"loc_heads.{i}": f"pred_convs.loc_{name}", f"conf_heads.{i}": f"pred_convs.cl_{name}"}
     names = {}
     for ours, theirs in layers.items():
-        for key in model.get_submodule(ours).state_dict():
-            names[f"{ours}.{key}"] = f"{theirs}.{key}"
+        names |= {f"{ours}.{key}": f"{theirs}.{key}" for key in model.get_submodule(ours).state_dict()}
     return names | {"conv4_3_norm.scale": f"{scale}rescale_factors"}
 
 
 def multispectral_layers(model: MLPD | INSANet) -> dict[str, str]:
     """Our names of MLPD's or INSANet's layers -> the published ones; without heads."""
-    layers = {}
     convs = VGG16[:10] if isinstance(model, MLPD) else [*VGG16[:7], "conv1x1"]
-    for name, suffix in (("visible", "_vis"), ("lwir", "_lwir")):
-        layers |= pair_layers(model, name, convs, suffix)
+    layers = pair_layers(model, "visible", convs, "_vis") | pair_layers(model, "lwir", convs, "_lwir")
     for i, convs in enumerate(LOWER_STAGES):
         layers |= pair_layers(model, f"stages.{i}", convs)
     if isinstance(model, MLPD):
@@ -254,10 +232,9 @@ def multispectral_layers(model: MLPD | INSANet) -> dict[str, str]:
     for i in range(2):
         ours, theirs = f"attention.rounds.{i}", f"base.insa.insa.{i}"
         for kind in ("intra", "inter"):
-            for name in ("q", "k", "v"):
-                layers[f"{ours}.{kind}.{name}"] = f"{theirs}.{kind}_attn.{name}_emb"
-            for name in ("fc", "norm"):
-                layers[f"{ours}.{kind}.{name}"] = f"{theirs}.{kind}_attn.{name}"
+            for name in ("q_emb", "k_emb", "v_emb", "fc", "norm"):
+                own = name.removesuffix("_emb")
+                layers[f"{ours}.{kind}.{own}"] = f"{theirs}.{kind}_attn.{name}"
         for place, name in ((0, "mlp.0"), (2, "mlp.2"), (3, "ffn_norm")):
             layers[f"{ours}.mlp.{place}"] = f"{theirs}.inter_attn.{name}"
     return layers
@@ -265,11 +242,10 @@ def multispectral_layers(model: MLPD | INSANet) -> dict[str, str]:
 
 def tutorial_layers(model: Detector) -> dict[str, str]:
     """Our names of SSD300's layers -> those of the SSD tutorial; without heads."""
-    layers = pair_layers(model, "to_conv4_3", VGG16[:10])
-    layers |= pair_layers(model, "to_conv5_3", VGG16[10:])
+    layers = pair_layers(model, "to_conv4_3", VGG16[:10]) | pair_layers(model, "to_conv5_3", VGG16[10:])
     layers |= pair_layers(model, "conv6_7", ("conv6", "conv7"))
     for i in range(4):
-        names = (f"conv{8 + i}_1", f"conv{8 + i}_2")
+        names = f"conv{8 + i}_1", f"conv{8 + i}_2"
         layers |= pair_layers(model, f"extras.{i}", names, part="aux_convs")
     return layers
 
@@ -277,14 +253,11 @@ def tutorial_layers(model: Detector) -> dict[str, str]:
 def pair_layers(
     model: Detector, name: str, convs: Iterable[str], suffix: str = "", part: str = "base"
 ) -> dict[str, str]:
-    """Names of the layers of one sequence -> the published ones.
+    """Names of the layers of one sequence of our network, `name`, -> the published ones.
 
     Args:
-        name: of the sequence in our network.
-        convs: published names of its convolutions; a BatchNorm is called after the convolution
-            before it.
-        suffix: of the stream, behind those names.
-        part: of the published network that the layers are in.
+        convs: published names of its convolutions; a BatchNorm is called after the one before it.
+        suffix: of the stream, behind those names; part: of the published network, before them.
     """
     pairs, convs = {}, iter(convs)
     for place, layer in model.get_submodule(name).named_children():
