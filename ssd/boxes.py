@@ -76,9 +76,8 @@ def feature_map_sizes(size: tuple[int, int], network: str = "ssd300") -> list[tu
         return list(zip(*sides, strict=True))
     sizes = list(zip(chain(size[0]), chain(size[1]), strict=True))
     if min(sizes[-1]) < 1:
-        raise InputError(
-            f"INPUT_SIZE = {tuple(size)} is too small for six feature maps", "use at least 257 pixels a side"
-        )
+        problem = f"INPUT_SIZE = {tuple(size)} is too small for six feature maps"
+        raise InputError(problem, "use at least 257 pixels a side")
     return sizes
 
 
@@ -119,15 +118,14 @@ def prior_shapes(prior_set: str) -> list[list[tuple[float, float]]]:
         "ssd300": (0.1, 0.2, 0.375, 0.55, 0.725, 0.9, 1.075),
         "ssd300-coco": (0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05),
     }[prior_set]
-    ratios = ((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))
     shapes = []
-    for i, map_ratios in enumerate(ratios):
-        s = scales[i]
-        between = math.sqrt(s * scales[i + 1])
-        shapes.append([(s, s), (between, between)])
-        for root in map(math.sqrt, map_ratios):
-            shapes[-1] += [(s * root, s / root), (s / root, s * root)]
-    return [[(min(w, 1.0), min(h, 1.0)) for w, h in map_shapes] for map_shapes in shapes]
+    for i, ratios in enumerate(((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))):
+        s, between = scales[i], math.sqrt(scales[i] * scales[i + 1])
+        own = [(s, s), (between, between)]
+        for root in map(math.sqrt, ratios):
+            own += [(s * root, s / root), (s / root, s * root)]
+        shapes.append([(min(w, 1.0), min(h, 1.0)) for w, h in own])
+    return shapes
 
 
 def make_grids(size: tuple[int, int], centres: str, network: str = "ssd300") -> list[Grid]:

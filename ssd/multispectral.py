@@ -28,15 +28,17 @@ OTHER_WINDOW = -100.0  # added to the attention of tokens that the shift alone b
 
 
 class MultispectralSSD(Detector):
-    """What MLPD and INSANet share: the layers below conv4_3's map, the heads, the input.
+    """What MLPD and INSANet share: the heads and the input.
+
+    A subclass makes the layers up to the six maps in `add_backbone`, and lists VGG16's layers of each
+    stream in `backbones`, in their order; shared ones are in both.
 
     Batches carry visible first, LWIR last: (N, 4, H, W) uint8. conf has three logits a prior:
     background, person in visible, person in LWIR.
 
     Args:
         width: multiplier of every layer's width; 1.0 is as published.
-        infusion: for each of the six maps 1 where it has a segmentation head, else 0.
-        infusion_conv: a 3x3 convolution of the map's own width before the head's 1x1.
+        infusion, infusion_conv: as in `Detector.add_heads`.
         prior_set: a name in `prior_shapes`; "multispectral" is as published.
         size: (height, width) of the input in pixels; (512, 640) as published.
     """
@@ -61,14 +63,6 @@ class MultispectralSSD(Detector):
         self.add_heads([scaled(512)] * 6, grids, shapes, N_LOGITS, infusion, infusion_conv)
         self.add_normalisation(MEAN, STD)
 
-    def add_backbone(self, scaled: Callable[[int], int]) -> None:
-        """Make the layers up to the six maps."""
-        raise NotImplementedError
-
-    def backbones(self) -> list[list[nn.Module]]:
-        """VGG16's layers of each stream in their order; shared ones are in both."""
-        raise NotImplementedError
-
 
 class MLPD(MultispectralSSD):
     """Two streams to conv4_3, the same layers for both from there, joined at each of six maps.
@@ -86,15 +80,14 @@ class MLPD(MultispectralSSD):
         self.joins = nn.ModuleList(join(scaled(512)) for _ in range(6))
 
     def backbones(self) -> list[list[nn.Module]]:
-        """VGG16's layers of each stream in their order; shared ones are in both."""
         return [[*stream, *self.stages[0][:9]] for stream in (self.visible, self.lwir)]
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """The six maps the heads read, finest first."""
-        streams = [map_chain(self.visible(x[:, :3]), self.stages),
-                   map_chain(self.lwir(x[:, 3:]), self.stages)]  # fmt: skip
-        pairs = zip(self.joins, *streams, strict=True)
-        maps = [join(torch.cat([visible, lwir], dim=1)) for join, visible, lwir in pairs]
+        visible = map_chain(self.visible(x[:, :3]), self.stages)
+        lwir = map_chain(self.lwir(x[:, 3:]), self.stages)
+        pairs = zip(self.joins, visible, lwir, strict=True)
+        maps = [join(torch.cat(pair, dim=1)) for join, *pair in pairs]
         return [self.conv4_3_norm(maps[0]), *maps[1:]]
 
 
@@ -119,7 +112,6 @@ class INSANet(MultispectralSSD):
         self.stages = lower_stages(scaled)
 
     def backbones(self) -> list[list[nn.Module]]:
-        """VGG16's layers of each stream in their order; shared ones are in both."""
         trunk = [*self.to_conv4_3, *self.stages[0][:9]]
         return [[*stream[:-2], *trunk] for stream in (self.visible, self.lwir)]
 
@@ -147,9 +139,8 @@ def lower_stages(scaled: Callable[[int], int]) -> nn.ModuleList:
         return [nn.Conv2d(*shape, **how), *norm, nn.ReLU(inplace=True)]
 
     def extra(stride: int, batch_norm: bool = False) -> nn.Sequential:
-        return nn.Sequential(
-            *conv(wide, narrow, 1, stride=stride), *conv(narrow, wide, 3, padding=1, batch_norm=batch_norm)
-        )
+        squeeze = conv(wide, narrow, 1, stride=stride)
+        return nn.Sequential(*squeeze, *conv(narrow, wide, 3, padding=1, batch_norm=batch_norm))
 
     conv5_6 = nn.Sequential(
         *vgg_stage(VGG16_STAGES[1][1:], wide, scaled, batch_norm=True),
@@ -194,10 +185,8 @@ class SpectralAttention(nn.Module):
     def __init__(self, channels: int, size: tuple[float, float]) -> None:
         super().__init__()
         if any(side % WINDOWS for side in size):
-            raise InputError(
-                f"INPUT_SIZE = {tuple(int(4 * side) for side in size)} cannot be used by INSANet",
-                "take multiples of 64, such as 512,640",
-            )
+            problem = f"INPUT_SIZE = {tuple(int(4 * side) for side in size)} cannot be used by INSANet"
+            raise InputError(problem, "take multiples of 64, such as 512,640")
         self.window = tuple(int(side) // WINDOWS for side in size)
         self.shift = tuple(side // 2 for side in self.window)
         self.rounds = nn.ModuleList(AttentionRound(channels) for _ in range(2))
