@@ -32,9 +32,9 @@ from engine.loader import (
 )
 from kaist.annotations import time_of_day
 from kaist.files import InputError
-from kaist.frame_cache import FrameCache
+from kaist.frame_cache import FrameCache, cache_frames
 from kaist.frames import BOTH, Frame, frames_of
-from kaist.images import cache_frames, check_images, read_frame
+from kaist.images import check_images, read_frame
 from kaist.miss_rate import GroundTruth
 from pseudo_gt import MapRange, box_masks
 from ssd.augment import (

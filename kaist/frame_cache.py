@@ -13,12 +13,14 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES, image_path
 from kaist.files import InputError, stale_files, write_atomically
+from kaist.images import read_frame
 
 BLOCK = 64  # frames decoded before they are written
 
@@ -26,7 +28,7 @@ BLOCK = 64  # frames decoded before they are written
 class FrameCache:
     """Decoded frames by id, mapped into memory on first use, in each process by itself.
 
-    path: a file as from `open_cache`; rows: frame id -> its place; channels: of each frame.
+    path: a file as from `cache_frames`; rows: frame id -> its place; channels: of each frame.
     """
 
     def __init__(self, path: Path, rows: dict[str, int], channels: int) -> None:
@@ -70,13 +72,8 @@ def checksum(frame: np.ndarray) -> int:
     return zlib.crc32(np.add.reduce(lines, axis=0))
 
 
-def open_cache(
-    folder: str | Path,
-    root: Path,
-    frame_ids: Sequence[str],
-    modalities: Sequence[str],
-    read: Callable[[str], np.ndarray],
-    check: bool = True,
+def cache_frames(
+    folder: str | Path, root: Path, frame_ids: Sequence[str], input_mode: str, check: bool = True
 ) -> FrameCache:
     """The cache of a list of frames in a folder; drawn if it is not there, damaged, or not of these
     files.
@@ -86,22 +83,19 @@ def open_cache(
 
     Args:
         folder: where caches are kept; made if need be. root: the images' KAIST root.
-        modalities: whose images `read` decodes, 4 channels for both, 3 visible, 1 LWIR.
-        read: frame id -> (512, 640, C) uint8.
-        check: compare every frame with its checksum, as a run does once.
+        check: compare every frame of a cache that is there with its checksum, as a run does once.
 
     Raises:
         InputError: an image is missing or unreadable, or the disk is too small.
     """
-    folder = Path(folder)
-    channels = sum({"visible": 3, "lwir": 1}[modality] for modality in modalities)
-    paths = [image_path(root, frame_id, modality) for frame_id in frame_ids for modality in modalities]
+    root, modalities = Path(root), MODALITIES[input_mode]
     try:
-        names, states = fingerprint(paths)
+        names, states = fingerprint(image_path(root, i, m) for i in frame_ids for m in modalities)
     except OSError as error:
         problem = f"image not found ({error.strerror})"
         raise InputError(problem, "check DATA_ROOT and the image list", file=error.filename) from None
-    path = folder / f"frames-{names}-{states}.u8"
+    path = Path(folder) / f"frames-{names}-{states}.u8"
+    channels = sum({"visible": 3, "lwir": 1}[modality] for modality in modalities)
     cache = FrameCache(path, {frame_id: i for i, frame_id in enumerate(frame_ids)}, channels)
     size = int(np.prod(cache.shape)) + 4 * len(frame_ids)
     if path.is_file() and path.stat().st_size == size:
@@ -111,6 +105,7 @@ def open_cache(
         print(f"warning: {path} is damaged ({len(damaged)} frames, {damaged[0]} first); it is drawn again")
         cache.pixels = None
     make_room(path, f"frames-{names}", size)
+    read = partial(read_frame, root, input_mode=input_mode)
     write_atomically(path, lambda temporary: draw(temporary, frame_ids, read), size)
     return cache
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES, image_path
 from kaist.files import InputError, check_file
-from kaist.frame_cache import FrameCache, open_cache
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 # Visible R, G, B, then LWIR: the colour that normalisation by ImageNet's mean turns into zero.
 MEAN_COLOUR = np.array([124, 116, 104, 114], np.uint8)
 MAX_PIXELS = 2**25  # of an image; decoded, as many take 100 MB
-
-
 # What `black_out` leaves of a modality: left, top, right, bottom, pixels. Those not named stay whole.
 VIEWS_LEFT = {
     "sides-a": {"visible": (0, 0, 320, 512), "lwir": (320, 0, 640, 512)},
@@ -41,18 +38,12 @@ def check_images(root: Path, frame_ids: Sequence[str], input_mode: str, without:
         InputError: for the first image that is missing, unreadable or not of 8 bits.
     """
     modalities = [modality for modality in MODALITIES[input_mode] if modality != without]
-    other_sizes = []
-    for frame_id in frame_ids:
-        for modality in modalities:
-            path = image_path(root, frame_id, modality)
-            if (size := image_size(path)) != (FRAME_WIDTH, FRAME_HEIGHT):
-                other_sizes.append("{} is {}x{}".format(path, *size))
+    paths = [image_path(root, frame_id, modality) for frame_id in frame_ids for modality in modalities]
+    sizes = ((path, *image_size(path)) for path in paths)
+    other_sizes = ["{} is {}x{}".format(*x) for x in sizes if x[1:] != (FRAME_WIDTH, FRAME_HEIGHT)]
     if other_sizes:
-        n = len(frame_ids) * len(modalities)
-        print(
-            f"note: {len(other_sizes)} of {n} images are scaled to {FRAME_WIDTH}x{FRAME_HEIGHT}, of which "
-            f"annotations and detections are pixels ({other_sizes[0]})"
-        )
+        n = f"{len(other_sizes)} of {len(paths)} images are scaled to {FRAME_WIDTH}x{FRAME_HEIGHT}"
+        print(f"note: {n}, of which annotations and detections are pixels ({other_sizes[0]})")
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -136,15 +127,14 @@ def rescale(view: Image.Image) -> Image.Image:
     return view if view.size == size else view.resize(size, Image.Resampling.BILINEAR)
 
 
+def to_array(view: Image.Image) -> np.ndarray:
+    """A view as (512, 640, channels) uint8, scaled where it is of another size."""
+    return np.atleast_3d(np.array(rescale(view)))
+
+
 def read_image(path: Path, modality: str) -> np.ndarray:
     """Decode one image: visible as (512, 640, 3), LWIR as (512, 640, 1), uint8."""
     return to_array(open_view(path, modality))
-
-
-def to_array(view: Image.Image) -> np.ndarray:
-    """A view as (512, 640, channels) uint8."""
-    pixels = np.array(rescale(view))
-    return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def join_modalities(images: dict[str, np.ndarray], input_mode: str, filler: np.ndarray) -> np.ndarray:
@@ -164,11 +154,9 @@ def read_frame(
         filler: (4,) uint8, the blanks' colour.
     """
     modalities = MODALITIES[input_mode]
-    if without in modalities:
+    if without in modalities or len(modalities) == 1:
         images = {m: read_image(image_path(root, frame_id, m), m) for m in modalities if m != without}
         return join_modalities(images, input_mode, filler)
-    if len(modalities) == 1:
-        return read_image(image_path(root, frame_id, modalities[0]), modalities[0])
     visible, lwir = (decode(image_path(root, frame_id, m), m) for m in modalities)
     visible.putalpha(lwir)  # Pillow keeps four bytes a pixel anyhow: much faster than numpy
     return black_out(np.array(visible), without, filler) if without else np.array(visible)
@@ -184,21 +172,3 @@ def black_out(frame: np.ndarray, blackout: str, filler: np.ndarray) -> np.ndarra
         left, top, right, bottom = VIEWS_LEFT[blackout].get(modality, (0, 0, FRAME_WIDTH, FRAME_HEIGHT))
         dark[top:bottom, left:right, channels] = frame[top:bottom, left:right, channels]
     return dark
-
-
-def cache_frames(
-    folder: str | Path, root: Path, frame_ids: Sequence[str], input_mode: str, check: bool = True
-) -> FrameCache:
-    """The frames of a list decoded into a cache in `folder`, drawn only where it is not there yet.
-
-    Args:
-        check: compare every frame of a cache that is there with its checksum.
-
-    Raises:
-        InputError: an image cannot be read, or the disk is too small.
-    """
-
-    def read(frame_id: str) -> np.ndarray:
-        return read_frame(root, frame_id, input_mode)
-
-    return open_cache(folder, Path(root), frame_ids, MODALITIES[input_mode], read, check)

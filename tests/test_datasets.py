@@ -11,8 +11,9 @@ from PIL import Image
 from datasets import KaistPairs, batch_loader
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.files import InputError
+from kaist.frame_cache import cache_frames
 from kaist.frames import BOTH, load_frames
-from kaist.images import cache_frames, check_images
+from kaist.images import check_images
 from kaist.images import read_frame as read
 from model import INPUT_CHANNELS
 from ssd.augment import Augmentation, mean_colour

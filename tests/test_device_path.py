@@ -10,8 +10,8 @@ from datasets import Collate, DeviceLoader, KaistPairs, batch_loader
 from engine.config import device_loader_conflict
 from engine.loader import EpochBatches
 from kaist.annotations import open_annotations, read_image_list
+from kaist.frame_cache import cache_frames
 from kaist.frames import load_frames
-from kaist.images import cache_frames
 from model import INPUT_CHANNELS, SSD300
 from pseudo_gt import MapRange
 from ssd.augment import Augmentation, mean_colour

@@ -34,8 +34,9 @@ from engine.experiments import EXPERIMENTS
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.demo import draw_demo
 from kaist.files import run_script
+from kaist.frame_cache import cache_frames
 from kaist.frames import Frame, load_frames
-from kaist.images import cache_frames, read_frame
+from kaist.images import read_frame
 from kaist.miss_rate import SETUPS, evaluate, load_ground_truth
 from kaist.results import read_detections
 from model import make_network

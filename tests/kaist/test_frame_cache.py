@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kaist import frame_cache
 from kaist.annotations import read_image_list
 from kaist.files import InputError
-from kaist.frame_cache import checksum, open_cache
-from kaist.images import cache_frames, read_frame
+from kaist.frame_cache import cache_frames, checksum
+from kaist.images import read_frame
 
 PROJECT = Path(__file__).parents[2]
 
@@ -70,15 +71,17 @@ def test_checksums_tell_random_changes():
     assert checksum(frame[::-1].copy()[::-1]) == expected  # the content counts, not the layout
 
 
-def test_two_runs_that_draw_at_once_both_get_a_whole_cache(demo_root, tmp_path, ids):
+def test_two_runs_that_draw_at_once_both_get_a_whole_cache(demo_root, tmp_path, ids, monkeypatch):
     """The second run finishes while the first one is in the middle."""
 
-    def read(frame_id):
+    def read(root, frame_id, input_mode):
         if frame_id == ids[2]:
+            monkeypatch.undo()
             assert_whole(cache_frames(tmp_path, demo_root, ids, "early"), demo_root, ids)
-        return read_frame(demo_root, frame_id, "early")
+        return read_frame(root, frame_id, input_mode)
 
-    cache = open_cache(tmp_path, demo_root, ids, ("visible", "lwir"), read)
+    monkeypatch.setattr(frame_cache, "read_frame", read)
+    cache = cache_frames(tmp_path, demo_root, ids, "early")
     assert_whole(cache, demo_root, ids)
     assert_whole(cache_frames(tmp_path, demo_root, ids, "early"), demo_root, ids)
     assert os.listdir(tmp_path) == [cache.path.name]
@@ -89,20 +92,21 @@ import os, sys, time
 from pathlib import Path
 import numpy as np
 from kaist.annotations import read_image_list
-from kaist.frame_cache import open_cache
+from kaist import frame_cache
 from kaist.images import read_frame
 
 root, folder, slow = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "slow"
 ids = read_image_list(root / "imageSets/train-all.txt")[:5]
 
-def read(frame_id):
+def read(root, frame_id, input_mode):
     if slow and frame_id == ids[3]:
         (folder.parent / "waiting").touch()
         while not (folder.parent / "go").exists():
             time.sleep(0.01)
-    return read_frame(root, frame_id, "early")
+    return read_frame(root, frame_id, input_mode)
 
-cache = open_cache(folder, root, ids, ("visible", "lwir"), read)
+frame_cache.read_frame = read
+cache = frame_cache.cache_frames(folder, root, ids, "early")
 print(os.getpid(), sum(not np.array_equal(cache.read(i), read_frame(root, i, "early")) for i in ids))
 """
 
@@ -131,11 +135,12 @@ def test_two_containers_with_one_process_id_share_a_cache_folder(demo_root, tmp_
 
 
 def test_a_full_disk_is_told_with_the_caches_whole_need(demo_root, tmp_path, ids, monkeypatch):
-    def read(frame_id):
+    def read(root, frame_id, input_mode):
         if frame_id == ids[4]:
             raise OSError(28, "No space left on device")
-        return read_frame(demo_root, frame_id, "early")
+        return read_frame(root, frame_id, input_mode)
 
+    monkeypatch.setattr(frame_cache, "read_frame", read)
     with pytest.raises(InputError, match=r"u8: the disk is full: it needs 6.6 MB or more, "):
-        open_cache(tmp_path, demo_root, ids, ("visible", "lwir"), read)
+        cache_frames(tmp_path, demo_root, ids, "early")
     assert os.listdir(tmp_path) == []

@@ -11,8 +11,8 @@ from PIL import Image
 
 from kaist.annotations import image_path, read_image_list
 from kaist.files import InputError
-from kaist.frame_cache import fingerprint
-from kaist.images import MAX_PIXELS, cache_frames, check_images, image_size, read_frame, read_image
+from kaist.frame_cache import cache_frames, fingerprint
+from kaist.images import MAX_PIXELS, check_images, image_size, read_frame, read_image
 
 
 def random_pixels(size=(512, 640), channels=3):
