@@ -34,12 +34,14 @@ FRAME_WIDTH, FRAME_HEIGHT = 640, 512
 DAY_SETS = {"set00", "set01", "set02", "set06", "set07", "set08"}
 SCENES = ("campus", "road", "downtown")  # by set number modulo 3
 JSON_NAME = "KAIST_annotation.json"
-FOLDERS = {
-    "bbgt": "annotations",
-    "xml-sanitized": "annotations-xml-new-sanitized",
-    "xml": "annotations-xml-new",
-    "paired": "annotations_paired",
-}  # in the order in which "auto" looks for them; JSON comes last
+# Where each form is looked for below a root, in the order in which "auto" does.
+PLACES = {
+    "bbgt": ("annotations",),
+    "xml-sanitized": ("annotations-xml-new-sanitized",),
+    "xml": ("annotations-xml-new",),
+    "paired": ("annotations_paired",),
+    "json": (JSON_NAME, f"annotations/{JSON_NAME}"),
+}
 # The modalities that each form of the network's input needs, visible first.
 MODALITIES = {
     "lwir": ("lwir",),
@@ -174,8 +176,7 @@ def open_annotations(source: str | Path, form: str = "auto", modality: str = "lw
 
     Args:
         source: the root, folder or file.
-        form: which form to read; "auto" takes the first that the root holds, in the order of
-            `FOLDERS`, then JSON.
+        form: which form to read; "auto" takes the first that the root holds, in the order of `PLACES`.
         modality: whose boxes to read of the paired form.
 
     Raises:
@@ -186,24 +187,17 @@ def open_annotations(source: str | Path, form: str = "auto", modality: str = "lw
         return Annotations(source, "json", modality)
     if not source.is_dir():
         raise InputError("no such folder or file", f"check DATA_ROOT, or {REMEDY}", file=source)
-    if form not in ("auto", "json", *FOLDERS):
-        remedy = f"use auto, {', '.join(FOLDERS)}, json or a path"
-        raise InputError(f"{form!r} is not a form of annotation", remedy)
-    looked_for = []
-    for kind in [*FOLDERS, "json"] if form == "auto" else [form]:
-        if kind == "json":
-            places = [source / JSON_NAME, source / "annotations" / JSON_NAME]
-            found = next((place for place in places if place.is_file()), None)
-        else:
-            places = [source / FOLDERS[kind]]
-            itself = source if source.name == FOLDERS[kind] else None
-            found = places[0] if has_annotations(places[0], kind) else itself
-        if found is not None:
-            return Annotations(found, kind, modality)
-        looked_for += [str(place.relative_to(source)) for place in places]
+    if form not in ("auto", *PLACES):
+        raise InputError(f"{form!r} is not a form of annotation", f"use auto, {', '.join(PLACES)} or a path")
+    forms = PLACES if form == "auto" else [form]
+    for kind in forms:
+        found = find_form(source, kind) or [source] * (source.name == PLACES[kind][0])
+        if found:
+            return Annotations(found[0], kind, modality)
     if form == "auto" and (kind := guess_form(source)):
         return Annotations(source, kind, modality)
-    raise InputError(f"no annotations here; looked for {', '.join(looked_for)}", REMEDY, file=source)
+    looked_for = ", ".join(place for kind in forms for place in PLACES[kind])
+    raise InputError(f"no annotations here; looked for {looked_for}", REMEDY, file=source)
 
 
 def open_test_annotations(source: str | Path, frame_ids: Sequence[str] | None) -> Annotations:
@@ -216,17 +210,20 @@ def open_test_annotations(source: str | Path, frame_ids: Sequence[str] | None) -
         frame_ids: the frames to evaluate; None takes the JSON's own.
     """
     source = Path(source)
-    if any((source / place / JSON_NAME).is_file() for place in (".", "annotations")):
+    if find_form(source, "json"):
         improved = open_annotations(source, "json")
         if frame_ids is None or set(frame_ids) <= set(improved.frames):
             return improved
     return open_annotations(source)
 
 
-def has_annotations(folder: Path, kind: str) -> bool:
-    """Whether an annotation folder is there and holds files of its kind at all."""
-    ending = ".xml" if kind.startswith("xml") else ".txt"
-    return folder.is_dir() and next(folder.rglob(f"*{ending}"), None) is not None
+def find_form(root: Path, form: str) -> list[Path]:
+    """The places of a form below a KAIST root that hold annotations at all."""
+    places = [root / place for place in PLACES[form]]
+    if form == "json":
+        return [path for path in places if path.is_file()]
+    ending = ".xml" if form.startswith("xml") else ".txt"
+    return [folder for folder in places if next(folder.rglob(f"*{ending}"), None) is not None]
 
 
 def guess_form(folder: Path) -> str | None:
@@ -241,6 +238,6 @@ def guess_form(folder: Path) -> str | None:
 
 def find_annotations(root: Path, where: str, modality: str) -> Annotations:
     """Annotations named by a constant: "auto", a form within the root, or a path."""
-    if where in ("auto", "json", *FOLDERS):
+    if where in ("auto", *PLACES):
         return open_annotations(root, where, modality)
     return open_annotations(find_file(root, where), "auto", modality)

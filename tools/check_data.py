@@ -25,12 +25,11 @@ from tqdm import tqdm
 
 from engine.config import OneLineParser
 from kaist.annotations import (
-    FOLDERS,
-    JSON_NAME,
     MODALITIES,
+    PLACES,
     Annotations,
     find_file,
-    has_annotations,
+    find_form,
     image_path,
     list_lines,
     open_annotations,
@@ -109,16 +108,16 @@ def find_annotations(root: Path, where: str) -> tuple[list[Annotations], list[Pa
     Args:
         where: a form, a path, or "all" that the root holds.
     """
-    named = find_file(root, where)
-    if where not in ("all", "json", *FOLDERS):
+    if where not in ("all", *PLACES):
+        named = find_file(root, where)
         return ([], [named]) if named.is_file() else ([open_annotations(named)], [])
-    jsons = [root / place / JSON_NAME for place in (".", "annotations")]
-    jsons = [path for path in jsons if path.is_file() and where in ("all", "json")]
-    folders = [(root / folder, kind) for kind, folder in FOLDERS.items() if where in ("all", kind)]
-    forms = [Annotations(*f, modality="lwir") for f in folders if has_annotations(*f)]
-    forms += [Annotations(form.source, "paired", "visible") for form in forms if form.form == "paired"]
-    if not forms and not jsons:
+    kinds = PLACES if where == "all" else [where]
+    found = {kind: find_form(root, kind) for kind in kinds}
+    if not any(found.values()):
         open_annotations(root, "auto" if where == "all" else where)  # says what it looked for
+    jsons = found.pop("json", [])
+    forms = [Annotations(path, kind, "lwir") for kind, paths in found.items() for path in paths]
+    forms += [Annotations(form.source, "paired", "visible") for form in forms if form.form == "paired"]
     return forms, jsons
 
 
