@@ -112,9 +112,9 @@ def count_people(ground_truth: GroundTruth) -> str:
 
 def people_words(results: dict[str, Result]) -> str:
     """How many frames there are, and how many of their people count, in words."""
-    n = {name: results[key].n_positive for key, name in HEADLINE.items()}
-    counts = f"{persons(n['all'])} {'counts' if n['all'] == 1 else 'count'}"
-    return f"{results[ALL].n_frames} frames, {counts} ({n['day']} day, {n['night']} night)"
+    every, day, night = (results[key].n_positive for key in HEADLINE)
+    counts = f"{persons(every)} {'counts' if every == 1 else 'count'}"
+    return f"{results[ALL].n_frames} frames, {counts} ({day} day, {night} night)"
 
 
 def persons(n: int) -> str:
@@ -146,10 +146,8 @@ def as_dict(scores: Sequence[Scores], curves: bool = False) -> dict[str, dict]:
     """
     content = {}
     for s in scores:
-        official, leaderboard = (
-            {key: numbers(result, curves) for key, result in results.items()}
-            for results in (s.official, s.leaderboard)
-        )
+        official = {key: numbers(result, curves) for key, result in s.official.items()}
+        leaderboard = {key: numbers(result, curves) for key, result in s.leaderboard.items()}
         for key, samples in s.samples.items():
             official[key] |= {"interval_95": interval(samples), "resamples": len(samples)}
         content[s.name] = {"official": official, "leaderboard": leaderboard, "notes": s.notes}
@@ -252,17 +250,28 @@ def compare(scores: Sequence[Scores]) -> list[str]:
     lines = []
     for s in others:
         if s.samples and best.samples:
-            low, high = interval(s.samples[ALL] - best.samples[ALL])
-            verdict = "they differ" if low > 0 or high < 0 else "no difference is shown"
+            samples = s.samples[ALL] - best.samples[ALL]
+            verdict = "they differ" if differs(samples) else "no difference is shown"
             gap = percent(s.official[ALL].miss_rate - best.official[ALL].miss_rate)
-            bounds = f"95% [{percent(low)}, {percent(high)}]"
+            bounds = f"95% {show_interval(samples)}"
             lines.append(f"{s.name} minus {best.name}: {gap} points, {bounds}: {verdict}")
     return lines
+
+
+def differs(samples: np.ndarray) -> bool:
+    """Whether the interval of a difference leaves out zero."""
+    low, high = interval(samples)
+    return low > 0 or high < 0
 
 
 def show_interval(samples: np.ndarray) -> str:
     """[low, high] in per cent."""
     return "[{}, {}]".format(*map(percent, interval(samples)))
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def by_miss_rate(scores: Sequence[Scores], key: str = ALL) -> list[Scores]:

@@ -18,7 +18,18 @@ import numpy as np
 from kaist.bootstrap import bootstrap, interval
 from kaist.files import InputError, run_script, write_atomically
 from kaist.miss_rate import SETUPS, GroundTruth, load_ground_truth
-from kaist.report import ALL, HEADLINE, Scores, by_miss_rate, percent, plot_curves, score, show_interval
+from kaist.report import (
+    ALL,
+    HEADLINE,
+    Scores,
+    by_miss_rate,
+    differs,
+    markdown_table,
+    percent,
+    plot_curves,
+    score,
+    show_interval,
+)
 from kaist.results import Detections, read_detections
 
 # A result file's name -> the detector, its paper, and who published the file.
@@ -67,15 +78,12 @@ def main() -> None:
 def read_all(folders: Sequence[Path], people: GroundTruth, only_published: bool) -> dict[str, Detections]:
     """Detector -> detections; of one in two forms the text file."""
     files = {path.stem: path for f in folders for form in ("json", "txt") for path in f.glob(f"*.{form}")}
-    files = {
-        stem: path for stem, path in sorted(files.items()) if not stem.endswith((".frames", "reference"))
-    }
+    stems = [stem for stem in sorted(files) if not stem.endswith((".frames", "reference"))]
     if only_published:
-        files = {stem: path for stem, path in files.items() if stem in SOURCES}
-    if not files:
+        stems = [stem for stem in stems if stem in SOURCES]
+    if not stems:
         raise InputError("no result files in it", "name folders with .txt or .json results", file=folders[0])
-    names = {stem: SOURCES.get(stem, (stem,))[0] for stem in files}
-    return {names[stem]: read_detections(path, people.frames) for stem, path in files.items()}
+    return {SOURCES.get(s, (s,))[0]: read_detections(files[s], people.frames) for s in stems}
 
 
 def page(
@@ -99,6 +107,7 @@ def page(
     by_video = sum(differs(videos[a.name][ALL] - videos[b.name][ALL]) for a, b in pairs)
     parts = [[s.name, *(percent(s.official[key].miss_rate) for key in PARTS)] for s in scores]
     parts.append(["people", *(str(best.official[key].n_positive) for key in PARTS)])
+    origins = [[s.name, *published.get(s.name, "––")] for s in scores]
     times, n_people = list(HEADLINE.values()), best.official[ALL].n_positive
     n_resamples, n_pairs = len(best.samples[ALL]), len(pairs)
     return f"""# Published detectors on KAIST, with intervals
@@ -111,14 +120,14 @@ the script behind the public tables, which drops the people of frames without de
 
 ![curves, and the intervals of each detector](figures/{figure})
 
-{table(["detector", *(f"{kind} {t}" for kind in ("official", "leaderboard") for t in times)], rates)}
+{markdown_table(["detector", *(f"{kind} {t}" for kind in ("official", "leaderboard") for t in times)], rates)}
 
 ## How sure each rate is
 
 95% intervals of the official rate by {n_resamples} resamples of the frames, and of whole videos. Neighbouring
 frames show the same people, so that the intervals over videos are the ones to believe.
 
-{table(["detector", *(f"{t}, by {unit}" for t in times for unit in ("frames", "videos"))], bounds)}
+{markdown_table(["detector", *(f"{t}, by {unit}" for t in times for unit in ("frames", "videos"))], bounds)}
 
 ## Which gaps are shown
 
@@ -126,30 +135,18 @@ Differences from {best.name} in points, both detectors on the same resamples: *s
 videos leaves out zero. Of all {n_pairs} pairs of detectors it does in {by_video}, and over frames in
 {by_frame}. There is no correction for the number of pairs.
 
-{table(["detector", f"behind {best.name}", "95% by frames", "95% by videos", "gap"], gaps[1:])}
+{markdown_table(["detector", f"behind {best.name}", "95% by frames", "95% by videos", "gap"], gaps[1:])}
 
 ## By distance and occlusion
 
 Near is 115 pixels high or more, medium 45 to 115, far up to 45, all without occlusion.
 
-{table(["detector", *PARTS.values()], parts)}
+{markdown_table(["detector", *PARTS.values()], parts)}
 
 ## Where the files come from
 
-{table(["detector", "paper", "result file from"], [[s.name, *published.get(s.name, "––")] for s in scores])}
+{markdown_table(["detector", "paper", "result file from"], origins)}
 """
-
-
-def differs(samples: np.ndarray) -> bool:
-    """Whether the interval of a difference leaves out zero."""
-    low, high = interval(samples)
-    return low > 0 or high < 0
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def draw(scores: Sequence[Scores], videos: dict[str, dict[str, np.ndarray]], path: Path) -> None:

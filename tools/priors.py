@@ -11,6 +11,7 @@ A person whose best overlap with any prior is below IoU 0.5 is learned by a forc
 
 from __future__ import annotations
 
+import itertools
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -30,6 +31,7 @@ from kaist.annotations import (
 from kaist.demo import open_root
 from kaist.files import InputError, run_script, write_atomically
 from kaist.frames import load_frames
+from kaist.report import markdown_table
 from ssd.boxes import Grid, feature_map_sizes, make_grids, prior_shapes
 
 MATCH_IOU = 0.5  # from which a prior learns a person
@@ -45,9 +47,8 @@ def main() -> None:
     if arguments.derive:
         print(derive(persons, arguments.derive, arguments.sizes[0]))
         return
-    found = [
-        cover(persons, name, size, arguments.centres) for name in arguments.priors for size in arguments.sizes
-    ]
+    sets = itertools.product(arguments.priors, arguments.sizes)
+    found = [cover(persons, name, size, arguments.centres) for name, size in sets]
     print(coverage_table(found, heights))
     write_atomically(arguments.out, lambda path: draw(found, heights, path))
     print(f"\ncoverage over height: {arguments.out}")
@@ -106,9 +107,9 @@ def read_persons(arguments: Namespace) -> tuple[np.ndarray, np.ndarray]:
         f"{len(boxes):,} persons in {len(frames):,} frames of {annotations.source}, from "
         f"{arguments.min_height:g} px, {arguments.margin:g} px inside the frame\n"
     )
-    size = boxes[:, 2:] - boxes[:, :2]
-    persons = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, size], axis=1)
-    return persons / (FRAME_WIDTH, FRAME_HEIGHT, FRAME_WIDTH, FRAME_HEIGHT), size[:, 1]
+    low, high = boxes[:, :2], boxes[:, 2:]
+    persons = np.concatenate([(low + high) / 2, high - low], axis=1)
+    return persons / (FRAME_WIDTH, FRAME_HEIGHT, FRAME_WIDTH, FRAME_HEIGHT), (high - low)[:, 1]
 
 
 def annotated_frames(annotations: Annotations) -> list[str]:
@@ -166,18 +167,17 @@ def best_overlaps(
 def coverage_table(found: list[Coverage], heights: np.ndarray) -> str:
     """Share of persons with a prior of IoU >= 0.5, and mean best IoU, by height; in Markdown."""
     bands = {name: (heights >= low) & (heights < high) for name, (low, high) in BANDS.items()}
-    columns = ["% of persons matched (mean best IoU)", "input", "priors"]
-    columns += [f"{name} ({inside.sum():,})" for name, inside in bands.items()]
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for name, size, n_priors, best in found:
-        shares = [
-            f"{100 * np.mean(best[inside] >= MATCH_IOU):.1f} ({np.mean(best[inside]):.2f})"
-            if inside.any()
-            else "–"
-            for inside in bands.values()
-        ]
-        lines.append(f"| `{name}` | {'{}x{}'.format(*size)} | {n_priors:,} | {' | '.join(shares)} |")
-    return "\n".join(lines)
+
+    def cell(best: np.ndarray) -> str:
+        return f"{100 * np.mean(best >= MATCH_IOU):.1f} ({np.mean(best):.2f})" if len(best) else "–"
+
+    head = ["% of persons matched (mean best IoU)", "input", "priors"]
+    head += [f"{name} ({inside.sum():,})" for name, inside in bands.items()]
+    rows = [
+        [f"`{name}`", "{}x{}".format(*size), f"{n_priors:,}", *(cell(best[band]) for band in bands.values())]
+        for name, size, n_priors, best in found
+    ]
+    return markdown_table(head, rows)
 
 
 def draw(found: list[Coverage], heights: np.ndarray, path: Path) -> None:
@@ -227,11 +227,10 @@ def derive(persons: np.ndarray, count: int, size: tuple[int, int]) -> str:
 def derive_heights(persons: np.ndarray, count: int, size: tuple[int, int]) -> tuple[float, list[list[float]]]:
     """The width/height and each map's heights, in fractions, of priors for upright persons.
 
-    The ratio is the persons' median. The heights go from the lowest percent of the persons to the
-    whole frame (which crops of the augmentation enlarge people to) by equal factors. A map takes
-    the shapes of half to three of its cells wide: as neighbouring maps share shapes, and their
-    cells' centres lie apart, a person between the centres of one map is near one of another's.
-    The finest map takes the narrower ones as well, and a map with none the largest.
+    The ratio is the persons' median. The heights go by equal factors from the persons' lowest percent to the
+    whole frame, which crops of the augmentation enlarge people to. A map takes the shapes of half to three of
+    its cells wide, so that neighbouring maps, whose centres lie apart, share shapes. The finest map takes the
+    narrower ones as well, and a map with none the largest.
 
     Args:
         persons: (n, 4) cxcywh fractions of the frame.

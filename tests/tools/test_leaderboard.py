@@ -7,7 +7,7 @@ import pytest
 
 from kaist.annotations import read_image_list
 from kaist.miss_rate import evaluate, load_ground_truth
-from kaist.report import percent
+from kaist.report import differs, percent
 from kaist.results import Detections, write_detections
 from tools import leaderboard
 
@@ -47,4 +47,4 @@ def test_the_page_holds_rates_intervals_and_gaps(demo_root, tmp_path, monkeypatc
 
 @pytest.mark.parametrize(("samples", "shown"), [([0.1, 0.2, 0.3], True), ([-0.1, 0.2, 0.3], False)])
 def test_a_gap_is_shown_where_zero_is_left_out(samples, shown):
-    assert leaderboard.differs(np.array(samples)) is shown
+    assert differs(np.array(samples)) is shown
