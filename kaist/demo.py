@@ -21,6 +21,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -213,23 +214,14 @@ def write_index(root: Path, marks: dict[str, list]) -> None:
     for name, (first, stop) in lists.items():
         frames = [frame for frame in marks if first <= int(frame[3:5]) < stop]
         (root / "imageSets" / f"{name}.txt").write_text("\n".join(frames) + "\n")
-    images = [
-        {"id": number, "im_name": frame, "height": FRAME_HEIGHT, "width": FRAME_WIDTH}
-        for number, frame in enumerate(frames)  # of test-all, the last list
-    ]
-    seen = [(image["id"], *mark) for image in images for mark in marks[image["im_name"]]]
-    annotations = [
-        {
-            "id": number,
-            "image_id": image_id,
-            "category_id": 1,
-            "bbox": box,
-            "height": box[3],
-            "occlusion": occlusion,
-            "ignore": int(label != "person"),
-        }
-        for number, (image_id, label, box, occlusion) in enumerate(seen)
-    ]
+    size = {"height": FRAME_HEIGHT, "width": FRAME_WIDTH}
+    images, annotations = [], []
+    for image_id, frame in enumerate(frames):  # of test-all, the last list
+        images.append({"id": image_id, "im_name": frame, **size})
+        for label, box, occlusion in marks[frame]:
+            place = {"id": len(annotations), "image_id": image_id, "category_id": 1, "bbox": box}
+            kind = {"height": box[3], "occlusion": occlusion, "ignore": int(label != "person")}
+            annotations.append(place | kind)
     categories = [{"id": 0, "name": "__ignore__"}, {"id": 1, "name": "person"}]
     info = {"dataset": "demo set in KAIST's layout, drawn by demo_data.py"}
     content = dict(info=info, images=images, annotations=annotations, categories=categories)
@@ -261,7 +253,6 @@ def draw_demo(
     """
     from tqdm import tqdm
 
-    root = Path(root)
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise InputError("the demo set's place is taken", "remove it or name another", file=root)
     if min(train_frames, test_frames) < 6:
@@ -273,7 +264,7 @@ def draw_demo(
         for video, start in enumerate(range(0, frames, FRAMES_PER_VIDEO)):
             jobs.append((set_id, video, min(FRAMES_PER_VIDEO, frames - start), seed, shifted))
     marks: dict[str, list] = {}
-    total = train_frames + test_frames
+    n_frames = train_frames + test_frames
     try:
         root.parent.mkdir(parents=True, exist_ok=True)
         for unfinished in stale_files(root.parent, f".{root.name}-*"):
@@ -281,11 +272,11 @@ def draw_demo(
         with (
             tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as beside,
             ProcessPoolExecutor(workers, initializer=begin_drawing) as pool,
-            tqdm(total=total, desc="demo set", unit="frame", disable=not progress) as bar,
+            tqdm(total=n_frames, desc="demo set", unit="frame", disable=not progress) as bar,
         ):
             drawing = Path(beside) / root.name
-            for written in pool.map(draw_video, [drawing] * len(jobs), *zip(*jobs, strict=True)):
-                marks.update(written)
+            for written in pool.map(partial(draw_video, drawing), *zip(*jobs, strict=True)):
+                marks |= written
                 bar.update(len(written))
             write_index(drawing, marks)
             os.replace(drawing, root)
@@ -306,17 +297,13 @@ def begin_drawing() -> None:
 
 
 def ensure_demo(root: Path) -> None:
-    """Draws the demo set, shifted at `SHIFTED_ROOT`, in its default size unless `root` holds one already.
-
-    Raises:
-        InputError: root holds something else.
-    """
-    if not (Path(root) / "KAIST_annotation.json").is_file():
-        shifted = Path(root) == SHIFTED_ROOT
+    """Draws the demo set, shifted at `SHIFTED_ROOT`, in its default size unless `root` holds one already."""
+    if not (root / "KAIST_annotation.json").is_file():
+        shifted = root == SHIFTED_ROOT
         draw_demo(root, train_frames=TRAIN_FRAMES, test_frames=TEST_FRAMES, shifted=shifted)
 
 
-def open_root(name: str) -> Path:
+def open_root(name: str | Path) -> Path:
     """A KAIST root named by a constant; a demo set is drawn if it is the one that is missing.
 
     Raises:
@@ -326,11 +313,8 @@ def open_root(name: str) -> Path:
     if root in (ROOT, SHIFTED_ROOT):
         ensure_demo(root)
     elif not root.is_dir():
-        raise InputError(
-            "no such folder",
-            f"set DATA_ROOT (--data-root) to KAIST's folder, or to {ROOT} for a drawn one",
-            file=root,
-        )
+        remedy = f"set DATA_ROOT (--data-root) to KAIST's folder, or to {ROOT} for a drawn one"
+        raise InputError("no such folder", remedy, file=root)
     return root
 
 
