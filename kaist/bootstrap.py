@@ -8,11 +8,11 @@ import numpy as np
 
 from kaist.miss_rate import (
     BLOCK,
+    FPPI_POINTS,
     SETUPS,
     GroundTruth,
     Setup,
     allowed_false_positives,
-    fppi_points,
     log_average,
     match_setups,
     rank,
@@ -25,13 +25,12 @@ def bootstrap(
     ground_truth: GroundTruth,
     detections: Detections,
     setups: Mapping[str, Setup] = SETUPS,
-    protocol: str = "official",
     *,
     resamples: int = 1000,
     seed: int = 0,
     by_video: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Miss rates (resamples,) of each setup on frames drawn anew with replacement.
+    """Official miss rates (resamples,) of each setup on frames drawn anew with replacement.
 
     The nonparametric bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
     chapters 6 and 13): a subset's frames are drawn with replacement as many times as it has
@@ -44,11 +43,10 @@ def bootstrap(
     samples is the paired one, whose interval says whether they differ on these frames.
     """
     ranked = rank(detections)
-    points = fppi_points(protocol)
     videos = [frame_id.rsplit("/", 1)[0] for frame_id in ground_truth.frames]
     units = np.unique(videos, return_inverse=True)[1] if by_video else np.arange(len(videos))
     samples = {}
-    for name, matching in match_setups(ground_truth, ranked, setups, protocol):
+    for name, matching in match_setups(ground_truth, ranked, setups):
         rng = np.random.default_rng(seed)
         drawn = np.unique(units[matching.frames])
         people = np.bincount(ground_truth.frame[matching.positive], minlength=len(videos))
@@ -56,16 +54,16 @@ def bootstrap(
         hits_before = np.append(np.cumsum(hits)[false], np.count_nonzero(hits))
         hits, false = ranked.frame[hits], ranked.frame[false]
         size = max(1, BLOCK // max(len(videos), len(false), len(hits)))
-        rates = [np.empty((0, len(points)))]
+        rates = [np.empty((0, len(FPPI_POINTS)))]
         for start in range(0, resamples, size):
             n = min(size, resamples - start)
             weight = draw_weights(rng, n, drawn, len(videos), units) * matching.frames
-            allowed = allowed_false_positives(weight.sum(axis=1, keepdims=True), points)
+            allowed = allowed_false_positives(weight.sum(axis=1, keepdims=True), FPPI_POINTS)
             seen = count_up_to(np.cumsum(weight[:, false], axis=1), allowed)
             found = np.cumsum(np.pad(weight[:, hits], ((0, 0), (1, 0))), axis=1)
             found = np.take_along_axis(found, hits_before[seen], axis=1)
             rates.append(share(found, weight @ people[:, None]))
-        samples[name] = log_average(np.concatenate(rates), protocol)
+        samples[name] = log_average(np.concatenate(rates), "official")
     return samples
 
 
@@ -88,10 +86,8 @@ def count_up_to(ascending: np.ndarray, limits: np.ndarray) -> np.ndarray:
     return found.reshape(limits.shape) - np.arange(n)[:, None] * k
 
 
-def interval(samples: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
-    """The middle share of bootstrap samples, (low, high); nan where no sample has people."""
+def interval(samples: np.ndarray) -> tuple[float, float]:
+    """The middle 95% of bootstrap samples, (low, high); nan where no sample has people."""
     samples = samples[~np.isnan(samples)]
-    if not len(samples):
-        return np.nan, np.nan
-    low, high = np.quantile(samples, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(samples, [(1 - 0.95) / 2, (1 + 0.95) / 2]) if len(samples) else (np.nan, np.nan)
     return float(low), float(high)

@@ -130,9 +130,13 @@ def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             size = max(size, temporary.stat().st_size if temporary.exists() else 0)
             temporary.unlink(missing_ok=True)
-            raise full_disk(path, size) from None
-        problem = f"cannot write it ({error.strerror or error})"
-        raise InputError(problem, "choose another place", file=path) from None
+            free = shutil.disk_usage(path.parent).free
+            problem = f"the disk is full: it needs {size / 1e6:.1f} MB or more, {free / 1e6:.1f} MB are free"
+            remedy = "free some (runs that are over, damaged.pt, frame caches) or choose another place; what "
+            remedy += "was there before is whole"
+        else:
+            problem, remedy = f"cannot write it ({error.strerror or error})", "choose another place"
+        raise InputError(problem, remedy, file=path) from None
     finally:
         with contextlib.suppress(OSError):  # of a read-only disk; the file is not there
             temporary.unlink(missing_ok=True)
@@ -147,17 +151,6 @@ def write_text(path: Path, text: str) -> None:
 def printable(text: str) -> str:
     """The text with whatever UTF-8 cannot hold, such as other bytes of a file's name, escaped."""
     return text.encode(errors="backslashreplace").decode()
-
-
-def full_disk(path: Path, size: int) -> InputError:
-    """What to say of a file of at least `size` bytes that did not fit."""
-    free = shutil.disk_usage(path.parent).free
-    return InputError(
-        f"the disk is full: it needs {size / 1e6:.1f} MB or more, {free / 1e6:.1f} MB are free",
-        "free some (runs that are over, damaged.pt, frame caches) or choose another place; what "
-        "was there before is whole",
-        file=path,
-    )
 
 
 def stale_files(folder: Path, pattern: str) -> list[Path]:

@@ -250,22 +250,17 @@ def match_setups(
         if (heights, levels) not in matched:
             counts = usable & (h >= heights[0]) & (h <= heights[1])
             counts &= np.array([level in levels for level in (0, 1, 2)])[ground_truth.occlusion]
-            matched[heights, levels] = (counts, *match(overlaps, counts, len(detections.scores)))
+            pairs = counts[overlaps.gt]
+            gt_match = match_greedily(overlaps.det[pairs], overlaps.gt[pairs], len(counts))
+            outcome = np.zeros(len(detections.scores), dtype=np.int8)
+            outcome[overlaps.ignored_det[~counts[overlaps.ignoring_gt]]] = -1
+            outcome[gt_match[gt_match >= 0]] = 1  # a matched detection is never ignored
+            matched[heights, levels] = counts, outcome, gt_match
         counts, outcome, gt_match = matched[heights, levels]
         frames = ground_truth.in_subset(subset)
         outcome = np.where(frames[detections.frame], outcome, -1)
         positive = counts & (frames & counted)[ground_truth.frame]
         yield name, Matching(outcome, positive, gt_match, frames)
-
-
-def match(overlaps: Overlaps, counts: np.ndarray, n_detections: int) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) outcome of each detection and (m,) match of each box that counts; `counts`: (m,) bool."""
-    outcome = np.zeros(n_detections, dtype=np.int8)
-    outcome[overlaps.ignored_det[~counts[overlaps.ignoring_gt]]] = -1
-    pairs = counts[overlaps.gt]
-    gt_match = match_greedily(overlaps.det[pairs], overlaps.gt[pairs], len(counts))
-    outcome[gt_match[gt_match >= 0]] = 1  # a matched detection is never ignored
-    return outcome, gt_match
 
 
 def rank(detections: Detections) -> Detections:
