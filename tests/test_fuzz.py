@@ -10,7 +10,7 @@ import zlib
 import pytest
 
 from kaist.files import InputError
-from tools import fuzz
+from tests import fuzz
 
 NINES = b"9" * 400
 ANNOTATIONS = b"""{"categories": [{"id": 1, "name": "person"}],

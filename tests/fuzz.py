@@ -1,11 +1,11 @@
 """Feeds broken input to everything that reads a user's files and flags.
 
-    python -m tools.fuzz --inputs 1000000 --seed 0
+    python -m tests.fuzz --inputs 1000000 --seed 0
 
 Inputs are valid files and command lines, mutated. A reader may take one or refuse it with an
 InputError; any other exception, a hang, or a file that training would refuse and the data check
 calls clean is a failure. Failing inputs are kept in `--out`; they belong into
-tests/tools/test_fuzz.py. Each input depends on its reader, number and seed alone.
+tests/test_fuzz.py. Each input depends on its reader, number and seed alone.
 """
 
 from __future__ import annotations
