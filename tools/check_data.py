@@ -117,7 +117,6 @@ def find_annotations(root: Path, where: str) -> tuple[list[Annotations], list[Pa
         open_annotations(root, "auto" if where == "all" else where)  # says what it looked for
     jsons = found.pop("json", [])
     forms = [Annotations(path, kind, "lwir") for kind, paths in found.items() for path in paths]
-    forms += [Annotations(form.source, "paired", "visible") for form in forms if form.form == "paired"]
     return forms, jsons
 
 
