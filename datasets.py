@@ -6,6 +6,9 @@ any number of workers gives the same samples.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    raise SystemExit("it checks nothing itself any more: python -m tools.check_data ROOT")
+
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -394,7 +397,3 @@ def batch_loader(
     # A GPU wants shapes that stay; a CPU nothing to do for padding.
     collate = Collate(map_sizes, map_range, max_objects(dataset) if pin_memory else 1)
     return BatchLoader(dataset, collate, pin_memory=pin_memory, **settings)
-
-
-if __name__ == "__main__":
-    raise SystemExit("it checks nothing itself any more: python -m tools.check_data ROOT")

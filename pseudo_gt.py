@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    raise SystemExit("it draws nothing itself any more: python -m tools.show_masks")
+
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.ops import box_convert, box_iou
 
 
 def box_masks(
@@ -53,6 +55,8 @@ class MapRange:
 
     def labels(self, boxes: Tensor, labels: Tensor) -> list[Tensor]:
         """(N, M) labels for each wanted map, of boxes and labels as `box_masks` takes them."""
+        from torchvision.ops import box_convert, box_iou  # here, because it takes two seconds
+
         corners = box_convert(torch.cat(self.priors), "cxcywh", "xyxy")
         overlap = box_iou(boxes.flatten(0, 1), corners).view(*labels.shape, -1)
         best = [x.amax(-1) for x in overlap.split([len(p) for p in self.priors], dim=-1)]
@@ -100,7 +104,3 @@ def cell_under(point: Tensor, cells: int, step: float) -> Tensor:
     """(..., cells) bool: the one of `cells` cells, `step` wide, that a point of [0, 1] lies in."""
     index = (point / step).long().clamp(0, cells - 1)
     return torch.arange(cells, device=point.device) == index.unsqueeze(-1)
-
-
-if __name__ == "__main__":
-    raise SystemExit("it draws nothing itself any more: python -m tools.show_masks")

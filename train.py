@@ -239,7 +239,7 @@ def train_epoch(
             finite = guarded_step(mean_losses)  # moves nothing where a loss or gradient is not finite
             update_ema(ema, model, config.ema_decay, step)
             monitor.add(torch.stack([mean_losses, losses.detach()]), finite, batch.frame_ids)
-            batches.set_postfix_str(run.progress(total_steps), refresh=False)
+            run.show_progress(batches, total_steps)
 
 
 def configure(argv: list[str] | None = None) -> Namespace:
@@ -279,21 +279,22 @@ def training_annotations(config: Namespace) -> Annotations:
 
 
 def print_banner(run: Run, frames: list[Frame], test_set: GroundTruth, model: nn.Module, where: str) -> None:
-    """What is about to be trained, in four lines, and what is unusual about it."""
+    """What is about to be trained, in five lines, and what is unusual about it."""
+    config, root = run.config, Path(run.config.data_root)
     for note in run.notes:
         print(note)
-    shared = len({frame.id for frame in frames} & set(test_set.frames))
-    if shared:
+    if shared := len({frame.id for frame in frames} & set(test_set.frames)):
         print(f"warning: {shared} frames are in both the training and the test list")
     people = sum(frame.n_people for frame in frames)
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print(describe(run.config, __file__))
-    print(f"data: {len(frames)} frames with {people} people to learn; tested on {count_people(test_set)}")
-    print(
-        f"network: {model.input_mode} input of {model.size[0]}x{model.size[1]}, {parameters:.2f} M "
-        f"parameters, {len(model.priors)} priors, masks on maps {[i + 1 for i in model.infused_maps]}"
-    )
-    print(f"run: {run.folder}, epoch {run.epoch + 1} of {run.config.epochs}, on {where}")
+    annotations = training_annotations(config).source
+    learned, tested = (find_file(root, name) for name in (config.train_list, config.test_list))
+    print(describe(config, __file__))
+    print(f"train: {len(frames)} frames, {people} people to learn ({learned}, {annotations})")
+    print(f"test: {count_people(test_set)} ({tested}, {test_set.source})")
+    (h, w), millions = model.size, sum(p.numel() for p in model.parameters()) / 1e6
+    heads = f"{len(model.priors)} priors, masks on maps {[i + 1 for i in model.infused_maps]}"
+    print(f"network: {model.input_mode} input of {h}x{w}, {millions:.2f} M parameters, {heads}")
+    print(f"run: {run.folder}, epoch {run.epoch + 1} of {config.epochs}, on {where}; time: after 30 steps")
 
 
 if __name__ == "__main__":

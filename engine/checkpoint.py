@@ -158,4 +158,7 @@ def newest_checkpoint(folder: Path) -> Path:
             "train one with python train.py, or name one with --checkpoint",
         )
     finished = [path for path in found if (run := read_run(path.parent)) and run["finished"]]
-    return (finished or found)[-1]
+    chosen = (finished or found)[-1]
+    if chosen != found[-1]:
+        print(f"note: {found[-1].parent} is newer, but not finished: --checkpoint takes it")
+    return chosen

@@ -15,7 +15,7 @@ from typing import Any
 
 from engine.experiments import BASE, EXPERIMENTS
 from engine.history import runs_table
-from kaist.annotations import MODALITIES
+from kaist.annotations import MODALITIES, find_parts
 from kaist.files import InputError
 from kaist.frames import LEARNED
 
@@ -164,7 +164,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def read_config(script: str, argv: list[str] | None = None) -> Namespace:
-    """A run's configuration: the script's constants < a row of the lab book < flags.
+    """A run's configuration: the script's constants < a row of the lab book < --kaist < other flags.
 
     Relative folders among the constants are meant from the script's folder, those among the flags
     from the working directory.
@@ -178,7 +178,10 @@ def read_config(script: str, argv: list[str] | None = None) -> Namespace:
         "list": (lab_book, "print the lab book and end"),
         "runs": (lambda: runs_table(from_root(constants["checkpoints"][0])), "print the runs and end"),
     }
-    flags = parse_flags(description, constants, argv, **actions)
+    kaist = "root of a full KAIST: fills DATA_ROOT, both lists and both ANNOTATIONS, but for those given"
+    flags = parse_flags(description, constants | {"kaist": ("", kaist)}, argv, **actions)
+    if root := flags.pop("kaist", ""):
+        flags = find_parts(Path(root), flags) | flags
     values = {name: value for name, (value, _) in constants.items()}
     values |= {name: from_root(values[name]) for name in PATHS if values[name]}
     values |= flags

@@ -29,6 +29,7 @@ from kaist.files import InputError, make_folder, write_atomically
 DAMAGED = "damaged.pt"  # a last.pt that turned out not to be whole
 RATES = ("miss_rate", "miss_rate_day", "miss_rate_night")
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+WARM_UP, TIMED = 10, 20  # steps: the first of a process, and those by which its end is foretold
 PATIENCE = 3.0  # seconds after which another Ctrl-C ends a run that is still at its step
 
 
@@ -72,6 +73,7 @@ class Run:
         self.stop_requested: int | None = None
         self.stop_time = self.saved_at = 0.0
         self.in_step = False
+        self.n_timed = 0  # steps of this process
         chosen = self.choose_folder() if is_main_process() else None
         self.folder, self.state = broadcast_object(chosen)
         state = self.state or {}
@@ -278,15 +280,25 @@ class Run:
         means = (value / max(1, self.step - self.skipped) for value in self.sums)
         return dict(zip(self.terms, means, strict=True))
 
-    def progress(self, total_steps: int) -> str:
-        """When the run ends, its speed and its mean losses, for a bar on 80 columns."""
+    def show_progress(self, bar: tqdm, total_steps: int) -> None:
+        """Put when the run ends, its speed and its mean losses on a bar of 80 columns; say once how
+        long the run is going to take, by the steps after the first `WARM_UP`."""
         if not self.step:
-            return ""
+            return
         speed = self.step * self.config.batch_size / max(self.seconds, 1e-9)
         done = self.epoch * total_steps // self.config.epochs + self.step
         left = tqdm.format_interval((total_steps - done) * self.seconds / self.step)
         _, loc, conf, seg, *_ = self.mean_losses().values()
-        return f"{left} left, {speed:.0f} img/s, loc {loc:.2f} conf {conf:.2f} seg {seg:.2f}"
+        bar.set_postfix_str(
+            f"{left} left, {speed:.0f} img/s, loc {loc:.2f} conf {conf:.2f} seg {seg:.2f}", refresh=False
+        )
+        self.n_timed += 1
+        if self.n_timed == WARM_UP:
+            self.timed_from = time.monotonic()
+        if self.n_timed == WARM_UP + TIMED and is_main_process():
+            pace = (time.monotonic() - self.timed_from) / TIMED
+            expected = tqdm.format_interval((total_steps - done) * pace)
+            tqdm.write(f"expected: {expected} more of training, at {pace:.2g} s a step, and the evaluations")
 
     def end_epoch(self, scores: dict[str, float]) -> None:
         """Log the epoch, save its checkpoint (and as best.pt if its miss rate is the lowest).

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +52,12 @@ MODALITIES = {
 }
 # Of images, in the order in which they are looked for.
 SUFFIXES = (".jpg", ".png", ".jpeg", ".tif", ".tiff", ".JPG", ".PNG", ".JPEG", ".TIF", ".TIFF")
+# What a full KAIST is trained and tested on: the constants of its list and annotations, and the lists
+# under their published names, the longest first.
+PARTS = {
+    "train": ("train_list", "annotations", ("train-all-02.txt", "train-all-04.txt", "train-all-20.txt")),
+    "test": ("test_list", "test_annotations", ("test-all-20.txt",)),
+}
 REMEDY = "set ANNOTATIONS (--annotations) to a form or a path"
 
 
@@ -241,3 +247,55 @@ def find_annotations(root: Path, where: str, modality: str) -> Annotations:
     if where in ("auto", *PLACES):
         return open_annotations(root, where, modality)
     return open_annotations(find_file(root, where), "auto", modality)
+
+
+def find_parts(root: Path, given: Mapping[str, str] = {}, kinds: Iterable[str] = PARTS) -> dict[str, str]:
+    """The constants that train and test on a full KAIST: its root, lists and annotations.
+
+    To test it takes KAIST_annotation.json, to train the first form that annotates every frame of the
+    list.
+
+    Args:
+        given: values of constants that are chosen already.
+        kinds: those of `PARTS` that are wanted.
+
+    Raises:
+        InputError: a part that is not there, by its name.
+    """
+    parts = {"data_root": str(root)}
+    if not (root / "images").is_dir():
+        raise InputError("no images/ here", "name the folder that holds KAIST's images/", file=root)
+    for kind in kinds:
+        list_name, annotations_name, known = PARTS[kind]
+        lists = [str(Path("imageSets", name)) for name in known]
+        there = [name for name in lists if (root / name).is_file()]
+        if not there and list_name not in given:
+            remedy = f"put one there, or name a list by --{list_name.replace('_', '-')}"
+            raise InputError(f"no {' and no '.join(lists)} here", remedy, file=root)
+        parts[list_name] = given.get(list_name) or there[0]
+        if annotations_name not in given:
+            frame_ids = read_image_list(find_file(root, parts[list_name]))
+            parts[annotations_name] = find_test_json(root) if kind == "test" else find_form(root, frame_ids)
+    return parts
+
+
+def find_test_json(root: Path) -> str:
+    """A root's improved test annotations."""
+    for place in (root / JSON_NAME, root / "annotations" / JSON_NAME):
+        if place.is_file():
+            return str(place)
+    problem = f"no {JSON_NAME} here, the improved annotations that papers test on"
+    raise InputError(problem, "put it there, or choose others by --test-annotations", file=root)
+
+
+def find_form(root: Path, frame_ids: Sequence[str]) -> str:
+    """The first form of annotations that has a file for every one of these frames."""
+    holds = {}
+    for form, folder in FOLDERS.items():
+        annotations = Annotations(root / folder, form, "lwir")
+        holds[folder] = sum(os.path.exists(annotations.path(frame_id)) for frame_id in frame_ids)
+        if holds[folder] == len(frame_ids):
+            return form
+    problem = ", ".join(f"{folder}/ of {n}" for folder, n in holds.items())
+    problem = f"no annotations of all {len(frame_ids)} frames to train on; {problem}"
+    raise InputError(problem, "complete one, or name others by --annotations", file=root)

@@ -223,7 +223,7 @@ def write_index(root: Path, marks: dict[str, list]) -> None:
             kind = {"height": box[3], "occlusion": occlusion, "ignore": int(label != "person")}
             annotations.append(place | kind)
     categories = [{"id": 0, "name": "__ignore__"}, {"id": 1, "name": "person"}]
-    info = {"dataset": "demo set in KAIST's layout, drawn by demo_data.py"}
+    info = {"dataset": "demo set in KAIST's layout, drawn by kaist/demo.py"}
     content = dict(info=info, images=images, annotations=annotations, categories=categories)
     (root / "KAIST_annotation.json").write_text(json.dumps(content, indent=1) + "\n")
 
@@ -299,21 +299,21 @@ def begin_drawing() -> None:
 def ensure_demo(root: Path) -> None:
     """Draws the demo set, shifted at `SHIFTED_ROOT`, in its default size unless `root` holds one already."""
     if not (root / "KAIST_annotation.json").is_file():
-        shifted = root == SHIFTED_ROOT
+        shifted = root.name == SHIFTED_ROOT.name
         draw_demo(root, train_frames=TRAIN_FRAMES, test_frames=TEST_FRAMES, shifted=shifted)
 
 
 def open_root(name: str | Path) -> Path:
-    """A KAIST root named by a constant; a demo set is drawn if it is the one that is missing.
+    """A KAIST root named by a constant; a demo set of the repository is drawn if it is the one missing.
 
     Raises:
         InputError: any other folder that is not there.
     """
-    root = Path(name)
-    if root in (ROOT, SHIFTED_ROOT):
+    root, own = Path(name), [Path(__file__).parents[1] / place for place in (ROOT, SHIFTED_ROOT)]
+    if Path(os.path.abspath(root)) in own:
         ensure_demo(root)
     elif not root.is_dir():
-        remedy = f"set DATA_ROOT (--data-root) to KAIST's folder, or to {ROOT} for a drawn one"
+        remedy = f"set DATA_ROOT (--data-root) to KAIST's folder, or to {own[0]} for a drawn one"
         raise InputError("no such folder", remedy, file=root)
     return root
 

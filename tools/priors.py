@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.config import CHOICES, OneLineParser
+from engine.config import CHOICES, OneLineParser, find_folder
 from kaist.annotations import (
     FRAME_HEIGHT,
     FRAME_WIDTH,
@@ -93,7 +93,7 @@ def read_persons(arguments: Namespace) -> tuple[np.ndarray, np.ndarray]:
     """
     root = Path(arguments.data_root)
     if not Path(arguments.annotations).exists():
-        root = open_root(root)
+        root = open_root(find_folder(root))
     annotations = find_annotations(root, arguments.annotations, "lwir")
     if arguments.image_list == "all":
         frame_ids = annotated_frames(annotations)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from datasets import AUGMENTATION, Batch, Collate, KaistPairs
-from engine.config import check_config, parse_flags, read_constants
+from engine.config import check_config, find_folder, parse_flags, read_constants
 from kaist.annotations import find_annotations, find_file, read_image_list
 from kaist.demo import open_root
 from kaist.files import InputError, run_script, write_atomically
@@ -44,7 +44,7 @@ def main() -> None:
     config = {name: value for name, (value, _) in constants.items()}
     config |= parse_flags(__doc__.splitlines()[0], constants, None)
     check_config(config)
-    root = open_root(config["data_root"])
+    root = open_root(find_folder(config["data_root"]))
     frame_ids = read_image_list(find_file(root, config["image_list"]))
     order = torch.randperm(len(frame_ids), generator=torch.manual_seed(config["seed"]))
     annotations = find_annotations(root, config["annotations"], "lwir")

@@ -26,10 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-import train
-from engine.config import OneLineParser, as_flags, show
+from engine.config import ROOT, OneLineParser, as_flags, show
 from engine.experiments import EXPERIMENTS
-from engine.run import same_recipe
 from kaist import demo
 from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
 
@@ -166,6 +164,9 @@ def plan(study: Study, folder: Path, seeds: int, more: list[str]) -> list[StudyR
     Raises:
         InputError: flags that train.py refuses, or a folder that holds a run of other constants.
     """
+    import train  # here, because torch takes seconds
+    from engine.run import same_recipe
+
     runs = []
     for seed in range(seeds):
         for arm, (row, changes) in (rows(study.baseline) | study.arms).items():
@@ -196,7 +197,7 @@ def run_all(runs: list[StudyRun], jobs: int) -> None:
 
     def train_one(run: StudyRun) -> int:
         with run.folder.with_suffix(".out").open("w") as file:
-            command = [sys.executable, train.__file__, *run.flags]
+            command = [sys.executable, ROOT / "train.py", *run.flags]
             return subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
 
     with ThreadPoolExecutor(jobs) as pool:
