@@ -33,21 +33,31 @@ def draw_curves(log: Log, name: str, path: Path) -> None:
     title = f"{name}, {len(log)} epoch{'s' * (len(log) != 1)}"
     if scored:
         best = min(scored, key=lambda row: row["miss_rate"])
-        title += f": best miss rate {percent(best['miss_rate'])}% (epoch {best['epoch']:g})"
-    figure.suptitle(title)
+        title += f": best miss rate, Reasonable, {percent(best['miss_rate'])}% (epoch {best['epoch']:g})"
+    figure.suptitle(title, fontsize=14, fontweight="bold")
 
+    ends = {key: value for row in log for key, value in row.items() if has(row, key)}
+    rated, recalled = (f" {percent(ends[key])}%" if scored else "" for key in ("miss_rate", "recall"))
     plot_epochs(losses, log, {key: key for key in LOSSES}, "{:.3g}")
-    losses.set(title="training loss", ylim=(0, None))
+    losses.set(title=f"training loss {ends['loss']:.3g}")
     plot_epochs(rates, scored, MISS_RATES, "{:.2%}")
-    rates.set(title="miss rate, Reasonable: lower is better", ylim=(0, 1))
+    rates.set(title=f"miss rate{rated}: lower is better", ylim=(0, 1))
     masks = dict.fromkeys(key for row in scored for key in row if key.startswith(("iou_", "ap_")))
-    names = {key: f"mask {key.replace('_', ' ').replace('map', 'map ')}" for key in masks}
+    words = {"ap": "AP", "iou": "IoU"}
+    names = {key: "mask {} of map {}".format(words[key.split("_")[0]], key.split("map")[1]) for key in masks}
     plot_epochs(found, scored, {"recall": "recall", **names}, "{:.2%}")
-    found.set(title="recall and masks: higher is better", ylim=(0, 1))
-    plot_epochs(rate, log, {"lr": "learning rate"}, "{:.2g}")
-    rate.set(title="learning rate", ylim=(0, None))
+    found.set(title=f"recall{recalled} and masks: higher is better", ylim=(0, 1))
+    plot_epochs(rate, log, {"lr": "lr"}, "{:.2g}")
+    rate.set(title=f"learning rate {ends['lr']:.2g}")
+    rate.yaxis.set_major_formatter("{x:.2g}")
+    for panel in (losses, rate):
+        panel.update_datalim([(1, 0)])
+        panel.autoscale_view()
+        panel.set_ylim(0)
     for panel in (rates, found):
         panel.yaxis.set_major_formatter("{x:.0%}")
+    for panel in (losses, rates):
+        panel.set_xlabel("")
     figure.savefig(path, format="png", dpi=110)
 
 
@@ -65,10 +75,11 @@ def plot_epochs(panel: Axes, log: Log, names: dict[str, str], form: str = "", **
         points = [(row["epoch"], row[key]) for row in log if has(row, key)]
         if points:
             label = f"{name} {form.format(points[-1][1])}".strip()
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label, **style)
+            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label, **style)
     panel.set(xlabel="epoch")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
     if panel.lines:
         panel.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     else:

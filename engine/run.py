@@ -355,8 +355,8 @@ class Run:
         chosen = self.folder / "best.pt" if self.config.validation else self.folder
         files = ", ".join(sorted(p.name for p in self.folder.iterdir() if not p.name.startswith(".")))
         return (
-            f"{self.folder}: {self.epoch} epochs, {seconds} of training; lowest miss rate "
-            f"{100 * best['miss_rate']:.2f} at epoch {best['epoch']}\nin it: {files}\n"
+            f"{self.folder}: {self.epoch} epoch{'s' * (self.epoch != 1)}, {seconds} of training; lowest miss "
+            f"rate {100 * best['miss_rate']:.2f} at epoch {best['epoch']}\nin it: {files}\n"
             f"next: python eval.py --checkpoint {chosen} --bootstrap 1000\n"
             f"      python detect.py --checkpoint {self.folder} {self.config.data_root}/images"
         )
