@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from kaist.annotations import image_path
 from kaist.files import InputError, write_atomically
@@ -20,6 +20,7 @@ OPERATING_FPPI = 0.1  # who is not found at this rate of false positives counts 
 WIDTH, HEIGHT = 176, 220  # of one view, pixels
 COLUMNS = 4
 PER_VIDEO = 2  # errors of a video that come first: its neighbouring frames hold the same ones again
+CAPTIONS = {"visible": "visible", "lwir": "LWIR"}
 COLOURS = {"red": "the error", "lime": "person who counts", "yellow": "ignored object"}
 
 
@@ -49,15 +50,16 @@ def draw_errors(
     ranked, people = rank(detections), ground_truth
     [(_, matching)] = match_setups(people, ranked, {SETUP: SETUPS[SETUP]})
     false, missed = find_errors(people, matching)
+    counts = len(false), len(missed)
     false, missed = spread(people, ranked.frame, false)[:n], spread(people, people.frame, missed)[:n]
-    tiles = [(ranked.frame[i], ranked.boxes[i], f"score {ranked.scores[i]:.3g}") for i in false]
+    tiles = [(ranked.frame[i], ranked.boxes[i], f"score {ranked.scores[i]:.2f}") for i in false]
     for i in missed:
         det = matching.gt_match[i]
-        score = f"found at {ranked.scores[det]:.3g}" if det >= 0 else "never found"
+        score = f"found at {ranked.scores[det]:.2f}" if det >= 0 else "never found"
         tiles.append((people.frame[i], people.boxes[i], f"{people.boxes[i, 3]:.0f} px, {score}"))
     headings = (
-        f"{name}: false positives of the highest scores",
-        f"{name}: largest people not found at {OPERATING_FPPI} false positives per image",
+        f"{name}: {len(false)} of {counts[0]} false positives, those of the highest scores",
+        f"{name}: {len(missed)} of {counts[1]} people not found at {OPERATING_FPPI} false positives per image",
     )
     rows = [max(1, math.ceil(len(part) / COLUMNS)) for part in (false, missed)]
     figure = Figure(figsize=(3.7 * COLUMNS, 2.6 * sum(rows) + 1.2), layout="constrained")
@@ -65,7 +67,7 @@ def draw_errors(
     for part, n_rows, heading, found in zip(
         figure.subfigures(2, 1, height_ratios=rows), rows, headings, (false, missed), strict=True
     ):
-        part.suptitle(heading if len(found) else f"{heading}: none", fontsize=13)
+        part.suptitle(heading, fontsize=14, fontweight="bold")
         grid = part.subplots(n_rows, COLUMNS, squeeze=False).ravel()
         for panel in grid:
             panel.axis("off")
@@ -78,7 +80,9 @@ def draw_errors(
         colours = np.where(matching.positive[here], "lime", "yellow")
         boxes = [*zip(people.boxes[here], colours.tolist(), strict=True), (box, "red")]
         views = [draw_view(file, m, box, boxes) for m, file in files.items()]
-        panel.imshow(np.hstack(views), interpolation="nearest")
+        panel.imshow(
+            np.hstack([views[0], np.full_like(views[0][:, :2], 255), views[1]]), interpolation="nearest"
+        )
         panel.set_title(f"{people.frames[frame]}: {text}", fontsize=9)
     if absent and len(absent) == 2 * len(tiles):
         raise InputError("no image is there", "name the folder with images/ as --data-root", file=absent[0])
@@ -127,6 +131,6 @@ def draw_view(path: Path, modality: str, box: np.ndarray, boxes: list[tuple[np.n
     for (x, y, w, h), colour in boxes:
         corners = np.array([x - left, y - top, x + w - left, y + h - top]) * scale
         pen.rectangle(corners.tolist(), outline=colour, width=2)
-    caption = modality if path.exists() else f"no {modality} image"
-    pen.text((4, 2), caption, "white", stroke_width=2, stroke_fill="black")
+    caption = CAPTIONS[modality] if path.exists() else f"no {CAPTIONS[modality]} image"
+    pen.text((5, 3), caption, "white", ImageFont.load_default(15), stroke_width=2, stroke_fill="black")
     return np.array(view)

@@ -37,7 +37,7 @@ def draw_pair(
     line = max(2, height // 256)
     bar = round(1.7 * font.size)
     sheet = Image.new("RGB", (width * len(images) + line * (len(images) - 1), height + 2 * bar), STRIP)
-    legend = [(FOUND, f"{len(boxes)} found, with score")]
+    legend = [(FOUND, f"{len(boxes)} found" + ", with score" * (len(boxes) > 0))]
     if annotated is not None:
         n_people = int(annotated.is_person.sum())
         legend.append((PERSON, f"{n_people} annotated (dashed)"))

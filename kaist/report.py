@@ -322,7 +322,7 @@ def plot_curves(panel: Axes, scores: Sequence[Scores], key: str) -> None:
     bottom = max(0.6 * (1 - np.max(rates, where=~np.isnan(rates), initial=0)), TICKS[0])
     ticks = [tick for tick in TICKS if tick >= bottom]
     panel.set(xscale="log", yscale="log", xlim=(2e-3, MAX_FPPI), ylim=(bottom, 1.05), title=title)
-    panel.set(xlabel="false positives per image", ylabel="miss rate, Reasonable, official")
+    panel.set(xlabel="false positives per image (dots: averaged)", ylabel="miss rate, Reasonable, official")
     panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     panel.set_yticks([], minor=True)
     panel.xaxis.set_major_formatter("{x:g}")

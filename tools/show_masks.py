@@ -115,6 +115,7 @@ def draw_masks(batch: Batch, path: Path) -> None:
             axis.set_title("mask {} x {}".format(*mask.shape))
         for axis in row:
             axis.set_axis_off()
+    figure.suptitle(f"{n} augmented training samples, and the mask that each feature map learns", fontsize=14)
     named = {"person in visible": colours[VISIBLE], "person in LWIR": colours[LWIR]} | of_cells
     if not (batch.labels[..., None] == torch.tensor([VISIBLE, LWIR])).any():
         named = of_cells  # no modality has a box of its own
