@@ -59,7 +59,8 @@ def draw_errors(
         tiles.append((people.frame[i], people.boxes[i], f"{people.boxes[i, 3]:.0f} px, {score}"))
     headings = (
         f"{name}: {len(false)} of {counts[0]} false positives, those of the highest scores",
-        f"{name}: {len(missed)} of {counts[1]} people not found at {OPERATING_FPPI} false positives per image",
+        f"{name}: {len(missed)} of {counts[1]} people missed at {OPERATING_FPPI} false positives per image, "
+        "the largest",
     )
     rows = [max(1, math.ceil(len(part) / COLUMNS)) for part in (false, missed)]
     figure = Figure(figsize=(3.7 * COLUMNS, 2.6 * sum(rows) + 1.2), layout="constrained")
