@@ -27,7 +27,7 @@ import numpy as np
 
 from engine.compare import compare_runs, tell_apart
 from engine.config import OneLineParser, find_folder, pick
-from kaist.annotations import MODALITIES, read_image_list, scene, time_of_day
+from kaist.annotations import MODALITIES, find_parts, read_image_list, scene, time_of_day
 from kaist.files import InputError, run_script
 from kaist.miss_rate import GroundTruth, load_ground_truth, open_test_set, select_frames
 from kaist.report import draw_curves, print_scores, score, write_json
@@ -97,6 +97,8 @@ def parse_arguments() -> Namespace:
     where = "KAIST_annotation.json, an annotation folder or a KAIST root"
     add("--annotations", type=Path, default=ANNOTATIONS or None, help=where)
     add("--data-root", type=Path, default=DATA_ROOT or None, help="folder with images/")
+    whole = "a full KAIST: fills --data-root, --image-list and --annotations, but for those given"
+    add("--kaist", type=Path, metavar="ROOT", help=whole)
     listing = "frames to evaluate; ids of result files without a companion count along it"
     add("--image-list", type=Path, metavar="FILE", help=listing)
     add("--subset", help=f"evaluate only {', '.join(SUBSETS)}, or the frames of an image list")
@@ -120,6 +122,8 @@ def parse_arguments() -> Namespace:
     add("--show-errors", type=int, default=0, metavar="N", help=errors)
     add("--errors-out", type=picture, metavar="FILE", help=f"where to ({beside} {ERRORS})")
     arguments = parser.parse_args()
+    if arguments.kaist:
+        fill_in(arguments, arguments.kaist)
     if min(arguments.bootstrap, arguments.show_errors) < 0:
         parser.error("--bootstrap and --show-errors take a number from 0 up")
     if arguments.experiment and not arguments.checkpoint:
@@ -134,6 +138,15 @@ def parse_arguments() -> Namespace:
     if arguments.blackout and (arguments.detections or arguments.compare):
         parser.error("--blackout and --without evaluate a checkpoint: leave --detections and --compare away")
     return arguments
+
+
+def fill_in(arguments: Namespace, root: Path) -> None:
+    """Fill what is not given of root, list and annotations with a full KAIST's."""
+    given = {"test_list": arguments.image_list, "test_annotations": arguments.annotations}
+    parts = find_parts(root, {name: str(path) for name, path in given.items() if path}, ["test"])
+    arguments.data_root = arguments.data_root or root
+    arguments.image_list = arguments.image_list or root / parts["test_list"]
+    arguments.annotations = arguments.annotations or Path(parts["test_annotations"])
 
 
 def output(text: str) -> Path:
