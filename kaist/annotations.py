@@ -263,7 +263,7 @@ def find_parts(root: Path, given: Mapping[str, str] = {}, kinds: Iterable[str] =
         InputError: a part that is not there, by its name.
     """
     parts = {"data_root": str(root)}
-    if not (root / "images").is_dir():
+    if "train" in kinds and not (root / "images").is_dir():
         raise InputError("no images/ here", "name the folder that holds KAIST's images/", file=root)
     for kind in kinds:
         list_name, annotations_name, known = PARTS[kind]
@@ -296,6 +296,6 @@ def find_form(root: Path, frame_ids: Sequence[str]) -> str:
         holds[folder] = sum(os.path.exists(annotations.path(frame_id)) for frame_id in frame_ids)
         if holds[folder] == len(frame_ids):
             return form
-    problem = ", ".join(f"{folder}/ of {n}" for folder, n in holds.items())
-    problem = f"no annotations of all {len(frame_ids)} frames to train on; {problem}"
+    found = ", ".join(f"{folder}/ {n}" for folder, n in holds.items())
+    problem = f"no folder annotates all {len(frame_ids)} frames to train on ({found})"
     raise InputError(problem, "complete one, or name others by --annotations", file=root)
