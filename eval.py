@@ -146,7 +146,7 @@ def fill_in(arguments: Namespace, root: Path) -> None:
     parts = find_parts(root, {name: str(path) for name, path in given.items() if path}, ["test"])
     arguments.data_root = arguments.data_root or root
     arguments.image_list = arguments.image_list or root / parts["test_list"]
-    arguments.annotations = arguments.annotations or Path(parts["test_annotations"])
+    arguments.annotations = arguments.annotations or root / parts["test_annotations"]
 
 
 def output(text: str) -> Path:

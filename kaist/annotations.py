@@ -275,27 +275,30 @@ def find_parts(root: Path, given: Mapping[str, str] = {}, kinds: Iterable[str] =
         parts[list_name] = given.get(list_name) or there[0]
         if annotations_name not in given:
             frame_ids = read_image_list(find_file(root, parts[list_name]))
-            parts[annotations_name] = find_test_json(root) if kind == "test" else find_form(root, frame_ids)
+            parts[annotations_name] = (
+                find_test_json(root) if kind == "test" else complete_form(root, frame_ids)
+            )
     return parts
 
 
 def find_test_json(root: Path) -> str:
-    """A root's improved test annotations."""
-    for place in (root / JSON_NAME, root / "annotations" / JSON_NAME):
-        if place.is_file():
-            return str(place)
+    """The improved test annotations' file, named from the root."""
+    if found := find_form(root, "json"):
+        return str(found[0].relative_to(root))
     problem = f"no {JSON_NAME} here, the improved annotations that papers test on"
-    raise InputError(problem, "put it there, or choose others by --test-annotations", file=root)
+    remedy = "put it there, or choose others by --test-annotations (eval.py: --annotations)"
+    raise InputError(problem, remedy, file=root)
 
 
-def find_form(root: Path, frame_ids: Sequence[str]) -> str:
+def complete_form(root: Path, frame_ids: Sequence[str]) -> str:
     """The first form of annotations that has a file for every one of these frames."""
     holds = {}
-    for form, folder in FOLDERS.items():
-        annotations = Annotations(root / folder, form, "lwir")
-        holds[folder] = sum(os.path.exists(annotations.path(frame_id)) for frame_id in frame_ids)
-        if holds[folder] == len(frame_ids):
-            return form
+    for form, [folder, *_] in PLACES.items():
+        if form != "json":
+            annotations = Annotations(root / folder, form, "lwir")
+            holds[folder] = sum(os.path.exists(annotations.path(frame_id)) for frame_id in frame_ids)
+            if holds[folder] == len(frame_ids):
+                return form
     found = ", ".join(f"{folder}/ {n}" for folder, n in holds.items())
     problem = f"no folder annotates all {len(frame_ids)} frames to train on ({found})"
     raise InputError(problem, "complete one, or name others by --annotations", file=root)

@@ -340,6 +340,22 @@ def test_foreign_checkpoints_are_refused(tmp_path):
         newest_checkpoint(tmp_path)
 
 
+def test_a_newer_run_that_is_passed_over_is_named(tmp_path, capsys):
+    for name, moment in (("done", 1000), ("begun", 2000)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text('{"epochs": 1}')
+        (folder / "last.pt").touch()
+        os.utime(folder / "last.pt", (moment, moment))
+    (tmp_path / "done/log.csv").write_text("epoch\n1\n")
+    (tmp_path / "done/miss_rate.json").touch()
+    assert newest_checkpoint(tmp_path) == tmp_path / "done/last.pt"
+    assert f"note: {tmp_path / 'begun'} is newer, but not finished" in capsys.readouterr().out
+    os.utime(tmp_path / "done/last.pt", (3000, 3000))
+    assert newest_checkpoint(tmp_path) == tmp_path / "done/last.pt"
+    assert not capsys.readouterr().out
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """A checkpoint of an untrained early-fusion network."""

@@ -1,6 +1,7 @@
 """Constants, flags, rows of the lab book, and the name a run is saved under."""
 
 import re
+import shutil
 
 import pytest
 
@@ -272,3 +273,18 @@ def test_a_checkpoint_without_a_needed_constant_is_refused(missing):
     del content["config"][missing]
     with pytest.raises(InputError, match=f"{missing.upper()} is missing"):
         checkpoint_config(content, "last.pt")
+
+
+def test_a_full_kaist_fills_what_is_not_given(demo_root, tmp_path):
+    root = shutil.copytree(demo_root, tmp_path / "kaist")
+    for old, new in (("train-all", "train-all-04"), ("test-all", "test-all-20")):
+        (root / f"imageSets/{old}.txt").rename(root / f"imageSets/{new}.txt")
+    config = train.configure(["--experiment", "26", "--pretrained", "none", "--kaist", str(root)])
+    assert (config.data_root, config.train_list) == (str(root), "imageSets/train-all-04.txt")
+    assert (config.annotations, config.test_annotations) == ("bbgt", "KAIST_annotation.json")
+    assert not hasattr(config, "kaist")  # a run resumes by what was chosen
+    given = ["--test-list", "mine.txt", "--test-annotations", "auto"]
+    config = train.configure(["--kaist", str(root), *given])
+    assert (config.test_list, config.test_annotations) == ("mine.txt", "auto")
+    with pytest.raises(InputError, match="nowhere: no images/ here"):
+        train.configure(["--kaist", str(tmp_path / "nowhere")])

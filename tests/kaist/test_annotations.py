@@ -1,6 +1,7 @@
 """KAIST's files: image lists, every form of annotation, and how bad ones are named."""
 
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from kaist.annotation_files import json_row
 from kaist.annotations import (
+    find_parts,
     image_path,
     open_annotations,
     open_test_annotations,
@@ -367,3 +369,62 @@ def test_image_lists_of_the_benchmark(reference):
     counts = {"train-all-02": 25086, "test-all-20": 2252, "test-day-20": 1455, "test-night-20": 797}
     for name, count in counts.items():
         assert len(read_image_list(reference / "imageSets" / f"{name}.txt")) == count
+
+
+@pytest.fixture
+def full_kaist(demo_root, tmp_path):
+    """A demo set under the names of a full KAIST."""
+    root = tmp_path / "full"
+    shutil.copytree(demo_root, root)
+    for old, new in (("train-all", "train-all-02"), ("test-all", "test-all-20")):
+        (root / f"imageSets/{old}.txt").rename(root / f"imageSets/{new}.txt")
+    return root
+
+
+def test_a_full_kaist_is_found_by_its_root(full_kaist):
+    parts = find_parts(full_kaist)
+    assert parts == {
+        "data_root": str(full_kaist),
+        "train_list": "imageSets/train-all-02.txt",
+        "annotations": "bbgt",
+        "test_list": "imageSets/test-all-20.txt",
+        "test_annotations": "KAIST_annotation.json",
+    }
+    assert find_parts(full_kaist, kinds=["test"]).keys() == {"data_root", "test_list", "test_annotations"}
+
+
+def test_the_form_that_annotates_every_frame_is_taken(full_kaist):
+    """A folder that holds the test frames' annotations alone comes first in order, but is not it."""
+    xml = full_kaist / "annotations-xml-new"
+    for path in (full_kaist / "annotations").rglob("*.txt"):
+        beside = xml / path.relative_to(full_kaist / "annotations").with_suffix(".xml")
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text("<annotation></annotation>")
+    assert find_parts(full_kaist)["annotations"] == "bbgt"
+    next((full_kaist / "annotations/set03").rglob("*.txt")).unlink()
+    assert find_parts(full_kaist)["annotations"] == "xml"
+
+
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        ("images", "no images/"),
+        ("imageSets/train-all-02.txt", "no imageSets/train-all-02.txt"),
+        ("imageSets/test-all-20.txt", "no imageSets/test-all-20.txt"),
+        ("KAIST_annotation.json", "no KAIST_annotation.json"),
+        ("annotations/set03", r"all 12 frames to train on \(annotations/ 10, "),
+    ],
+)
+def test_a_part_that_a_full_kaist_lacks_is_named(lost, named, full_kaist):
+    (full_kaist / lost).rename(full_kaist / "lost")
+    with pytest.raises(InputError, match=named):
+        find_parts(full_kaist)
+
+
+def test_what_is_chosen_already_need_not_be_there(full_kaist):
+    (full_kaist / "imageSets/train-all-02.txt").rename(full_kaist / "mine.txt")
+    (full_kaist / "KAIST_annotation.json").unlink()
+    given = {"train_list": "mine.txt", "test_annotations": "bbgt"}
+    parts = find_parts(full_kaist, given)
+    assert (parts["train_list"], parts["annotations"]) == ("mine.txt", "bbgt")
+    assert "test_annotations" not in parts

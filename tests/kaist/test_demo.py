@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -270,3 +271,18 @@ def test_script(tmp_path: Path) -> None:
         [*SCRIPT, "--root", "few", "--test-frames", "5"], cwd=tmp_path, capture_output=True, text=True
     )
     assert few.returncode == 2 and "ask for 6 or more" in few.stderr
+
+
+def test_the_repositorys_own_demo_set_is_the_one_that_is_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From another working directory too; a folder of the same name there is no demo set."""
+    asked = []
+    monkeypatch.setattr(demo_data, "ensure_demo", asked.append)
+    monkeypatch.chdir(tmp_path)
+    own = Path(demo_data.__file__).parents[1] / "data/demo"
+    assert demo_data.open_root(os.path.relpath(own)) and demo_data.open_root(str(own))
+    assert len(asked) == 2
+    with pytest.raises(InputError, match=f"no such folder; .*or to {own} for a drawn one"):
+        demo_data.open_root("data/demo")
+    assert len(asked) == 2
