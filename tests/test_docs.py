@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from torch.distributed.run import get_args_parser
 
+import detect
 import eval as eval_script
+import train
 from engine import config
 from engine.experiments import EXPERIMENTS, Row
 
@@ -73,7 +75,7 @@ def project_command(words):
     if words[0] != "python":
         assert words[0] == "pip", f"a program that this test does not know: {words}"
         return None
-    if words[1:3] == ["-m", "pytest"]:
+    if words[1:3] == ["-m", "pytest"] or words[1] == "-c":
         return None
     if words[1] == "-m":
         return words[2], words[3:]
@@ -230,3 +232,72 @@ def test_the_evaluation_from_python(result_files, capsys):
     blocks = fences(PROJECT / "docs/evaluation.md")
     exec(next(text for language, text in blocks if language == "python"), {})
     assert 0 <= float(capsys.readouterr().out) <= 1
+
+
+# ------------------------------------------------------------------- the first hour
+
+
+HOUR = PROJECT / "docs/first-hour.md"
+
+
+@pytest.fixture
+def clone(demo_root, tmp_path, monkeypatch):
+    """A miniature of what the page has: a narrow network, few frames; the current folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(config, "ROOT", tmp_path)
+    small = re.sub(r"^WIDTH = .*", "WIDTH = 0.0625", Path(train.__file__).read_text(), flags=re.MULTILINE)
+    (tmp_path / "train.py").write_text(re.sub(r"^WORKERS = \d", "WORKERS = 0", small, flags=re.MULTILINE))
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    row = EXPERIMENTS["demo"]
+    monkeypatch.setitem(EXPERIMENTS, "demo", row._replace(change=row.change | {"width": 0.0625}))
+    monkeypatch.setattr(detect, "LISTED", 1)  # of more images a count alone is told, as of many on the page
+
+    lists = {"data/demo": {}, "kaist": {"train-all-02": "train-all", "test-all-20": "test-all"}}
+    lists["kaist-mini"] = {"pairs": "test-all", "lwir-train": "train-all", "lwir-test": "test-day"}
+    for root, names in lists.items():
+        shutil.copytree(demo_root, root)
+        texts = {new: Path(root, f"imageSets/{old}.txt").read_text() for new, old in names.items()}
+        if names:
+            shutil.rmtree(Path(root, "imageSets"))
+            Path(root, "imageSets").mkdir()
+        for name, text in texts.items():
+            Path(root, f"imageSets/{name}.txt").write_text(text)
+    Path("kaist-mini/KAIST_annotation.json").unlink()
+    for video in Path("kaist-mini/images").glob("set0[0-5]/*"):
+        shutil.rmtree(video / "visible")
+    shutil.copy(demo_root / "KAIST_annotation.json", ".")
+    for name in ("MLPD", "MBNet"):
+        Path(f"{name}_result.txt").write_text("1,100,200,40,100,0.9\n6,300,200,40,100,0.5\n")
+    return tmp_path
+
+
+def skeleton(line):
+    """A line of output without its numbers, and without what depends on them."""
+    line = re.sub(r"(\d[\d.,:]*|–)(e[-+]\d+)?", "#", line)
+    line = re.sub(r"person\b|people\b", "people", re.sub(r"counts\b", "count", line))
+    return " ".join(line.replace("bfloat#", "float#").replace("-#", "#").split())
+
+
+def test_the_first_hour(clone, monkeypatch, capsys):
+    """Every command of the page runs; what the page says it printed, it prints, but for numbers."""
+    said = {}
+    blocks = fences(HOUR)
+    for (language, text), following in zip(blocks, [*blocks[1:], ("", "")], strict=True):
+        if language != "bash":
+            continue
+        for line in text.replace("\\\n", " ").replace("/data/kaist", "kaist").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[1] == "-c":
+                exec(words[2], {})
+                continue
+            module, arguments = project_command(words)
+            if "--kaist" in arguments and module == "train":  # a row of full size
+                arguments += ["--width", "0.0625", "--pretrained", "none", "--epochs", "1"]
+            monkeypatch.setattr(sys, "argv", [words[1], *arguments])
+            importlib.import_module(module).main()
+        output = capsys.readouterr()
+        said[text] = {skeleton(line) for line in (output.out + output.err).splitlines()}
+        if following[0] == "text":
+            kept = [line for line in following[1].splitlines() if "…" not in line and line[:4] != "  x "]
+            assert not [line for line in kept if skeleton(line) not in said[text]], f"after {text}"
+    assert len(said) > 8
