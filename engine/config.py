@@ -176,7 +176,10 @@ def read_config(script: str, argv: list[str] | None = None) -> Namespace:
     description = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8")))
     actions = {
         "list": (lab_book, "print the lab book and end"),
-        "runs": (lambda: runs_table(from_root(constants["checkpoints"][0])), "print the runs and end"),
+        "runs": (
+            lambda: runs_table(from_root(constants["checkpoints"][0]), differences),
+            "print the runs and end",
+        ),
     }
     kaist = "root of a full KAIST: fills DATA_ROOT, both lists and both ANNOTATIONS, but for those given"
     flags = parse_flags(description, constants | {"kaist": ("", kaist)}, argv, **actions)
@@ -402,6 +405,15 @@ def changes_of(config: Namespace) -> dict[str, Any]:
     return changed
 
 
+def differences(values: dict[str, Any]) -> str:
+    """`changes_of` a run's config.json in words; one from before a constant was added has BASE's."""
+    try:
+        changes = changes_of(Namespace(**BASE | values))
+    except InputError:
+        return "its row is unknown"
+    return ", ".join(f"{name.upper()} {show(value)}" for name, value in changes.items())
+
+
 def run_name(config: Namespace) -> str:
     """The name a run is saved under: NAME, else its row and what differs from it (26-lr0.0005)."""
     if config.name:
@@ -422,7 +434,7 @@ def run_name(config: Namespace) -> str:
 
 def describe(config: Namespace, script: str) -> str:
     """Where a configuration comes from: its row, and what that sets over the script's constants."""
-    changed = ", ".join(f"{name.upper()} {show(value)}" for name, value in changes_of(config).items())
+    changed = differences(vars(config))
     if not config.experiment:
         return f"constants of {Path(script).name}" + (f", not the demo's: {changed}" if changed else "")
     book, constants = resolve_row(config.experiment), read_constants(script)

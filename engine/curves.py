@@ -49,7 +49,7 @@ def draw_curves(log: Log, name: str, path: Path) -> None:
     found.set(title=f"recall{recalled} and masks: higher is better", ylim=(0, 1))
     plot_epochs(rate, log, {"lr": "lr"}, "{:.2g}")
     rate.set(title=f"learning rate {ends['lr']:.2g}")
-    rate.yaxis.set_major_formatter("{x:.2g}")
+    rate.yaxis.set_major_formatter("{x:.3g}")
     for panel in (losses, rate):
         panel.update_datalim([(1, 0)])
         panel.autoscale_view()

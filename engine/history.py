@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,23 +41,26 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     return {"config": config, "log": log, "epochs": epochs, "finished": finished}
 
 
-def runs_table(folder: str | Path) -> str:
-    """The runs of a folder, newest first: name, row, epochs, best miss rate and age."""
-    found = [(path, read_run(path)) for path in sorted(Path(folder).glob("*/"))]
-    rows = []
+def runs_table(folder: str | Path, differences: Callable[[dict[str, Any]], str]) -> str:
+    """The runs of a folder, newest first: name, row, epochs, best miss rate, age, what differs.
+
+    Args:
+        differences: says of a run's config what it has different from its row.
+    """
+    found = [(path, run) for path in sorted(Path(folder).glob("*/")) if (run := read_run(path))]
+    width, rows = max((len(path.name) for path, _ in found), default=0), []
     for path, run in found:
-        if run is None:
-            continue
         rates = [100 * row["miss_rate"] for row in run["log"] if row.get("miss_rate", -1) >= 0]
         state = "finished" if run["finished"] else "unfinished"
         changed = max((p.stat().st_mtime for p in path.iterdir()), default=0.0)
         row = run["config"].get("experiment") or "demo"
         done = f"{len(run['log'])}/{run['epochs']}"
         best = f"{min(rates):.2f}" if rates else "–"
-        rows.append((changed, f"{path.name:32} {row:>5} {done:>9}  {state:10} {best:>10}  {age(changed)}"))
+        text = f"{path.name:{width}} {row:>5} {done:>9}  {state:10} {best:>9}  {age(changed):12}"
+        rows.append((changed, f"{text}  {differences(run['config'])}".rstrip()))
     if not rows:
         return f"{folder}: no runs yet; python train.py starts one"
-    head = f"{'run':32} {'row':>5} {'epochs':>9}  {'':10} {'miss rate':>10}  last written"
+    head = f"{'run':{width}} {'row':>5} {'epochs':>9}  {'':10} {'miss rate':>9}  last written  what differs"
     return "\n".join([f"{folder}:", head, *(text for _, text in sorted(rows, reverse=True))])
 
 
