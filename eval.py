@@ -122,6 +122,8 @@ def parse_arguments() -> Namespace:
     add("--show-errors", type=int, default=0, metavar="N", help=errors)
     add("--errors-out", type=picture, metavar="FILE", help=f"where to ({beside} {ERRORS})")
     arguments = parser.parse_args()
+    data = arguments.data_root, arguments.image_list, arguments.annotations, arguments.kaist
+    arguments.data_flags = [path for path in data if path]
     if arguments.kaist:
         fill_in(arguments, arguments.kaist)
     if min(arguments.bootstrap, arguments.show_errors) < 0:
@@ -267,7 +269,7 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
         print(f"warning: {n_full} frames with {most}: this network is not trained")
 
     unfinished = epoch is not None and epoch < config.epochs
-    suffix = name_suffix(path, f"epoch{epoch}" * unfinished, *given.values(), arguments.subset)
+    suffix = name_suffix(path, f"epoch{epoch}" * unfinished, *arguments.data_flags, arguments.subset)
     suffix += f"-without-{arguments.blackout}" if arguments.blackout else ""
     name = path.resolve().parent.name + suffix
     writable = os.access(path.parent, os.W_OK)
@@ -284,7 +286,7 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     return [Found(name, test_set, detections, root, *pictures)]
 
 
-def name_suffix(path: Path, epoch: str, *flags: str | None) -> str:
+def name_suffix(path: Path, epoch: str, *flags: Path | str | None) -> str:
     """What the files of an evaluation have in their names beyond those of a run's own `last.pt`."""
     parts = [path.stem if path.stem != "last" else epoch, *(Path(flag).stem for flag in flags if flag)]
     return "".join(f"-{part}" for part in parts if part)
