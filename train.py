@@ -162,8 +162,7 @@ def main() -> None:
     heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
     criterion = Criterion(*heads, **pick(config, *TERMS)).to(device)
     steps = pick(config, "lr", "bias_lr_factor", "weight_decay")
-    optimizer = make_optimizer(model, criterion, name=config.optimizer, **steps)
-    run.terms = criterion.terms
+    optimizer, run.terms = make_optimizer(model, criterion, name=config.optimizer, **steps), criterion.terms
     parts = {"model": ema, "optimizer": optimizer, "criterion": criterion}
     run.restore(parts if ema is model else {**parts, "raw_model": model})
     network = distributed.wrap_ddp(model)

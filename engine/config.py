@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import difflib
 import hashlib
 import math
 import os
@@ -16,7 +15,7 @@ from typing import Any
 from engine.experiments import BASE, EXPERIMENTS
 from engine.history import runs_table
 from kaist.annotations import MODALITIES, find_parts
-from kaist.files import InputError
+from kaist.files import InputError, OneLineParser, PrintAction
 from kaist.frames import LEARNED
 
 ROOT = Path(__file__).parents[1]  # of the repository; its constants' relative paths are meant from here
@@ -136,31 +135,6 @@ def as_flags(changes: dict[str, Any]) -> list[str]:
         else:
             flags += [f"--{flag}", show(value)]
     return flags
-
-
-class PrintAction(argparse.Action):
-    """A flag that prints a text and ends the program, as --help does."""
-
-    def __init__(self, option_strings: list[str], dest: str, *, text: Any, **settings: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, **settings)
-        self.text = text
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(self.text())
-        parser.exit()
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose refusal is one InputError instead of a usage screen."""
-
-    def error(self, message: str) -> None:
-        """Refuse a command line; of an unknown flag the nearest known one is named."""
-        remedy = f"{self.prog} --help lists the flags"
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        known = [flag for action in self._actions for flag in action.option_strings]
-        if unknown and (near := difflib.get_close_matches(unknown[1], known, n=1)):
-            remedy = f"did you mean {near[0]}?"
-        raise InputError(message, remedy)
 
 
 def read_config(script: str, argv: list[str] | None = None) -> Namespace:

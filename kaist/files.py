@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import difflib
 import errno
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -160,6 +163,31 @@ def stale_files(folder: Path, pattern: str) -> list[Path]:
 
 
 # ------------------------------------------------------------------- scripts
+
+
+class PrintAction(argparse.Action):
+    """A flag that prints a text and ends the program, as --help does."""
+
+    def __init__(self, option_strings: list[str], dest: str, *, text: Any, **settings: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **settings)
+        self.text = text
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(self.text())
+        parser.exit()
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose refusal is one InputError instead of a usage screen."""
+
+    def error(self, message: str) -> None:
+        """Refuse a command line; of an unknown flag the nearest known one is named."""
+        remedy = f"{self.prog} --help lists the flags"
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        known = [flag for action in self._actions for flag in action.option_strings]
+        if unknown and (near := difflib.get_close_matches(unknown[1], known, n=1)):
+            remedy = f"did you mean {near[0]}?"
+        raise InputError(message, remedy)
 
 
 def check_flags(check: Callable[[], object]) -> None:
