@@ -33,7 +33,7 @@ def draw_curves(log: Log, name: str, path: Path) -> None:
     title = f"{name}, {len(log)} epoch{'s' * (len(log) != 1)}"
     if scored:
         best = min(scored, key=lambda row: row["miss_rate"])
-        title += f": best miss rate, Reasonable, {percent(best['miss_rate'])}% (epoch {best['epoch']:g})"
+        title += f": best miss rate {percent(best['miss_rate'])}% (epoch {best['epoch']:g}), Reasonable"
     figure.suptitle(title, fontsize=14, fontweight="bold")
 
     ends = {key: value for row in log for key, value in row.items() if has(row, key)}
