@@ -9,11 +9,10 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import VGG16_BN_Weights, VGG16_Weights, vgg16, vgg16_bn
-from torchvision.models.detection import SSD300_VGG16_Weights, ssd300_vgg16
 
 from engine.checkpoint import unpickling_problem
 from engine.config import refuse
@@ -21,6 +20,9 @@ from kaist.files import InputError
 from ssd.layers import Detector
 from ssd.multispectral import MultispectralSSD
 from ssd.published import check_published, check_tensors, is_published, load_published, read_published
+
+if TYPE_CHECKING:
+    from torchvision.models import WeightsEnum
 
 HEADS = ("regression", "classification")
 STATES = "take a state file of torchvision's VGG16, VGG16-BN or SSD300"
@@ -42,6 +44,9 @@ def load_pretrained(model: nn.Module, source: str, lwir_filters: str = "mean") -
     """
     if source == "none":
         return
+    from torchvision.models import VGG16_BN_Weights, VGG16_Weights  # here, because it takes two seconds
+    from torchvision.models.detection import SSD300_VGG16_Weights
+
     if source == "imagenet":
         has_bn = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
         state = download((VGG16_BN_Weights if has_bn else VGG16_Weights).IMAGENET1K_V1)
@@ -75,15 +80,19 @@ def check_pretrained(source: str, model: Detector, *, width: float, batch_norm: 
         check_published(model, state, Path(source))
         return
     if width != 1.0:
-        refuse("pretrained", source, "published weights need WIDTH = 1.0")
+        refuse("pretrained", source, "published weights need WIDTH = 1.0; else add --pretrained none")
     if source not in ("imagenet", "coco"):
         check_torchvision(Path(source), state, batch_norm)
     if batch_norm and (source == "coco" or is_ssd(state)):
-        refuse("pretrained", source, "an SSD300's weights need BATCH_NORM = False")
+        remedy = "an SSD300's weights need BATCH_NORM = False; else add --pretrained none"
+        refuse("pretrained", source, remedy)
 
 
 def check_torchvision(file: Path, state: dict[str, Tensor], batch_norm: bool) -> None:
     """Refuse a state that is not of torchvision's SSD300, or VGG16 with BatchNorm or without."""
+    from torchvision.models import vgg16, vgg16_bn
+    from torchvision.models.detection import ssd300_vgg16
+
     has_bn = any(key.endswith("running_mean") for key in state)
     if is_ssd(state):
         kind, make = "SSD300", partial(ssd300_vgg16, weights_backbone=None)
@@ -107,7 +116,7 @@ def is_ssd(state: dict[str, Tensor]) -> bool:
     return any(key.startswith("backbone.") for key in state)
 
 
-def download(weights: VGG16_Weights | VGG16_BN_Weights | SSD300_VGG16_Weights) -> dict[str, Tensor]:
+def download(weights: WeightsEnum) -> dict[str, Tensor]:
     """The state dict of torchvision weights, from its cache or the network, hash checked."""
     folder, name = f"{torch.hub.get_dir()}/checkpoints", weights.url.rsplit("/", 1)[-1]
     try:
