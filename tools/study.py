@@ -72,7 +72,7 @@ STUDIES = {
             "weight 4, 1 + height / 50": ("demo", {"seg_weight": 4.0, "seg_balance": "height"}),
         },
         seeds=5,
-        small={},
+        small={"zoom_out": None},
     ),
     "beyond": Study(
         "What do the changes beyond the log bring, each by itself?",

@@ -234,9 +234,20 @@ def test_ensure_draws_only_what_is_absent(
     demo_data.ensure_demo(tmp_path / "new")
     sizes = {"train_frames": 480, "test_frames": 180, "shifted": False}
     assert asked == [(tmp_path / "new", sizes)]
+    demo_data.ensure_demo(tmp_path / demo_data.SHIFTED_ROOT)
+    assert asked[-1] == (tmp_path / demo_data.SHIFTED_ROOT, sizes | {"shifted": True})
+
+
+def test_only_the_repositorys_own_demo_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From another working directory too; a set of the same name there is not."""
+    asked = []
+    monkeypatch.setattr(demo_data, "ensure_demo", asked.append)
     monkeypatch.chdir(tmp_path)
-    demo_data.open_root("data/demo-shifted")
-    assert asked[-1] == (demo_data.SHIFTED_ROOT, sizes | {"shifted": True})
+    for place in (demo_data.ROOT, demo_data.SHIFTED_ROOT):
+        own = Path(__file__).parents[2] / place
+        assert demo_data.open_root(own) == own == asked.pop()
+        with pytest.raises(InputError, match="no such folder"):
+            demo_data.open_root(place)
 
 
 def test_a_shifted_set_differs_in_visible_alone_and_has_paired_boxes(root: Path, tmp_path: Path) -> None:
