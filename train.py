@@ -114,7 +114,7 @@ CROP_APART = 0.0  # share of the samples whose modalities are cropped each by a 
 MIRROR_APART = 0.0  # share of the mirrored samples whose LWIR is not mirrored
 SHIFT_LEFT = 0.0  # share of the samples that are moved up to 20 pixels to the left
 # -------- evaluation
-EVAL_EVERY = 15  # epochs between evaluations; the last epoch is always evaluated
+EVAL_EVERY = 5  # epochs between evaluations; the last epoch is always evaluated
 MIN_SCORE = 0.01  # detections below this score are dropped
 NMS_IOU = 0.45  # of two detections that overlap more, the lower-scored is dropped
 MAX_BOXES = 200  # detections kept in a frame
