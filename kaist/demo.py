@@ -223,7 +223,7 @@ def write_index(root: Path, marks: dict[str, list]) -> None:
             kind = {"height": box[3], "occlusion": occlusion, "ignore": int(label != "person")}
             annotations.append(place | kind)
     categories = [{"id": 0, "name": "__ignore__"}, {"id": 1, "name": "person"}]
-    info = {"dataset": "demo set in KAIST's layout, drawn by kaist/demo.py"}
+    info = {"dataset": "demo set in KAIST's layout, drawn by demo_data.py"}
     content = dict(info=info, images=images, annotations=annotations, categories=categories)
     (root / "KAIST_annotation.json").write_text(json.dumps(content, indent=1) + "\n")
 
