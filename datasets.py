@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from engine.config import device_loader_conflict
-from engine.distributed import barrier, is_main_process, rank, world_size
+from engine.distributed import barrier, is_main_process
 from engine.loader import (
     BadFrame,
     BatchLoader,
@@ -358,14 +358,12 @@ def test_loader(
 ) -> BatchLoader:
     """Batches of a test list's whole frames in their order, after a look at every image.
 
-    Each process gets every `world_size`-th frame.
-
     Args:
         min_height, margin: whom the masks ignore, as in `label_objects`.
         without: a modality that is blanked.
         settings: batch_size, workers, start_method and map_sizes as of `DeviceLoader`.
     """
-    frames = frames_of(ground_truth, min_height, margin)[rank() :: world_size()]
+    frames = frames_of(ground_truth, min_height, margin)
     check_images(root, [frame.id for frame in frames], input_mode, without)
     dataset = KaistPairs(
         root,

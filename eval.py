@@ -28,6 +28,7 @@ import numpy as np
 from engine.compare import compare_runs, tell_apart
 from engine.config import OneLineParser, find_folder, pick
 from kaist.annotations import MODALITIES, find_parts, read_image_list, scene, time_of_day
+from kaist.bootstrap import MOST_RESAMPLES
 from kaist.files import InputError, run_script
 from kaist.miss_rate import GroundTruth, load_ground_truth, open_test_set, select_frames
 from kaist.report import draw_curves, print_scores, score, write_json
@@ -41,6 +42,7 @@ COMPARISON = "comparison.png"  # the figure of --compare
 ERRORS = "errors.png"  # the sheet of --show-errors
 DEVICE = "auto"  # auto, cpu, cuda, mps
 SUBSETS = ("day", "night", "campus", "road", "downtown")
+MOST_ERRORS = 1000  # on one sheet
 SURE = 0.3  # score from which a network means a person
 PICTURES = (".png", ".jpg", ".pdf")
 
@@ -126,8 +128,12 @@ def parse_arguments() -> Namespace:
     arguments.data_flags = [path for path in data if path]
     if arguments.kaist:
         fill_in(arguments, arguments.kaist)
-    if min(arguments.bootstrap, arguments.show_errors) < 0:
-        parser.error("--bootstrap and --show-errors take a number from 0 up")
+    for flag, number, most in (
+        ("--bootstrap", arguments.bootstrap, MOST_RESAMPLES),
+        ("--show-errors", arguments.show_errors, MOST_ERRORS),
+    ):
+        if not 0 <= number <= most:
+            parser.error(f"{flag} takes a number from 0 to {most}")
     if arguments.experiment and not arguments.checkpoint:
         parser.error("--experiment says whose network --checkpoint holds: name that file too")
     for path in arguments.detections or ():

@@ -166,11 +166,16 @@ def build_model(checkpoint: dict[str, Any]) -> Detector:
     Raises:
         InputError: the weights are not those of such a network.
     """
+    arguments, weights = checkpoint["model_args"], checkpoint["model"]
     try:
-        model = make_network(**checkpoint["model_args"])
-        model.load_state_dict(checkpoint["model"])
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0][:120]
+        with torch.device("meta"):  # shapes alone: other arguments could take all memory
+            make_network(**arguments).load_state_dict(weights, assign=True)
+        model = make_network(**arguments)
+        model.load_state_dict(weights)
+    except InputError:
+        raise
+    except Exception as error:  # whatever wrong arguments lead to
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
         raise InputError(
             f"the checkpoint's weights do not fit its own model_args ({reason})", "choose another"
         ) from None

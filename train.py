@@ -297,4 +297,4 @@ def print_banner(run: Run, frames: list[Frame], test_set: GroundTruth, model: nn
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(lambda: distributed.run_together(main))

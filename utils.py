@@ -165,7 +165,7 @@ def detect_frames(
     """Detections of every frame of a loader, and how well the mask heads know where people are.
 
     Args:
-        loader: of every `world_size`-th frame; the detections of all come back.
+        loader: in each process of its share of every batch; the detections of all come back.
         test_flip: average over each frame and its mirror image.
         watch: hands on the batches and may end them by an exception, as `Run.until_stopped`.
         nms_settings: min_score, nms_iou and max_boxes, as of `ssd.boxes.detect`.
@@ -185,6 +185,8 @@ def detect_frames(
     )
     with torch.inference_mode():
         for batch in watch(bar):
+            if batch is None:  # the last one has no frame for this process
+                continue
             images = batch.images.to(device, non_blocking=True)
             predictions = predict(model, images, precision, test_flip, with_masks=True)
             for i, (logits, mask) in enumerate(zip(predictions.seg, batch.masks, strict=True)):

@@ -100,8 +100,11 @@ def verify_archive(path: Path) -> None:
     if not zipfile.is_zipfile(path):
         raise ValueError("it is cut short, or no checkpoint at all")
     with zipfile.ZipFile(path) as archive:
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+        parts = archive.infolist()
+        if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
             raise ValueError("it is compressed, which train.py never does")
+        if sum(part.file_size for part in parts) > path.stat().st_size:
+            raise ValueError("its parts lie on top of each other")
         if damaged := archive.testzip():
             raise ValueError(f"it is damaged: the checksum of {damaged} differs")
 
@@ -113,12 +116,12 @@ def is_checkpoint(content: Any) -> bool:
     parts = [content.get(name) for name in ("config", "model_args", "model")]
     if not all(isinstance(part, dict) and all(isinstance(key, str) for key in part) for part in parts):
         return False
-    return all(map(is_plain_tensor, parts[2].values()))
+    return isinstance(content.get("epoch", 0), int) and all(map(is_plain_tensor, parts[2].values()))
 
 
 def is_plain_tensor(value: Any) -> bool:
-    """Whether a value is a dense tensor that has all the memory its shape speaks of."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta:
+    """Whether a value is a dense, real tensor that has all the memory its shape speaks of."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.is_complex():
         return False
     return value.untyped_storage().nbytes() >= value.nbytes
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from engine.config import find_folder
 from engine.curves import LOSSES, Log, plot_epochs
-from engine.history import read_log
+from engine.history import read_log, saved_constants
 from kaist.bootstrap import interval
-from kaist.files import InputError, load_json, read_text, write_atomically
+from kaist.files import InputError, read_text, write_atomically
 from kaist.miss_rate import open_test_set
 from kaist.report import ALL, Scores, percent, print_scores, score, show_interval
 from kaist.results import frames_path, read_detections
@@ -58,9 +58,9 @@ def read_config(folder: Path) -> dict:
     for name in ("config.json", "log.csv", "detections.txt", "detections.frames.txt"):
         if not (folder / name).is_file():
             raise InputError(f"{name} is missing", "--compare takes folders of finished runs", file=folder)
-    path = folder / "config.json"
-    config = load_json(read_text(path), path)
-    if not isinstance(config, dict) or not {"data_root", "test_list", "test_annotations"} <= config.keys():
+    config, names = saved_constants(folder), ("data_root", "test_list", "test_annotations")
+    if not all(isinstance(config.get(name), str) for name in names):
+        path = folder / "config.json"
         raise InputError("it holds no run's constants", "choose another run", file=path)
     return config
 

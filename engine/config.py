@@ -331,6 +331,8 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
                 refuse(name, value, "")
             if isinstance(default, str | bool) and type(value) is not type(default):
                 refuse(name, value, "")
+            if isinstance(default, int | float) and not isinstance(value, int | float):
+                refuse(name, value, "")
         known = known | values | changes
         check_config({key: value for key, value in known.items() if key != "name"})
     except InputError as error:

@@ -8,6 +8,8 @@ here does nothing and returns its input.
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kaist.files import InputError
+
+# What gloo, NCCL and their store say of a process that cannot be reached any more.
+LOST = r"[Cc]onnection|Broken pipe|recv, got 0|remote process exited|[Tt]imed? ?out"
 
 
 def init_distributed(device: torch.device, batch_size: int) -> torch.device:
@@ -40,6 +45,21 @@ def init_distributed(device: torch.device, batch_size: int) -> torch.device:
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def run_together(main: Callable[[], None]) -> None:
+    """Run main(); that another process has ended, at whatever exchange with it, becomes one line.
+
+    Raises:
+        InputError: another process has ended, or cannot be reached any more.
+    """
+    try:
+        main()
+    except RuntimeError as error:
+        if not (dist.is_initialized() and re.search(LOST, str(error))):
+            raise
+        problem = "another process of this run has ended"
+        raise InputError(problem, "see what it said; the same command goes on") from None
 
 
 def close_distributed() -> None:

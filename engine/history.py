@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kaist.files import InputError
+from kaist.files import InputError, load_json, read_text
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
@@ -18,12 +18,26 @@ def read_log(folder: Path) -> list[dict[str, float]]:
     Raises:
         InputError: a cell is not a number.
     """
-    with (folder / "log.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    text = read_text(folder / "log.csv")
     try:
+        rows = csv.DictReader(text.splitlines())
         return [{key: float(value or "nan") for key, value in row.items()} for row in rows]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, csv.Error):
         raise InputError("a cell is not a number", "choose another run", file=folder / "log.csv") from None
+
+
+def saved_constants(folder: Path) -> dict[str, Any]:
+    """A run's constants, from its config.json.
+
+    Raises:
+        OSError: there is no such file.
+        InputError: it holds something else.
+    """
+    path = folder / "config.json"
+    config = load_json(read_text(path), path)
+    if not isinstance(config, dict):
+        raise InputError("it holds no run's constants", "choose another run", file=path)
+    return config
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
@@ -32,10 +46,10 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     None for a folder that is no run's.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = saved_constants(folder)
         log = read_log(folder) if (folder / "log.csv").is_file() else []
         epochs = int(config["epochs"])
-    except (OSError, ValueError, KeyError, TypeError, InputError):
+    except (OSError, ValueError, ArithmeticError, KeyError, TypeError, InputError):
         return None
     finished = len(log) >= epochs and (folder / "miss_rate.json").is_file()
     return {"config": config, "log": log, "epochs": epochs, "finished": finished}
@@ -52,8 +66,8 @@ def runs_table(folder: str | Path, differences: Callable[[dict[str, Any]], str])
     for path, run in found:
         rates = [100 * row["miss_rate"] for row in run["log"] if row.get("miss_rate", -1) >= 0]
         state = "finished" if run["finished"] else "unfinished"
-        changed = max((p.stat().st_mtime for p in path.iterdir()), default=0.0)
-        row = run["config"].get("experiment") or "demo"
+        changed = last_change(path)
+        row = str(run["config"].get("experiment") or "demo")
         done = f"{len(run['log'])}/{run['epochs']}"
         best = f"{min(rates):.2f}" if rates else "–"
         text = f"{path.name:{width}} {row:>5} {done:>9}  {state:10} {best:>9}  {age(changed):12}"
@@ -62,6 +76,15 @@ def runs_table(folder: str | Path, differences: Callable[[dict[str, Any]], str])
         return f"{folder}: no runs yet; python train.py starts one"
     head = f"{'run':{width}} {'row':>5} {'epochs':>9}  {'':10} {'miss rate':>9}  last written  what differs"
     return "\n".join([f"{folder}:", head, *(text for _, text in sorted(rows, reverse=True))])
+
+
+def last_change(folder: Path) -> float:
+    """When a file of a folder was last written."""
+    moments = [0.0]
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a file of a running run, renamed just now
+            moments.append(path.stat().st_mtime)
+    return max(moments)
 
 
 def age(moment: float) -> str:

@@ -143,9 +143,15 @@ class EpochBatches(Sampler):
     Args:
         seed: order frames by (seed, epoch) and leave out an incomplete last batch (unless it is
             the only one); None keeps their order and all of them.
+
+    Raises:
+        InputError: there are more processes than frames to train on.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int | None) -> None:
+        if seed is not None and length < world_size():
+            problem = f"{length} frames cannot be split among {world_size()} processes"
+            raise InputError(problem, "start fewer, or take a longer list")
         self.length = length
         self.batch_size = batch_size
         self.seed = seed
@@ -216,7 +222,8 @@ class BatchLoader:
         """The batches of one epoch, without the first `skip`.
 
         None stands for a batch of which no frame can be read, or none of one process's share: so
-        all processes keep in step. It can come only where `max_bad` allows it.
+        all processes keep in step. It can come only where `max_bad` allows it, and as the last one of
+        frames in their order, of which this process may have no share.
 
         Raises:
             BadFrames: more than `max_bad` frames turned out to be unreadable, at the same batch

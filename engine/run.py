@@ -23,6 +23,7 @@ from engine.config import MACHINE_CONSTANTS, same_value
 from engine.curves import draw_curves
 from engine.distributed import any_process, broadcast_object, is_main_process, world_size
 from engine.experiments import BASE
+from engine.history import saved_constants
 from engine.lock import lock_folder
 from kaist.files import InputError, make_folder, write_atomically
 
@@ -134,8 +135,10 @@ class Run:
         for path in kept:
             try:
                 state = load_checkpoint(path)
+                check_progress(state, path)
                 break
             except InputError as error:
+                state = None
                 print(f"warning: {error}")
         if state is None:
             if kept:
@@ -167,14 +170,15 @@ class Run:
         """
         self.parts = parts
         for name, part in parts.items() if self.state else ():
-            if name in self.state:
-                part.load_state_dict(self.state[name])
-            elif part.state_dict():
+            try:
+                if name in self.state or part.state_dict():
+                    part.load_state_dict(self.state[name])
+            except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
                 raise InputError(
                     f"it does not hold the state of {name!r}, so that this run cannot go on",
                     "move its folder away to start anew",
                     file=self.folder / LAST,
-                )
+                ) from None
         self.state = None
 
     def begin(self) -> None:
@@ -227,10 +231,6 @@ class Run:
                 raise InputError(
                     f"a step of BATCH_SIZE = {self.config.batch_size} does not fit into the device's memory",
                     "lower BATCH_SIZE, INPUT_SIZE or WIDTH; the same command goes on from last.pt",
-                ) from None
-            if isinstance(error, RuntimeError) and world_size() > 1 and "onnection" in str(error):
-                raise InputError(
-                    "another process of this run has ended", "see what it said; the same command goes on"
                 ) from None
         finally:
             self.unlock()
@@ -410,11 +410,22 @@ class Run:
         return path
 
 
+def check_progress(state: dict[str, Any], path: Path) -> None:
+    """Refuse a checkpoint that does not tell where its run stood."""
+    numbers = [state.get("epoch"), state.get("step"), state.get("skipped", 0), state.get("seconds", 0.0)]
+    sums, rows = state.get("sums", []), state.get("history", [])
+    plain = isinstance(sums, list) and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if plain:
+        numbers += [*sums, *(value for row in rows for value in row.values())]
+    if not plain or not all(isinstance(number, int | float) for number in numbers):
+        raise InputError("it does not tell where its run stood", "move it away", file=path)
+
+
 def same_recipe(folder: Path, config: dict[str, Any]) -> bool:
     """Whether a run's folder was made with these constants, `MACHINE_CONSTANTS` aside."""
     try:
-        theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        theirs = saved_constants(folder)
+    except (OSError, InputError):
         return False
     # A run from before a constant was added had what BASE says of it.
     names = config.keys() - set(MACHINE_CONSTANTS)

@@ -20,6 +20,8 @@ from kaist.miss_rate import (
 )
 from kaist.results import Detections
 
+MOST_RESAMPLES = 10**6  # whose rates are held in memory
+
 
 def bootstrap(
     ground_truth: GroundTruth,

@@ -211,10 +211,10 @@ def run_script(main: Callable[[], None]) -> None:
     def stop(number: int, _: object) -> None:
         sys.exit(128 + number)
 
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) == signal.SIG_DFL:  # else someone ignores it
-            signal.signal(number, stop)
+    heard = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    heard = [number for number in heard if signal.getsignal(number) == signal.SIG_DFL]  # else it is ignored
+    for number in heard:
+        signal.signal(number, stop)
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as scripts have it while they import
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
@@ -240,6 +240,9 @@ def run_script(main: Callable[[], None]) -> None:
         if isinstance(error, BrokenPipeError):  # as by … | head -1
             sys.exit(128 + signal.SIGPIPE)
         fail(f"standard output: {error.strerror}")
+    finally:
+        for number in heard:  # an exception while the interpreter ends would be printed
+            signal.signal(number, signal.SIG_DFL)
     if end:
         raise end
 

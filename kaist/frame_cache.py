@@ -53,10 +53,16 @@ class FrameCache:
         from tqdm import tqdm
 
         sums = np.fromfile(self.path, np.uint32, offset=int(np.prod(self.shape)))
-        frames = tqdm(
-            zip(self.rows, self.all(), sums, strict=True), "checking the cache", len(sums), leave=False
-        )
-        return [frame_id for frame_id, frame, expected in frames if checksum(frame) != expected]
+        frames = list(zip(self.rows, self.all(), sums, strict=True))
+
+        def check(start: int) -> list[str]:
+            block = frames[start : start + BLOCK]
+            return [frame_id for frame_id, frame, expected in block if checksum(frame) != expected]
+
+        starts = range(0, len(frames), BLOCK)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = tqdm(pool.map(check, starts), "checking the cache", len(starts), leave=False)
+            return [frame_id for block in found for frame_id in block]
 
     def __getstate__(self) -> dict:
         """Without the map: pickled for a worker process it would be a copy of all pixels."""

@@ -6,6 +6,7 @@ anywhere, is checked key by key and shape by shape.
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -120,6 +121,8 @@ def download(weights: WeightsEnum) -> dict[str, Tensor]:
     """The state dict of torchvision weights, from its cache or the network, hash checked."""
     folder, name = f"{torch.hub.get_dir()}/checkpoints", weights.url.rsplit("/", 1)[-1]
     try:
+        if os.path.exists(f"{folder}/{name}") and not os.path.isfile(f"{folder}/{name}"):
+            raise EOFError("it is not a file")
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError) as error:
         problem = f"damaged pretrained weights ({unpickling_problem(error)})"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoint import unpickling_problem, verify_archive
-from kaist.files import InputError
+from kaist.files import InputError, check_file
 from ssd.boxes import VARIANCES, prior_shapes
 from ssd.layers import Detector
 from ssd.multispectral import MLPD, INSANet
@@ -69,6 +69,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
     """
     if not path.exists():
         raise InputError("no such file of weights", "PRETRAINED is none, imagenet, coco or a file", file=path)
+    check_file(path)
     try:
         if zipfile.is_zipfile(path):
             verify_archive(path)
@@ -132,8 +133,8 @@ def tutorial_input_mode(state: dict[str, Tensor], input_mode: str) -> str:
     """The INPUT_MODE that a tutorial network's first filters are made for: the one given if it fits."""
     if "base.conv1_1.weight" not in state:
         return input_mode
-    channels = state["base.conv1_1.weight"].shape[1]
-    fitting = {1: ("lwir",), 3: ("visible", "mean"), 4: ("early",)}.get(channels, ())
+    channels = tuple(state["base.conv1_1.weight"].shape[1:2])
+    fitting = {(1,): ("lwir",), (3,): ("visible", "mean"), (4,): ("early",)}.get(channels, ())
     return input_mode if input_mode in fitting or not fitting else fitting[0]
 
 

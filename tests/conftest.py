@@ -3,11 +3,13 @@
 import importlib.util
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from kaist.demo import draw_demo
+from tests.nursery import Nursery
 
 PROJECT = Path(__file__).parent.parent
 
@@ -32,6 +34,15 @@ def demo_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("kaist") / "demo"
     draw_demo(root, train_frames=12, test_frames=6, progress=False)
     return root
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory) -> Iterator[Nursery]:
+    """Training processes, one run after the other."""
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    with nursery.process:
+        yield nursery
+        nursery.process.stdin.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,10 +4,12 @@ import io
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
 from argparse import Namespace
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoin
 from engine.run import Run
 from kaist.files import InputError
 from model import build_model
+from utils import open_network
 
 PROJECT = Path(train.__file__).parent
 QUICK = (
@@ -374,6 +377,53 @@ def test_rebuilding_a_checkpoint_downloads_nothing(checkpoint, monkeypatch):
     content = load_checkpoint(checkpoint)
     model = build_model(content)
     assert torch.equal(model.state_dict()["to_conv4_3.0.weight"], content["model"]["to_conv4_3.0.weight"])
+
+
+@contextmanager
+def more_memory(most):
+    """So many bytes of address space beyond what this process holds."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + most, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux alone tells what a process holds")
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"width": width} for width in (40.0, 1e9, "x", float("nan"))),
+        *({"size": size} for size in ((10_000, 10_000), (100_000, 300), (0, 0), "ab")),
+        *({"infusion": infusion} for infusion in ([1] * 10**6, 8, [2] * 6)),
+        *({"prior_set": "../x"}, {"input_mode": None}, {"network": "x"}, {"more": 1}),
+    ],
+)
+def test_a_checkpoint_of_another_network_than_its_weights_takes_no_memory(checkpoint, change, capsys):
+    content = load_checkpoint(checkpoint)
+    content["model_args"] |= change
+    save_checkpoint(checkpoint, content)
+    with more_memory(2**30), pytest.raises(InputError):
+        open_network(checkpoint, torch.device("cpu"))
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_weights_and_epochs_of_the_wrong_kind_are_refused(checkpoint):
+    content = load_checkpoint(checkpoint)
+    key = "conv4_3_norm.scale"
+    scale = content["model"][key]
+    for changed in (
+        {"epoch": "x"},
+        *({"model": {**content["model"], key: value}} for value in (1, None, scale.to_sparse(), scale + 0j)),
+        *({"model": {**content["model"], key: value}} for value in (scale.to("meta"), scale[:, None])),
+        {"model": {1: scale}},
+        {"model": {}},
+    ):
+        torch.save({**content, **changed}, checkpoint)
+        with pytest.raises(InputError, match="not a checkpoint of this project|do not fit"):
+            open_network(checkpoint, torch.device("cpu"))
 
 
 def detect_main(monkeypatch, *arguments):

@@ -8,14 +8,14 @@ it under its detector's name; other result files under their own. The files are 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from kaist.bootstrap import bootstrap, interval
+from engine.config import OneLineParser
+from kaist.bootstrap import MOST_RESAMPLES, bootstrap, interval
 from kaist.files import InputError, run_script, write_atomically
 from kaist.miss_rate import SETUPS, GroundTruth, load_ground_truth
 from kaist.report import (
@@ -54,7 +54,7 @@ PARTS = {
 
 def main() -> None:
     """Evaluate the files and write the page and its figure."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(prog="python -m tools.leaderboard", description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("folders", nargs="+", type=Path, help="folders of result files")
     add("--annotations", type=Path, required=True, help="KAIST_annotation.json")
@@ -63,6 +63,8 @@ def main() -> None:
     add("--out", type=Path, default=Path("docs/leaderboard.md"), help="the page (%(default)s)")
     add("--figure", type=Path, default=Path("docs/figures/leaderboard.png"), help="(%(default)s)")
     arguments = parser.parse_args()
+    if not 1 <= arguments.resamples <= MOST_RESAMPLES:
+        parser.error(f"--resamples takes a number from 1 to {MOST_RESAMPLES}")
     people = load_ground_truth(arguments.annotations)
     found = read_all(arguments.folders, people, arguments.only_published)
     scores = by_miss_rate([score(name, people, d, arguments.resamples) for name, d in found.items()])

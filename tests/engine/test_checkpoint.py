@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import warnings
+import zipfile
 import zlib
 
 import numpy as np
@@ -22,6 +23,7 @@ from kaist.images import open_view, read_image
 from kaist.miss_rate import load_ground_truth
 from kaist.results import Detections, read_detections
 from ssd.pretrained import load_pretrained
+from ssd.published import read_published
 
 
 class Attack:
@@ -56,6 +58,39 @@ def test_published_weights_that_would_run_code_are_refused(tmp_path, monkeypatch
     with pytest.raises(InputError, match="vgg16-397923af.pth: damaged .*posix.system"):
         load_pretrained(torch.nn.Linear(1, 1), "imagenet")
     assert not mark.exists()
+
+
+def test_an_archive_whose_parts_lie_on_top_of_each_other_is_refused(tmp_path):
+    """Read one by one, 3,000 times the 4 kB of one part would be 12 MB; of a larger one, terabytes."""
+    path = tmp_path / "last.pt"
+    torch.save({"format": "sds-ssd-kaist-1", "model": {"weight": torch.zeros(1000)}}, path)
+    content = path.read_bytes()
+    end = content.rindex(b"PK\5\6")
+    count, size, start = struct.unpack_from("<HII", content, end + 10)
+    directory, place, entry = content[start : start + size], 0, b""
+    while b"/data/0" not in entry:
+        entry = directory[place : place + 46 + sum(struct.unpack_from("<HHH", directory, place + 28))]
+        place += len(entry)
+    tail = struct.pack(
+        "<4sHHHHIIH", b"PK\5\6", 0, 0, count + 3000, count + 3000, size + 3000 * len(entry), start, 0
+    )
+    path.write_bytes(content[:start] + directory + 3000 * entry + tail)
+    assert sum(part.file_size for part in zipfile.ZipFile(path).infolist()) > 12_000_000
+    with pytest.raises(InputError, match="its parts lie on top of each other"):
+        load_checkpoint(path)
+
+
+def test_pipes_in_place_of_weights_are_refused(tmp_path, monkeypatch):
+    path = tmp_path / "hub/checkpoints/vgg16-397923af.pth"
+    path.parent.mkdir(parents=True)
+    os.mkfifo(path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(InputError, match="vgg16-397923af.pth: damaged .*not a file"):
+        load_pretrained(torch.nn.Linear(1, 1), "imagenet")
+    with pytest.raises(InputError, match="a pipe or a device"):
+        read_published(path)
+    with pytest.raises(InputError, match="it is not a file"):
+        load_checkpoint(path)
 
 
 @pytest.mark.parametrize("name", ["../../set00/V000/I00000", "/etc/passwd", "set00/V000/../I00000"])

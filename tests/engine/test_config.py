@@ -250,6 +250,7 @@ def test_an_old_checkpoints_configuration_is_filled_up():
         {"nms_iou": float("nan")},
         {"max_boxes": -1},
         {"max_boxes": 10**30},
+        {"margin": [1.0]},
         {"batch_size": 0},
         {"batch_size": "x"},
         {"workers": 9999},

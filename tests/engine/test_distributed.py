@@ -2,10 +2,12 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,62 +17,84 @@ from engine import loader
 from engine.checkpoint import load_checkpoint
 from engine.distributed import average_statistics, init_distributed
 from engine.loader import EpochBatches
+from kaist.annotations import read_image_list
 from kaist.files import InputError
+from kaist.results import read_detections
+
+PROJECT = Path(train.__file__).parent
 
 
-def run_training(folder, root, processes, more):
-    flags = [
-        "--name",
-        "custom",
-        "--epochs",
-        "2",
-        "--batch-size",
-        "4",
-        "--workers",
-        "0",
-        "--width",
-        "0.0625",
-        "--eval-every",
-        "2",
-        "--no-batch-norm",
-        "--device",
-        "cpu",
-        "--precision",
-        "fp32",
-        "--seg-weight",
-        "0.5",
-        "--lr",
-        "1e-4",
-        "--optimizer",
-        "sgd",
-        "--ema-decay",
-        "0.9",
-    ]
-    flags += ["--data-root", root, "--checkpoints", folder, *more]
-    command = [sys.executable]
-    if processes > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [train.__file__, *map(str, flags)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=folder.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+FLAGS = (
+    "--name custom --epochs 2 --batch-size 4 --workers 0 --width 0.0625 --eval-every 2 --no-batch-norm "
+    "--device cpu --precision fp32 --seg-weight 0.5 --lr 1e-4 --optimizer sgd --ema-decay 0.9"
+).split()
+
+
+def run_training(nursery, folder, root, ranks, more):
+    """Weights, log.csv and what a run said, and the scores in each of its test frames, best first."""
+    said = nursery.run(*FLAGS, "--data-root", root, "--checkpoints", folder, *more, ranks=ranks)
     log = list(csv.DictReader((folder / "custom" / "log.csv").open()))
-    return load_checkpoint(folder / "custom" / "last.pt")["model"], log, done.stdout
+    frames = read_image_list(folder / "custom/detections.frames.txt")
+    found = read_detections(folder / "custom/detections.txt", frames)
+    scores = [found.scores[found.frame == i] for i in range(len(frames))]
+    return load_checkpoint(folder / "custom" / "last.pt")["model"], log, said, scores
 
 
 @pytest.mark.parametrize("more", [[], ["--loader", "device", "--cache", "cache"]])
-def test_two_processes_train_as_one(more, demo_root, tmp_path):
-    one, log_one, said_one = run_training(tmp_path / "one", demo_root, 1, more)
-    two, log_two, said_two = run_training(tmp_path / "two", demo_root, 2, more)
+def test_two_processes_train_as_one(more, nursery, demo_root, tmp_path):
+    """Of the last batch of five test frames the second process has none."""
+    (tmp_path / "five.txt").write_text("".join((demo_root / "imageSets/test-all.txt").open().readlines()[:5]))
+    more = [tmp_path / "cache" if flag == "cache" else flag for flag in more]
+    more += ["--test-list", tmp_path / "five.txt"]
+    one, log_one, said_one, scores_one = run_training(nursery, tmp_path / "one", demo_root, 1, more)
+    two, log_two, said_two, scores_two = run_training(nursery, tmp_path / "two", demo_root, 2, more)
     for key, value in one.items():
         assert torch.allclose(value, two[key], atol=1e-5), key
     for a, b in zip(log_one, log_two, strict=True):
         for term in ("loss", "loc", "conf", "seg"):
             assert float(a[term]) == pytest.approx(float(b[term]), rel=1e-5)
     assert log_one[-1]["miss_rate"] == log_two[-1]["miss_rate"] != ""
-    assert said_one.count("lowest miss rate") == said_two.count("lowest miss rate") == 1  # one writer
+    assert len(scores_one) == len(scores_two) == 5
+    for a, b in zip(scores_one, scores_two, strict=True):
+        assert len(a) > 20 and np.allclose(a[:20], b[:20], atol=1e-4)  # of this frame, not another
+    assert not np.allclose(scores_one[0][:20], scores_one[1][:20], atol=1e-4)
+    assert said_one.count("lowest miss rate") == said_two.count("lowest miss rate") == 1
+    assert "epoch" not in nursery.said.with_name("said1").read_text()  # one writer
     assert sorted(p.name for p in Path(tmp_path / "two").iterdir()) == ["custom"]
+
+
+LOST = "error: another process of this run has ended; see what it said; the same command goes on"
+
+
+@pytest.mark.parametrize(
+    ("killed", "kill"), [(0, "open train-all 1"), (1, "open jpg 5"), (0, "open jpg 42"), (1, "open jpg 62")]
+)
+def test_a_killed_process_is_told_in_one_line_by_the_other(nursery, demo_root, tmp_path, killed, kill):
+    """As its lists are read, as all 36 images are looked at, in the second step, and in the evaluation."""
+    kills = [kill * (rank == killed) for rank in (0, 1)]
+    nursery.start_ranks(kills, *FLAGS, "--data-root", demo_root, "--checkpoints", tmp_path)
+    assert sorted(nursery.numbers()) == [-signal.SIGKILL, 2]
+    said = nursery.said.with_name("said" + "1" * (killed == 0)).read_text()
+    lines = [line.split("\r")[-1] for line in said.splitlines() if "error" in line or "File" in line]
+    assert lines == [LOST]
+
+
+def test_a_process_killed_under_torchrun_is_told_in_one_line_by_the_other(demo_root, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(  # Python runs it when it starts
+        "import os, sys\n"
+        "def look(event, arguments):\n"
+        "    if event == 'open' and 'set06' in str(arguments[0]) and os.environ.get('RANK') == '1':\n"
+        "        os.kill(os.getpid(), 9)\n"
+        "sys.addaudithook(look)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += ["--log-dir", tmp_path / "logs", "--redirects", "3", train.__file__, *FLAGS]
+    command += ["--data-root", demo_root, "--checkpoints", tmp_path / "runs"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{PROJECT}"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and "SIGKILL" in done.stderr
+    [said] = (tmp_path / "logs").glob("**/0/stderr.log")
+    assert said.read_text().splitlines() == [LOST]
 
 
 def average_in_a_process(rank, folder):
@@ -88,7 +112,8 @@ def average_in_a_process(rank, folder):
 
 def test_processes_average_what_batch_norm_has_seen(tmp_path):
     """On CPUs each normalises by its own frames; a shared evaluation is of one network."""
-    torch.multiprocessing.spawn(average_in_a_process, (str(tmp_path),), nprocs=2)
+    start = torch.multiprocessing.start_processes
+    start(average_in_a_process, (str(tmp_path),), nprocs=2, start_method="fork")
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for state in states:
         assert (state["1.running_mean"], state["1.running_var"]) == (5.0, 2.5)

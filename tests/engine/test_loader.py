@@ -1,8 +1,6 @@
 """Frames that turn unreadable while a run is under way: left out, counted, never replaced."""
 
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -161,28 +159,16 @@ def test_a_bad_test_frame_stops_the_run_and_loses_nothing(start, demo_root, root
         assert torch.equal(value, ended["model"][key])
 
 
-def test_two_processes_leave_out_the_same_frames_and_stop_together(root, tmp_path):
+def test_two_processes_leave_out_the_same_frames_and_stop_together(nursery, root, tmp_path):
     ids = read_image_list(root / "imageSets/train-all.txt")
     first, _, third = EpochBatches(12, 4, seed=42)
     for _, index in (first[0], third[1]):  # one process's frame, then the other's
         truncate(root, ids[index])
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        train.__file__,
-        "--data-root",
-        str(root),
-        *QUICK,
-        "--max-bad-frames",
-        "1",
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
-    assert done.stderr.count("is left out") == 2
-    assert done.stderr.count("all unreadable frames so far") == 2  # each process's last word
-    assert "saved; the same command goes on from epoch 1, step 3" in done.stdout
-    assert load_checkpoint(tmp_path / "checkpoints/custom/last.pt")["step"] == 2
+    flags = ["--data-root", root, *QUICK, "--checkpoints", tmp_path, "--max-bad-frames", "1"]
+    nursery.start_ranks(["", ""], *flags)
+    assert nursery.numbers() == [2, 2]
+    said = [nursery.said.with_name(name).read_text() for name in ("said", "said1")]
+    assert said[0].count("is left out") == 2 and "is left out" not in said[1]
+    assert all(words.count("all unreadable frames so far") == 1 for words in said)
+    assert "saved; the same command goes on from epoch 1, step 3" in said[0]
+    assert load_checkpoint(tmp_path / "custom/last.pt")["step"] == 2

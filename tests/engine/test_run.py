@@ -23,6 +23,7 @@ from engine.config import pick
 from kaist.files import InputError
 from pseudo_gt import choose_range
 from ssd.augment import Augmentation, mean_colour
+from tests.nursery import wait_for
 
 PROJECT = Path(train.__file__).parent
 QUICK = (
@@ -39,102 +40,6 @@ KILLS = [
     "rename detections.txt 1",
 ]
 
-# Runs train.py's main() in a process of its own for each line of flags, says its id and, when it
-# has ended, how; torch is imported only once, which is most of the time that such a start takes.
-NURSERY = """
-import os, signal, sys, traceback, train
-from kaist.files import run_script
-
-def kill_at(moment, name, count, half=""):
-    seen, saved = [], []
-
-    def look(event, arguments):
-        path = arguments[event == "os.rename"] if event in ("open", "os.rename") else None
-        if not isinstance(path, (str, os.PathLike)):
-            return
-        path, renamed = os.fspath(path), event == "os.rename"
-        if renamed and path.endswith("last.pt"):
-            saved.append(path)
-        if {"open": not renamed, "rename": renamed, "later": saved and not renamed}[moment] and name in path:
-            seen.append(path)
-            if len(seen) == int(count):
-                if half:
-                    os.truncate(arguments[0], os.path.getsize(arguments[0]) // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(look)
-
-for line in sys.stdin:
-    child = os.fork()
-    if child:
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        continue
-    try:
-        os.setpgid(0, 0)
-        said = os.open(line.split()[0], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
-        kill, _, flags = line.partition("|")
-        sys.argv = ["train.py", *flags.split()]
-        if kill.split()[1:]:
-            kill_at(*kill.split()[1:])
-        code = 1
-        run_script(train.main)
-        code = 0
-    except SystemExit as end:
-        code = end.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
-"""
-
-
-class Nursery:
-    """Starts training processes, one after the other; what the last one said is in `said`."""
-
-    def __init__(self, folder):
-        self.said = folder / "said"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", NURSERY],
-            cwd=folder,
-            env=environment,
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
-
-    def start(self, *flags, kill=""):
-        """The new process's id; `kill` is a line of KILLS."""
-        self.said.unlink(missing_ok=True)
-        self.process.stdin.write(" ".join(map(str, [self.said, kill, "|", *flags])) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def end(self):
-        """The exit code of the process, once it has ended; minus the signal that killed it."""
-        return int(self.process.stdout.readline())
-
-    def run(self, *flags):
-        """What a process said that ended well."""
-        self.start(*flags)
-        assert self.end() == 0, self.said.read_text()
-        return self.said.read_text()
-
-    def says(self, words):
-        return self.said.exists() and words in self.said.read_text()
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    with nursery.process:
-        yield nursery
-        nursery.process.stdin.close()
-
 
 @pytest.fixture(scope="module")
 def data(demo_root, tmp_path_factory):
@@ -150,14 +55,6 @@ def finished(nursery, data, tmp_path_factory):
     root = tmp_path_factory.mktemp("finished")
     nursery.run(*data, "--epochs", "2", "--checkpoints", root)
     return root / "custom"
-
-
-def wait_for(happens, seconds=60):
-    """Look until something has happened."""
-    end = time.monotonic() + seconds
-    while not happens():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.0005)
 
 
 def rows_of(folder):

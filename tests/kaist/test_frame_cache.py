@@ -1,6 +1,7 @@
 """A cache's pixels are those of the images, or it is drawn again: whoever wrote it, whatever befell it."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -122,13 +123,16 @@ def test_two_containers_with_one_process_id_share_a_cache_folder(demo_root, tmp_
         return subprocess.Popen(command, cwd=PROJECT, stdout=subprocess.PIPE, text=True)
 
     slow = start("slow")
+    while not (tmp_path / "waiting").exists():
+        assert slow.poll() is None
+        time.sleep(0.01)
+    [stopped] = Path(f"/proc/{slow.pid}/task/{slow.pid}/children").read_text().split()
+    os.kill(int(stopped), signal.SIGSTOP)
     try:
-        while not (tmp_path / "waiting").exists():
-            assert slow.poll() is None
-            time.sleep(0.01)
         assert start("fast").communicate()[0] == "1 0\n"  # its process id, and how many frames are wrong
     finally:
         (tmp_path / "go").touch()
+        os.kill(int(stopped), signal.SIGCONT)
     assert slow.communicate()[0] == "1 0\n"
     [path] = (tmp_path / "cache").iterdir()
     assert_whole(cache_frames(tmp_path / "cache", demo_root, ids, "early"), demo_root, ids)
