@@ -333,6 +333,10 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
                 refuse(name, value, "")
             if isinstance(default, int | float) and not isinstance(value, int | float):
                 refuse(name, value, "")
+        for name, argument in (("input_size", "size"), ("input_mode", "input_mode")):
+            own = checkpoint.get("model_args", {}).get(argument, values[name])
+            if not same_value(name, own, values[name]):
+                refuse(name, values[name], "")  # it is not the network's
         known = known | values | changes
         check_config({key: value for key, value in known.items() if key != "name"})
     except InputError as error:

@@ -20,6 +20,7 @@ import eval as eval_script
 import train
 from engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from engine.run import Run
+from kaist import files
 from kaist.files import InputError
 from model import build_model
 from utils import open_network
@@ -314,15 +315,16 @@ def test_bad_input_is_refused_before_training(start, flags, message):
     assert not Path("checkpoints").exists()
 
 
-def test_scripts_end_bad_input_with_one_line_and_code_2(tmp_path):
-    for script, arguments in (
-        ("train.py", ["--experiment", "99"]),
-        ("eval.py", ["--checkpoint", "none.pt"]),
-        ("detect.py", ["none.jpg"]),
-    ):
-        done = run_script(script, *arguments, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.startswith("error: ")
-        assert done.stderr.count("\n") == 1
+def test_scripts_end_bad_input_with_one_line_and_code_2(tmp_path, monkeypatch, capsys):
+    done = run_script("train.py", "--experiment", "99", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    monkeypatch.chdir(tmp_path)
+    for script, arguments in ((eval_script, ["--checkpoint", "none.pt"]), (detect, ["none.jpg"])):
+        monkeypatch.setattr(sys, "argv", ["a script", *arguments])
+        with pytest.raises(SystemExit) as end:
+            files.run_script(script.main)
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
 
 
 def test_foreign_checkpoints_are_refused(tmp_path):

@@ -224,7 +224,9 @@ def test_any_flipped_bit_of_a_checkpoint_is_found(tmp_path):
     assert torch.equal(torch.load(path)["model"]["weight"], torch.arange(8.0))  # still torch's
     content, rng = path.read_bytes(), random.Random(0)
     found = 0
-    for place, byte in enumerate(content):
+    places = range(0, len(content), 3)
+    for place in places:
+        byte = content[place]
         damaged = content[:place] + bytes([byte ^ 1 << rng.randrange(8)]) + content[place + 1 :]
         path.write_bytes(damaged)
         try:
@@ -234,7 +236,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_found(tmp_path):
         else:  # a date, or another part of the archive that means nothing
             assert torch.equal(loaded["model"]["weight"], torch.arange(8.0))
             assert loaded["config"] == CONTENT["config"] and loaded.keys() == {"format", *CONTENT}
-    assert found > len(content) / 2
+    assert found > len(places) / 2
     for length in [0, 1, *rng.sample(range(len(content)), 100), len(content) - 1]:
         path.write_bytes(content[:length])
         with pytest.raises(InputError, match="not a readable checkpoint"):
