@@ -333,9 +333,9 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
                 refuse(name, value, "")
             if isinstance(default, int | float) and not isinstance(value, int | float):
                 refuse(name, value, "")
-        for name, argument in (("input_size", "size"), ("input_mode", "input_mode")):
-            own = checkpoint.get("model_args", {}).get(argument, values[name])
-            if not same_value(name, own, values[name]):
+        for argument, own in checkpoint["model_args"].items():
+            name = {"size": "input_size", "prior_set": "priors"}.get(argument, argument)
+            if name in values and show(own) != show(values[name]):
                 refuse(name, values[name], "")  # it is not the network's
         known = known | values | changes
         check_config({key: value for key, value in known.items() if key != "name"})

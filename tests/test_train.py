@@ -400,6 +400,7 @@ def more_memory(most):
         *({"width": width} for width in (40.0, 1e9, "x", float("nan"))),
         *({"size": size} for size in ((10_000, 10_000), (100_000, 300), (0, 0), "ab")),
         *({"infusion": infusion} for infusion in ([1] * 10**6, 8, [2] * 6)),
+        *({"pixel_mean": [0.5]}, {"width": torch.zeros(2)}),
         *({"prior_set": "../x"}, {"input_mode": None}, {"network": "x"}, {"more": 1}),
     ],
 )

@@ -65,6 +65,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 1 <= arguments.resamples <= MOST_RESAMPLES:
         parser.error(f"--resamples takes a number from 1 to {MOST_RESAMPLES}")
+    for path in (arguments.out, arguments.figure):
+        if not path.parent.is_dir():
+            raise InputError("no such folder", "make it first", file=path.parent)
     people = load_ground_truth(arguments.annotations)
     found = read_all(arguments.folders, people, arguments.only_published)
     scores = by_miss_rate([score(name, people, d, arguments.resamples) for name, d in found.items()])

@@ -228,7 +228,8 @@ def test_schedules_by_hand():
 
 
 def content_of(**changes):
-    return {"config": {**vars(train.configure([])), **changes}}
+    config = train.configure([])
+    return {"config": {**vars(config), **changes}, "model_args": train.model_arguments(config)}
 
 
 def test_an_old_checkpoints_configuration_is_filled_up():
@@ -251,6 +252,8 @@ def test_an_old_checkpoints_configuration_is_filled_up():
         {"max_boxes": -1},
         {"max_boxes": 10**30},
         {"margin": [1.0]},
+        {"input_size": (512, 640)},  # not the network's
+        {"pixel_mean": (0.5, 0.5, 0.5, 0.5)},
         {"batch_size": 0},
         {"batch_size": "x"},
         {"workers": 9999},

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from kaist.annotations import read_image_list
+from kaist.files import InputError
 from kaist.miss_rate import evaluate, load_ground_truth
 from kaist.report import differs, percent
 from kaist.results import Detections, write_detections
@@ -48,3 +49,12 @@ def test_the_page_holds_rates_intervals_and_gaps(demo_root, tmp_path, monkeypatc
 @pytest.mark.parametrize(("samples", "shown"), [([0.1, 0.2, 0.3], True), ([-0.1, 0.2, 0.3], False)])
 def test_a_gap_is_shown_where_zero_is_left_out(samples, shown):
     assert differs(np.array(samples)) is shown
+
+
+@pytest.mark.parametrize(
+    "flags", [["--resamples", "0"], ["--resamples", "10000000"], ["--out", "none/x.md"], ["--nonsense", "1"]]
+)
+def test_bad_flags_are_refused_before_anything_is_read(monkeypatch, flags):
+    monkeypatch.setattr(sys, "argv", ["leaderboard", "nowhere", "--annotations", "none.json", *flags])
+    with pytest.raises(InputError, match="resamples|no such folder|nonsense"):
+        leaderboard.main()
