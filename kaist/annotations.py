@@ -227,7 +227,7 @@ def find_form(root: Path, form: str) -> list[Path]:
     """The places of a form below a KAIST root that hold annotations at all."""
     places = [root / place for place in PLACES[form]]
     if form == "json":
-        return [path for path in places if path.is_file()]
+        return [path for path in places if path.exists()]
     ending = ".xml" if form.startswith("xml") else ".txt"
     return [folder for folder in places if next(folder.rglob(f"*{ending}"), None) is not None]
 

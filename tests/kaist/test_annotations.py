@@ -1,6 +1,7 @@
 """KAIST's files: image lists, every form of annotation, and how bad ones are named."""
 
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -428,3 +429,13 @@ def test_what_is_chosen_already_need_not_be_there(full_kaist):
     parts = find_parts(full_kaist, given)
     assert (parts["train_list"], parts["annotations"]) == ("mine.txt", "bbgt")
     assert "test_annotations" not in parts
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system")
+def test_a_pipe_in_place_of_the_improved_annotations_is_told(tmp_path, demo_root):
+    """Others that are there too would give other numbers."""
+    root = shutil.copytree(demo_root, tmp_path / "root", ignore=shutil.ignore_patterns("images", "*.json"))
+    os.mkfifo(root / "KAIST_annotation.json")
+    for source in (root, root / "KAIST_annotation.json"):
+        with pytest.raises(InputError, match="a pipe or a device|no such folder or file"):
+            open_test_annotations(source, ["set06/V000/I00000"])
