@@ -201,7 +201,7 @@ def open_test_frames(arguments: Namespace) -> GroundTruth:
     """
     if arguments.image_list:
         return load_ground_truth(arguments.annotations, read_image_list(arguments.image_list))
-    companions = [path for path in map(frames_path, arguments.detections) if path.is_file()]
+    companions = [path for path in map(frames_path, arguments.detections) if path.exists()]
     if not companions:
         return load_ground_truth(arguments.annotations)
     lists = [read_image_list(path) for path in companions]

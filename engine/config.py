@@ -336,7 +336,7 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
         for argument, own in checkpoint["model_args"].items():
             name = {"size": "input_size", "prior_set": "priors"}.get(argument, argument)
             if name in values and show(own) != show(values[name]):
-                refuse(name, values[name], "")  # it is not the network's
+                raise InputError(f"{name.upper()} is not its network's", "")
         known = known | values | changes
         check_config({key: value for key, value in known.items() if key != "name"})
     except InputError as error:

@@ -33,7 +33,7 @@ def lock_folder(folder: Path) -> TextIO:
         file = (folder / LOCK).open("a+")
     except OSError as error:
         raise InputError(
-            f"cannot be written to ({error.strerror})", "choose another place", file=folder
+            f"cannot be written to ({error.strerror or error})", "choose another place", file=folder
         ) from None
     try:
         if fcntl:

@@ -458,3 +458,12 @@ def test_script_on_real_files(reference, tmp_path):
         for setup, official in expected["official"]["setups"].items():
             ours = numbers[name]["official"][setup]
             assert ours["miss_rate"] == pytest.approx(official["miss_rate"], rel=0, abs=1e-12)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system")
+def test_a_pipe_in_place_of_the_companion_is_refused(tmp_path):
+    """Without it the ids could mean other frames."""
+    (tmp_path / "x.txt").write_text("1,1,2,3,4,0.5\n")
+    os.mkfifo(tmp_path / "x.frames.txt")
+    with pytest.raises(InputError, match="x.frames.txt: it is a pipe"):
+        read_detections(tmp_path / "x.txt", ["set06/V000/I00000"])
