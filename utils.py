@@ -206,13 +206,13 @@ def detect_frames(
 def margin_histogram(logits: Tensor, mask: Tensor) -> Tensor:
     """(2, MARGIN_BINS) int64: how many background and person cells have a margin of each bin.
 
-    The margin is the person's logit less the background's, from -MAX_MARGIN to MAX_MARGIN. Ignored
-    cells are left out.
+    The margin is the person's logit less the background's, from -MAX_MARGIN to MAX_MARGIN, of
+    weights that are not finite 0. Ignored cells are left out.
 
     Args:
         logits: (N, 2, h, w) of background and person; mask: (N, h, w) as from `box_masks`.
     """
-    margin = (logits[:, 1] - logits[:, 0]).clamp(-MAX_MARGIN, MAX_MARGIN)
+    margin = (logits[:, 1] - logits[:, 0]).nan_to_num().clamp(-MAX_MARGIN, MAX_MARGIN)
     place = ((margin / MAX_MARGIN + 1) / 2 * (MARGIN_BINS - 1)).round().long()
     counted = (place + MARGIN_BINS * (mask == PERSON))[mask != IGNORE]
     return counted.bincount(minlength=2 * MARGIN_BINS).view(2, MARGIN_BINS)

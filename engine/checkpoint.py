@@ -90,7 +90,8 @@ def verify_archive(path: Path) -> None:
     """Compare a checkpoint's parts with the checksums that its zip archive keeps of them.
 
     torch.load itself does not. A part that is compressed is refused: torch.save writes none, and
-    it could be a thousand times larger than the file.
+    it could be a thousand times larger than the file. So is the one thing that torch.load would
+    make of nothing but a number, at any size.
 
     Raises:
         ValueError: it is no such archive, or was changed.
@@ -105,6 +106,8 @@ def verify_archive(path: Path) -> None:
             raise ValueError("it is compressed, which train.py never does")
         if sum(part.file_size for part in parts) > path.stat().st_size:
             raise ValueError("its parts lie on top of each other")
+        if any(b"\nbytearray\n" in archive.read(part) for part in parts if part.filename.endswith(".pkl")):
+            raise ValueError("it asks for a bytearray, which could be of any size")
         if damaged := archive.testzip():
             raise ValueError(f"it is damaged: the checksum of {damaged} differs")
 

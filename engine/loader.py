@@ -211,7 +211,7 @@ class BatchLoader:
             batch_sampler=self.batches,
             collate_fn=collate_fn,
             pin_memory=pin_memory,
-            **worker_settings(workers, start_method),
+            **worker_settings(min(workers, len(self.batches)), start_method),
         )
 
     def __len__(self) -> int:

@@ -21,6 +21,8 @@ def test_average_precision_by_hand():
     assert cells.sum(1).tolist() == [2, 2]
     assert average_precision(cells) == pytest.approx((1 / 1 + 2 / 3) / 2)
     assert math.isnan(average_precision(margin_histogram(as_logits([1.0]), torch.tensor([[[0]]]))))
+    broken = margin_histogram(as_logits([math.nan, math.inf, -math.inf]), torch.tensor([[[1, 0, 0]]]))
+    assert broken.sum(1).tolist() == [2, 1] and average_precision(broken) == pytest.approx(1 / 2)
 
 
 def test_average_precision_needs_no_cell_above_one_half():

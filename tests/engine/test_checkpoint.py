@@ -80,6 +80,20 @@ def test_an_archive_whose_parts_lie_on_top_of_each_other_is_refused(tmp_path):
         load_checkpoint(path)
 
 
+def test_a_pickle_that_asks_for_any_amount_of_memory_is_refused(tmp_path):
+    whole, path = tmp_path / "whole.pt", tmp_path / "last.pt"
+    torch.save(
+        {"format": "sds-ssd-kaist-1", "config": {"name": "bytearray"}, "model_args": {}, "model": {}}, whole
+    )
+    load_checkpoint(whole)
+    bomb = b"\x80\x02cbuiltins\nbytearray\n\x8a\x06" + (10**13).to_bytes(6, "little") + b"\x85R."
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w") as new:
+        for part in old.infolist():
+            new.writestr(part, bomb if part.filename.endswith("data.pkl") else old.read(part))
+    with pytest.raises(InputError, match="it asks for a bytearray"):
+        load_checkpoint(path)
+
+
 def test_pipes_in_place_of_weights_are_refused(tmp_path, monkeypatch):
     path = tmp_path / "hub/checkpoints/vgg16-397923af.pth"
     path.parent.mkdir(parents=True)
