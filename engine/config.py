@@ -326,12 +326,7 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
             if name not in values:
                 raise InputError(f"{name.upper()} is missing", "")
         for name, default in known.items():
-            value = values.get(name, default)
-            if isinstance(default, tuple) and not same_kind(value, default):
-                refuse(name, value, "")
-            if isinstance(default, str | bool) and type(value) is not type(default):
-                refuse(name, value, "")
-            if isinstance(default, int | float) and not isinstance(value, int | float):
+            if not same_kind(value := values.get(name, default), default):
                 refuse(name, value, "")
         for argument, own in checkpoint["model_args"].items():
             name = {"size": "input_size", "prior_set": "priors"}.get(argument, argument)
@@ -340,18 +335,17 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
         known = known | values | changes
         check_config({key: value for key, value in known.items() if key != "name"})
     except InputError as error:
-        raise InputError(
-            f"not a run's configuration ({error.problem})",
-            "choose a checkpoint that train.py wrote",
-            file=path,
-        ) from None
+        problem = f"not a run's configuration ({error.problem})"
+        raise InputError(problem, "choose a checkpoint that train.py wrote", file=path) from None
     return Namespace(**known)
 
 
-def same_kind(value: Any, default: tuple) -> bool:
-    """Whether a value is a tuple or list of as many numbers as a default."""
-    same_length = isinstance(value, tuple | list) and len(value) == len(default)
-    return same_length and all(type(number) in (int, type(default[0])) for number in value)
+def same_kind(value: Any, default: Any) -> bool:
+    """Whether a value is of a default's type, or a list for a tuple of its length; any number is one."""
+    if isinstance(default, tuple):
+        same_length = isinstance(value, tuple | list) and len(value) == len(default)
+        return same_length and all(type(number) in (int, type(default[0])) for number in value)
+    return type(value) is type(default) if isinstance(default, str | bool) else isinstance(value, int | float)
 
 
 def pick(config: Namespace, *names: str) -> dict[str, Any]:
