@@ -82,7 +82,7 @@ def read_image_list(path: str | Path) -> list[str]:
 
 def list_lines(path: Path, errors: Errors = None) -> dict[str, int]:
     """Frame id -> its line in an image list, in the list's order."""
-    if not path.is_file():
+    if not path.exists():
         beside = sorted(p.name for p in path.parent.glob("*.txt"))[:8]
         have = f"{path.parent} holds {', '.join(beside)}" if beside else "check the path"
         raise InputError("image list not found", have, file=path)
