@@ -383,8 +383,8 @@ def differences(values: dict[str, Any]) -> str:
     """`changes_of` a run's config.json in words; one from before a constant was added has BASE's."""
     try:
         changes = changes_of(Namespace(**BASE | values))
-    except InputError:
-        return "its row is unknown"
+    except (InputError, AttributeError, TypeError, ValueError):  # of another version, or edited
+        return "its row or constants are unknown"
     return ", ".join(f"{name.upper()} {show(value)}" for name, value in changes.items())
 
 
