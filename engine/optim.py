@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 
 
+RATES = ("lr", "bias_lr_factor", "weight_decay")  # what `make_optimizer` takes from a configuration
+
+
 def make_optimizer(
     model: nn.Module,
     criterion: nn.Module,
