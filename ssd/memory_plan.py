@@ -12,11 +12,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -37,6 +35,10 @@ def fake_cuda() -> Iterator[None]:
 
     Autocast would ask the driver, which need not be there.
     """
+    from unittest.mock import patch
+
+    from torch._subclasses.fake_tensor import FakeTensorMode  # here: few runs need it, and it takes a while
+
     missing = "torch.cuda.amp.common.amp_definitely_not_available"
     with (
         patch(missing, lambda: False),

@@ -38,6 +38,7 @@ from ssd.memory_plan import CUDA, FusedKernels, backward, fake_cuda, on_fake_cud
 from utils import autocast, margin_histogram, predict
 
 N, M = 2, 8
+ssd_boxes.load_nms()  # so that its operator has a name
 CONSTANTS = {name: value for name, (value, _) in read_constants("train.py").items()}
 # What a step and detection depend on, but for widths and numbers.
 NETWORK = ("network", "input_mode", "batch_norm", "infusion", "infusion_conv")
