@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 RATES = ("lr", "bias_lr_factor", "weight_decay")  # what `make_optimizer` takes from a configuration
 
 
