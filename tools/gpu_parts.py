@@ -27,8 +27,9 @@ from engine.checkpoint import load_checkpoint
 from engine.config import ROOT, model_arguments
 from engine.loader import BatchLoader
 from kaist.annotations import open_annotations, read_image_list
+from kaist.frame_cache import cache_frames
 from kaist.frames import Frame, load_frames
-from kaist.images import cache_frames, read_frame
+from kaist.images import read_frame
 from model import make_network
 from ssd.boxes import detect
 from ssd.memory_plan import plan_memory
