@@ -1,4 +1,4 @@
-"""The report of a GPU, here of the CPU as one: every part runs, and one that fails stays alone."""
+"""The report of a GPU, here of the CPU as one: quick parts run, and one that fails stays alone."""
 
 import json
 import time
@@ -14,31 +14,36 @@ from tools.gpu_parts import TINY, Setting, at_least, at_most, distance, seconds_
 CPU = torch.device("cpu")
 
 
+# Not the others: starts of train.py, and steps of 512x640 pixels, take minutes here.
+QUICK = ("losses", "loader", "detections", "training", "network", "evaluation")
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """The folder of a tiny report, one of whose rows is in no lab book."""
+    """The folder of a tiny report of quick parts, one of whose rows is in no lab book."""
     out = tmp_path_factory.mktemp("report") / "out"
     scale = replace(TINY, rows=("26", "29", "42", "none"))
-    gpu_report.write_report(out, CPU, "a CPU as a GPU", 10_000, scale)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_report, "PARTS", {name: gpu_report.PARTS[name] for name in QUICK})
+        gpu_report.write_report(out, CPU, "a CPU as a GPU", 10_000, scale)
     return out
 
 
-def test_every_part_runs_and_one_fails_alone(report):
+def test_parts_run_and_one_fails_alone(report):
     parts = json.loads((report / "report.json").read_text())["parts"]
-    assert list(parts) == list(gpu_report.PARTS)
+    assert tuple(parts) == QUICK
     errors = {name: part["error"] for name, part in parts.items() if part["error"]}
     assert list(errors) == ["losses"] and "'none'" in errors["losses"]
     # What it had found before is there: two lines of each row that there is.
     assert len(parts["losses"]["lines"]) == 6 and all(part["lines"] for part in parts.values())
-    for name in ("losses", "loader", "detections", "resume", "torchrun"):
+    for name in ("losses", "loader", "detections"):
         assert all(line["met"] for line in parts[name]["lines"]), name
-    assert parts["resume"]["lines"][0]["value"] == 2
 
 
 def test_the_page_says_it_all(report):
     page = (report / "report.md").read_text()
     assert page.startswith("# a CPU as a GPU") and page.count("**Failed:**") == 1
-    for what in ("row 42: gradient", "bit for bit", "end to end", "bare convolutions", "3,000"):
+    for what in ("row 42: gradient", "end to end", "bare convolutions", "3,000"):
         assert what in page
 
 
