@@ -205,8 +205,8 @@ def predict_mirrored(model: Detector, images: Tensor) -> Predictions:
         shifts.append(0.0 if k < len(STRIDES) else pad / model.size[1])
         first += len(places)
     partner = torch.cat(partners)
-    loc = predictions.loc[:, partner] * predictions.loc.new_tensor((-1, 1, 1, 1))
-    lengths = torch.tensor([len(p) for p in partners], device=images.device)
-    shift = torch.tensor(shifts, device=images.device).repeat_interleave(lengths)
-    loc[..., 0] += shift / (VARIANCES[0] * model.priors[:, 2])
+    loc = predictions.loc[:, partner]
+    # Filled on the device: a GPU would be waited for by a copy of numbers to it.
+    shift = torch.cat([predictions.loc.new_full((len(p),), s) for p, s in zip(partners, shifts, strict=True)])
+    loc[..., 0].neg_().add_(shift / (VARIANCES[0] * model.priors[:, 2]))
     return Predictions(loc, predictions.conf[:, partner], [])

@@ -25,7 +25,7 @@ import datasets
 from engine import distributed
 from engine.loader import BatchLoader
 from engine.monitor import MAX_NONFINITE_STEPS, StepMonitor
-from engine.optim import GuardedStep, lr_factor, make_optimizer, set_lr, update_ema
+from engine.optim import RATES, GuardedStep, lr_factor, make_optimizer, set_lr, update_ema
 from engine.run import Run
 from kaist import demo
 from kaist.annotations import Annotations, find_annotations, find_file, read_image_list
@@ -37,8 +37,9 @@ from model import make_network
 from pseudo_gt import choose_range
 from ssd.augment import Augmentation
 from ssd.losses import TERMS, Criterion
+from ssd.memory_plan import plan_batch
 from ssd.pretrained import check_pretrained, load_pretrained
-from utils import autocast, choose_device, choose_precision, detect_frames, make_deterministic
+from utils import autocast, choose_device, choose_precision, compile_model, detect_frames, make_deterministic
 
 # -------- data
 DATA_ROOT = "data/demo"  # KAIST root with images/; the demo set is drawn here if it is absent
@@ -61,7 +62,7 @@ MAX_BAD_FRAMES = 10  # frames that may turn unreadable under way and are left ou
 # -------- machine
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
-COMPILE = "auto"  # torch.compile for the training step's network: on, off, or auto: on CUDA
+COMPILE = "auto"  # torch.compile for the network: on, off, graphs (CUDA graphs too), or auto: on CUDA
 DETERMINISTIC = False  # torch's deterministic algorithms; see docs/robustness.md
 WORKERS = 2  # loader processes
 START_METHOD = "auto"  # how they start: fork, spawn, forkserver, or auto: as Python does here
@@ -161,13 +162,12 @@ def main() -> None:
     # Loss and optimiser.
     heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
     criterion = Criterion(*heads, **pick(config, *TERMS)).to(device)
-    steps = pick(config, "lr", "bias_lr_factor", "weight_decay")
-    optimizer, run.terms = make_optimizer(model, criterion, name=config.optimizer, **steps), criterion.terms
+    optimizer = make_optimizer(model, criterion, name=config.optimizer, **pick(config, *RATES))
+    run.terms, run.planned_batch = criterion.terms, plan_batch(model, criterion, optimizer, precision)
     parts = {"model": ema, "optimizer": optimizer, "criterion": criterion}
     run.restore(parts if ema is model else {**parts, "raw_model": model})
-    network = distributed.wrap_ddp(model)
-    if config.compile == "on" or (config.compile == "auto" and device.type == "cuda"):
-        network = torch.compile(network, dynamic=False)
+    network = compile_model(distributed.wrap_ddp(model), config.compile, device)
+    tested = compile_model(ema, config.compile.replace("graphs", "on"), device)  # whose results are kept
 
     # Epochs. `with run` saves on Ctrl-C, SIGTERM and a failing loader; the same command goes on.
     if distributed.is_main_process():
@@ -181,11 +181,11 @@ def main() -> None:
             distributed.average_statistics(ema)
             scores = criterion.learned_weights()
             if (epoch + 1) % config.eval_every == 0 or epoch + 1 == config.epochs:
-                detections, mask_scores = detect_frames(ema, val_loader, precision, **detection)
+                detections, mask_scores = detect_frames(tested, val_loader, precision, **detection)
                 scores |= headline(evaluate(val_set, detections)) | mask_scores
             run.end_epoch(scores)
         if detections is None or held_out:
-            chosen = run.best_epoch(ema) if held_out else ema
+            chosen = run.best_epoch(ema) if held_out else tested
             detections, _ = detect_frames(chosen, test_loader, precision, **detection)
     if distributed.is_main_process():
         report(run.folder.name, test_set, detections, run.folder)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.checkpoint import CHECKPOINT_FORMAT, load_checkpoint
@@ -106,6 +106,17 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def compile_model(model: nn.Module, choice: str, device: torch.device) -> nn.Module:
+    """The network as COMPILE has it: by torch.compile ("on", and "auto" on CUDA) or as it is.
+
+    "graphs" also captures CUDA graphs, by which the host starts a step's kernels all at once. What the
+    network has returned is then overwritten by its next call.
+    """
+    if choice == "off" or (choice == "auto" and device.type != "cuda"):
+        return model
+    return torch.compile(model, dynamic=False, mode="reduce-overhead" if choice == "graphs" else None)
+
+
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
     """The context in which the network runs in `precision`."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != torch.float32)
@@ -165,6 +176,7 @@ def detect_frames(
     """Detections of every frame of a loader, and how well the mask heads know where people are.
 
     Args:
+        model: as it is or compiled, see `compile_model`.
         loader: in each process of its share of every batch; the detections of all come back.
         test_flip: average over each frame and its mirror image.
         watch: hands on the batches and may end them by an exception, as `Run.until_stopped`.
@@ -176,10 +188,11 @@ def detect_frames(
         `average_precision`. NaN where no cell is a person's.
     """
     device = model.priors.device
-    was_training = model.training
+    was_training, compiled = model.training, hasattr(model, "_orig_mod")
     model.eval()
     found: list[tuple[Tensor, Tensor]] = []
     cells = torch.zeros(len(model.infused_maps), 2, MARGIN_BINS, dtype=torch.int64, device=device)
+    n_full = 0
     bar = tqdm(
         loader.epoch(0), total=len(loader), desc="detecting", leave=False, disable=not is_main_process()
     )
@@ -188,11 +201,14 @@ def detect_frames(
             if batch is None:  # the last one has no frame for this process
                 continue
             images = batch.images.to(device, non_blocking=True)
-            predictions = predict(model, images, precision, test_flip, with_masks=True)
-            for i, (logits, mask) in enumerate(zip(predictions.seg, batch.masks, strict=True)):
-                cells[i] += margin_histogram(logits, mask.to(device))
-            pairs = detect(predictions, model.priors, **nms_settings)
-            found += [(boxes.cpu(), scores.cpu()) for boxes, scores in pairs]
+            n, n_full = len(images), max(n_full, len(images))
+            if compiled:  # a graph is of one shape: the last batch is filled up
+                images = torch.cat([images, images[:1].expand(n_full - n, -1, -1, -1)])
+            loc, conf, seg = predict(model, images, precision, test_flip, with_masks=True)
+            for i, (logits, mask) in enumerate(zip(seg, batch.masks, strict=True)):
+                cells[i] += margin_histogram(logits[:n], mask.to(device, non_blocking=True))
+            found += detect(Predictions(loc[:n], conf[:n], []), model.priors, **nms_settings)
+    found = [(boxes.cpu(), scores.cpu()) for boxes, scores in found]
     model.train(was_training)
     shares = gather(found)
     found = [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
@@ -214,8 +230,11 @@ def margin_histogram(logits: Tensor, mask: Tensor) -> Tensor:
     """
     margin = (logits[:, 1] - logits[:, 0]).nan_to_num().clamp(-MAX_MARGIN, MAX_MARGIN)
     place = ((margin / MAX_MARGIN + 1) / 2 * (MARGIN_BINS - 1)).round().long()
-    counted = (place + MARGIN_BINS * (mask == PERSON))[mask != IGNORE]
-    return counted.bincount(minlength=2 * MARGIN_BINS).view(2, MARGIN_BINS)
+    kind = torch.where(mask == IGNORE, 2, (mask == PERSON).long())
+    # A sum, because a GPU would be waited for by bincount and by an index of some cells.
+    cells = torch.zeros(3 * MARGIN_BINS, dtype=torch.int64, device=mask.device)
+    cells.scatter_add_(0, (place + MARGIN_BINS * kind).flatten(), torch.ones_like(kind).flatten())
+    return cells.view(3, MARGIN_BINS)[:2]
 
 
 def average_precision(cells: Tensor) -> float:

@@ -38,7 +38,7 @@ CHOICES = {
     "optimizer": ("sgd", "adam"),
     "schedule": ("constant", "step", "step-mlpd", "cosine"),
     "loader": ("auto", "workers", "device"),
-    "compile": ("auto", "on", "off"),
+    "compile": ("auto", "on", "graphs", "off"),
     "precision": ("auto", "fp32", "bf16"),
     "on_nonfinite": ("stop", "skip"),
     "start_method": ("auto", "fork", "spawn", "forkserver"),

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+RATES = ("lr", "bias_lr_factor", "weight_decay")  # what `make_optimizer` takes from a configuration
+
 
 def make_optimizer(
     model: nn.Module,

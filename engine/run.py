@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -59,6 +59,7 @@ class Run:
             where it was evaluated, its scores: the columns of log.csv.
         parts: what training changes, by the name it has in a checkpoint; "model" and "optimizer"
             are two of them. Set by `restore`.
+        planned_batch: gives the largest batch that is expected to fit into the device's memory; 0: unknown.
         stop_requested: the signal that asked the run to end after this step, or None.
         in_step: whether the parts are being changed, so that they are nothing to go on from.
     """
@@ -68,6 +69,7 @@ class Run:
         self.name = name
         self.model_args = model_args
         self.terms: tuple[str, ...] = ()
+        self.planned_batch: Callable[[], int] = int
         self.parts: dict[str, Any] = {}
         self.notes: list[str] = []
         self.lock: TextIO | None = None
@@ -228,14 +230,20 @@ class Run:
                     f"saved; the same command goes on from epoch {self.epoch + 1}, step {self.step + 1}"
                 )
             if isinstance(error, torch.OutOfMemoryError):
-                raise InputError(
-                    f"a step of BATCH_SIZE = {self.config.batch_size} does not fit into the device's memory",
-                    "lower BATCH_SIZE, INPUT_SIZE or WIDTH; the same command goes on from last.pt",
-                ) from None
+                raise self.out_of_memory() from None
         finally:
             self.unlock()
             for number, handler in self.handlers.items():
                 signal.signal(number, handler)
+
+    def out_of_memory(self) -> InputError:
+        """The line that ends a run whose step does not fit, with the batch that is expected to."""
+        planned = min(self.planned_batch() * world_size(), self.config.batch_size - 1)
+        hint = f" (about {planned} should fit)" if planned > 0 else ""
+        return InputError(
+            f"a step of BATCH_SIZE = {self.config.batch_size} does not fit into the device's memory",
+            f"lower BATCH_SIZE{hint}, INPUT_SIZE or WIDTH; the same command goes on from last.pt",
+        )
 
     def request_stop(self, number: int, _: object) -> None:
         """Note a signal; a second Ctrl-C that comes `PATIENCE` seconds later does not wait."""

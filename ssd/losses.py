@@ -317,6 +317,7 @@ class Criterion(nn.Module):
         where_seen = labels if self.multilabel else labels.clamp(max=PERSON)
         loc, conf = self.multibox(predictions, boxes, where_seen)
         heights = [cell_heights(boxes, labels, grid) for grid in self.weighted_grids]
-        seg, of_maps = self.segmentation(predictions.seg, masks, heights)
-        total = loc + conf + self.seg_weight * seg.to(loc.device)
-        return torch.stack([total, loc, conf, seg.to(loc.device), *of_maps])
+        seg, of_maps = loc.new_zeros(()), ()  # made on the device: a copy to it would be waited for
+        if predictions.seg:
+            seg, of_maps = self.segmentation(predictions.seg, masks, heights)
+        return torch.stack([loc + conf + self.seg_weight * seg, loc, conf, seg, *of_maps])

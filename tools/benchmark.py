@@ -5,6 +5,8 @@
     python -m tools.benchmark --device cuda           # the rows of a GPU
     python -m tools.benchmark --rows                  # detection by every row of the lab book
     python -m tools.benchmark --rows 41 42            # by some, beside row 26
+    python -m tools.benchmark --memory-plan           # what a GPU's memory holds; needs no GPU
+    python -m tools.benchmark --device cuda --report out/  # is it right, how fast is it, in 8 minutes
 
 A row is two functions that do the same work, run in turns; the table shows the medians. The
 references are torchvision's SSD300 and augmentation, and a metric that loops over the frames.
@@ -19,7 +21,7 @@ import statistics
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,7 @@ import torch
 from torchvision.ops import box_convert
 
 from datasets import Collate, DeviceLoader
-from engine.config import OneLineParser, model_arguments, resolve_row
+from engine.config import OneLineParser, model_arguments, pick, resolve_row
 from engine.experiments import EXPERIMENTS
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.demo import draw_demo
@@ -41,11 +43,16 @@ from kaist.miss_rate import SETUPS, evaluate, load_ground_truth
 from kaist.results import read_detections
 from model import make_network
 from ssd.boxes import Predictions, detect
-from ssd.losses import MultiBoxLoss
-from tools import workloads
+from ssd.losses import TERMS, Criterion, MultiBoxLoss
+from ssd.memory_plan import plan_memory
+from tools import gpu_report, workloads
+from tools.gpu_parts import FULL, TINY
 from tools.isolated import STATUS, Subprocess, added_memory
 from tools.workloads import LIMITS, MAPS, our_model, our_step
 from utils import choose_device, choose_precision, detect_image
+
+REPORT_MINUTES = 7.5  # that --report takes at most, its last part aside
+CARDS = (8, 16, 24, 80, 140)  # GB of memory of the GPUs that --memory-plan knows
 
 
 @dataclass(frozen=True)
@@ -192,7 +199,7 @@ def bench_loss(bench: Bench) -> Iterator[str]:
         objects = workloads.random_objects(32, people, bench.device)
         predictions = workloads.random_predictions(32, 0.0, bench.device)
         predictions = Predictions(*(x.requires_grad_() for x in predictions[:2]), [])
-        theirs = workloads.torchvision_loss(predictions, *objects, priors)
+        theirs = workloads.plain_loss(predictions, *objects, priors)
 
         def gradient(loss: Callable, predictions: Predictions = predictions) -> object:
             return torch.autograd.grad(loss(), predictions[:2])
@@ -200,7 +207,7 @@ def bench_loss(bench: Bench) -> Iterator[str]:
         losses = (lambda p=predictions, o=objects: sum(ours(p, *o))), theirs
         times = interleave(bench, *(partial(gradient, loss) for loss in losses))
         work = f"multibox loss and gradient, batch 32, {people} people"
-        yield speedup_row(work, *times, 20 if bench.on_gpu else target)
+        yield speedup_row(work, *times, 20 if bench.on_gpu else target, "plain SSD loss")
 
 
 # ------------------------------------------------------------------------------ detection
@@ -247,16 +254,50 @@ def row_detector(bench: Bench, name: str, width: float = 1.0) -> Callable[[], ob
     return run
 
 
+def network_words(row: dict) -> list[str]:
+    """What a row's network is."""
+    words = [row["input_mode"], "{}x{}".format(*row["input_size"]), row["priors"]]
+    words = [row["network"]] * (row["network"] != "ssd300") + words
+    return words + ["BatchNorm"] * row["batch_norm"]
+
+
+def rows_by(rows: Iterable[str], words: Callable[[dict], list[str]]) -> dict[str, list[str]]:
+    """Those of some rows of the lab book of which the same words are said."""
+    groups: dict[str, list[str]] = {}
+    for name in rows:
+        groups.setdefault(", ".join(words(resolve_row(name))), []).append(name)
+    return groups
+
+
+def memory_rows() -> Iterator[str]:
+    """Lines of a table: bytes of a training step as planned, and the largest batch by memory."""
+
+    def words(row: dict) -> list[str]:
+        maps = "".join(map(str, row["infusion"]))
+        changes = ["averaged weights"] * bool(row["ema_decay"])
+        changes += [f"width {row['width']:g}"] * (row["width"] < 1)
+        return [*network_words(row), f"masks {maps}", row["optimizer"], *changes]
+
+    for text, names in rows_by(EXPERIMENTS, words).items():
+        config = workloads.row_config(names[0])
+        with torch.device("meta"):
+            model = make_network(**model_arguments(config))
+        heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
+        criterion = Criterion(*heads, **pick(config, *TERMS))
+        for precision, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+            plan = plan_memory(model, criterion, config.optimizer, precision)
+            if config.ema_decay:
+                plan = plan._replace(fixed=plan.fixed + plan.weights)
+            sizes = [f"{value / 2**20:,.0f} MiB" for value in plan]
+            fits = ", ".join(f"{card} GB: {plan.largest_batch(1e9 * card)}" for card in CARDS)
+            yield f"| {', '.join(names)} | {text}, {name} | {' | '.join(sizes)} | {fits} |"
+
+
 def detect_rows(bench: Bench, rows: list[str]) -> Iterator[str]:
     """Lines of a table: one image or pair, files to boxes, by the networks of some rows at full width, or
     of all, against row 26's. Rows that differ in training alone share a line."""
-    networks: dict[str, list[str]] = {}
-    for name in dict.fromkeys(["26", *rows]) if rows else EXPERIMENTS:
-        row = resolve_row(name)
-        words = [row["input_mode"], "{}x{}".format(*row["input_size"]), row["priors"]]
-        words = [row["network"]] * (row["network"] != "ssd300") + words
-        words += ["BatchNorm"] * row["batch_norm"] + ["test flip"] * row["test_flip"]
-        networks.setdefault(", ".join(words), []).append(name)
+    chosen = dict.fromkeys(["26", *rows]) if rows else EXPERIMENTS
+    networks = rows_by(chosen, lambda row: [*network_words(row), *["test flip"] * row["test_flip"]])
     times = interleave(bench, *(row_detector(bench, names[0]) for names in networks.values()))
     [reference] = [t for t, names in zip(times, networks.values(), strict=True) if "26" in names]
     for (network, names), value in zip(networks.items(), times, strict=True):
@@ -326,12 +367,20 @@ def main() -> None:
     device = choose_device(arguments.device)
     precision = choose_precision("auto", device)
     torch.manual_seed(0)
-    print(describe_machine(device, precision), end="\n\n")
+    machine = describe_machine(device, precision)
+    if arguments.report:
+        scale = FULL if device.type == "cuda" else TINY
+        gpu_report.write_report(arguments.report, device, machine, 60 * REPORT_MINUTES, scale)
+        return
+    print(machine, end="\n\n")
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(device, precision, Path(folder), arguments.quick, 2.0 if arguments.quick else 8.0)
         if arguments.rows is not None:
             print("| rows | network | detect | of row 26 |\n|---|---|---|---|")
             lines = detect_rows(bench, arguments.rows)
+        elif arguments.memory_plan:
+            print("| rows | network | weights | a step | a frame | batch in |\n|---|---|---|---|---|---|")
+            lines = memory_rows()
         else:
             print("| work | ours | reference | ratio | target | |\n|---|---|---|---|---|---|")
             lines = (row for name in arguments.only or BENCHMARKS for row in BENCHMARKS[name](bench))
@@ -357,6 +406,9 @@ def parse_arguments() -> Namespace:
     add("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
     add("--device", default="cpu", help="cpu, cuda (default: %(default)s)")
     add("--rows", nargs="*", metavar="ROW", help="detection by these rows, or by all of the lab book")
+    add("--memory-plan", action="store_true", help="largest batches by a GPU's memory, instead")
+    whole = f"all that is to know of a GPU in under {REPORT_MINUTES} minutes, into this folder, instead"
+    add("--report", type=Path, metavar="FOLDER", help=whole)
     return parser.parse_args()
 
 

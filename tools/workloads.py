@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torchvision import tv_tensors
@@ -16,19 +19,21 @@ from torchvision.models.detection.ssd import SSD, ssd300_vgg16
 from torchvision.ops import box_convert, box_iou
 from torchvision.transforms import v2
 
-from datasets import Batch, KaistPairs
+from datasets import AUGMENTATION, PAIRS, Batch, KaistPairs
+from engine.config import ROOT, model_arguments, pick, read_constants, resolve_row
+from engine.optim import GuardedStep, make_optimizer, update_ema
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
 from kaist.frame_cache import FrameCache
 from kaist.frames import Frame
 from kaist.images import read_image
 from kaist.miss_rate import FPPI_POINTS, GroundTruth, Setup
 from kaist.results import Detections, write_detections
-from model import SSD300
+from model import INPUT_CHANNELS, SSD300, make_network
 from pseudo_gt import box_masks
 from ssd.augment import Augmentation, mean_colour
-from ssd.boxes import Predictions
-from ssd.losses import MultiBoxLoss, SegmentationLoss
-from utils import autocast, detect_image, tune_malloc
+from ssd.boxes import Predictions, encode
+from ssd.losses import TERMS, Criterion, MultiBoxLoss, SegmentationLoss
+from utils import autocast, compile_model, detect_image, tune_malloc
 
 MODEL = {"input_mode": "early", "batch_norm": False, "width": 1.0, "prior_set": "ssd300", "size": (300, 300)}
 MODEL |= {"infusion": (1, 1, 0, 0, 0, 0), "infusion_conv": False}
@@ -129,6 +134,71 @@ def our_image(device: torch.device, precision: torch.dtype, path: Path) -> Calla
     return lambda: detect_image(model, read_image(path, "visible"), precision, **LIMITS)
 
 
+# ------------------------------------------------------------------------------ a row's
+
+
+def row_config(row: str, **changes: object) -> Namespace:
+    """train.py's constants as a row of the lab book has them, but for some."""
+    constants = {name: value for name, (value, _) in read_constants(ROOT / "train.py").items()}
+    return Namespace(**(constants | resolve_row(row) | changes))
+
+
+class Step:
+    """A row's training step on a device, as train.py makes it, from untrained weights.
+
+    Args:
+        config: as from `row_config`; mode: what COMPILE says.
+    """
+
+    def __init__(self, config: Namespace, device: torch.device, precision: torch.dtype, mode: str = "off"):
+        self.config, self.device, self.precision, self.taken = config, device, precision, 0
+        model = make_network(**model_arguments(config)).to(device, memory_format=torch.channels_last)
+        heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
+        self.criterion = Criterion(*heads, **pick(config, *TERMS)).to(device)
+        rates = pick(config, "bias_lr_factor", "weight_decay")
+        self.optimizer = make_optimizer(model, self.criterion, name=config.optimizer, lr=1e-6, **rates)
+        self.ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else model
+        self.guarded_step = GuardedStep(model, self.optimizer)
+        self.model, self.network = model.train(), compile_model(model, mode, device)
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [*self.model.parameters(), *self.criterion.parameters()]
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss terms, (terms,), total first."""
+        with autocast(self.device, self.precision):
+            predictions = self.network(batch.images)
+        return self.criterion(predictions, batch.boxes, batch.labels, batch.masks)
+
+    def __call__(self, batch: Batch) -> None:
+        losses = self.losses(batch)
+        self.optimizer.zero_grad()
+        losses[0].backward()
+        self.guarded_step(losses.detach())
+        update_ema(self.ema, self.model, self.config.ema_decay, self.taken)
+        self.taken += 1
+
+
+def row_batch(config: Namespace, n: int) -> Batch:
+    """n frames of 3 people and noise for a row's network, on the CPU; always the same."""
+    with torch.device("meta"):
+        grids = make_network(**model_arguments(config)).grids
+    g = torch.Generator().manual_seed(n)
+    size = (n, INPUT_CHANNELS[config.input_mode], *config.input_size)
+    images = torch.randint(256, size, dtype=torch.uint8, generator=g)
+    boxes, labels = random_objects(n, 3, torch.device("cpu"))
+    maps = [grid for grid, infused in zip(grids, config.infusion, strict=True) if infused]
+    return Batch(images, boxes, labels, box_masks(boxes, labels, maps), ["frame"] * n)
+
+
+def row_pairs(root: Path, frames: list[Frame], config: Namespace, augment: bool = True) -> KaistPairs:
+    """A row's samples of a KAIST root, in training or, without augmentation, in evaluation."""
+    filler = mean_colour(INPUT_CHANNELS[config.input_mode])
+    options = Augmentation(**pick(config, *AUGMENTATION)) if augment and config.augment else None
+    return KaistPairs(root, frames, filler=filler, augmentation=options, **pick(config, *PAIRS))
+
+
 # ------------------------------------------------------------------------------ torchvision's
 
 
@@ -155,16 +225,34 @@ def torchvision_step(device: torch.device, n: int) -> Callable[[], None]:
     return step
 
 
-def torchvision_loss(predictions: Predictions, boxes: Tensor, labels: Tensor, priors: Tensor) -> Callable:
-    """A function that matches the persons with the priors and gives the sum of both losses."""
-    ssd, anchors = torchvision_ssd(priors.device), 300 * box_convert(priors, "cxcywh", "xyxy")
-    people = [(b[x == 1], x[x == 1]) for b, x in zip(boxes, labels, strict=True)]
-    targets = [{"boxes": 300 * boxes, "labels": labels} for boxes, labels in people]
-    outputs = {"bbox_regression": predictions.loc, "cls_logits": predictions.conf}
+def plain_loss(predictions: Predictions, boxes: Tensor, labels: Tensor, priors: Tensor) -> Callable:
+    """A function that matches image by image, and gives the sum of both losses of all images at once, as
+    the usual SSD code does; ignored objects are left out."""
+    corners = box_convert(priors, "cxcywh", "xyxy")
+    people = [b[x == 1] for b, x in zip(boxes, labels, strict=True)]
 
     def loss() -> Tensor:
-        matched = [ssd.proposal_matcher(box_iou(target["boxes"], anchors)) for target in targets]
-        return sum(ssd.compute_loss(targets, outputs, [anchors] * len(targets), matched).values())
+        target = torch.zeros(len(boxes), len(priors), dtype=torch.int64, device=boxes.device)
+        matched = boxes.new_zeros(len(boxes), len(priors), 4)
+        for i, own in enumerate(people):
+            iou = box_iou(own, corners)
+            overlap, person = iou.max(0)
+            best = iou.argmax(1)
+            person[best] = torch.arange(len(own), device=boxes.device)
+            overlap[best] = 1.0
+            target[i] = overlap >= 0.5
+            matched[i] = own[person]
+        positive = target > 0
+        offsets = encode(
+            box_convert(matched[positive], "xyxy", "cxcywh"), priors.expand_as(matched)[positive]
+        )
+        loc = F.smooth_l1_loss(predictions.loc[positive], offsets, reduction="sum")
+        entropy = F.cross_entropy(predictions.conf.flatten(0, 1), target.flatten(), reduction="none")
+        entropy = entropy.view_as(target)
+        hardest = entropy.masked_fill(positive, 0).sort(1, descending=True).values
+        rank = torch.arange(len(priors), device=boxes.device)
+        mined = rank < 3 * positive.sum(1, keepdim=True)
+        return (loc + entropy[positive].sum() + hardest[mined].sum()) / positive.sum()
 
     return loss
 

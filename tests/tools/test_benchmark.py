@@ -17,9 +17,17 @@ from kaist.files import InputError
 from kaist.frames import load_frames
 from kaist.miss_rate import SETUPS, evaluate
 from kaist.results import read_detections
+from ssd.losses import MultiBoxLoss
 from tools import benchmark
 from tools.isolated import STATUS, Subprocess, added_memory
-from tools.workloads import plain_miss_rates, random_result, torchvision_sample
+from tools.workloads import (
+    our_model,
+    plain_loss,
+    plain_miss_rates,
+    random_predictions,
+    random_result,
+    torchvision_sample,
+)
 from utils import tune_malloc
 
 
@@ -127,6 +135,16 @@ def test_plain_miss_rates_agree(tmp_path):
     assert len({round(rate, 6) for rate in plain.values()}) > 3
     for name in SETUPS:
         assert np.isclose(ours[name].miss_rate, plain[name], rtol=0, atol=1e-12)
+
+
+def test_plain_loss_is_ours_where_no_two_people_want_a_prior():
+    priors = our_model(torch.device("cpu"), width=0.01).priors
+    pair, one = [[0.11, 0.12, 0.31, 0.58], [0.6, 0.3, 0.83, 0.91]], [[0.4, 0.2, 0.51, 0.43], [0.0] * 4]
+    boxes = torch.tensor([pair, one])
+    labels = torch.tensor([[1, 1], [1, 0]])
+    predictions = random_predictions(2, 0.0, torch.device("cpu"))
+    ours = MultiBoxLoss(priors, loc_loss="smooth_l1", loc_reduction="sum")(predictions, boxes, labels)
+    assert torch.allclose(sum(ours), plain_loss(predictions, boxes, labels, priors)(), rtol=1e-5)
 
 
 def test_recipe_gives_what_our_samples_hold(demo_root):

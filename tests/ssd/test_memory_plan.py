@@ -1,0 +1,84 @@
+"""The memory plan: its count by hand, and held against what a CPU's allocator says of a real step."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from torch import nn
+
+from engine.config import model_arguments, pick
+from engine.run import Run
+from model import make_network
+from pseudo_gt import box_masks
+from ssd.losses import TERMS, Criterion
+from ssd.memory_plan import CUDA, ROOM, LiveBytes, MemoryPlan, added_bytes, backward, fake_cuda, on_fake_cuda
+from tools.workloads import random_objects, row_config
+
+
+def test_live_bytes_by_hand():
+    """An MLP: what is saved for the gradient stays, what is not goes."""
+    with fake_cuda():
+        model = on_fake_cuda(nn.Sequential(nn.Linear(256, 1024), nn.ReLU(inplace=True), nn.Linear(1024, 256)))
+        with LiveBytes() as live:
+            x = torch.empty(64, 256, device=CUDA)
+            assert live.now == 64 * 256 * 4
+            hidden = model[1](model[0](x))
+            assert live.now == 64 * 256 * 4 + 64 * 1024 * 4 and hidden.is_cuda
+            losses = [model[2](hidden).square().sum()]
+            del hidden, x
+            saved = live.now
+            assert saved == 64 * 256 * 4 + 64 * 1024 * 4 + 64 * 256 * 4 + 512  # and the loss, in a block
+            backward(losses)
+    gradients = sum(p.nbytes for p in model.parameters())
+    assert live.now == gradients and live.peak > max(saved, gradients)
+    assert all(p.grad.shape == p.shape for p in model.parameters())
+
+
+def test_largest_batch_by_hand():
+    plan = MemoryPlan(weights=100, fixed=200, per_frame=50)
+    assert plan.step(2) == 400
+    assert [plan.largest_batch(ROOM + n) for n in (0, 349, 350, 399, 400)] == [0, 0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("row", ["29", "42"])
+def test_the_plan_is_near_what_a_step_takes(row, monkeypatch):
+    """A real fp32 step on the CPU, its allocations added up by torch's profiler."""
+    size = (300, 300) if row == "29" else (128, 128)
+    config = row_config(row, width=0.1, input_size=size)
+    torch.manual_seed(0)
+    model = make_network(**model_arguments(config)).train()
+    heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
+    criterion = Criterion(*heads, **pick(config, *TERMS))
+    planned = added_bytes(model, criterion, "sgd", torch.float32, 2)
+    measured = measured_bytes(model, criterion, n=2)
+    assert measured == pytest.approx(planned, rel=0.15)
+
+
+def measured_bytes(model, criterion, n):
+    """The peak that torch's CPU allocator reaches in a step of the losses that a GPU takes."""
+    if hasattr(criterion.multibox, "static"):
+        criterion.multibox.sparse = criterion.multibox.static
+    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], 1e-6, momentum=0.9)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        images = torch.zeros(n, 4 if model.input_mode == "halfway" else 1, *model.size, dtype=torch.uint8)
+        boxes, labels = random_objects(n, 15, torch.device("cpu"))
+        masks = box_masks(boxes, labels, [model.grids[i] for i in model.infused_maps])
+        criterion(model(images), boxes, labels, masks)[0].backward()
+        optimizer.step()
+    now = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def test_a_step_out_of_memory_names_the_batch_that_should_fit(tmp_path):
+    config = Namespace(checkpoints=str(tmp_path), batch_size=64, save_minutes=0.0)
+    run = Run(config, "26", {})
+    assert run.out_of_memory().remedy.startswith("lower BATCH_SIZE, INPUT_SIZE")
+    run.planned_batch = lambda: 48
+    said = str(run.out_of_memory())
+    assert "BATCH_SIZE = 64" in said and "(about 48 should fit)" in said
+    run.planned_batch = lambda: 100  # the plan was wrong: less than what has failed
+    assert "(about 63 should fit)" in str(run.out_of_memory())

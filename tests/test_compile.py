@@ -1,0 +1,78 @@
+"""torch.compile: one graph a network, in training and in evaluation, that computes the same.
+
+Traced through autograd (`aot_eager`), without the kernels' generator, which takes minutes.
+"""
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+import datasets
+from kaist.miss_rate import open_test_set
+from model import make_network
+from utils import detect_frames, predict
+
+LIMITS = {"min_score": 0.01, "nms_iou": 0.45, "max_boxes": 20}
+SHARED = {"width": 0.01, "infusion": (1, 1, 0, 0, 0, 0), "infusion_conv": False}
+SSD = {"batch_norm": True, "prior_set": "pedestrian", "centres": "stride", "size": (257, 257), **SHARED}
+PAPERS = {"prior_set": "multispectral", "size": (128, 128), **SHARED}
+NETWORKS = {
+    "early": {"input_mode": "early", **SSD},
+    "halfway": {"input_mode": "halfway", **SSD},
+    "mlpd": {"network": "mlpd", **PAPERS},
+    "insanet": {"network": "insanet", **PAPERS},
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def pair(request):
+    """A network, the same compiled, and how many graphs were made of it so far."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = make_network(**NETWORKS[request.param])
+    backend = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    return model, torch.compile(model, fullgraph=True, dynamic=False, backend=backend), backend
+
+
+def test_training_and_evaluation_are_one_graph_each(pair):
+    model, compiled, backend = pair
+    images = torch.randint(256, (2, 4, *model.size), dtype=torch.uint8)
+    gradients = []
+    for network in (model, compiled):
+        with torch.autocast("cpu", torch.bfloat16):
+            loc, conf, seg = network.train()(images)
+        assert len(seg) == 2
+        loss = loc.square().mean() + conf.square().mean() + sum(x.square().mean() for x in seg)
+        gradient = torch.autograd.grad(loss, list(model.parameters()))
+        gradients.append(torch.cat([part.flatten() for part in gradient]))
+    theirs, ours = gradients
+    assert (ours - theirs).norm() < 0.05 * theirs.norm()  # of bf16, rounded in another order
+    assert backend.frame_count == 1
+    with torch.inference_mode():
+        for flip in (False, True):
+            ours, theirs = (
+                predict(network.eval(), images, torch.float32, flip, with_masks=True)
+                for network in (compiled, model)
+            )
+            for a, b in zip((*ours[:2], *ours.seg), (*theirs[:2], *theirs.seg), strict=True):
+                assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_frames_are_detected_by_a_graph_of_one_shape(pair, demo_root):
+    """Six frames in batches of four: the last batch is filled up, and nobody sees by what."""
+    model, compiled, backend = pair
+    for head in model.conf_heads:
+        torch.nn.init.normal_(head.weight, std=0.1)
+    test_set = open_test_set(demo_root, "imageSets/test-all.txt", "auto")
+    settings = {"input_mode": model.input_mode, "input_size": model.size, "filler": model.filler()}
+    settings |= {"min_height": 12.0, "margin": 5.0, "batch_size": 4, "workers": 0}
+    sizes = [model.grids[i] for i in model.infused_maps]
+    loader = datasets.test_loader(
+        demo_root, test_set, device=torch.device("cpu"), map_sizes=sizes, **settings
+    )
+    found = [detect_frames(network, loader, torch.float32, **LIMITS) for network in (model, compiled)]
+    (ours, our_masks), (theirs, their_masks) = found
+    assert len(ours.scores) == len(theirs.scores) > 0
+    assert (ours.frame == theirs.frame).all() and abs(ours.boxes - theirs.boxes).max() < 0.1
+    assert our_masks == pytest.approx(their_masks, abs=1e-3)
+    assert backend.frame_count == 1

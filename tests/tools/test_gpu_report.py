@@ -1,0 +1,83 @@
+"""The report of a GPU, here of the CPU as one: quick parts run, and one that fails stays alone."""
+
+import json
+import time
+from dataclasses import replace
+from multiprocessing import Pipe
+
+import pytest
+import torch
+
+from tools import gpu_report
+from tools.gpu_parts import TINY, Setting, at_least, at_most, distance, seconds_a_call, unequal_boxes
+
+CPU = torch.device("cpu")
+
+
+# Not the others: starts of train.py, and steps of 512x640 pixels, take minutes here.
+QUICK = ("losses", "loader", "detections", "training", "network", "evaluation")
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """The folder of a tiny report of quick parts, one of whose rows is in no lab book."""
+    out = tmp_path_factory.mktemp("report") / "out"
+    scale = replace(TINY, rows=("26", "29", "42", "none"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_report, "PARTS", {name: gpu_report.PARTS[name] for name in QUICK})
+        gpu_report.write_report(out, CPU, "a CPU as a GPU", 10_000, scale)
+    return out
+
+
+def test_parts_run_and_one_fails_alone(report):
+    parts = json.loads((report / "report.json").read_text())["parts"]
+    assert tuple(parts) == QUICK
+    errors = {name: part["error"] for name, part in parts.items() if part["error"]}
+    assert list(errors) == ["losses"] and "'none'" in errors["losses"]
+    # What it had found before is there: two lines of each row that there is.
+    assert len(parts["losses"]["lines"]) == 6 and all(part["lines"] for part in parts.values())
+    for name in ("losses", "loader", "detections"):
+        assert all(line["met"] for line in parts[name]["lines"]), name
+
+
+def test_the_page_says_it_all(report):
+    page = (report / "report.md").read_text()
+    assert page.startswith("# a CPU as a GPU") and page.count("**Failed:**") == 1
+    for what in ("row 42: gradient", "end to end", "bare convolutions", "3,000"):
+        assert what in page
+
+
+def test_what_the_time_does_not_reach_is_left_out(tmp_path):
+    setting = Setting(CPU, TINY, tmp_path, deadline=time.time())
+    for _, part in gpu_report.run_parts(setting, ["losses", "image"]):
+        assert part["error"].startswith("left out") and not part["lines"]
+
+
+def test_a_part_that_hangs_or_dies_is_told():
+    ours, theirs = Pipe()
+    theirs.send(("line", {"what": "found"}))
+    assert gpu_report.receive(ours, time.time()) == ([{"what": "found"}], "it took longer than it may")
+    theirs.close()
+    assert gpu_report.receive(ours, time.time() + 60) == ([], "its process died")
+
+
+def test_lines_say_whether_the_aim_is_met():
+    assert at_least("w", 2000, "images/s", 2000).met and not at_least("w", 1999, "images/s", 2000).met
+    assert at_most("w", 1e-4, "", 1e-4).met and not at_most("w", 2e-4, "", 1e-4).met
+    assert not at_most("w", float("nan"), "", 1e-4).met
+
+
+def test_distances_by_hand():
+    assert distance(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])) == pytest.approx(4 / 3)
+    box, far = torch.tensor([[0.1, 0.1, 0.2, 0.2]]), torch.tensor([[0.1, 0.1, 0.2, 0.3]])
+    score = torch.ones(1)
+    assert unequal_boxes([(box, score)], [(box + 1e-7, score)]) == 0
+    assert unequal_boxes([(box, score)], [(far, score)]) == 1
+    assert unequal_boxes([(box, score)], [(torch.cat([box, far]), torch.ones(2))]) == 1
+
+
+def test_a_call_is_timed_in_blocks(tmp_path):
+    calls = []
+    setting = Setting(CPU, replace(TINY, seconds=0.0), tmp_path, 0.0)
+    seconds, note = seconds_a_call(setting, lambda: calls.append(1))
+    assert len(calls) == 8 and seconds > 0 and note.endswith("% in time")
