@@ -39,6 +39,7 @@ from kaist.frame_cache import FrameCache, cache_frames
 from kaist.frames import BOTH, Frame, frames_of
 from kaist.images import check_images, read_frame
 from kaist.miss_rate import GroundTruth
+from kaist.pairs import PairSet
 from pseudo_gt import MapRange, box_masks
 from ssd.augment import (
     MAX_PASTED,
@@ -82,12 +83,12 @@ class Sample(NamedTuple):
 
 @dataclass(eq=False)
 class KaistPairs(Dataset):
-    """Frames of a KAIST root as samples for a network of a given input.
+    """Frames of a KAIST root, or of another set of pairs, as samples for a network of a given input.
 
     Indexed by (epoch, index). A frame that cannot be read comes as a BadFrame, because an exception
     would end the whole batch.
 
-    root: folder with `images/`; frames: as from `load_frames`.
+    root: folder with `images/`, or a set of pairs; frames: as from `load_frames`.
     input_mode: "lwir", "visible", "mean", "early" or "halfway".
     input_size: (height, width) of the network's input.
     filler: (C,) uint8, the colour around a frame and of a blanked modality.
@@ -101,7 +102,7 @@ class KaistPairs(Dataset):
         at, and the samples' images are Transforms.
     """
 
-    root: Path
+    root: Path | PairSet
     frames: list[Frame]
     _: dataclasses.KW_ONLY
     input_mode: str
@@ -133,9 +134,9 @@ class KaistPairs(Dataset):
 
     def draw(self, rng: np.random.Generator, frame: Frame, mean: np.ndarray) -> Sample:
         """A sample of a frame with this mean colour, its image still a Transform."""
-        whole = transform = whole_frame(len(mean), self.input_size)
+        whole = transform = whole_frame(len(mean), self.input_size, frame.size)
         if self.augmentation is not None:
-            how = (self.augmentation, self.input_size, self.filler)
+            how = (self.augmentation, self.input_size, self.filler, frame.size)
             transform = sample_transform(rng, frame.people, mean, *how)
         annotated = (frame.boxes_px, frame.labels, frame.seen)
         objects = transform.move(*annotated)
@@ -143,8 +144,8 @@ class KaistPairs(Dataset):
         return Sample(transform, *objects, *mask_objects, frame.id)
 
     def paste(self, rng: np.random.Generator, frame: Frame, pixels: np.ndarray) -> tuple[Frame, np.ndarray]:
-        """The frame, by chance with people of another one of the same time of day."""
-        donors = self.donors[time_of_day(frame.id)]
+        """The frame, by chance with people of another one of the same time of day and size."""
+        donors = self.donors[time_of_day(frame.id), frame.size]
         if not len(donors) or rng.random() >= self.augmentation.copy_paste:
             return frame, pixels
         donor = self.frames[rng.choice(donors)]
@@ -152,19 +153,19 @@ class KaistPairs(Dataset):
             rng, pixels, frame.boxes_px, frame.labels, self.read(donor.id), donor.people
         )
         seen = np.append(frame.seen, np.full(len(labels) - len(frame.labels), BOTH))
-        return Frame(frame.id, boxes, labels, seen), pixels
+        return dataclasses.replace(frame, boxes_px=boxes, labels=labels, seen=seen), pixels
 
     @cached_property
-    def donors(self) -> dict[str, np.ndarray]:
-        """Indices of the frames with persons, by time of day."""
-        found: dict[str, list[int]] = {"day": [], "night": []}
+    def donors(self) -> dict[tuple[str, tuple[int, int]], np.ndarray]:
+        """Indices of the frames with persons, by time of day and size."""
+        found = {(time_of_day(frame.id), frame.size): [] for frame in self.frames}
         for i, frame in enumerate(self.frames):
             if frame.n_people:
-                found[time_of_day(frame.id)].append(i)
-        return {time: np.array(indices) for time, indices in found.items()}
+                found[time_of_day(frame.id), frame.size].append(i)
+        return {kind: np.array(indices) for kind, indices in found.items()}
 
     def read(self, frame_id: str) -> np.ndarray:
-        """A frame's pixels, (512, 640, C) uint8, from the cache where there is one."""
+        """A frame's pixels, (h, w, C) uint8, from the cache where there is one."""
         if self.cache is not None:
             return self.cache.read(frame_id)
         return read_frame(self.root, frame_id, self.input_mode, self.without, self.filler)
@@ -344,7 +345,7 @@ def training_loader(
 
 
 def test_loader(
-    root: Path,
+    root: Path | PairSet,
     ground_truth: GroundTruth,
     *,
     device: torch.device,

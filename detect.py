@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tqdm import tqdm
@@ -28,6 +29,10 @@ from engine.config import CHOICES, OneLineParser, find_folder, pick
 from kaist.annotations import FRAME_HEIGHT, FRAME_ID, FRAME_WIDTH, MODALITIES, Objects, open_test_annotations
 from kaist.files import InputError, make_folder, run_script, write_atomically
 from kaist.report import persons
+from kaist.sources import KAIST
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 CHECKPOINTS = "checkpoints"  # the newest finished run here is used unless --checkpoint names one
 MIN_SCORE = 0.3  # draw and print detections from this score up
@@ -78,17 +83,19 @@ def main() -> None:
     bar = tqdm(pairs, "detecting", unit="image", leave=False, disable=few)
     for pair, name in zip(bar, output_names(pairs), strict=True):
         try:
-            views = {modality: open_view(file, modality) for modality, file in pair.items()}
+            views = {m: open_view(file, m, config.lwir_range) for m, file in pair.items()}
+            fitted = fit_views(views, pair, config.data)
         except InputError as error:
             skip(error, failures, len(pairs))
             continue
-        arrays = {modality: to_array(view) for modality, view in views.items() if modality in wanted}
+        arrays = {modality: to_array(view) for modality, view in fitted.items() if modality in wanted}
         frame = join_modalities(arrays, config.input_mode, model.filler())
         boxes, scores = detect_image(model, frame, precision, **detection)
         width, height = next(iter(views.values())).size
+        boxes = boxes * np.tile((width / frame.shape[1], height / frame.shape[0]), 2)
+        n_rescaled += any(fitted[m].size != view.size for m, view in views.items())
+        objects = annotated.get(next(iter(pair.values())))
         scale = np.tile((width / FRAME_WIDTH, height / FRAME_HEIGHT), 2)
-        n_rescaled += any(view.size != (FRAME_WIDTH, FRAME_HEIGHT) for view in views.values())
-        boxes, objects = boxes * scale, annotated.get(next(iter(pair.values())))
         objects = objects and replace(objects, boxes=objects.boxes * scale)
         picture, out = draw_pair(views, boxes, scores, objects, name), arguments.out / f"{name}.png"
         make_folder(arguments.out)
@@ -108,6 +115,23 @@ def main() -> None:
         print(f"warning: {count_of(n_full)} with {most}: this network is not trained")
     if failures:
         raise InputError(f"{count_of(len(failures))} could not be used", "the lines above say why")
+
+
+def fit_views(views: dict[str, Image.Image], pair: Pair, data: str) -> dict[str, Image.Image]:
+    """The views as the network saw those it learned: KAIST's scaled to 640x512, others of one size.
+
+    Raises:
+        InputError: the modalities of a pair that is not KAIST's are of two sizes.
+    """
+    from kaist.images import rescale
+
+    if data == KAIST:
+        return {modality: rescale(view) for modality, view in views.items()}
+    if len({view.size for view in views.values()}) > 1:
+        sizes = " and ".join("{}x{}".format(*view.size) for view in views.values())
+        problem = f"its visible and LWIR images are {sizes}"
+        raise InputError(problem, "register and scale both to one size", file=pair["lwir"])
+    return views
 
 
 def count_of(n: int) -> str:

@@ -27,12 +27,15 @@ import numpy as np
 
 from engine.compare import compare_runs, tell_apart
 from engine.config import OneLineParser, find_folder, pick
-from kaist.annotations import MODALITIES, find_parts, read_image_list, scene, time_of_day
+from kaist.annotations import MODALITIES, find_parts, read_image_list
 from kaist.bootstrap import MOST_RESAMPLES
 from kaist.files import InputError, run_script
-from kaist.miss_rate import GroundTruth, load_ground_truth, open_test_set, select_frames
+from kaist.miss_rate import GroundTruth, load_ground_truth, select_frames
+from kaist.pair_sets import open_pairs
+from kaist.pairs import PairSet
 from kaist.report import draw_curves, print_scores, score, write_json
 from kaist.results import Detections, frames_path, read_detections, write_detections
+from kaist.sources import KAIST, TEST_SET, named_root, open_testing
 
 CHECKPOINTS = "checkpoints"  # where the newest finished run is looked for
 ANNOTATIONS = ""  # KAIST_annotation.json, an annotation folder or a KAIST root
@@ -79,7 +82,7 @@ class Found(NamedTuple):
     name: str
     test_set: GroundTruth
     detections: Detections
-    root: Path | None
+    root: Path | PairSet | None
     curves: Path | None = Path(OUT)
     errors: Path | None = Path(ERRORS)
 
@@ -101,6 +104,8 @@ def parse_arguments() -> Namespace:
     add("--data-root", type=Path, default=DATA_ROOT or None, help="folder with images/")
     whole = "a full KAIST: fills --data-root, --image-list and --annotations, but for those given"
     add("--kaist", type=Path, metavar="ROOT", help=whole)
+    other = "a set of pairs other than KAIST: its description, pairs.json, or its name, with --data-root"
+    add("--data", default=None, metavar="SET", help=f"{other} (docs/your-data.md)")
     listing = "frames to evaluate; ids of result files without a companion count along it"
     add("--image-list", type=Path, metavar="FILE", help=listing)
     add("--subset", help=f"evaluate only {', '.join(SUBSETS)}, or the frames of an image list")
@@ -139,9 +144,9 @@ def parse_arguments() -> Namespace:
     for path in arguments.detections or ():
         if not os.path.isfile(path):  # unlike Path's own, it takes any name
             raise InputError("result file not found", "check --detections", file=path)
-    if arguments.detections and not arguments.annotations:
-        parser.error("--detections needs --annotations")
-    if arguments.detections and arguments.show_errors and not arguments.data_root:
+    if arguments.detections and not (arguments.annotations or arguments.data):
+        parser.error("--detections needs --annotations or --data")
+    if arguments.detections and arguments.show_errors and not (arguments.data_root or arguments.data):
         parser.error("--show-errors needs --data-root, the folder with images/")
     if arguments.blackout and (arguments.detections or arguments.compare):
         parser.error("--blackout and --without evaluate a checkpoint: leave --detections and --compare away")
@@ -186,10 +191,10 @@ def read_result_files(arguments: Namespace) -> list[Found]:
         own, detections = test_set, read_detections(path, test_set.frames)
         if arguments.subset:
             others = detections.other_frames  # those outside of the subset are left out on purpose
-            frames = choose_frames(test_set.frames, arguments.subset)
+            frames = choose_frames(test_set, arguments.subset)
             own, detections = select_frames(test_set, detections, frames)
             detections = replace(detections, other_frames=others)
-        found.append(Found(name, own, detections, arguments.data_root))
+        found.append(Found(name, own, detections, own.pairs or arguments.data_root))
     return found
 
 
@@ -199,6 +204,9 @@ def open_test_frames(arguments: Namespace) -> GroundTruth:
     Ids of a file count along its own companion, else along --image-list, else along the annotation
     JSON. Without --image-list all files have to mean the same frames.
     """
+    if arguments.data:
+        pairs = open_pairs(arguments.data, named_root(arguments.data, arguments.data_root or ""), "test")
+        return load_ground_truth(pairs, pairs.frames)
     if arguments.image_list:
         return load_ground_truth(arguments.annotations, read_image_list(arguments.image_list))
     companions = [path for path in map(frames_path, arguments.detections) if path.exists()]
@@ -216,17 +224,17 @@ def open_test_frames(arguments: Namespace) -> GroundTruth:
     return load_ground_truth(arguments.annotations, lists[0])
 
 
-def choose_frames(frames: Sequence[str], subset: str) -> list[str]:
+def choose_frames(test_set: GroundTruth, subset: str) -> list[str]:
     """The frames of a subset: a time of day, a scene, or an image list."""
     if subset in SUBSETS:
-        chosen = [f for f in frames if subset in (time_of_day(f), scene(f))]
+        chosen = np.array(test_set.frames)[test_set.in_subset(subset)].tolist()
         if not chosen:
             raise InputError(f"no frame is of subset {subset!r}", "choose another with --subset")
         return chosen
     if not Path(subset).is_file():
         known = f"{', '.join(SUBSETS)} or a file"
         raise InputError(f"--subset {subset!r} is neither a subset nor an image list", f"choose {known}")
-    return read_image_list(subset)
+    return read_image_list(subset, any_id=True)
 
 
 # ------------------------------------------------------------------- a checkpoint
@@ -248,6 +256,7 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     path = choose_checkpoint(arguments.checkpoint, find_folder(CHECKPOINTS))
     device = choose_device(arguments.device)
     settings = {
+        "data": arguments.data,
         "data_root": arguments.data_root,
         "test_list": arguments.image_list,
         "test_annotations": arguments.annotations,
@@ -255,11 +264,13 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     given = {name: str(value) for name, value in settings.items() if value}
     model, config, epoch = open_network(path, device, arguments.experiment, **given)
     check_blackout(config, arguments.blackout)
-    root = open_root(find_folder(config.data_root))
-    test_set = open_test_set(root, config.test_list, config.test_annotations)
+    config.data_root = find_folder(config.data_root)
+    if config.data == KAIST:
+        open_root(config.data_root)
+    root, test_set = open_testing(**pick(config, *TEST_SET))
     if arguments.subset:
         nothing = Detections(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0))
-        frames = choose_frames(test_set.frames, arguments.subset)
+        frames = choose_frames(test_set, arguments.subset)
         test_set, _ = select_frames(test_set, nothing, frames)
     grids = [model.grids[i] for i in model.infused_maps]
     settings = {"device": device, "filler": model.filler(), "map_sizes": grids, **pick(config, *TESTING)}

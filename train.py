@@ -28,11 +28,13 @@ from engine.monitor import MAX_NONFINITE_STEPS, StepMonitor
 from engine.optim import RATES, GuardedStep, lr_factor, make_optimizer, set_lr, update_ema
 from engine.run import Run
 from kaist import demo
-from kaist.annotations import Annotations, find_annotations, find_file, read_image_list
+from kaist.annotations import Annotations, find_file
 from kaist.frames import Frame, hold_out_videos, list_videos, load_frames
 from kaist.images import check_images
-from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth, open_test_set
+from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth
+from kaist.pairs import PairSet
 from kaist.report import count_people, headline, report
+from kaist.sources import KAIST, TEST_SET, TRAIN_SET, open_testing, open_training, shared_note
 from model import make_network
 from pseudo_gt import choose_range
 from ssd.augment import Augmentation
@@ -42,6 +44,7 @@ from ssd.pretrained import check_pretrained, load_pretrained
 from utils import autocast, choose_device, choose_precision, compile_model, detect_frames, make_deterministic
 
 # -------- data
+DATA = "kaist"  # kaist, llvip, flir, cvc14, or a description, pairs.json (docs/your-data.md)
 DATA_ROOT = "data/demo"  # KAIST root with images/; the demo set is drawn here if it is absent
 TRAIN_LIST = "imageSets/train-all.txt"  # frames to train on: below DATA_ROOT, or any path
 TEST_LIST = "imageSets/test-all.txt"  # frames to evaluate on; test-all-20.txt on KAIST
@@ -141,16 +144,19 @@ def main() -> None:
     ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else model  # is evaluated and kept
 
     # Data. The demo set is drawn if it is not there.
-    if distributed.is_main_process():
+    if distributed.is_main_process() and config.data == KAIST:
         demo.open_root(config.data_root)
     distributed.barrier()
-    root, (frames, held_out) = Path(config.data_root), read_training_frames(config)
+    root, ids, annotations = open_training(**pick(config, *TRAIN_SET))
+    config.lwir_range = root.lwir_range if isinstance(root, PairSet) else (0.0, 0.0)
+    frames, held_out = read_training_frames(config, root, ids, annotations)
     run.notes += [f"the epoch is chosen on videos held out: {list_videos(held_out)}"] if held_out else []
-    test_set = open_test_set(root, config.test_list, config.test_annotations)
-    val_set = load_ground_truth(training_annotations(config), held_out) if held_out else test_set
+    test_root, test_set = open_testing(**pick(config, *TEST_SET))
+    run.notes += shared_note(root, frames, test_set)
+    val_set = load_ground_truth(annotations, held_out) if held_out else test_set
     common = {"device": device, "map_sizes": [model.grids[i] for i in model.infused_maps]}
     testing = {**common, "filler": model.filler(), **pick(config, *datasets.TESTING)}
-    test_loader = datasets.test_loader(root, test_set, **testing)
+    test_loader = datasets.test_loader(test_root, test_set, **testing)
     val_loader = datasets.test_loader(root, val_set, **testing) if held_out else test_loader
     options = Augmentation(**pick(config, *datasets.AUGMENTATION)) if config.augment else None
     keywords = pick(config, *datasets.PAIRS)
@@ -171,7 +177,8 @@ def main() -> None:
 
     # Epochs. `with run` saves on Ctrl-C, SIGTERM and a failing loader; the same command goes on.
     if distributed.is_main_process():
-        print_banner(run, frames, test_set, model, f"{device} in {str(precision).removeprefix('torch.')}")
+        where = f"{device} in {str(precision).removeprefix('torch.')}"
+        print_banner(run, frames, annotations.source, test_set, model, where)
     detections = None
     detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip") | {"watch": run.until_stopped}
     with run:
@@ -254,11 +261,10 @@ def configure(argv: list[str] | None = None) -> Namespace:
     return config
 
 
-def read_training_frames(config: Namespace) -> tuple[list[Frame], list[str]]:
+def read_training_frames(
+    config: Namespace, root: Path | PairSet, frame_ids: list[str], annotations: Annotations | PairSet
+) -> tuple[list[Frame], list[str]]:
     """The frames to train on, and the ids of those held out for validation (maybe none)."""
-    root = Path(config.data_root)
-    frame_ids = read_image_list(find_file(root, config.train_list))
-    annotations = training_annotations(config)
     check_images(root, frame_ids, config.input_mode)
     held_out = hold_out_videos(frame_ids, config.validation, config.seed)
     pairs = config.network != "ssd300" or config.crop_apart + config.mirror_apart > 0
@@ -271,24 +277,18 @@ def read_training_frames(config: Namespace) -> tuple[list[Frame], list[str]]:
     return kept, list(held_out)
 
 
-def training_annotations(config: Namespace) -> Annotations:
-    """What ANNOTATIONS names; of paired annotations the visible boxes only for visible input."""
-    modality = "visible" if config.input_mode == "visible" else "lwir"
-    return find_annotations(Path(config.data_root), config.annotations, modality)
-
-
-def print_banner(run: Run, frames: list[Frame], test_set: GroundTruth, model: nn.Module, where: str) -> None:
+def print_banner(
+    run: Run, frames: list[Frame], source: Path, test_set: GroundTruth, model: nn.Module, where: str
+) -> None:
     """What is about to be trained, in five lines, and what is unusual about it."""
     config, root = run.config, Path(run.config.data_root)
     for note in run.notes:
         print(note)
-    if shared := len({frame.id for frame in frames} & set(test_set.frames)):
-        print(f"warning: {shared} frames are in both the training and the test list")
     people = sum(frame.n_people for frame in frames)
-    annotations = training_annotations(config).source
-    learned, tested = (find_file(root, name) for name in (config.train_list, config.test_list))
+    lists = (find_file(root, name) for name in (config.train_list, config.test_list))
+    learned, tested = lists if config.data == KAIST else ("train", "test")
     print(describe(config, __file__))
-    print(f"train: {len(frames)} frames, {people} people to learn ({learned}, {annotations})")
+    print(f"train: {len(frames)} frames, {people} people to learn ({learned}, {source})")
     print(f"test: {count_people(test_set)} ({tested}, {test_set.source})")
     (h, w), millions = model.size, sum(p.numel() for p in model.parameters()) / 1e6
     heads = f"{len(model.priors)} priors, masks on maps {[i + 1 for i in model.infused_maps]}"

@@ -18,7 +18,6 @@ from engine.checkpoint import CHECKPOINT_FORMAT, load_checkpoint
 from engine.config import checkpoint_config, model_arguments, read_config
 from engine.distributed import all_reduce_sum, gather, is_main_process
 from engine.loader import BatchLoader
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError
 from kaist.results import Detections
 from model import SSD300, build_model, make_network, predict_mirrored
@@ -183,14 +182,15 @@ def detect_frames(
         nms_settings: min_score, nms_iou and max_boxes, as of `ssd.boxes.detect`.
 
     Returns:
-        The detections, in xywh pixels of the 640x512 frame; and "ap_map1", … of each infused map:
+        The detections, in xywh pixels of their frames; and "ap_map1", … of each infused map:
         the average precision of its mask head over the cells of all frames, see
         `average_precision`. NaN where no cell is a person's.
     """
     device = model.priors.device
     was_training, compiled = model.training, hasattr(model, "_orig_mod")
     model.eval()
-    found: list[tuple[Tensor, Tensor]] = []
+    found, frame_sizes = [], []
+    sizes = {frame.id: frame.size for frame in loader.loader.dataset.frames}
     cells = torch.zeros(len(model.infused_maps), 2, MARGIN_BINS, dtype=torch.int64, device=device)
     n_full = 0
     bar = tqdm(
@@ -208,11 +208,12 @@ def detect_frames(
             for i, (logits, mask) in enumerate(zip(seg, batch.masks, strict=True)):
                 cells[i] += margin_histogram(logits[:n], mask.to(device, non_blocking=True))
             found += detect(Predictions(loc[:n], conf[:n], []), model.priors, **nms_settings)
-    found = [(boxes.cpu(), scores.cpu()) for boxes, scores in found]
+            frame_sizes += [sizes[frame_id] for frame_id in batch.frame_ids]
+    found = [(box.cpu(), score.cpu(), size) for (box, score), size in zip(found, frame_sizes, strict=True)]
     model.train(was_training)
     shares = gather(found)
     found = [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
-    found = [to_pixels(boxes, scores) for boxes, scores in found]
+    found = [to_pixels(*own) for own in found]
     frame = np.repeat(np.arange(len(found)), [len(scores) for _, scores in found])
     detections = Detections(frame, *map(np.concatenate, zip(*found, strict=True)))
     names = [f"ap_map{i + 1}" for i in model.infused_maps]
@@ -274,22 +275,23 @@ def detect_image(
     """Boxes (k, 4) xywh pixels and scores (k,), best first, of one frame.
 
     Args:
-        frame: (512, 640, C) uint8, as from `read_frame`.
+        frame: (h, w, C) uint8, as from `read_frame`.
         test_flip, nms_settings: as of `detect_frames`.
     """
-    image = whole_frame(frame.shape[2], model.size).apply(frame).unsqueeze(0)
+    height, width, channels = frame.shape
+    image = whole_frame(channels, model.size, (width, height)).apply(frame).unsqueeze(0)
     with torch.inference_mode():
         predictions = predict(model, image.to(model.priors.device), precision, test_flip)
     [(boxes, scores)] = detect(predictions, model.priors, **nms_settings)
-    return to_pixels(boxes, scores)
+    return to_pixels(boxes, scores, (width, height))
 
 
-def to_pixels(boxes: Tensor, scores: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """xyxy fractions (k, 4) and scores (k,) as float64 xywh pixels of the 640x512 frame.
+def to_pixels(boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """xyxy fractions (k, 4) and scores (k,) as float64 xywh pixels of a frame of (width, height).
 
     Boxes that clipping to the frame left with no area worth writing down are left out.
     """
-    pixels = (FRAME_WIDTH, FRAME_HEIGHT, FRAME_WIDTH, FRAME_HEIGHT)
-    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).cpu().double().numpy() * pixels
+    boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).cpu().double().numpy()
+    boxes = boxes * (*size, *size)
     keep = (boxes[:, 2:] >= 0.01).all(1)
     return boxes[keep], scores.cpu().double().numpy()[keep]

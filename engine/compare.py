@@ -13,9 +13,9 @@ from engine.curves import LOSSES, Log, plot_epochs
 from engine.history import read_log, saved_constants
 from kaist.bootstrap import interval
 from kaist.files import InputError, read_text, write_atomically
-from kaist.miss_rate import open_test_set
 from kaist.report import ALL, Scores, percent, print_scores, score, show_interval
 from kaist.results import frames_path, read_detections
+from kaist.sources import KAIST, open_testing
 
 RESAMPLES = 1000  # of the bootstrap, where no other number is asked for
 STYLES = dict(zip(LOSSES, ("-", "--", ":", "-."), strict=True))
@@ -33,15 +33,14 @@ def compare_runs(folders: Sequence[Path], resamples: int, out: Path) -> None:
         InputError: a folder is not that of a finished run, or was evaluated on other frames.
     """
     configs, names = [read_config(folder) for folder in folders], tell_apart(folders, "/")
-    frames = [read_text(frames_path(folder / "detections.txt")).split() for folder in folders]
+    frames = [read_text(frames_path(folder / "detections.txt")).splitlines() for folder in folders]
     for folder, own in zip(folders, frames, strict=True):
         if own != frames[0]:
             problem = f"it was evaluated on other frames than {folders[0]}"
             raise InputError(problem, "compare runs of one test list", file=folder)
     config = configs[0]
-    test_set = open_test_set(
-        find_folder(config["data_root"]), config["test_list"], config["test_annotations"]
-    )
+    where = {name: config[name] for name in ("test_list", "test_annotations")}
+    _, test_set = open_testing(config.get("data", KAIST), find_folder(config["data_root"]), **where)
     scores = []
     for folder, name in zip(folders, names, strict=True):
         detections = read_detections(folder / "detections.txt", test_set.frames)

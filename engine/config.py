@@ -17,6 +17,7 @@ from engine.history import runs_table
 from kaist.annotations import MODALITIES, find_parts
 from kaist.files import InputError, OneLineParser, PrintAction
 from kaist.frames import LEARNED
+from kaist.sources import KAIST
 
 ROOT = Path(__file__).parents[1]  # of the repository; its constants' relative paths are meant from here
 
@@ -77,7 +78,7 @@ RANGES: dict[str, tuple[float, float]] = {
 # Constants that may differ between a run and its continuation: they change no number.
 MACHINE_CONSTANTS = (
     *("experiment", "checkpoints", "name", "device", "workers", "cache", "start_method"),
-    *("save_minutes", "deterministic", "loader", "compile", "on_nonfinite", "max_bad_frames"),
+    *("lwir_range", "save_minutes", "deterministic", "loader", "compile", "on_nonfinite", "max_bad_frames"),
 )
 PATHS = ("data_root", "checkpoints", "cache")  # constants that name a folder
 
@@ -319,7 +320,8 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
         InputError: a constant is missing, or has a type or a value that no run has.
     """
     needed = ("data_root", "test_list", "test_annotations", "device", "precision")
-    known = {**BASE, "start_method": "auto", "workers": 0, **dict.fromkeys(needed, "")}
+    older = {"start_method": "auto", "workers": 0, "data": KAIST, "lwir_range": (0.0, 0.0)}
+    known = BASE | older | dict.fromkeys(needed, "")
     values = checkpoint["config"]
     try:
         for name in (*needed, "input_mode", "input_size", "batch_size"):
@@ -374,7 +376,9 @@ def changes_of(config: Namespace) -> dict[str, Any]:
     book = resolve_row(config.experiment or "demo")
     changed = {name: getattr(config, name) for name, value in book.items()}
     changed = {name: value for name, value in changed.items() if not same_value(name, value, book[name])}
-    if not config.experiment and not same_value("data_root", config.data_root, str(demo.ROOT)):
+    if config.data != KAIST:
+        changed = {"on": Path(config.data).parent.name or config.data, **changed}
+    elif not config.experiment and not same_value("data_root", config.data_root, str(demo.ROOT)):
         changed = {"on": Path(config.data_root).resolve().name, **changed}
     return changed
 

@@ -26,6 +26,7 @@ from engine.experiments import BASE
 from engine.history import saved_constants
 from engine.lock import lock_folder
 from kaist.files import InputError, make_folder, write_atomically
+from kaist.sources import KAIST
 
 DAMAGED = "damaged.pt"  # a last.pt that turned out not to be whole
 RATES = ("miss_rate", "miss_rate_day", "miss_rate_night")
@@ -362,11 +363,13 @@ class Run:
         seconds = tqdm.format_interval(sum(row["seconds"] for row in self.history))
         chosen = self.folder / "best.pt" if self.config.validation else self.folder
         files = ", ".join(sorted(p.name for p in self.folder.iterdir() if not p.name.startswith(".")))
+        is_kaist = self.config.data == KAIST
+        example = f"{self.config.data_root}/images" if is_kaist else "--visible FILE --lwir FILE"
         return (
             f"{self.folder}: {self.epoch} epoch{'s' * (self.epoch != 1)}, {seconds} of training; lowest miss "
             f"rate {100 * best['miss_rate']:.2f} at epoch {best['epoch']}\nin it: {files}\n"
             f"next: python eval.py --checkpoint {chosen} --bootstrap 1000\n"
-            f"      python detect.py --checkpoint {self.folder} {self.config.data_root}/images"
+            f"      python detect.py --checkpoint {self.folder} {example}"
         )
 
     def content(self, to_continue: bool) -> dict[str, Any]:
@@ -437,7 +440,8 @@ def same_recipe(folder: Path, config: dict[str, Any]) -> bool:
         return False
     # A run from before a constant was added had what BASE says of it.
     names = config.keys() - set(MACHINE_CONSTANTS)
-    return all(same_value(name, config[name], theirs.get(name, BASE.get(name))) for name in names)
+    before = {**BASE, "data": KAIST}
+    return all(same_value(name, config[name], theirs.get(name, before.get(name))) for name in names)
 
 
 def nonfinite_error(path: Path) -> InputError:

@@ -29,6 +29,7 @@ from kaist.annotation_files import (
     refuse,
 )
 from kaist.files import InputError, read_text
+from kaist.pairs import PairSet
 
 FRAME_WIDTH, FRAME_HEIGHT = 640, 512
 DAY_SETS = {"set00", "set01", "set02", "set06", "set07", "set08"}
@@ -71,17 +72,20 @@ def scene(frame_id: str) -> str:
     return SCENES[int(frame_id[3:5]) % 3]
 
 
-def read_image_list(path: str | Path) -> list[str]:
+def read_image_list(path: str | Path, any_id: bool = False) -> list[str]:
     """The frame ids of an imageSets file, `set00/V000/I00000` a line; blank lines are skipped.
+
+    Args:
+        any_id: whether ids of another form are taken too, as sets of pairs have them.
 
     Raises:
         InputError: a missing or empty list, a line that is no frame id, a frame listed twice.
     """
-    return list(list_lines(Path(path)))
+    return list(list_lines(Path(path), any_id=any_id))
 
 
-def list_lines(path: Path, errors: Errors = None) -> dict[str, int]:
-    """Frame id -> its line in an image list, in the list's order."""
+def list_lines(path: Path, errors: Errors = None, any_id: bool = False) -> dict[str, int]:
+    """Frame id -> its line in an image list, in the list's order; any_id: as of `read_image_list`."""
     if not path.exists():
         beside = sorted(p.name for p in path.parent.glob("*.txt"))[:8]
         have = f"{path.parent} holds {', '.join(beside)}" if beside else "check the path"
@@ -92,7 +96,7 @@ def list_lines(path: Path, errors: Errors = None) -> dict[str, int]:
         frame_id, problem = line.strip(), ""
         if not frame_id:
             continue
-        if not FRAME_ID.fullmatch(frame_id):
+        if not any_id and not FRAME_ID.fullmatch(frame_id):
             problem, remedy = f"{frame_id[:60]!r} is not a frame id", "write set00/V000/I00000"
         elif lines.setdefault(frame_id, number) != number:
             problem = f"{frame_id} stands in line {lines[frame_id]} already"
@@ -109,8 +113,13 @@ def find_file(root: Path, name: str) -> Path:
     return root / name if (root / name).exists() or not Path(name).exists() else Path(name)
 
 
-def image_path(root: Path, frame_id: str, modality: str) -> Path:
-    """`<root>/images/set00/V000/<modality>/I00000.jpg`, or a file there with another of `SUFFIXES`."""
+def image_path(root: Path | PairSet, frame_id: str, modality: str) -> Path:
+    """`<root>/images/set00/V000/<modality>/I00000.jpg`, or a file there with another of `SUFFIXES`.
+
+    Of a set of pairs other than KAIST it is the file that its description says.
+    """
+    if isinstance(root, PairSet):
+        return root.images[frame_id][modality]
     video, name = frame_id.rsplit("/", 1)
     stem = f"{root}/images/{video}/{modality}/{name}"
     return Path(stem + next((suffix for suffix in SUFFIXES if os.path.exists(stem + suffix)), SUFFIXES[0]))
@@ -143,6 +152,10 @@ class Annotations:
             flat = f"{self.source}/{frame_id.replace('/', '_')}.txt"
             return path if os.path.exists(path) or not os.path.exists(flat) else flat
         return f"{self.source}/{frame_id}.xml"
+
+    def sizes_of(self, frame_ids: Sequence[str]) -> np.ndarray:
+        """(n, 2) int64 width and height of frames: KAIST's."""
+        return np.tile((FRAME_WIDTH, FRAME_HEIGHT), (len(frame_ids), 1))
 
     def read(self, frame_id: str) -> Objects:
         """The objects of a frame.

@@ -11,8 +11,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from kaist.annotations import image_path
 from kaist.files import InputError, write_atomically
-from kaist.images import decode
+from kaist.images import frame_view
 from kaist.miss_rate import SETUPS, GroundTruth, Matching, allowed_false_positives, match_setups, rank
+from kaist.pairs import PairSet
 from kaist.results import Detections
 
 SETUP = "Reasonable-all"
@@ -25,7 +26,7 @@ COLOURS = {"red": "the error", "lime": "person who counts", "yellow": "ignored o
 
 
 def draw_errors(
-    ground_truth: GroundTruth, detections: Detections, root: Path, n: int, path: Path, name: str
+    ground_truth: GroundTruth, detections: Detections, root: Path | PairSet, n: int, path: Path, name: str
 ) -> tuple[int, int]:
     """Draw the n false positives of the highest scores and the n largest people missed.
 
@@ -33,7 +34,7 @@ def draw_errors(
     the score. Of each video the first `PER_VIDEO` errors come before its others.
 
     Args:
-        root: folder with images/.
+        root: folder with images/, or a set of pairs.
         path: the sheet; its ending tells the format.
         name: the detector's.
 
@@ -80,7 +81,8 @@ def draw_errors(
         here = np.flatnonzero(people.frame == frame)
         colours = np.where(matching.positive[here], "lime", "yellow")
         boxes = [*zip(people.boxes[here], colours.tolist(), strict=True), (box, "red")]
-        views = [draw_view(file, m, box, boxes) for m, file in files.items()]
+        images = {m: frame_view(root, people.frames[frame], m) for m, file in files.items() if file.exists()}
+        views = [draw_view(images.get(m), m, box, boxes) for m in files]
         panel.imshow(
             np.hstack([views[0], np.full_like(views[0][:, :2], 255), views[1]]), interpolation="nearest"
         )
@@ -118,20 +120,22 @@ def spread(ground_truth: GroundTruth, frame: np.ndarray, errors: np.ndarray) -> 
     return errors[np.argsort(later, kind="stable")]
 
 
-def draw_view(path: Path, modality: str, box: np.ndarray, boxes: list[tuple[np.ndarray, str]]) -> np.ndarray:
+def draw_view(
+    image: Image.Image | None, modality: str, box: np.ndarray, boxes: list[tuple[np.ndarray, str]]
+) -> np.ndarray:
     """The surroundings of an xywh box in an image, with coloured boxes: (HEIGHT, WIDTH, 3) uint8."""
     x, y, w, h = box
     scale = HEIGHT / max(2 * h, 2 * w * HEIGHT / WIDTH, 80)
     left, top = x + (w - WIDTH / scale) / 2, y + (h - HEIGHT / scale) / 2
     extent = (left, top, left + WIDTH / scale, top + HEIGHT / scale)
     view = Image.new("RGB", (WIDTH, HEIGHT), "lightgrey")
-    if path.exists():
-        image = decode(path, modality).convert("RGB")
+    if image:
+        image = image.convert("RGB")
         view = image.transform(view.size, Image.Transform.EXTENT, extent, Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(view)
     for (x, y, w, h), colour in boxes:
         corners = np.array([x - left, y - top, x + w - left, y + h - top]) * scale
         pen.rectangle(corners.tolist(), outline=colour, width=2)
-    caption = CAPTIONS[modality] if path.exists() else f"no {CAPTIONS[modality]} image"
+    caption = CAPTIONS[modality] if image else f"no {CAPTIONS[modality]} image"
     pen.text((5, 3), caption, "white", ImageFont.load_default(15), stroke_width=2, stroke_fill="black")
     return np.array(view)

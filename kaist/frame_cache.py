@@ -21,6 +21,7 @@ import numpy as np
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES, image_path
 from kaist.files import InputError, stale_files, write_atomically
 from kaist.images import read_frame
+from kaist.pairs import PairSet
 
 BLOCK = 64  # frames decoded before they are written
 
@@ -28,24 +29,24 @@ BLOCK = 64  # frames decoded before they are written
 class FrameCache:
     """Decoded frames by id, mapped into memory on first use, in each process by itself.
 
-    path: a file as from `cache_frames`; rows: frame id -> its place; channels: of each frame.
+    path: a file as from `cache_frames`; rows: frame id -> its place; shape: of all, (F, h, w, C).
     """
 
-    def __init__(self, path: Path, rows: dict[str, int], channels: int) -> None:
+    def __init__(self, path: Path, rows: dict[str, int], shape: tuple[int, int, int, int]) -> None:
         self.path = path
         self.rows = rows
-        self.shape = (len(rows), FRAME_HEIGHT, FRAME_WIDTH, channels)
+        self.shape = shape
         self.pixels: np.ndarray | None = None
 
     def all(self) -> np.ndarray:
-        """All frames, (F, 512, 640, C) uint8, mapped: pixels are read when they are used."""
+        """All frames, (F, h, w, C) uint8, mapped: pixels are read when they are used."""
         if self.pixels is None:
             # "c": writable in memory, as torch wants it, but never written to the file.
             self.pixels = np.memmap(self.path, np.uint8, "c", shape=self.shape)
         return self.pixels
 
     def read(self, frame_id: str) -> np.ndarray:
-        """One frame, (512, 640, C) uint8, as `images.read_frame` gives it."""
+        """One frame, (h, w, C) uint8, as `images.read_frame` gives it."""
         return self.all()[self.rows[frame_id]]
 
     def damaged(self) -> list[str]:
@@ -70,16 +71,19 @@ class FrameCache:
 
 
 def checksum(frame: np.ndarray) -> int:
-    """A checksum of a frame, above 10 GB/s: the CRC-32 of its 2,560-byte lines' sum.
+    """A checksum of a frame, above 10 GB/s: the CRC-32 of its 2,560-byte lines' sum, or, slower, of the
+    whole of a frame of another size than KAIST's that has no such lines.
 
     It finds what happens to files: holes, cut and shifted content, flipped bits, another frame.
     """
-    lines = np.ascontiguousarray(frame).reshape(-1).view(np.uint64).reshape(-1, 320)
-    return zlib.crc32(np.add.reduce(lines, axis=0))
+    pixels = np.ascontiguousarray(frame).reshape(-1)
+    if pixels.size % 2560:
+        return zlib.crc32(pixels)
+    return zlib.crc32(np.add.reduce(pixels.view(np.uint64).reshape(-1, 320), axis=0))
 
 
 def cache_frames(
-    folder: str | Path, root: Path, frame_ids: Sequence[str], input_mode: str, check: bool = True
+    folder: str | Path, root: Path | PairSet, frame_ids: Sequence[str], input_mode: str, check: bool = True
 ) -> FrameCache:
     """The cache of a list of frames in a folder; drawn if it is not there, damaged, or not of these
     files.
@@ -88,13 +92,13 @@ def cache_frames(
     is whole, whoever else draws it at the same time; processes that map an older file keep it.
 
     Args:
-        folder: where caches are kept; made if need be. root: the images' KAIST root.
+        folder: where caches are kept; made if need be. root: the images' KAIST root, or set of pairs.
         check: compare every frame of a cache that is there with its checksum, as a run does once.
 
     Raises:
-        InputError: an image is missing or unreadable, or the disk is too small.
+        InputError: an image is missing or unreadable, frames are of several sizes, or the disk is too small.
     """
-    root, modalities = Path(root), MODALITIES[input_mode]
+    modalities = MODALITIES[input_mode]
     try:
         names, states = fingerprint(image_path(root, i, m) for i in frame_ids for m in modalities)
     except OSError as error:
@@ -102,7 +106,8 @@ def cache_frames(
         raise InputError(problem, "check DATA_ROOT and the image list", file=error.filename) from None
     path = Path(folder) / f"frames-{names}-{states}.u8"
     channels = sum({"visible": 3, "lwir": 1}[modality] for modality in modalities)
-    cache = FrameCache(path, {frame_id: i for i, frame_id in enumerate(frame_ids)}, channels)
+    rows = {frame_id: i for i, frame_id in enumerate(frame_ids)}
+    cache = FrameCache(path, rows, (len(rows), *frame_shape(root, frame_ids), channels))
     size = int(np.prod(cache.shape)) + 4 * len(frame_ids)
     if path.is_file() and path.stat().st_size == size:
         damaged = cache.damaged() if check else []
@@ -114,6 +119,21 @@ def cache_frames(
     read = partial(read_frame, root, input_mode=input_mode)
     write_atomically(path, lambda temporary: draw(temporary, frame_ids, read), size)
     return cache
+
+
+def frame_shape(root: Path | PairSet, frame_ids: Sequence[str]) -> tuple[int, int]:
+    """Height and width of all frames of a list.
+
+    Raises:
+        InputError: they are of several sizes.
+    """
+    if not isinstance(root, PairSet):
+        return FRAME_HEIGHT, FRAME_WIDTH
+    sizes = {root.sizes[frame_id] for frame_id in frame_ids}
+    if len(sizes) > 1:
+        problem = f"its frames are of {len(sizes)} sizes, and those of a cache have one"
+        raise InputError(problem, "leave CACHE empty", file=root.source)
+    return next(iter(sizes))[::-1]
 
 
 def fingerprint(paths: Iterable[str | Path]) -> tuple[str, str]:

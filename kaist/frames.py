@@ -12,6 +12,7 @@ from kaist.annotation_files import Objects
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations, time_of_day
 from kaist.files import InputError
 from kaist.miss_rate import GroundTruth
+from kaist.pairs import PairSet
 
 VISIBLE, LWIR, BOTH = 1, 2, 3  # bits: in which modality's image an object is seen
 # Whom LEARN names: the words that annotations call them by, () for any.
@@ -22,14 +23,16 @@ LEARNED = {"person": ("person",), "people": ("person", "person?", "people"), "al
 class Frame:
     """One frame's objects.
 
-    boxes_px: (n, 4) float32 xyxy pixels of 640x512; labels: (n,) int64, 1 for a person to learn, -1
-    for an object to ignore; seen: (n,) int64, whose box it is: `VISIBLE`, `LWIR` or `BOTH`.
+    boxes_px: (n, 4) float32 xyxy pixels of the frame; labels: (n,) int64, 1 for a person to learn, -1
+    for an object to ignore; seen: (n,) int64, whose box it is: `VISIBLE`, `LWIR` or `BOTH`; size:
+    width and height of the frame, pixels.
     """
 
     id: str
     boxes_px: np.ndarray
     labels: np.ndarray
     seen: np.ndarray
+    size: tuple[int, int] = (FRAME_WIDTH, FRAME_HEIGHT)
 
     @property
     def people(self) -> np.ndarray:
@@ -42,18 +45,25 @@ class Frame:
         return max(int((self.seen[self.labels == 1] & bit > 0).sum()) for bit in (VISIBLE, LWIR))
 
 
-def label_objects(boxes: np.ndarray, is_person: np.ndarray, min_height: float, margin: float) -> np.ndarray:
+def label_objects(
+    boxes: np.ndarray,
+    is_person: np.ndarray,
+    min_height: float,
+    margin: float,
+    sizes: Sequence[int] | np.ndarray = (FRAME_WIDTH, FRAME_HEIGHT),
+) -> np.ndarray:
     """(n,) int64 labels: 1 for a person to learn, -1 for an object to ignore.
 
     Ignored are objects that are not plainly a person, persons lower than `min_height` pixels, and
     persons that leave the frame less `margin` pixels on each side.
 
     Args:
-        boxes: (n, 4) xywh pixels; is_person: (n,) bool.
+        boxes: (n, 4) xywh pixels; is_person: (n,) bool; sizes: (2,) or (n, 2) of each object's frame.
     """
     x, y, w, h = boxes.T
     inside = (x >= margin) & (y >= margin)
-    inside &= (x + w <= FRAME_WIDTH - margin) & (y + h <= FRAME_HEIGHT - margin)
+    width, height = np.asarray(sizes).T
+    inside &= (x + w <= width - margin) & (y + h <= height - margin)
     return np.where(is_person & (h >= min_height) & inside, 1, -1).astype(np.int64)
 
 
@@ -65,7 +75,7 @@ def is_learned(objects: Objects, learn: str) -> np.ndarray:
 
 def load_frames(
     frame_ids: list[str],
-    annotations: Annotations,
+    annotations: Annotations | PairSet,
     *,
     min_height: float,
     margin: float,
@@ -78,14 +88,15 @@ def load_frames(
         min_height, margin: as in `label_objects`; learn: a key of `LEARNED`.
         pairs: of the paired form read each modality's boxes, not those of one for both.
     """
-    if pairs and annotations.form == "paired":
+    if pairs and isinstance(annotations, Annotations) and annotations.form == "paired":
         how = {"min_height": min_height, "margin": margin, "learn": learn}
         sources = (Annotations(annotations.source, "paired", modality) for modality in ("visible", "lwir"))
         visible, lwir = (load_frames(frame_ids, source, **how) for source in sources)
         return [pair_frame(*frames) for frames in zip(visible, lwir, strict=True)]
     objects, counts = annotations.read_all(frame_ids)
-    labels = label_objects(objects.boxes, is_learned(objects, learn), min_height, margin)
-    return split_objects(frame_ids, objects.boxes, labels, counts)
+    sizes, learned = annotations.sizes_of(frame_ids), is_learned(objects, learn)
+    labels = label_objects(objects.boxes, learned, min_height, margin, sizes.repeat(counts, 0))
+    return split_objects(frame_ids, objects.boxes, labels, counts, sizes)
 
 
 def pair_frame(visible: Frame, lwir: Frame) -> Frame:
@@ -107,21 +118,22 @@ def merge_equal(rows: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def frames_of(ground_truth: GroundTruth, min_height: float, margin: float) -> list[Frame]:
     """A test list's frames, with the labels that training would give their objects."""
-    labels = label_objects(ground_truth.boxes, ~ground_truth.ignore, min_height, margin)
+    sizes, boxes = ground_truth.sizes, ground_truth.boxes
+    labels = label_objects(boxes, ~ground_truth.ignore, min_height, margin, sizes[ground_truth.frame])
     counts = np.bincount(ground_truth.frame, minlength=len(ground_truth.frames))
-    return split_objects(ground_truth.frames, ground_truth.boxes, labels, counts)
+    return split_objects(ground_truth.frames, boxes, labels, counts, sizes)
 
 
 def split_objects(
-    frame_ids: Sequence[str], boxes: np.ndarray, labels: np.ndarray, counts: np.ndarray
+    frame_ids: Sequence[str], boxes: np.ndarray, labels: np.ndarray, counts: np.ndarray, sizes: np.ndarray
 ) -> list[Frame]:
-    """Frames of so many objects each; boxes (n, 4) xywh pixels of one frame after the other."""
+    """Frames of so many objects and such sizes; boxes (n, 4) xywh pixels of one frame after the other."""
     corners = boxes.astype(np.float32)
     corners[:, 2:] += corners[:, :2]
     first = counts.cumsum()[:-1]
     objects = zip(np.split(corners, first), np.split(labels, first), strict=True)
-    rows = zip(frame_ids, objects, counts, strict=True)
-    return [Frame(frame_id, *own, np.full(count, BOTH)) for frame_id, own, count in rows]
+    rows = zip(frame_ids, objects, counts, map(tuple, sizes.tolist()), strict=True)
+    return [Frame(frame_id, *own, np.full(count, BOTH), size) for frame_id, own, count, size in rows]
 
 
 def video_of(frame_id: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES, image_path
 from kaist.files import InputError, check_file
+from kaist.pairs import PairSet
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 # Visible R, G, B, then LWIR: the colour that normalisation by ImageNet's mean turns into zero.
 MEAN_COLOUR = np.array([124, 116, 104, 114], np.uint8)
 MAX_PIXELS = 2**25  # of an image; decoded, as many take 100 MB
-# What `black_out` leaves of a modality: left, top, right, bottom, pixels. Those not named stay whole.
+# What `black_out` leaves of a modality: left, top, right, bottom in 640x512. Those not named stay whole.
 VIEWS_LEFT = {
     "sides-a": {"visible": (0, 0, 320, 512), "lwir": (320, 0, 640, 512)},
     "sides-b": {"visible": (320, 0, 640, 512), "lwir": (0, 0, 320, 512)},
@@ -28,7 +29,7 @@ VIEWS_LEFT = {
 }
 
 
-def check_images(root: Path, frame_ids: Sequence[str], input_mode: str, without: str = "") -> None:
+def check_images(root: Path | PairSet, frame_ids: Sequence[str], input_mode: str, without: str = "") -> None:
     """Look at every image's header: it exists and is an 8-bit image. One line tells of other sizes.
 
     Args:
@@ -37,6 +38,8 @@ def check_images(root: Path, frame_ids: Sequence[str], input_mode: str, without:
     Raises:
         InputError: for the first image that is missing, unreadable or not of 8 bits.
     """
+    if isinstance(root, PairSet):
+        return  # every header of a set of pairs was looked at when it was opened
     modalities = [modality for modality in MODALITIES[input_mode] if modality != without]
     paths = [image_path(root, frame_id, modality) for frame_id in frame_ids for modality in modalities]
     sizes = ((path, *image_size(path)) for path in paths)
@@ -46,10 +49,13 @@ def check_images(root: Path, frame_ids: Sequence[str], input_mode: str, without:
         print(f"note: {n}, of which annotations and detections are pixels ({other_sizes[0]})")
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path, deep: bool = False) -> tuple[int, int]:
     """Width and height that an image's header declares.
 
     The usual 8-bit JPEG is looked at here, in a third of Pillow's time; there are 50,000 of them.
+
+    Args:
+        deep: as of `open_image`.
 
     Raises:
         InputError: as of `open_image`.
@@ -64,12 +70,15 @@ def image_size(path: Path) -> tuple[int, int]:
             if marker in (0xC0, 0xC1, 0xC2) and bits == 8 and 0 < width * height <= MAX_PIXELS:
                 return width, height
             place += 2 + length
-    with open_image(path) as image:
+    with open_image(path, deep) as image:
         return image.size
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path, deep: bool = False) -> Image.Image:
     """Open an image without decoding it.
+
+    Args:
+        deep: whether one channel of more than 8 bits is taken too.
 
     Raises:
         InputError: it is missing, unreadable, beyond `MAX_PIXELS`, or has more than 8 bits a channel.
@@ -88,22 +97,28 @@ def open_image(path: Path) -> Image.Image:
         raise
     except Exception as error:  # whatever Pillow meets in broken data, or a size beyond reason
         raise InputError(f"unreadable image ({error})", "copy it again", file=path) from None
-    deep = image.mode[0] in "IF" or ";16" in str(image.tile)
-    if not deep and image.width * image.height <= MAX_PIXELS:
+    too_deep = not deep if image.mode[0] in "IF" else ";16" in str(image.tile)
+    if not too_deep and image.width * image.height <= MAX_PIXELS:
         return image
     image.close()
-    if deep:
+    if too_deep:
         raise InputError("not an 8-bit image", "scale all frames alike to 0 … 255", file=path)
     problem = f"the image is {image.width}x{image.height}, too large to decode"
     raise InputError(problem, "scale it down", file=path)
 
 
-def open_view(path: Path, modality: str) -> Image.Image:
+def open_view(path: Path, modality: str, lwir_range: Sequence[float] = (0, 0)) -> Image.Image:
     """Decode an image of any size: visible as RGB, LWIR as one channel of 8 bits.
+
+    Args:
+        lwir_range: of LWIR of more than 8 bits the values that become 0 and 255; what lies beyond is
+            clipped. (0, 0): there is none.
 
     Raises:
         InputError: it is missing, broken, too large or too deep.
     """
+    if modality == "lwir" and lwir_range[1] > lwir_range[0]:
+        return scale_deep(path, *lwir_range)
     mode = "RGB" if modality == "visible" else "L"
     with open_image(path) as image:
         try:
@@ -114,8 +129,40 @@ def open_view(path: Path, modality: str) -> Image.Image:
             raise InputError(f"broken image ({error})", "copy it again", file=path) from None
 
 
-def decode(path: Path, modality: str) -> Image.Image:
-    """Decode an image as `open_view` does, scaled to 640x512 where it is of another size."""
+def open_deep(path: Path) -> np.ndarray | None:
+    """The values of an image of one channel of more than 8 bits, (h, w) float32; None if it has 8.
+
+    Raises:
+        InputError: it is missing, broken or too large.
+    """
+    with open_image(path, deep=True) as image:
+        try:
+            return np.asarray(image, np.float32) if image.mode[0] in "IF" else None
+        except Exception as error:  # whatever Pillow meets in broken data
+            raise InputError(f"broken image ({error})", "copy it again", file=path) from None
+
+
+def scale_deep(path: Path, low: float, high: float) -> Image.Image:
+    """An image of more than 8 bits as one channel of 8: `low` becomes 0, `high` 255.
+
+    Raises:
+        InputError: it is missing, broken, or has 8 bits.
+    """
+    from PIL import Image
+
+    pixels = open_deep(path)
+    if pixels is None:
+        problem = "an image of 8 bits, where those to train on have more"
+        raise InputError(problem, "scale all frames alike", file=path)
+    scaled = (pixels - low) * (255 / (high - low))
+    return Image.fromarray((scaled.clip(0, 255) + 0.5).astype(np.uint8))
+
+
+def frame_view(root: Path | PairSet, frame_id: str, modality: str) -> Image.Image:
+    """A frame's image as of `open_view`; of KAIST scaled to 640x512 where it is of another size."""
+    path = image_path(root, frame_id, modality)
+    if isinstance(root, PairSet):
+        return open_view(path, modality, root.lwir_range)
     return rescale(open_view(path, modality))
 
 
@@ -128,26 +175,27 @@ def rescale(view: Image.Image) -> Image.Image:
 
 
 def to_array(view: Image.Image) -> np.ndarray:
-    """A view as (512, 640, channels) uint8, scaled where it is of another size."""
-    return np.atleast_3d(np.array(rescale(view)))
+    """A view as (h, w, channels) uint8."""
+    return np.atleast_3d(np.array(view))
 
 
 def read_image(path: Path, modality: str) -> np.ndarray:
     """Decode one image: visible as (512, 640, 3), LWIR as (512, 640, 1), uint8."""
-    return to_array(open_view(path, modality))
+    return to_array(rescale(open_view(path, modality)))
 
 
 def join_modalities(images: dict[str, np.ndarray], input_mode: str, filler: np.ndarray) -> np.ndarray:
-    """(512, 640, C) uint8, visible first; a modality that `images` lacks is `filler` (4,) alone."""
-    blank = np.broadcast_to(filler, (FRAME_HEIGHT, FRAME_WIDTH, len(filler)))
+    """(h, w, C) uint8, visible first; a modality that `images` lacks is `filler` (4,) alone."""
+    height, width, _ = next(iter(images.values())).shape
+    blank = np.broadcast_to(filler, (height, width, len(filler)))
     blanks = {"visible": blank[..., :3], "lwir": blank[..., 3:]}
     return np.concatenate([images.get(m, blanks[m]) for m in MODALITIES[input_mode]], axis=2)
 
 
 def read_frame(
-    root: Path, frame_id: str, input_mode: str, without: str = "", filler: np.ndarray = MEAN_COLOUR
+    root: Path | PairSet, frame_id: str, input_mode: str, without: str = "", filler: np.ndarray = MEAN_COLOUR
 ) -> np.ndarray:
-    """The modalities of one frame side by side: (512, 640, C) uint8, visible first.
+    """The modalities of one frame side by side: (h, w, C) uint8, visible first; KAIST's are (512, 640, C).
 
     Args:
         without: a modality that is blanked instead of read, or a key of `VIEWS_LEFT`.
@@ -155,20 +203,23 @@ def read_frame(
     """
     modalities = MODALITIES[input_mode]
     if without in modalities or len(modalities) == 1:
-        images = {m: read_image(image_path(root, frame_id, m), m) for m in modalities if m != without}
+        images = {m: to_array(frame_view(root, frame_id, m)) for m in modalities if m != without}
         return join_modalities(images, input_mode, filler)
-    visible, lwir = (decode(image_path(root, frame_id, m), m) for m in modalities)
+    visible, lwir = (frame_view(root, frame_id, m) for m in modalities)
     visible.putalpha(lwir)  # Pillow keeps four bytes a pixel anyhow: much faster than numpy
     return black_out(np.array(visible), without, filler) if without else np.array(visible)
 
 
 def black_out(frame: np.ndarray, blackout: str, filler: np.ndarray) -> np.ndarray:
-    """A (512, 640, 4) frame, visible first, of which parts are `filler` (4,): see `VIEWS_LEFT`.
+    """A (h, w, 4) frame, visible first, of which parts are `filler` (4,): see `VIEWS_LEFT`.
 
     The fusion dead zones of Kim et al., "MLPD" (2021).
     """
     dark = np.broadcast_to(filler, frame.shape).copy()
+    height, width, _ = frame.shape
     for modality, channels in (("visible", slice(3)), ("lwir", slice(3, 4))):
-        left, top, right, bottom = VIEWS_LEFT[blackout].get(modality, (0, 0, FRAME_WIDTH, FRAME_HEIGHT))
+        view = VIEWS_LEFT[blackout].get(modality, (0, 0, FRAME_WIDTH, FRAME_HEIGHT))
+        left, right = (x * width // FRAME_WIDTH for x in view[::2])
+        top, bottom = (y * height // FRAME_HEIGHT for y in view[1::2])
         dark[top:bottom, left:right, channels] = frame[top:bottom, left:right, channels]
     return dark

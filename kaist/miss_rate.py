@@ -33,6 +33,7 @@ from kaist.annotations import (
     time_of_day,
 )
 from kaist.files import InputError
+from kaist.pairs import PairSet
 from kaist.results import Detections, frame_places, move_frames
 
 OVERLAP = 0.5  # least overlap of a match
@@ -76,7 +77,7 @@ class GroundTruth:
 
     frames: frame ids; frame: (m,) int64 index into them, ascending; boxes: (m, 4) float64 xywh
     pixels; occlusion: (m,) int64; ignore: (m,) bool, objects that are not plainly a person;
-    source: where they were read.
+    source: where they were read; pairs: the set that they are of, if not KAIST.
     """
 
     frames: tuple[str, ...]
@@ -85,6 +86,14 @@ class GroundTruth:
     occlusion: np.ndarray
     ignore: np.ndarray
     source: Path | None = None
+    pairs: PairSet | None = None
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """(n_frames, 2) int64 width and height of the frames."""
+        if self.pairs is not None:
+            return self.pairs.sizes_of(self.frames)
+        return np.tile((FRAME_WIDTH, FRAME_HEIGHT), (len(self.frames), 1))
 
     @cached_property
     def set_numbers(self) -> np.ndarray:
@@ -93,12 +102,14 @@ class GroundTruth:
 
     def in_subset(self, subset: str) -> np.ndarray:
         """(n_frames,) bool: the frames of a setup's subset."""
+        if self.pairs is not None:
+            return np.array([subset in ("all", self.pairs.time_of_day(f)) for f in self.frames])
         sets = [f"set{number:02d}" for number in range(12)]
         return np.array([subset in ("all", time_of_day(s), scene(s)) for s in sets])[self.set_numbers]
 
 
 def load_ground_truth(
-    annotations: Annotations | str | Path, frames: Sequence[str] | None = None
+    annotations: Annotations | PairSet | str | Path, frames: Sequence[str] | None = None
 ) -> GroundTruth:
     """Read the people of all frames; whatever is labelled other than "person" is ignored.
 
@@ -110,7 +121,7 @@ def load_ground_truth(
     Raises:
         InputError: a frame is not annotated, a file is malformed, or nothing says which frames.
     """
-    if not isinstance(annotations, Annotations):
+    if isinstance(annotations, str | Path):
         annotations = open_test_annotations(annotations, frames)
     frames = annotations.frames if frames is None else tuple(frames)
     if not frames:
@@ -118,7 +129,9 @@ def load_ground_truth(
         raise InputError(problem, "name an image list (--image-list)", file=annotations.source)
     objects, counts = annotations.read_all(frames)
     frame, ignore = np.repeat(np.arange(len(frames)), counts), ~objects.is_person
-    return GroundTruth(frames, frame, objects.boxes, objects.occlusion, ignore, annotations.source)
+    columns = (frame, objects.boxes, objects.occlusion, ignore)
+    pairs = None if isinstance(annotations, Annotations) else annotations
+    return GroundTruth(frames, *columns, annotations.source, pairs)
 
 
 def select_frames(
@@ -133,7 +146,8 @@ def select_frames(
     frame = place[ground_truth.frame]
     order = np.argsort(frame, kind="stable")[np.count_nonzero(frame < 0) :]
     columns = (frame, ground_truth.boxes, ground_truth.occlusion, ground_truth.ignore)
-    selected = GroundTruth(tuple(frames), *(column[order] for column in columns), ground_truth.source)
+    columns = (column[order] for column in columns)
+    selected = GroundTruth(tuple(frames), *columns, ground_truth.source, ground_truth.pairs)
     return selected, move_frames(detections, place)
 
 
@@ -238,7 +252,8 @@ def match_setups(
     """Match `rank`ed detections under each setup; outcomes are in their order."""
     x, y, w, h = ground_truth.boxes.T
     usable = ~ground_truth.ignore & (x >= MARGIN) & (y >= MARGIN)
-    usable &= (x + w <= FRAME_WIDTH - MARGIN) & (y + h <= FRAME_HEIGHT - MARGIN)
+    width, height = ground_truth.sizes[ground_truth.frame].T
+    usable &= (x + w <= width - MARGIN) & (y + h <= height - MARGIN)
     counted = np.ones(len(ground_truth.frames), dtype=bool)
     if protocol == "leaderboard":
         counted = np.bincount(detections.frame, minlength=len(counted)) > 0

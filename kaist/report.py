@@ -114,7 +114,9 @@ def people_words(results: dict[str, Result]) -> str:
     """How many frames there are, and how many of their people count, in words."""
     every, day, night = (results[key].n_positive for key in HEADLINE)
     counts = f"{persons(every)} {'counts' if every == 1 else 'count'}"
-    return f"{results[ALL].n_frames} frames, {counts} ({day} day, {night} night)"
+    known = any(results[key].n_frames for key in HEADLINE if key != ALL)
+    times = f" ({day} day, {night} night)" if known else ""
+    return f"{results[ALL].n_frames} frames, {counts}{times}"
 
 
 def persons(n: int) -> str:

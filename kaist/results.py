@@ -90,7 +90,7 @@ def read_detections(path: str | Path, frames: Sequence[str]) -> Detections:
     is_json = path.suffix == ".json" or text.lstrip()[:1] in ("[", "{")
     rows, places, others = parse_json(text, path) if is_json else parse_text(text, path)
     companion = frames_path(path)
-    named = read_image_list(companion) if companion.exists() else frames
+    named = read_image_list(companion, any_id=True) if companion.exists() else frames
 
     def refuse(bad: np.ndarray, problem: str, remedy: str) -> None:
         if bad.any():

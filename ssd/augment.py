@@ -27,7 +27,8 @@ from kaist.images import MEAN_COLOUR
 
 CROP_OVERLAPS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # None: no crop
 CROP_TRIALS = 50
-WHOLE = (0.0, 0.0, float(FRAME_WIDTH), float(FRAME_HEIGHT))  # the window that is the frame
+KAIST_FRAME = (FRAME_WIDTH, FRAME_HEIGHT)
+Window = tuple[float, float, float, float]
 MAX_SHIFT = 20  # pixels of the frame that a pair is shifted to the left
 MIN_BOX = 1.0  # pixels of the network's input; a smaller remnant of a cropped box is dropped
 MAX_PASTED = 3  # people pasted into a frame
@@ -75,7 +76,8 @@ def random_window(
     people: np.ndarray,
     zoom_out: float,
     crop_aspect: tuple[float, float] = (0.4, 1.6),
-) -> tuple[float, float, float, float]:
+    frame: tuple[int, int] = KAIST_FRAME,
+) -> Window:
     """Zoom-out and IoU crop as one xyxy window in pixels of the frame; it may reach outside.
 
     Half of the time the frame is placed on a canvas 1 to `zoom_out` times its size. Then one of
@@ -86,9 +88,9 @@ def random_window(
 
     Args:
         people: (n, 4) xyxy pixels of the persons in the frame.
-        zoom_out, crop_aspect: as in `Augmentation`.
+        zoom_out, crop_aspect: as in `Augmentation`; frame: its width and height.
     """
-    x, y, w, h = 0.0, 0.0, float(FRAME_WIDTH), float(FRAME_HEIGHT)
+    x, y, w, h = 0.0, 0.0, float(frame[0]), float(frame[1])
     if rng.random() < 0.5:
         scale = rng.uniform(1, zoom_out)
         x = -rng.uniform(0, (scale - 1) * w)
@@ -100,13 +102,13 @@ def random_window(
             return x, y, x + w, y + h
         size = rng.uniform(0.3, 1, (CROP_TRIALS, 2)) * (w, h)
         corner = (x, y) + rng.random((CROP_TRIALS, 2)) * ((w, h) - size)
-        aspect = size[:, 0] / size[:, 1] * (FRAME_HEIGHT / FRAME_WIDTH)
+        aspect = size[:, 0] / size[:, 1] * (frame[1] / frame[0])
         fits = (aspect > crop_aspect[0]) & (aspect < crop_aspect[1])
         crops = np.concatenate([corner, corner + size], axis=1)
         if len(people):
             fits &= crop_overlaps(crops, people, overlap)
         else:
-            shared = crops[:, 2:].clip(max=(FRAME_WIDTH, FRAME_HEIGHT)) - crops[:, :2].clip(0)
+            shared = crops[:, 2:].clip(max=frame) - crops[:, :2].clip(0)
             fits &= shared.clip(0).prod(1) >= 0.5 * size.prod(1)
         if fits.any():
             return tuple(crops[fits.argmax()].tolist())
@@ -125,8 +127,12 @@ def crop_overlaps(crops: np.ndarray, people: np.ndarray, overlap: float) -> np.n
 
 
 def window_apart(
-    rng: np.random.Generator, people: np.ndarray, zoom_out: float, crop_aspect: tuple[float, float]
-) -> tuple[float, float, float, float]:
+    rng: np.random.Generator,
+    people: np.ndarray,
+    zoom_out: float,
+    crop_aspect: tuple[float, float],
+    frame: tuple[int, int] = KAIST_FRAME,
+) -> Window:
     """MLPD's crop of one modality as an xyxy window in pixels of the frame; it may reach outside.
 
     The first of 50 windows whose sides and area are 1 / `zoom_out` to `zoom_out` times the frame's, and
@@ -135,17 +141,17 @@ def window_apart(
 
     Args:
         people: (n, 4) xyxy pixels of the persons in the frame.
-        zoom_out, crop_aspect: as in `Augmentation`.
+        zoom_out, crop_aspect: as in `Augmentation`; frame: its width and height.
     """
     width = rng.uniform(1 / zoom_out, zoom_out, CROP_TRIALS)
     size = np.stack([width, width / rng.uniform(*crop_aspect, CROP_TRIALS)], axis=1)
     corner = rng.random((CROP_TRIALS, 2)) * (1 - size)
-    windows = np.concatenate([corner, corner + size], axis=1) * np.tile((FRAME_WIDTH, FRAME_HEIGHT), 2)
+    windows = np.concatenate([corner, corner + size], axis=1) * np.tile(frame, 2)
     fits = (np.abs(np.log(np.column_stack([size, size.prod(1)]))) <= np.log(zoom_out)).all(1)
     if len(people):
         holds = (people[:, :2] > windows[:, None, :2]) & (people[:, 2:] < windows[:, None, 2:])
         fits &= holds.all(2).any(1)
-    return tuple(windows[fits.argmax()].tolist()) if fits.any() else WHOLE
+    return tuple(windows[fits.argmax()].tolist()) if fits.any() else (0, 0, *frame)
 
 
 class Crop(NamedTuple):
@@ -160,18 +166,20 @@ class Crop(NamedTuple):
     flip: bool
 
 
-def round_to_pixels(window: tuple[float, float, float, float], size: tuple[int, int], flip: bool) -> Crop:
-    """The part of a window inside the frame and its place in an input of (height, width).
+def round_to_pixels(
+    window: Window, size: tuple[int, int], flip: bool, frame: tuple[int, int] = KAIST_FRAME
+) -> Crop:
+    """The part of a window inside a frame of (width, height) and its place in an input of (height, width).
 
     Both are rounded to whole pixels. Boxes are moved by the rounded crop, so that they keep to
     the pixels exactly.
     """
     source, target = [0] * 4, [0] * 4
-    for axis, (frame, length) in enumerate(((FRAME_WIDTH, size[1]), (FRAME_HEIGHT, size[0]))):
+    for axis, (extent, length) in enumerate(zip(frame, size[::-1], strict=True)):
         low, high = window[axis], window[axis + 2]
         scale = length / (high - low)
-        start = min(max(round(low), 0), frame - 1)
-        end = max(min(round(high), frame), start + 1)
+        start = min(max(round(low), 0), extent - 1)
+        end = max(min(round(high), extent), start + 1)
         to = [round((edge - low) * scale) for edge in (start, end)]
         to[0] = min(max(to[0], 0), length - 1)
         to[1] = max(min(to[1], length), to[0] + 1)
@@ -217,7 +225,7 @@ def colour_matrix(
 
 
 def frame_mean(frame: np.ndarray) -> np.ndarray:
-    """(C,) float32: the mean colour of a frame (512, 640, C), to well under 1/255."""
+    """(C,) float32: the mean colour of a frame (h, w, C), to well under 1/255."""
     return torch.from_numpy(frame)[::8, ::8].float().mean((0, 1)).numpy()
 
 
@@ -241,7 +249,7 @@ class Transform:
     ignore_cut: bool = False
 
     def apply(self, pixels: np.ndarray) -> Tensor:
-        """The network's input (C, *size) uint8 of a frame's pixels (512, 640, C) uint8.
+        """The network's input (C, *size) uint8 of a frame's pixels (h, w, C) uint8.
 
         Cut out, resized once (antialiased), distorted, placed on the filler and mirrored.
         """
@@ -306,9 +314,9 @@ class Transform:
         return (boxes[stays] / limit).reshape(-1, 4), labels[stays]
 
 
-def whole_frame(channels: int, size: tuple[int, int]) -> Transform:
-    """The undistorted frame in an input of (height, width), which it fills."""
-    crop = round_to_pixels(WHOLE, size, flip=False)
+def whole_frame(channels: int, size: tuple[int, int], frame: tuple[int, int] = KAIST_FRAME) -> Transform:
+    """The undistorted frame of (width, height) in an input of (height, width), which it fills."""
+    crop = round_to_pixels((0, 0, *frame), size, False, frame)
     nothing = np.zeros(channels, np.float32)
     return Transform((crop,), np.eye(channels, dtype=np.float32), nothing, size, nothing.astype(np.uint8))
 
@@ -320,6 +328,7 @@ def sample_transform(
     options: Augmentation,
     size: tuple[int, int],
     filler: np.ndarray,
+    frame: tuple[int, int] = KAIST_FRAME,
 ) -> Transform:
     """Draw a window and a flip, of both modalities or of each, and a distortion of each by itself.
 
@@ -328,22 +337,22 @@ def sample_transform(
 
     Args:
         people: (n, 4) xyxy pixels of the persons in the frame; mean: as from `frame_mean`.
-        size: (height, width) of the network's input; filler: (C,) uint8.
+        size: (height, width) of the network's input; filler: (C,) uint8; frame: its width and height.
     """
-    how = (rng, people, options.zoom_out, options.crop_aspect)
+    how = (rng, people, options.zoom_out, options.crop_aspect, frame)
     if not options.crop_apart:
         windows = [random_window(*how)] * 2
     elif rng.random() < options.crop_apart:
         windows = [window_apart(*how), window_apart(*how)]
     else:
-        windows = [WHOLE] * 2
+        windows = [(0, 0, *frame)] * 2
     flips = [bool(rng.random() < 0.5)] * 2
     if options.mirror_apart and flips[1]:
         flips[1] = bool(rng.random() >= options.mirror_apart)
     if options.shift_left and rng.random() < options.shift_left:
         shift = int(rng.integers(MAX_SHIFT + 1))
         windows = [(x0 + shift, y0, x1 + shift, y1) for x0, y0, x1, y1 in windows]
-    crops = [round_to_pixels(window, size, flip) for window, flip in zip(windows, flips, strict=True)]
+    crops = [round_to_pixels(*own, frame) for own in zip(windows, [size] * 2, flips, strict=True)]
     channels = len(mean)
     matrix = np.eye(channels, dtype=np.float32)
     offset = np.zeros(channels, np.float32)
@@ -392,7 +401,7 @@ def paste_people(
 
     Args:
         rng: draws how many, who, and where.
-        pixels, donor_pixels: (512, 640, C) uint8; neither is changed.
+        pixels, donor_pixels: (h, w, C) uint8, of one size; neither is changed.
         boxes, labels: (n, 4) float32 xyxy pixels and (n,) int64 of the frame's objects.
         people: (m, 4) xyxy pixels of the other frame's persons, at least one.
 
@@ -403,10 +412,10 @@ def paste_people(
     count = rng.integers(1, MAX_PASTED + 1)
     for box in people[rng.permutation(len(people))[:count]]:
         width = box[2] - box[0]
-        for start in rng.uniform(0, FRAME_WIDTH - width, PLACEMENT_TRIALS).round():
+        for start in rng.uniform(0, pixels.shape[1] - width, PLACEMENT_TRIALS).round():
             shift = np.float32(start - box[0].round())
             moved = box + np.array([shift, 0, shift, 0], dtype=np.float32)
-            if not overlaps_any(moved, boxes) and moved[0] >= 0 and moved[2] <= FRAME_WIDTH:
+            if not overlaps_any(moved, boxes) and moved[0] >= 0 and moved[2] <= pixels.shape[1]:
                 blend(pixels, donor_pixels, box, int(shift))
                 boxes = np.concatenate([boxes, moved[None]])
                 labels = np.append(labels, 1)
@@ -424,8 +433,9 @@ def blend(pixels: np.ndarray, donor: np.ndarray, box: np.ndarray, shift: int) ->
     """Copy a box of the donor's pixels, moved sideways, into `pixels`, fading out around it."""
     rim = max(2, round(FEATHER * float(box[2] - box[0])))
     x0, y0, x1, y1 = (int(v) for v in box.round())
-    left, right = max(x0 - rim, 0, -shift), min(x1 + rim, FRAME_WIDTH, FRAME_WIDTH - shift)
-    top, bottom = max(y0 - rim, 0), min(y1 + rim, FRAME_HEIGHT)
+    height, width, _ = pixels.shape
+    left, right = max(x0 - rim, 0, -shift), min(x1 + rim, width, width - shift)
+    top, bottom = max(y0 - rim, 0), min(y1 + rim, height)
     across, down = feather(left, right, x0, x1, rim), feather(top, bottom, y0, y1, rim)
     alpha = (down[:, None] * across)[..., None]
     target = pixels[top:bottom, left + shift : right + shift]

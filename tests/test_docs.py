@@ -4,9 +4,11 @@ import contextlib
 import functools
 import importlib
 import io
+import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ import eval as eval_script
 import train
 from engine import config
 from engine.experiments import EXPERIMENTS, Row
+from tests.pair_trees import draw_own
 
 PROJECT = Path(__file__).parent.parent
 PAGES = sorted([PROJECT / "README.md", *PROJECT.glob("docs/**/*.md")])
@@ -161,6 +164,7 @@ def test_flags_named_exist(page):
         "eval",
         "detect",
         "tools.check_data",
+        "tools.convert",
         "tools.priors",
         "tools.study",
         "tools.benchmark",
@@ -205,6 +209,40 @@ def test_the_example_row_can_be_trained(monkeypatch):
     changed = {key for key in parent if parent[key] != resolved[key]}
     assert changed == {"batch_size", "ema_decay"}
     assert "50" in config.lab_book()
+
+
+def run_as_written(page, heading, folder, monkeypatch):
+    """Run each command of the first bash block under a heading, in a copy of the project; what each said."""
+    for name in ("train.py", "eval.py", "detect.py", "model.py", "datasets.py", "utils.py", "pseudo_gt.py"):
+        shutil.copy(PROJECT / name, folder)
+    for name in ("kaist", "ssd", "engine", "tools"):
+        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    section = page.read_text(encoding="utf-8").partition(f"## {heading}\n")[2]
+    block = next(text for language, text in FENCE.findall(section) if language == "bash")
+    said = []
+    for line in block.splitlines():
+        words = [sys.executable, *shlex.split(line)[1:]]
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+        assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
+        said.append(done.stdout)
+    return said
+
+
+def test_a_set_of_ones_own_as_the_page_has_it(tmp_path, monkeypatch):
+    """From a folder of pairs to a trained network, a table and pictures, each command as written."""
+    pairs = draw_own(tmp_path / "mine", height=60)
+    text = next(t for _, t in fences(PROJECT / "docs/your-data.md") if t.startswith("{"))
+    given = json.loads(pairs.read_text())
+    assert json.loads(text).keys() == given.keys()
+    pairs.write_text(text)
+    said = run_as_written(PROJECT / "docs/your-data.md", "In five commands", tmp_path, monkeypatch)
+    assert len(said) == 5
+    assert "no fault found" in said[0]
+    assert "4 frames, 4 people to learn" in said[1] and "4 frames, 4 people count" in said[1]
+    assert "miss rate, Reasonable" in said[2]
+    assert (tmp_path / "detections/000.png").is_file()
+    assert "test: 4 frames, 4 people to learn, 4 objects to ignore" in said[4]
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@ suspicious.
 
     python -m tools.check_data ROOT
     python -m tools.check_data ROOT --list imageSets/train-all-02.txt
+    python -m tools.check_data mine/pairs.json
+    python -m tools.check_data llvip --data-root LLVIP
 
 All that training would refuse is found, and what it would learn from without a word: copies,
 black frames, swapped modalities, boxes outside of the frame. Ends with 0 if nothing was found,
@@ -18,13 +20,16 @@ from argparse import Namespace, RawDescriptionHelpFormatter
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 
 from tqdm import tqdm
 
 from engine.config import OneLineParser
 from kaist.annotations import (
+    FRAME_HEIGHT,
+    FRAME_WIDTH,
     MODALITIES,
     PLACES,
     Annotations,
@@ -35,6 +40,8 @@ from kaist.annotations import (
     open_annotations,
 )
 from kaist.files import InputError, run_script, write_atomically
+from kaist.pair_sets import NAMED, SPLITS, find_lwir_range, open_pairs
+from kaist.pairs import PairSet, rows_of
 from tools.faults import (
     COLOURED,
     FAULTS,
@@ -44,6 +51,7 @@ from tools.faults import (
     check_file,
     check_image,
     check_json,
+    implausible_objects,
     to_fault,
     unreadable,
 )
@@ -55,9 +63,15 @@ def main() -> int:
     """Check what the command line names; returns the exit code."""
     arguments = parse_arguments()
     root, out, modalities = arguments.root, arguments.out, MODALITIES[arguments.input_mode]
-    for folder in (root, out.parent):
-        if not folder.is_dir():
-            raise InputError("no such folder", "name another, or make it first", file=folder)
+    if not out.parent.is_dir():
+        raise InputError("no such folder", "name another, or make it first", file=out.parent)
+    named = str(root) in NAMED and (arguments.data_root or not root.is_dir())
+    if named or root.is_file():
+        n_frames, faults = check_pairs(str(root), arguments.data_root, modalities)
+        print(f"{n_frames} frames, {' and '.join(modalities)}; {root}")
+        return conclude(faults, arguments.data_root or root.parent, out)
+    if not root.is_dir():
+        raise InputError("no such folder", "name another, or make it first", file=root)
     lists = [find_file(root, name) for name in arguments.list or ()]
     lists = lists or sorted((root / "imageSets").glob("*.txt"))
     if not lists:
@@ -68,15 +82,21 @@ def main() -> int:
     faults += check_frames(root, frames, modalities, forms, jsons)
     sources = ", ".join(dict.fromkeys([*(form.form for form in forms), *(path.name for path in jsons)]))
     print(f"{len(frames)} frames of {len(lists)} lists, {' and '.join(modalities)}; annotations {sources}")
+    code = conclude(faults, root, out)
+    n_missing = sum(fault.name == "missing-visible" for fault in faults)
+    if n_missing > len(frames) / 3:
+        print(f"{n_missing} of {len(frames)} visible images are missing: --input-mode lwir needs none")
+    return code
+
+
+def conclude(faults: list[Fault], root: Path, out: Path) -> int:
+    """Print and write what was found; returns the exit code."""
     if not faults:
         out.unlink(missing_ok=True)  # of an earlier check
         print("no fault found")
         return 0
     write_atomically(out, lambda path: write_faults(faults, path))
     print(f"{table(faults, root)}\nall of them: {out}")
-    n_missing = sum(fault.name == "missing-visible" for fault in faults)
-    if n_missing > len(frames) / 3:
-        print(f"{n_missing} of {len(frames)} visible images are missing: --input-mode lwir needs none")
     return 1
 
 
@@ -90,7 +110,9 @@ def parse_arguments() -> Namespace:
         epilog=f"faults:\n{kinds}",
     )
     add = parser.add_argument
-    add("root", type=Path, metavar="ROOT", help="folder with images/")
+    others = f"a set of pairs other than KAIST: its description, pairs.json, or {', '.join(NAMED)}"
+    add("root", type=Path, metavar="ROOT", help=f"folder with images/, or {others}")
+    add("--data-root", type=Path, metavar="FOLDER", help="where the paths of such a set begin")
     words = "an image list, below ROOT or any path; several should share no frame (default: all of "
     words += "imageSets, of which those to train and to test should share none)"
     add("--list", action="append", metavar="FILE", help=words)
@@ -120,6 +142,29 @@ def find_annotations(root: Path, where: str) -> tuple[list[Annotations], list[Pa
     return forms, jsons
 
 
+def check_pairs(data: str, root: Path | None, modalities: Sequence[str]) -> tuple[int, list[Fault]]:
+    """How many frames a set of pairs other than KAIST has, and all their faults."""
+    errors: list[InputError] = []
+    sets = {split: open_pairs(data, root, split, errors) for split in SPLITS}
+    faults, places, images, sizes = [], {}, {}, {}
+    for split, pairs in sets.items():
+        for frame_id in pairs.frames:
+            name, files, size = f"{split} {frame_id}", pairs.images[frame_id], pairs.sizes[frame_id]
+            places[name], images[name], sizes[name] = (pairs.source, 0), files, size
+            rows = rows_of(pairs.objects[frame_id])
+            faults += implausible_objects(rows, files["labels"], size, kaist=False)
+    shared = {files["visible"] for files in sets["train"].images.values()}
+    shared &= {files["visible"] for files in sets["test"].images.values()}
+    faults += [Fault("list-overlap", path, 0, "it is both to train and to test") for path in sorted(shared)]
+    every = replace(sets["train"], images=images, sizes=sizes, lwir_range=find_lwir_range(sets["train"]))
+    faults += check_frames(every, places, modalities, [], [])
+    grey = [fault for fault in faults if fault.name == "grey-visible"]
+    if len(grey) == len(places):
+        print("note: all visible images are grey")
+        faults = [fault for fault in faults if fault not in grey]
+    return len(places), [*(to_fault(error, error.file or Path(data)) for error in errors), *faults]
+
+
 def check_list(path: Path, frames: dict[str, tuple[Path, int]], disjoint: bool) -> Iterator[Fault]:
     """Faults of an image list; its frames are added to `frames`.
 
@@ -139,7 +184,7 @@ def check_list(path: Path, frames: dict[str, tuple[Path, int]], disjoint: bool) 
 
 
 def check_frames(
-    root: Path,
+    root: Path | PairSet,
     frames: dict[str, tuple[Path, int]],
     modalities: Sequence[str],
     forms: list[Annotations],
@@ -152,7 +197,8 @@ def check_frames(
     annotated: dict[Path, dict[str, list[bool]]] = defaultdict(dict)
     ignore_sigint = (signal.SIGINT, signal.SIG_IGN)  # the main process handles it
     with ProcessPoolExecutor(initializer=signal.signal, initargs=ignore_sigint) as pool:
-        reports = pool.map(partial(check_frame, root, modalities, forms), frames, chunksize=8)
+        roots = (root.take(frame_id) if isinstance(root, PairSet) else root for frame_id in frames)
+        reports = pool.map(check_frame, roots, repeat(modalities), repeat(forms), frames, chunksize=8)
         bar = tqdm(reports, "checking", len(frames), unit="frame", leave=False)
         for (frame_id, place), (found, digests, row) in zip(frames.items(), bar, strict=True):
             row += [frame_id in json_frames for _, json_frames in checked]
@@ -164,9 +210,9 @@ def check_frames(
             for digest, path in digests.items():
                 other = first.setdefault(digest, path)
                 if other != path:
-                    problem = f"the same picture as {other}".replace(f"{root}/", "")
+                    problem = f"the same picture as {other}".replace(f"{root}/" * isinstance(root, Path), "")
                     faults.append(Fault("copied-image", path, 0, problem))
-    for rows in annotated.values():
+    for rows in annotated.values() if forms or jsons else ():
         faults += missing_annotations(rows, forms, jsons)
     return faults
 
@@ -188,12 +234,15 @@ def missing_annotations(
 
 
 def check_frame(
-    root: Path, modalities: Sequence[str], forms: Sequence[Annotations], frame_id: str
+    root: Path | PairSet, modalities: Sequence[str], forms: Sequence[Annotations], frame_id: str
 ) -> tuple[list[Fault], dict[bytes, Path], list[bool]]:
     """The faults of one frame that its own files tell; digest -> file of its sound images; whether
     each of the annotations holds it."""
     paths = {modality: image_path(root, frame_id, modality) for modality in modalities}
-    seen = {modality: check_image(path, modality) for modality, path in paths.items()}
+    is_kaist = not isinstance(root, PairSet)
+    size = (FRAME_WIDTH, FRAME_HEIGHT) if is_kaist else root.sizes[frame_id]
+    deep = (0, 0) if is_kaist else root.lwir_range
+    seen = {modality: check_image(path, modality, size, deep) for modality, path in paths.items()}
     faults = [result for result in seen.values() if isinstance(result, Fault)]
     images = {modality: stats for modality, stats in seen.items() if isinstance(stats, ImageStats)}
     faults += compare_modalities(images, paths)

@@ -14,7 +14,7 @@ import numpy as np
 from kaist.annotation_files import READERS, ObjectRow, parse_xml, read_json
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError, load_json, read_text
-from kaist.images import open_image
+from kaist.images import open_image, open_view
 
 FAULTS = {
     "list-empty": "an image list without frames",
@@ -30,7 +30,7 @@ FAULTS = {
     "empty-file": "a file of 0 bytes",
     "not-an-image": "content that is no JPEG, PNG or TIFF",
     "broken-image": "an image that cannot be decoded to its end",
-    "wrong-size": "an image that is not 640x512",
+    "wrong-size": "an image that is not 640x512, or of another size than its pair's",
     "huge-image": "a size that would fill the memory",
     "16-bit-image": "an image of 16 bits or floating point, which would be clipped to white",
     "constant-image": "one colour all over",
@@ -70,18 +70,21 @@ MESSAGES = {
     "list-empty": "the image list is empty",
     "not-text": "not a text file",
     "bad-header": "is not a bbGt header",
+    "wrong-size": "its visible image",
+    "missing-annotation": "have no label file|are not in it",
+    "unknown-label": "the description speaks of|has no name",
     "too-few-columns": "columns where",
-    "not-a-number": "is not a number",
+    "not-a-number": "is not a number|fractions of the frame",
     "no-area": "with positive size",
     "unknown-occlusion": "is unknown",
     "broken-xml": "broken XML|an XML with a DOCTYPE|is no KAIST annotation",
-    "broken-json": "broken JSON|not a KAIST annotation JSON",
+    "broken-json": "broken JSON|not a (KAIST|COCO) annotation JSON",
     "json-repeated-id": "is there twice",
     "json-unknown-image": "which is not in it",
     "incomplete-object": "an object lacks|annotation ",
 }
 LABELS = {"person", "people", "cyclist", "person?", "__ignore__"}
-HEIGHTS = (10, 450)  # pixels; KAIST's objects have 20 to 309
+HEIGHTS = (10, 450)  # pixels of a frame 512 high; KAIST's objects have 20 to 309
 PERSON_ASPECTS = (0.08, 4.0)  # width / height
 ASPECTS = (0.08, 16.0)  # the same of other objects; KAIST's crowds reach 10.7
 OTHER_ENDINGS = (".bmp", ".webp", ".gif", ".Jpg", ".Png")
@@ -123,15 +126,20 @@ def unreadable(path: Path, missing: str) -> Fault | None:
         return Fault("unreadable-file", path, 0, str(error.strerror or error))
 
 
-def check_image(path: Path, modality: str) -> Fault | ImageStats:
-    """What is wrong with one image, or how it looks."""
+def check_image(
+    path: Path, modality: str, size: tuple[int, int], lwir_range: tuple[float, float]
+) -> Fault | ImageStats:
+    """What is wrong with one image, or how it looks; size: its width and height, if all is well."""
     if fault := unreadable(path, f"missing-{modality}"):
         return fault
     try:
-        with open_image(path) as image:
-            if image.size != (FRAME_WIDTH, FRAME_HEIGHT):
-                return Fault("wrong-size", path, 0, "{}x{}, not 640x512".format(*image.size))
-            pixels = np.asarray(image.convert("RGB"))
+        with open_image(path, deep=lwir_range[1] > 0) as image:
+            if image.size != size:
+                return Fault("wrong-size", path, 0, "{}x{}, not {}x{}".format(*image.size, *size))
+            deep = image.mode[0] in "IF"
+            pixels = None if deep else np.asarray(image.convert("RGB"))
+        if deep:
+            pixels = np.asarray(open_view(path, modality, lwir_range).convert("RGB"))
     except InputError as error:
         return to_fault(error, path)
     except Exception as error:  # whatever Pillow meets in broken data
@@ -197,21 +205,24 @@ def check_json(path: Path) -> tuple[list[Fault], set[str]]:
     return faults, set(frames)
 
 
-def implausible_objects(rows: list[ObjectRow], path: Path) -> Iterator[Fault]:
-    """What is odd about well-formed objects of one frame."""
+def implausible_objects(
+    rows: list[ObjectRow], path: Path, size: tuple[int, int] = (FRAME_WIDTH, FRAME_HEIGHT), kaist: bool = True
+) -> Iterator[Fault]:
+    """What is odd about well-formed objects of one frame of (width, height); kaist: and of their labels."""
+    lowest, highest = (limit * size[1] / FRAME_HEIGHT for limit in HEIGHTS)
     boxes = set()
     for label, (x, y, w, h), _, _, line in rows:
         words = f"{label} x={x:g} y={y:g} w={w:g} h={h:g}"
-        if label not in LABELS:
+        if kaist and label not in LABELS:
             yield Fault("unknown-label", path, line, f"{label[:40]!r} is no label of KAIST")
-        width = min(x + w, FRAME_WIDTH) - max(x, 0)
-        height = min(y + h, FRAME_HEIGHT) - max(y, 0)
+        width = min(x + w, size[0]) - max(x, 0)
+        height = min(y + h, size[1]) - max(y, 0)
         if width <= 0 or height <= 0:
             yield Fault("outside-frame", path, line, words)
         elif width * height < 0.5 * w * h:
             yield Fault("leaves-frame", path, line, words)
         low, high = PERSON_ASPECTS if label == "person" else ASPECTS
-        if not (low <= w / h <= high and HEIGHTS[0] <= h <= HEIGHTS[1]):
+        if not (low <= w / h <= high and lowest <= h <= highest):
             yield Fault("odd-box", path, line, words)
         if (x, y, w, h) in boxes:
             yield Fault("repeated-box", path, line, words)

@@ -91,6 +91,6 @@ def test_samples_with_pasted_people_are_repeatable_and_their_masks_follow(demo_r
 
 def test_donors_are_of_the_same_time_of_day(demo_root, frames):
     dataset = data_set(demo_root, frames, copy_paste=1.0)
-    for time, indices in dataset.donors.items():
+    for (time, _), indices in dataset.donors.items():
         assert len(indices) and {time_of_day(frames[i].id) for i in indices} == {time}
         assert all((frames[i].labels == 1).any() for i in indices)

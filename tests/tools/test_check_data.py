@@ -13,6 +13,7 @@ from PIL import Image
 
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.files import InputError
+from tests import pair_trees
 from tools import check_data
 from tools.faults import FAULTS
 
@@ -277,3 +278,53 @@ def test_help_explains_every_fault(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert all(name in said and words in said for name, words in FAULTS.items())
     assert check_data.__doc__.strip() in said
+
+
+# ------------------------------------------------------------------------------ other sets of pairs
+
+
+def check_pairs(path, tmp_path, monkeypatch, *flags):
+    """(exit code, {(fault, file's name)}) of a set of pairs."""
+    out = tmp_path / "found.csv"
+    monkeypatch.setattr(sys, "argv", ["check_data", str(path), "--out", str(out), *map(str, flags)])
+    code = check_data.main()
+    rows = list(csv.reader(out.open())) if out.exists() else []
+    return code, {(row[0], Path(row[1]).name) for row in rows[1:]}
+
+
+@pytest.mark.parametrize("form", ["yolo", "voc", "coco"])
+def test_a_sound_set_of_pairs_has_no_fault(tmp_path, monkeypatch, capsys, form):
+    path = pair_trees.draw_own(tmp_path / "set", form, deep=form == "voc")
+    assert check_pairs(path, tmp_path, monkeypatch) == (0, set())
+    assert "8 frames, visible and lwir" in capsys.readouterr().out
+
+
+def test_grey_visible_images_of_a_whole_set_are_a_note(tmp_path, monkeypatch, capsys):
+    root = pair_trees.draw_cvc14(tmp_path / "set")
+    assert check_pairs("cvc14", tmp_path, monkeypatch, "--data-root", root) == (0, set())
+    assert "note: all visible images are grey" in capsys.readouterr().out
+
+
+def test_faults_of_a_set_of_pairs(tmp_path, monkeypatch):
+    """All at once, each under its name and file."""
+    root = tmp_path / "set"
+    path = pair_trees.draw_own(root, "voc", n=8)
+    thermal, labels = root / "thermal/train", root / "labels/train"
+    Image.new("L", (80, 60)).save(thermal / "000.png")
+    Image.new("L", (160, 120), 90).save(thermal / "001.png")
+    (thermal / "002.png").write_bytes((thermal / "003.png").read_bytes())
+    (labels / "004.xml").write_text(pair_trees.voc((160, 120), [("cat", (1, 1, 20, 50), 0)]))
+    (labels / "005.xml").write_text(pair_trees.voc((160, 120), [("person", (150, 20, 40, 90), 0)]))
+    (labels / "006.xml").write_text(pair_trees.voc((160, 120), [("person", (10, 20, 20, 0), 0)]))
+    (root / "labels/test/003.xml").unlink()
+    code, found = check_pairs(path, tmp_path, monkeypatch)
+    assert code == 1
+    assert found == {
+        ("wrong-size", "000.png"),
+        ("constant-image", "001.png"),
+        ("copied-image", "003.png"),
+        ("unknown-label", "004.xml"),
+        ("leaves-frame", "005.xml"),
+        ("no-area", "006.xml"),
+        ("missing-annotation", "test"),
+    }

@@ -1,0 +1,77 @@
+"""Where a run's frames come from: a KAIST root, or another set of pairs. Runs without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from kaist.annotations import Annotations, find_annotations, find_file, read_image_list
+from kaist.frames import Frame
+from kaist.miss_rate import GroundTruth, load_ground_truth, open_test_set
+from kaist.pair_sets import NAMED, find_lwir_range, open_pairs
+from kaist.pairs import PairSet
+
+KAIST = "kaist"  # what DATA says of a KAIST root
+# What is taken from a configuration: by open_training and open_testing.
+TRAIN_SET = ("data", "data_root", "train_list", "annotations", "input_mode")
+TEST_SET = ("data", "data_root", "test_list", "test_annotations", "lwir_range")
+
+
+def open_training(
+    data: str, data_root: str | Path, *, train_list: str, annotations: str, input_mode: str
+) -> tuple[Path | PairSet, list[str], Annotations | PairSet]:
+    """Where to read the images of the frames to train on, the frames' ids, and their annotations.
+
+    Args:
+        data: DATA, "kaist", another name in `pair_sets.NAMED`, or the path of a description.
+        data_root, train_list, annotations, input_mode: the constants. Of a KAIST root's paired
+            annotations the visible boxes are read for visible input alone.
+
+    Raises:
+        InputError: something is missing or malformed.
+    """
+    if data != KAIST:
+        pairs = open_pairs(data, named_root(data, data_root), "train")
+        pairs = replace(pairs, lwir_range=find_lwir_range(pairs))
+        if pairs.lwir_range[1]:
+            print("LWIR of {:g} … {:g} become 0 … 255, what lies beyond is clipped".format(*pairs.lwir_range))
+        return pairs, list(pairs.frames), pairs
+    root, modality = Path(data_root), "visible" if input_mode == "visible" else "lwir"
+    frame_ids = read_image_list(find_file(root, train_list))
+    return root, frame_ids, find_annotations(root, annotations, modality)
+
+
+def open_testing(
+    data: str,
+    data_root: str | Path,
+    *,
+    test_list: str,
+    test_annotations: str,
+    lwir_range: tuple[float, float] = (0.0, 0.0),
+) -> tuple[Path | PairSet, GroundTruth]:
+    """Where to read the images of the frames to test on, and the frames' people.
+
+    Args:
+        data, data_root: as of `open_training`; test_list, test_annotations: the constants.
+        lwir_range: that of the frames that were trained on.
+    """
+    if data != KAIST:
+        pairs = open_pairs(data, named_root(data, data_root), "test")
+        pairs = replace(pairs, lwir_range=tuple(lwir_range))
+        return pairs, load_ground_truth(pairs, pairs.frames)
+    return Path(data_root), open_test_set(Path(data_root), test_list, test_annotations)
+
+
+def shared_note(root: Path | PairSet, frames: Sequence[Frame], test_set: GroundTruth) -> list[str]:
+    """A warning of frames, of the same ids and images, that are to train (images in `root`) and to test."""
+    shared = {frame.id for frame in frames} & set(test_set.frames)
+    if isinstance(root, PairSet) and test_set.pairs:
+        theirs = test_set.pairs.images
+        shared = {i for i in shared if root.images[i]["visible"] == theirs[i]["visible"]}
+    return [f"warning: {len(shared)} frames are in both the training and the test list"] if shared else []
+
+
+def named_root(data: str, data_root: str | Path) -> Path | None:
+    """Where the paths of a set begin: DATA_ROOT for a named one, else its description's own folder."""
+    return Path(data_root) if data in NAMED else None

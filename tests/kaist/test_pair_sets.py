@@ -1,0 +1,264 @@
+"""Sets of pairs other than KAIST: each layout and form of label gives the boxes that were drawn."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kaist.files import InputError
+from kaist.images import open_view
+from kaist.label_formats import coco_content, read_coco, read_labels, yolo_lines
+from kaist.pair_sets import find_lwir_range, kaist_ids, open_pairs
+from tests import pair_trees
+from tests.pair_trees import draw_own, write
+
+
+def boxes(pairs, frame_id):
+    """(label, ignored, xywh) of a frame's objects."""
+    own = pairs.objects[frame_id]
+    rows = zip(own.labels, own.ignore.tolist(), own.boxes.round(3).tolist(), strict=True)
+    return [(label, ignored, tuple(box)) for label, ignored, box in rows]
+
+
+def refusal(*arguments):
+    with pytest.raises(InputError) as caught:
+        open_pairs(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_llvip(tmp_path):
+    root = pair_trees.draw_llvip(tmp_path)
+    train, test = (open_pairs("llvip", root, split) for split in ("train", "test"))
+    assert train.frames == ("010001", "010002", "010003") and test.frames[0] == "020001"
+    assert boxes(train, "010002") == [("person", False, (50, 60, 30, 90))]
+    assert train.sizes["010001"] == (320, 256)
+    assert train.images["010001"]["lwir"] == root / "infrared/train/010001.jpg"
+    assert kaist_ids(test, "test")["020002"] == "set09/V000/I00001"
+
+
+def test_flir_aligned(tmp_path):
+    root = pair_trees.draw_flir(tmp_path)
+    train, test = (open_pairs("flir", root, split) for split in ("train", "test"))
+    assert train.frames == ("FLIR_00002", "FLIR_00003", "FLIR_00008")
+    assert test.frames == ("FLIR_08863",)
+    assert boxes(train, "FLIR_00003") == [("person", False, (101, 200, 40, 100))]  # cars are dropped
+    assert test.images["FLIR_08863"]["lwir"].name == "FLIR_08863_PreviewData.jpeg"
+
+
+def test_cvc14(tmp_path, capsys):
+    root = pair_trees.draw_cvc14(tmp_path)
+    train, test = (open_pairs("cvc14", root, split) for split in ("train", "test"))
+    assert len(train.frames) == 5 and len(test.frames) == 6
+    assert "1 of 6 frames lack a modality and are left out" in capsys.readouterr().out
+    name = "Night/2014_05_01_13_01_05"
+    assert boxes(test, name) == [("person", False, (190, 189.5, 40, 101))]  # of its centre (210, 240)
+    assert test.sizes[name] == (640, 471)
+    assert test.time_of_day(name) == "night" and test.time_of_day(test.frames[0]) == "day"
+    assert kaist_ids(test, "test")[name] == "set09/V000/I00001"
+
+
+def test_kaist_by_name(demo_root):
+    pairs = open_pairs("kaist", demo_root, "test")
+    assert len(pairs.frames) == 6 and all(i.startswith("set") for i in pairs.frames)
+    assert set(kaist_ids(pairs, "test").values()) == set(pairs.frames)
+
+
+@pytest.mark.parametrize("form", ["yolo", "voc", "coco"])
+def test_own_set_in_each_form(tmp_path, form):
+    """The same pairs, whatever form their labels have, told by what is there."""
+    pairs = open_pairs(str(draw_own(tmp_path, form)), None, "train")
+    assert pairs.frames == ("000", "001", "002", "003")
+    person, rider = boxes(pairs, "001")
+    assert person == ("person", False, (25, 30, 20, 50))
+    assert rider == ("rider", True, (80, 40, 16, 40))
+
+
+def test_kaist_text_labels_of_an_own_set(tmp_path):
+    path = draw_own(tmp_path, "voc", labels="text")
+    write(tmp_path / "text/000.txt", "% bbGt version=3\nperson 20 30 20 50 2 0 0 0 0 0 0\n")
+    for i in (1, 2, 3):
+        write(tmp_path / f"text/00{i}.txt", "% bbGt version=3\n")
+    pairs = open_pairs(str(path), None, "train")
+    assert boxes(pairs, "000") == [("person", False, (20, 30, 20, 50))]
+    assert pairs.objects["000"].occlusion.tolist() == [2] and boxes(pairs, "003") == []
+
+
+def test_a_list_names_frames_in_many_ways(tmp_path):
+    path = draw_own(tmp_path, list="{split}.txt")
+    write(tmp_path / "train.txt", "002\ncolour/train/000.png\n\nthermal/train/003\n")
+    assert open_pairs(str(path), None, "train").frames == ("002", "000", "003")
+    write(tmp_path / "train.txt", "000\n001.png\n000.png\n")
+    assert "train.txt:3: 000.png stands in line 1 already" in refusal(str(path), None, "train")
+    write(tmp_path / "train.txt", "000\n009\n")
+    assert "train.txt:2: '009' is no frame that has both images" in refusal(str(path), None, "train")
+
+
+def test_a_yolo_frame_without_labels_has_no_objects_and_others_are_refused(tmp_path, capsys):
+    path = draw_own(tmp_path / "yolo")
+    (tmp_path / "yolo/labels/train/002.txt").unlink()
+    assert boxes(open_pairs(str(path), None, "train"), "002") == []
+    assert "1 of 4 frames have no label file" in capsys.readouterr().out
+    path = draw_own(tmp_path / "voc", "voc")
+    (tmp_path / "voc/labels/train/002.xml").unlink()
+    assert "1 frames have no label file, 002 first" in refusal(str(path), None, "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"visibel": "colour"}, "'visibel' is nothing that a description has; write visible"),
+        ({"person": "person"}, "'person' is not a list of texts"),
+        ({"splits": ["train"]}, "'splits' is not an object of texts"),
+        ({"form": "voc"}, "form 'voc' is unknown"),
+        ({"visible": "colours/{split}"}, "colours/train: no such folder"),
+        ({"lwir": "thermal/{split}/*.tif"}, "no file matches"),
+        ({"lwir": "thermal/{split}/0*.png"}, "has an LWIR partner"),
+        ({"drop": []}, "labels/train/001.txt:3: class 'dog' is none that the description speaks of"),
+        ({"names": ["person"]}, "labels/train/000.txt:2: class '1' has no name"),
+    ],
+)
+def test_wrong_descriptions_are_told(tmp_path, change, words):
+    path = draw_own(tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    assert words in refusal(str(path), None, "train")
+
+
+def test_no_description(tmp_path):
+    assert "one of kaist, llvip, flir, cvc14" in refusal("lvip", None, "train")
+    assert "needs its folder; name it by --data-root" in refusal("llvip", None, "train")
+    write(tmp_path / "pairs.json", '{"visible": "a"}')
+    assert "at least visible, lwir and labels" in refusal(str(tmp_path / "pairs.json"), None, "train")
+
+
+def test_modalities_of_two_sizes(tmp_path):
+    path = draw_own(tmp_path)
+    Image.new("L", (80, 60)).save(tmp_path / "thermal/train/001.png")
+    said = refusal(str(path), None, "train")
+    assert "thermal/train/001.png: it is 80x60, its visible image 160x120; register and scale" in said
+
+
+def test_two_files_of_one_frame(tmp_path):
+    path = draw_own(tmp_path)
+    Image.new("RGB", (160, 120)).save(tmp_path / "colour/train/001.jpg")
+    assert "001.png: it and" in refusal(str(path), None, "train")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("0 0.5 0.5 0.1", "4 columns where YOLO has 5"),
+        ("0 80 60 20 50", "are not fractions of the frame"),
+        ("0 0.5 0.5 0 0.1", "is not a box of pixels with positive size"),
+        ("0 0.5 x 0.1 0.1", "'x' is not a number"),
+        ("man 0.5 0.5 0.1 0.1", "class 'man' has no name"),
+    ],
+)
+def test_wrong_yolo_lines(tmp_path, line, words):
+    path = tmp_path / "a.txt"
+    path.write_text(f"\n{line}\n")
+    with pytest.raises(InputError, match=r"a\.txt:2: ") as caught:
+        read_labels(path, "yolo", (160, 120))
+    assert words in str(caught.value)
+
+
+def test_a_voc_file_says_where_it_is_wrong(tmp_path):
+    path = tmp_path / "a.xml"
+    path.write_text(pair_trees.voc((9, 9), [("person", (1, 2, 3, 4), 1), ("person", (5, 5, -2, 4), 0)]))
+    with pytest.raises(InputError, match=r"a\.xml:3: box x=5 y=5 w=-2 h=4 is not a box"):
+        read_labels(path, "xml", (9, 9))
+    path.write_text(pair_trees.voc((9, 9), [("person", (1, 2, 3, 4), 1)]))
+    assert read_labels(path, "xml", (9, 9))[0].ignore  # it is difficult
+
+
+def test_a_coco_json_that_is_none(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("[]")
+    with pytest.raises(InputError, match="not a COCO annotation JSON"):
+        read_coco(path)
+    content = {"images": [{"id": 1, "file_name": "a.jpg"}], "categories": [{"id": 1, "name": "person"}]}
+    crowd = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "iscrowd": 1}
+    path.write_text(json.dumps({**content, "annotations": [crowd]}))
+    assert read_coco(path)["a.jpg"][0].ignore
+    path.write_text(json.dumps({**content, "annotations": [{**crowd, "bbox": [1, 2, 0, 4]}]}))
+    with pytest.raises(InputError, match="annotation 0 of the list: box"):
+        read_coco(path)
+
+
+def test_random_boxes_come_back(tmp_path):
+    """Through COCO exactly, through YOLO to its digits."""
+    from kaist.annotation_files import make_objects
+
+    rng = np.random.default_rng(7)
+    for trial in range(20):
+        size = tuple(rng.integers(200, 4000, 2).tolist())
+        n = int(rng.integers(0, 12))
+        corner, extent = rng.uniform(-0.2, 0.9, (n, 2)) * size, rng.uniform(0.001, 0.5, (n, 2)) * size
+        labels = rng.choice(["person", "people", "dog"], n).tolist()
+        rows = [
+            (label, [*c, *e], int(rng.integers(3)), label != "person")
+            for label, c, e in zip(labels, corner, extent, strict=True)
+        ]
+        objects = make_objects(rows)
+        path = tmp_path / f"{trial}.json"
+        path.write_text(json.dumps(coco_content(["a"], [size], [objects])))
+        back = make_objects(read_coco(path)["a"])
+        np.testing.assert_array_equal(back.boxes, objects.boxes)
+        assert back.labels == objects.labels
+        np.testing.assert_array_equal(back.occlusion, objects.occlusion)
+        np.testing.assert_array_equal(back.ignore, objects.ignore)
+        path = path.with_suffix(".txt")
+        names = ["person", "people", "dog"]
+        path.write_text(yolo_lines(objects, size, names))
+        back = make_objects(read_labels(path, "yolo", size, names))
+        assert back.labels == objects.labels
+        np.testing.assert_allclose(back.boxes, objects.boxes, rtol=0, atol=1e-8 * max(size))
+
+
+def test_lwir_of_16_bits_is_scaled_by_percentiles_of_the_training_frames(tmp_path):
+    train = open_pairs(str(draw_own(tmp_path, deep=True)), None, "train")
+    low, high = find_lwir_range(train)
+    values = np.concatenate(
+        [np.asarray(Image.open(train.images[i]["lwir"]))[::4, ::4].ravel() for i in train.frames]
+    )
+    np.testing.assert_allclose((low, high), np.percentile(values, (0.1, 99.9)))
+    path = train.images["000"]["lwir"]
+    view = np.asarray(open_view(path, "lwir", (low, high))).astype(float)
+    expected = ((np.asarray(Image.open(path)).astype(float) - low) / (high - low) * 255).clip(0, 255)
+    assert view.shape == (120, 160) and np.abs(view - expected).max() <= 0.51
+    with pytest.raises(InputError, match="not an 8-bit image"):
+        open_view(path, "lwir")
+    with pytest.raises(InputError, match="an image of 8 bits, where those to train on have more"):
+        open_view(train.images["000"]["visible"], "lwir", (low, high))
+
+
+def test_lwir_of_8_bits_has_no_range(tmp_path):
+    assert find_lwir_range(open_pairs(str(draw_own(tmp_path)), None, "train")) == (0, 0)
+    path = draw_own(tmp_path / "mixed", deep=True)
+    Image.new("L", (160, 120)).save(tmp_path / "mixed/thermal/train/001.png")
+    with pytest.raises(InputError, match="of 8 bits and of more are mixed"):
+        find_lwir_range(open_pairs(str(path), None, "train"))
+
+
+def test_one_coco_json_for_both_splits(tmp_path):
+    """Frames of the same name are told apart by their folders, and refused where they cannot be."""
+    path = draw_own(tmp_path, "coco")
+    content = json.loads((tmp_path / "labels/train.json").read_text())
+    both = {**content, "images": [], "annotations": []}
+    for s, split in enumerate(("train", "test")):
+        for image in content["images"]:
+            image_id = image["id"] + 10 * s
+            name = f"colour/{split}/{image['file_name']}"
+            both["images"].append({**image, "id": image_id, "file_name": name})
+            item = {"image_id": image_id, "category_id": 1, "bbox": [10 + 50 * s, 20, 30, 40]}
+            both["annotations"].append(item)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "labels": "labels/both.json"}))
+    write(tmp_path / "labels/both.json", json.dumps(both))
+    for s, split in enumerate(("train", "test")):
+        pairs = open_pairs(str(path), None, split)
+        assert boxes(pairs, "002") == [("person", False, (10 + 50 * s, 20, 30, 40))]
+    for image in both["images"]:
+        image["file_name"] = image["file_name"].removeprefix("colour/")
+    write(tmp_path / "labels/both.json", json.dumps(both))
+    assert "train/000.png and test/000.png may both be frame 000" in refusal(str(path), None, "train")

@@ -1,0 +1,129 @@
+"""Conversion of sets of pairs: what comes back is what went in, to the form's rounding."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kaist.annotations import find_annotations, image_path, read_image_list
+from kaist.files import InputError
+from kaist.images import check_images, read_frame
+from kaist.pair_sets import open_pairs
+from tests import pair_trees
+from tools import convert
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["convert", *map(str, words)])
+    convert.main()
+
+
+def same(a, b, tolerance):
+    """Whether two sets hold the same frames and objects."""
+    assert a.frames == b.frames
+    for frame_id in a.frames:
+        own, other = a.objects[frame_id], b.objects[frame_id]
+        np.testing.assert_allclose(own.boxes, other.boxes, rtol=0, atol=tolerance)
+        np.testing.assert_array_equal(own.is_person, other.is_person)
+        assert a.sizes[frame_id] == b.sizes[frame_id]
+
+
+SETS = {
+    "llvip": pair_trees.draw_llvip,
+    "flir": pair_trees.draw_flir,
+    "cvc14": pair_trees.draw_cvc14,
+    "own": pair_trees.draw_own,
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize(("form", "tolerance"), [("coco", 1e-12), ("yolo", 1e-5)])
+def test_coco_and_yolo_and_back(tmp_path, monkeypatch, name, form, tolerance):
+    drawn = SETS[name](tmp_path / "set")
+    data, root = (drawn, None) if name == "own" else (name, drawn)
+    where = [] if root is None else ["--data-root", root]
+    run(monkeypatch, data, *where, "--to", form, "--out", tmp_path / "a")
+    other = {"coco": "yolo", "yolo": "coco"}[form]
+    run(monkeypatch, tmp_path / "a/pairs.json", "--to", other, "--out", tmp_path / "b")
+    for split in ("train", "test"):
+        before = open_pairs(str(data), root, split)
+        same(before, open_pairs(str(tmp_path / "a/pairs.json"), None, split), tolerance)
+        after = open_pairs(str(tmp_path / "b/pairs.json"), None, split)
+        same(before, after, 1e-5)
+        for frame_id in before.frames:
+            for modality in ("visible", "lwir"):
+                path = before.images[frame_id][modality]
+                assert path.read_bytes() == after.images[frame_id][modality].read_bytes()
+
+
+@pytest.mark.parametrize("form", ["coco", "yolo", "kaist"])
+def test_kaist_and_back(demo_root, tmp_path, monkeypatch, form):
+    """KAIST's own layout, and a round trip through another that leaves its ids as they are."""
+    run(monkeypatch, "kaist", "--data-root", demo_root, "--to", form, "--out", tmp_path / "a")
+    data = ["kaist", "--data-root", tmp_path / "a"] if form == "kaist" else [tmp_path / "a/pairs.json"]
+    run(monkeypatch, *data, "--to", "kaist", "--out", tmp_path / "b")
+    for split in ("train", "test"):
+        before, after = (open_pairs("kaist", root, split) for root in (demo_root, tmp_path / "b"))
+        same(before, after, 1e-5)
+        for frame_id in before.frames:
+            if form != "yolo":  # which knows no occlusion
+                np.testing.assert_array_equal(
+                    before.objects[frame_id].occlusion, after.objects[frame_id].occlusion
+                )
+
+
+def test_frames_of_any_size_become_a_kaist_root(tmp_path, monkeypatch, capsys):
+    """What train.py reads of it: scaled pixels, and boxes scaled by as much."""
+    path = pair_trees.draw_own(tmp_path / "set", "coco", size=(160, 120), deep=True)
+    run(monkeypatch, path, "--to", "kaist", "--out", tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "becomes 0 … 255, what lies beyond is clipped" in said
+    assert "train: 4 frames, 4 people to learn, 4 objects to ignore" in said
+    root = tmp_path / "out"
+    ids = read_image_list(root / "imageSets/train-all.txt")
+    assert ids == [f"set00/V000/I0000{i}" for i in range(4)]
+    assert read_image_list(root / "imageSets/test-all.txt")[0] == "set06/V000/I00000"
+    check_images(root, ids, "early")
+    objects = find_annotations(root, "auto", "lwir").read(ids[1])
+    factor = np.array([640 / 160, 512 / 120] * 2)
+    np.testing.assert_allclose(objects.boxes, np.array([(25, 30, 20, 50), (80, 40, 16, 40)]) * factor)
+    assert objects.is_person.tolist() == [True, False]
+    frame = read_frame(root, ids[1], "early").astype(int)
+    x, y, w, h = (objects.boxes[0]).round().astype(int)
+    inside, beside = frame[y + 20 : y + h - 20, x + 20 : x + w - 20], frame[y + 20 : y + h - 20, :60]
+    assert (inside.mean((0, 1)) > beside.mean((0, 1)) + 60).all()  # in both modalities
+    names = (root / "names.csv").read_text().splitlines()
+    assert names[2].startswith("set00/V000/I00001,train,") and names[2].endswith("thermal/train/001.png")
+
+
+def test_frames_of_kaists_size_stay_as_they_are(tmp_path, monkeypatch):
+    drawn = pair_trees.draw_flir(tmp_path / "set")
+    run(monkeypatch, "flir", "--data-root", drawn, "--to", "kaist", "--out", tmp_path / "out")
+    copy = image_path(tmp_path / "out", "set06/V000/I00000", "lwir")
+    assert copy.read_bytes() == (drawn / "JPEGImages/FLIR_08863_PreviewData.jpeg").read_bytes()
+
+
+def test_yolos_own_files(tmp_path, monkeypatch):
+    path = pair_trees.draw_own(tmp_path / "set", "voc")
+    run(monkeypatch, path, "--to", "yolo", "--out", tmp_path / "out", "--split", "train")
+    text = (tmp_path / "out/data.yaml").read_text()
+    assert text == 'path: .\ntrain: images/train\nnames: ["person", "rider"]\n'
+    line = (tmp_path / "out/labels/train/000.txt").read_text().splitlines()[0]
+    assert [float(v) for v in line.split()] == pytest.approx([0, 30 / 160, 55 / 120, 20 / 160, 50 / 120])
+
+
+def test_what_cannot_be_converted_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    path = pair_trees.draw_own(tmp_path / "set")
+    with pytest.raises(InputError, match="it holds something already"):
+        run(monkeypatch, path, "--to", "coco", "--out", tmp_path / "set")
+    content = json.loads(path.read_text())
+    content |= {key: content[key].replace("{split}", "train") for key in ("visible", "lwir", "labels")}
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="4 frames are both to train and to test; tell them apart"):
+        run(monkeypatch, path, "--to", "coco", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    Image.new("L", (8, 8)).save(tmp_path / "set/thermal/train/000.png")
+    with pytest.raises(InputError, match="it is 8x8, its visible image 160x120"):
+        run(monkeypatch, path, "--to", "kaist", "--out", tmp_path / "out", "--split", "train")
