@@ -442,13 +442,3 @@ def same_recipe(folder: Path, config: dict[str, Any]) -> bool:
     names = config.keys() - set(MACHINE_CONSTANTS)
     before = {**BASE, "data": KAIST}
     return all(same_value(name, config[name], theirs.get(name, before.get(name))) for name in names)
-
-
-def nonfinite_error(path: Path) -> InputError:
-    """The line that ends a run whose loss is not finite."""
-    return InputError(
-        "the loss or its gradient is not a finite number; the batch's frames and loss terms are in this file",
-        "lower LR, look at those frames, or go on without them by --on-nonfinite skip "
-        "from last.pt, which is from before this step",
-        file=path,
-    )

@@ -127,7 +127,10 @@ def unreadable(path: Path, missing: str) -> Fault | None:
 
 
 def check_image(
-    path: Path, modality: str, size: tuple[int, int], lwir_range: tuple[float, float]
+    path: Path,
+    modality: str,
+    size: tuple[int, int] = (FRAME_WIDTH, FRAME_HEIGHT),
+    lwir_range: tuple[float, float] = (0.0, 0.0),
 ) -> Fault | ImageStats:
     """What is wrong with one image, or how it looks; size: its width and height, if all is well."""
     if fault := unreadable(path, f"missing-{modality}"):

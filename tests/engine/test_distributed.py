@@ -1,10 +1,7 @@
 """Two processes under torchrun against one: same losses, weights and miss rate."""
 
 import csv
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -77,24 +74,6 @@ def test_a_killed_process_is_told_in_one_line_by_the_other(nursery, demo_root, t
     said = nursery.said.with_name("said" + "1" * (killed == 0)).read_text()
     lines = [line.split("\r")[-1] for line in said.splitlines() if "error" in line or "File" in line]
     assert lines == [LOST]
-
-
-def test_a_process_killed_under_torchrun_is_told_in_one_line_by_the_other(demo_root, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(  # Python runs it when it starts
-        "import os, sys\n"
-        "def look(event, arguments):\n"
-        "    if event == 'open' and 'set06' in str(arguments[0]) and os.environ.get('RANK') == '1':\n"
-        "        os.kill(os.getpid(), 9)\n"
-        "sys.addaudithook(look)\n"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["--log-dir", tmp_path / "logs", "--redirects", "3", train.__file__, *FLAGS]
-    command += ["--data-root", demo_root, "--checkpoints", tmp_path / "runs"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{PROJECT}"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 1 and "SIGKILL" in done.stderr
-    [said] = (tmp_path / "logs").glob("**/0/stderr.log")
-    assert said.read_text().splitlines() == [LOST]
 
 
 def average_in_a_process(rank, folder):
