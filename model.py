@@ -193,7 +193,7 @@ def predict_mirrored(model: Detector, images: Tensor) -> Predictions:
     multiple of the coarsest stride. That shifts the cells by what the priors lack to be symmetric.
     """
     pad = -model.size[1] % STRIDES[-1] if model.centres == "stride" else 0
-    filler = model.mean.round().to(images.dtype).expand(len(images), -1, images.shape[2], pad)
+    filler = model.mean.round().to(images.dtype).expand(images.shape[0], -1, images.shape[2], pad)
     predictions = model(torch.cat([filler, images.flip(3)], dim=3))
     padded_sizes = feature_map_sizes((model.size[0], model.size[1] + pad)) if pad else model.map_sizes
     partners, shifts, first = [], [], 0
@@ -206,7 +206,6 @@ def predict_mirrored(model: Detector, images: Tensor) -> Predictions:
         first += len(places)
     partner = torch.cat(partners)
     loc = predictions.loc[:, partner] * predictions.loc.new_tensor((-1, 1, 1, 1))
-    lengths = torch.tensor([len(p) for p in partners], device=images.device)
-    shift = torch.tensor(shifts, device=images.device).repeat_interleave(lengths)
-    loc[..., 0] += shift / (VARIANCES[0] * model.priors[:, 2])
+    shift = [torch.full(p.shape, s, device=images.device) for p, s in zip(partners, shifts, strict=True)]
+    loc[..., 0] += torch.cat(shift) / (VARIANCES[0] * model.priors[:, 2])
     return Predictions(loc, predictions.conf[:, partner], [])
