@@ -250,7 +250,14 @@ def compare(run: Runner, network: Deployable, frames: Iterator[list[np.ndarray]]
         differences.append(difference(found[-1], rows(wanted)))
     if not found:
         raise InputError("there is no frame to compare on", "name images of both modalities")
-    pixels, scores = np.max(differences, axis=0)
+    n_alone, _, _ = np.sum(differences, axis=0)
+    _, pixels, scores = np.max(differences, axis=0)
+    n_boxes = sum(map(len, found))
+    print(
+        f"{len(found)} frames: boxes are {pixels:.2g} pixels and {scores:.2g} in score from PyTorch's at most"
+    )
+    if n_alone:
+        print(f"note: {n_alone:.0f} boxes of about {n_boxes} are found by one of both alone")
     own, plain = 1000 * np.median(times, axis=0)
     print(f"{len(found)} frames: at most {pixels:.2g} pixels and {scores:.2g} in score from PyTorch's boxes")
     print(f"median time of a frame: {own:.1f} ms, PyTorch {plain:.1f} ms ({torch.get_num_threads()} threads)")
@@ -263,21 +270,25 @@ def rows(outputs: Sequence[np.ndarray]) -> np.ndarray:
     return np.column_stack([boxes[0], other[0]]) if boxes.shape[2] == 4 else boxes[0, : other[0]]
 
 
-def difference(found: np.ndarray, wanted: np.ndarray) -> tuple[float, float]:
-    """Largest difference of a coordinate and of a score of boxes (k, 5), each from the nearest one.
+def difference(found: np.ndarray, wanted: np.ndarray) -> tuple[int, float, float]:
+    """Of boxes (k, 5), see `rows`: how many have no box of the other side within a pixel, as where an
+    overlap is as good as the threshold of NMS; and the largest difference of a coordinate and a score
+    of the others.
 
     All boxes of a raw network stand in one order.
     """
-    if len(found) == len(wanted) > 1000 or not len(found) and not len(wanted):
-        gaps = np.abs(found - wanted).max(0, initial=0)
-        return gaps[:4].max(), gaps[4]
+    if len(found) == len(wanted) > 1000:
+        gaps = np.abs(found - wanted).max(0)
+        return 0, gaps[:4].max(), gaps[4]
     if not len(found) or not len(wanted):
-        return np.inf, np.inf
+        return len(found) + len(wanted), 0.0, 0.0
     gaps = np.abs(found[:, None] - wanted)
     distance = gaps[..., :4].max(2)
-    partner = distance.argmin(1)
-    worst = max(distance.min(0).max(), distance.min(1).max())
-    return worst, gaps[np.arange(len(found)), partner, 4].max()
+    nearest, partner = distance.min(1), distance.argmin(1)
+    paired = nearest <= 1
+    n_alone = np.count_nonzero(~paired) + np.count_nonzero(distance.min(0) > 1)
+    score_gaps = gaps[np.arange(len(found)), partner, 4]
+    return n_alone, nearest[paired].max(initial=0), score_gaps[paired].max(initial=0)
 
 
 def to_xywh(found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
