@@ -90,7 +90,8 @@ def test_boxes_are_pixels_of_each_frame_and_images_do_not_suppress_each_other():
             assert abs(count - counts[i]) <= 2
             assert export.difference(one[0, :count].numpy(), both[i, : counts[i]].numpy())[0] <= 4
         same, counts = deployable(small[:1].expand(3, -1, -1, -1))
-    assert (same == same[:1]).float().mean() > 0.99 and (counts == counts[0]).all()
+    ends = [image[:count].numpy() for image, count in zip(same, counts.tolist(), strict=True)]
+    assert all(export.difference(ends[0], other)[0] <= 4 for other in ends[1:])
     assert large[..., :4].max() > 641
 
 
