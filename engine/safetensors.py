@@ -34,12 +34,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     start = 8 + struct.unpack_from("<Q", content)[0]
     header = json.loads(content[8:start])
     about = header.pop("__metadata__", {})
-    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    dtypes, data = (
+        {name: dtype for dtype, name in DTYPES.items()},
+        torch.frombuffer(content, dtype=torch.uint8),
+    )
     tensors = {}
     for name, part in header.items():
         first, end = part["data_offsets"]
-        data = torch.frombuffer(content[start + first : start + end], dtype=torch.uint8)
-        tensors[name] = data.view(dtypes[part["dtype"]]).view(part["shape"])
+        own = data[start + first : start + end].clone()  # aligned, wherever it stands
+        tensors[name] = own.view(dtypes[part["dtype"]]).view(part["shape"])
     return tensors, about
 
 
