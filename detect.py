@@ -2,16 +2,21 @@
 
     python detect.py data/demo/images/set06/V000/visible/I00000.jpg
     python detect.py --visible photo.png --lwir thermal.png
+    python detect.py --pair "drive/*_rgb.jpg" "drive/*_ir.png" --animation drive.gif --json drive.json
 
 Name either modality's file, or a folder of any depth: the partner is found in the visible/ or lwir/
-folder beside its own, and a network trained with MODALITY_DROPOUT does without one. Each image becomes
-a picture with boxes and scores, the modalities side by side, annotated objects dashed where KAIST's
-annotations are at hand. The boxes are kept in `detections.csv`, in pixels of the image itself.
+folder beside its own, and a network trained with MODALITY_DROPOUT does without one. Other names are
+paired by --pair. Each image becomes a picture with boxes and scores, the modalities side by side,
+annotated objects dashed where KAIST's annotations are at hand. The boxes are kept in `detections.csv`,
+in pixels of the image itself.
 """
 
 from __future__ import annotations
 
 import csv
+import glob
+import json
+import re
 import sys
 import time
 from argparse import Namespace
@@ -27,8 +32,9 @@ from tqdm import tqdm
 
 from engine.config import CHOICES, OneLineParser, find_folder, pick
 from kaist.annotations import FRAME_HEIGHT, FRAME_ID, FRAME_WIDTH, MODALITIES, Objects, open_test_annotations
-from kaist.files import InputError, make_folder, run_script, write_atomically
+from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
 from kaist.report import persons
+from kaist.results import PEDESTRIAN
 from kaist.sources import KAIST
 
 if TYPE_CHECKING:
@@ -42,8 +48,8 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
 LISTED = 20  # images that are told one by one, of more a progress bar; and boxes of one image
 
 MISSING = (
-    "keep both in visible/ and lwir/ under one name, name them by --visible and --lwir, or use a network "
-    "trained with MODALITY_DROPOUT"
+    "keep both in visible/ and lwir/ under one name, name them by --pair or --visible and --lwir, or use a "
+    "network trained with MODALITY_DROPOUT"
 )
 
 Pair = dict[str, Path]  # modality -> file of one frame
@@ -59,13 +65,16 @@ def main() -> None:
     failures: list[InputError] = []
     images = list_images(arguments.images, failures)
     pairs = [{"visible": arguments.visible, "lwir": arguments.lwir}] if arguments.visible else []
-    if not images and not pairs:
+    matched = match_names(*arguments.pair) if arguments.pair else []
+    if not images and not pairs and not matched:
         raise InputError("there is no image to look at", "the lines above say why")
 
     # Here, so that a wrong flag or name is answered at once: torch takes a while.
+    from PIL import ImageShow
+
     from engine.checkpoint import choose_checkpoint
     from kaist.images import join_modalities, open_view, to_array
-    from kaist.picture import draw_pair
+    from kaist.picture import draw_pair, save_animation, save_sheet
     from utils import choose_device, choose_precision, detect_image, open_network
 
     device = choose_device(arguments.device)
@@ -75,10 +84,12 @@ def main() -> None:
     wanted = MODALITIES[config.input_mode]
     detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")
     pairs += find_pairs(images, config, failures)
+    pairs += [pair for pair in matched if can_use(pair, config, failures, len(matched))]
     if alone := sum(not pair.keys() >= set(wanted) for pair in pairs):
         print(f"note: {count_of(alone)} without the other modality, which is blanked")
 
     annotated, few, table = read_annotated(pairs), len(pairs) <= LISTED, arguments.out / "detections.csv"
+    entries, pictures = [], []
     counts, n_rescaled, n_full, start = [], 0, 0, time.monotonic()
     bar = tqdm(pairs, "detecting", unit="image", leave=False, disable=few)
     for pair, name in zip(bar, output_names(pairs), strict=True):
@@ -101,6 +112,13 @@ def main() -> None:
         make_folder(arguments.out)
         write_atomically(out, lambda beside, p=picture: p.save(beside, format="PNG", compress_level=1))
         write_rows(table, name, boxes, scores, first=not counts)
+        if arguments.json:
+            entries += coco_entries(name, boxes, scores)
+        if arguments.show and len(counts) < LISTED:
+            arguments.show = ImageShow.show(picture, name)
+            if not arguments.show:
+                print("note: there is no program here that shows pictures")
+        pictures.append(out)
         counts.append(len(scores))
         n_full += np.count_nonzero(scores >= MIN_SCORE) >= config.max_boxes
         if few:
@@ -108,6 +126,11 @@ def main() -> None:
     if not few:
         speed = len(counts) / (time.monotonic() - start)
         print(f"{arguments.out}: {count_of(len(counts))}, {persons(sum(counts))}, {speed:.1f} images/s")
+    if counts and arguments.json:
+        write_text(arguments.json, json.dumps(entries))
+    for path, save in ((arguments.sheet, save_sheet), (arguments.animation, save_animation)):
+        if counts and path:
+            print(f"{path}: {count_of(save(path, pictures))}")
     if n_rescaled:
         print(f"note: {count_of(n_rescaled)} of another size than KAIST's; boxes are in their own pixels")
     if n_full:
@@ -159,11 +182,17 @@ def parse_arguments() -> Namespace:
     add("images", nargs="*", type=Path, help="images, or folders that are searched for them")
     add("--visible", type=Path, metavar="FILE", help="the visible image of a pair of any names")
     add("--lwir", type=Path, metavar="FILE", help="its LWIR image")
+    named = "files of other names: two folders whose files have the same stems, or two patterns whose * agree"
+    add("--pair", nargs=2, metavar=("VISIBLE", "LWIR"), help=named)
     add("--checkpoint", type=Path, help="a checkpoint or a run's folder (default: the newest finished run)")
     whose = "the checkpoint is its author's file of this row's network (docs/published.md)"
     add("--experiment", default="", metavar="ROW", help=whose)
     add("--min-score", type=float, default=MIN_SCORE, help="what is drawn and kept (%(default)s)")
     add("--out", type=Path, default=Path(OUT), help="folder of the pictures (%(default)s)")
+    add("--json", type=Path, metavar="FILE", help="all boxes as COCO has results, image_id the name")
+    add("--sheet", type=Path, metavar="FILE", help="a picture of all pictures, small: png, jpg")
+    add("--animation", type=Path, metavar="FILE", help="all pictures one after the other: gif, webp")
+    add("--show", action="store_true", help=f"open each picture, of up to {LISTED}")
     add("--device", default=DEVICE, help="auto, cpu, cuda, mps (%(default)s)")
     add("--precision", choices=CHOICES["precision"], help="default: the checkpoint's own")
     arguments = parser.parse_args()
@@ -173,8 +202,14 @@ def parse_arguments() -> Namespace:
         parser.error("--experiment says whose network --checkpoint holds: name that file too")
     if bool(arguments.visible) != bool(arguments.lwir):
         parser.error("--visible and --lwir belong together; name a lone image without a flag")
-    if not arguments.images and not arguments.visible:
-        parser.error("name an image or a folder, or --visible and --lwir")
+    if not arguments.images and not arguments.visible and not arguments.pair:
+        parser.error("name an image or a folder, or --visible and --lwir, or --pair")
+    for flag, path, endings in (
+        ("--sheet", arguments.sheet, (".png", ".jpg")),
+        ("--animation", arguments.animation, (".gif", ".webp")),
+    ):
+        if path and path.suffix.lower() not in endings:
+            parser.error(f"{flag} {path} does not end in {' or '.join(endings)}")
     return arguments
 
 
@@ -192,7 +227,7 @@ def list_images(paths: Sequence[Path], failures: list[InputError]) -> list[Path]
     for path in paths:
         found = [path]
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in ENDINGS)
+            found = sorted((p for p in path.rglob("*") if p.suffix.lower() in ENDINGS), key=in_order)
         error = None
         if not path.exists():
             error = InputError("no such image or folder", "check the path", file=path)
@@ -207,11 +242,44 @@ def list_images(paths: Sequence[Path], failures: list[InputError]) -> list[Path]
     return images
 
 
+def in_order(path: Path | str) -> list[tuple[int, str]]:
+    """A key that sorts names as people count: frame 2 before frame 10."""
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", str(path))]
+
+
+def match_names(visible: str, lwir: str) -> list[Pair]:
+    """The frames of two folders, by stem, or of two patterns, by what their * stand for; with one
+    modality where the other has no such name.
+
+    Raises:
+        InputError: one of them has no file.
+    """
+    found = []
+    for pattern in (visible, lwir):
+        where = Path(pattern)
+        files = [p for p in where.iterdir() if p.suffix.lower() in ENDINGS] if where.is_dir() else []
+        parts = pattern.split("*")
+        stars = re.compile("([^/]*)".join(map(re.escape, parts)))
+        matches = [] if where.is_dir() else glob.glob("*".join(map(glob.escape, parts)))
+        names = {"/".join(stars.fullmatch(name).groups()): Path(name) for name in matches}
+        names |= {path.stem: path for path in files}
+        if not names or not (files or len(parts) > 1):
+            remedy = "quote a pattern, such as 'rgb/*.png'"
+            raise InputError(
+                f"--pair {pattern!r} is no folder of images, nor a pattern that matches files", remedy
+            )
+        found.append(names)
+    pairs = []
+    for key in sorted({**found[0], **found[1]}, key=in_order):
+        pairs.append({m: own[key] for m, own in zip(("visible", "lwir"), found, strict=True) if key in own})
+    return pairs
+
+
 def find_pairs(images: Sequence[Path], config: Namespace, failures: list[InputError]) -> list[Pair]:
     """The frames that images belong to, each once; at least the modalities that the network needs.
 
     An image outside of a `visible` or `lwir` folder is taken for the one modality of a
-    single-modality network. A network trained with modality dropout needs but one of two.
+    single-modality network.
     """
     pairs: dict[tuple[Path, ...], Pair] = {}
     needed = MODALITIES[config.input_mode]
@@ -220,16 +288,24 @@ def find_pairs(images: Sequence[Path], config: Namespace, failures: list[InputEr
         if not lone:
             pair = {m: partner(path, m) for m in ("visible", "lwir")}
             pair = {m: file for m, file in pair.items() if file}
-        missing = [m for m in needed if m not in pair]
-        if missing and (lone or not config.modality_dropout):
-            problem = (
-                f"the {missing[0]} image is missing, and a network with input {config.input_mode!r} needs it"
-            )
-            error = InputError(problem, MISSING, file=path)
-            skip(error, failures, len(images))
-        else:
+        if can_use(pair, config, failures, len(images), lone):
             pairs[tuple(pair.values())] = pair
     return list(pairs.values())
+
+
+def can_use(pair: Pair, config: Namespace, failures: list[InputError], n: int, lone: bool = False) -> bool:
+    """Whether a frame has what the network needs; if not, that is told.
+
+    A network trained with modality dropout needs but one of two; n: how many frames are named; lone:
+    its one image may be of either modality.
+    """
+    needed = MODALITIES[config.input_mode]
+    missing = [m for m in needed if m not in pair]
+    if not missing or (config.modality_dropout and len(missing) < len(needed) and not lone):
+        return True
+    problem = f"the {missing[0]} image is missing, and a network with input {config.input_mode!r} needs it"
+    skip(InputError(problem, MISSING, file=next(iter(pair.values()))), failures, n)
+    return False
 
 
 def partner(path: Path, modality: str) -> Path | None:
@@ -276,6 +352,12 @@ def read_annotated(pairs: Sequence[Pair]) -> dict[Path, Objects]:
             for path, frame_id in ids.items():
                 found[path] = annotations.read(frame_id)
     return found
+
+
+def coco_entries(name: str, boxes: np.ndarray, scores: np.ndarray) -> list[dict]:
+    """A frame's boxes (k, 4) xywh and scores (k,) as COCO has results."""
+    rows = zip(boxes.round(4).tolist(), scores.tolist(), strict=True)
+    return [{"image_id": name, "category_id": PEDESTRIAN, "bbox": box, "score": s} for box, s in rows]
 
 
 def write_rows(path: Path, name: str, boxes: np.ndarray, scores: np.ndarray, first: bool) -> None:

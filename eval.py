@@ -29,6 +29,7 @@ from engine.compare import compare_runs, tell_apart
 from engine.config import OneLineParser, find_folder, pick
 from kaist.annotations import MODALITIES, find_parts, read_image_list
 from kaist.bootstrap import MOST_RESAMPLES
+from kaist.coco_ap import coco_ap
 from kaist.files import InputError, run_script
 from kaist.miss_rate import GroundTruth, load_ground_truth, select_frames
 from kaist.pair_sets import open_pairs
@@ -59,6 +60,7 @@ def main() -> None:
     found = read_result_files(arguments) if arguments.detections else evaluate_checkpoint(arguments)
     print(f"people of {found[0].test_set.source}")
     scores = [score(f.name, f.test_set, f.detections, arguments.bootstrap, arguments.by_video) for f in found]
+    scores = [replace(s, coco=coco_ap(f.test_set, f.detections)) for s, f in zip(scores, found, strict=True)]
     print_scores(scores, arguments.all_setups)
     if arguments.json:
         write_json(scores, arguments.json, curves=True)
@@ -95,7 +97,7 @@ def parse_arguments() -> Namespace:
     """
     parser = OneLineParser(description=__doc__.splitlines()[0])
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--detections", nargs="+", type=Path, metavar="FILE", help="result files, text or JSON")
+    add("--detections", nargs="+", type=Path, metavar="FILE", help="result files, text or COCO's JSON")
     add("--checkpoint", type=Path, help="a checkpoint or a run's folder (default: the newest finished run)")
     add("--compare", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
     add = parser.add_argument_group("frames and people").add_argument
@@ -189,6 +191,8 @@ def read_result_files(arguments: Namespace) -> list[Found]:
     found = []
     for path, name in zip(files, names, strict=True):
         own, detections = test_set, read_detections(path, test_set.frames)
+        if detections.ids:
+            print(f"note: {path}: {detections.ids}")
         if arguments.subset:
             others = detections.other_frames  # those outside of the subset are left out on purpose
             frames = choose_frames(test_set, arguments.subset)

@@ -193,7 +193,7 @@ def predict_mirrored(model: Detector, images: Tensor) -> Predictions:
     multiple of the coarsest stride. That shifts the cells by what the priors lack to be symmetric.
     """
     pad = -model.size[1] % STRIDES[-1] if model.centres == "stride" else 0
-    filler = model.mean.round().to(images.dtype).expand(len(images), -1, images.shape[2], pad)
+    filler = model.mean.round().to(images.dtype).expand(images.shape[0], -1, images.shape[2], pad)
     predictions = model(torch.cat([filler, images.flip(3)], dim=3))
     padded_sizes = feature_map_sizes((model.size[0], model.size[1] + pad)) if pad else model.map_sizes
     partners, shifts, first = [], [], 0
@@ -208,5 +208,6 @@ def predict_mirrored(model: Detector, images: Tensor) -> Predictions:
     loc = predictions.loc[:, partner]
     # Filled on the device: a GPU would be waited for by a copy of numbers to it.
     shift = torch.cat([predictions.loc.new_full((len(p),), s) for p, s in zip(partners, shifts, strict=True)])
-    loc[..., 0].neg_().add_(shift / (VARIANCES[0] * model.priors[:, 2]))
+    x = shift / (VARIANCES[0] * model.priors[:, 2]) - loc[..., 0]
+    loc = torch.cat([x.unsqueeze(-1), loc[..., 1:]], dim=-1)
     return Predictions(loc, predictions.conf[:, partner], [])

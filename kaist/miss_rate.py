@@ -170,12 +170,27 @@ class Overlaps(NamedTuple):
 
 
 def find_overlaps(ground_truth: GroundTruth, detections: Detections) -> Overlaps:
-    """All pairs, found in blocks of bounded memory; coordinates are continuous."""
+    """All pairs that overlap by enough."""
+    found = []
+    for det, gt, shared, area, gt_area in touching_pairs(ground_truth, detections):
+        union = shared / (area + gt_area - shared)
+        match = np.flatnonzero(union >= OVERLAP)
+        match = match[np.lexsort((-gt[match], -union[match], det[match]))]
+        ignore = shared >= OVERLAP * area
+        found.append((det[match], gt[match], det[ignore], gt[ignore]))
+    return Overlaps(*map(np.concatenate, zip(*found, strict=True)))
+
+
+def touching_pairs(ground_truth: GroundTruth, detections: Detections) -> Iterator[tuple[np.ndarray, ...]]:
+    """Detections and ground truth boxes of their frames that share an area, in blocks of bounded memory.
+
+    Yields:
+        (p,) det, gt, the area that they share, and the area of each; coordinates are continuous.
+    """
     first = np.searchsorted(ground_truth.frame, np.arange(len(ground_truth.frames) + 1))
     n_pairs = np.diff(first)[detections.frame]
     blocks = np.flatnonzero(np.diff(np.cumsum(n_pairs) // BLOCK)) + 1
     det_edges, gt_edges = edges(detections.boxes), edges(ground_truth.boxes)
-    found = []
     for rows in np.split(np.arange(len(n_pairs)), blocks):
         n = n_pairs[rows]
         det = np.repeat(rows, n)
@@ -183,14 +198,8 @@ def find_overlaps(ground_truth: GroundTruth, detections: Detections) -> Overlaps
         (x0, y0, x1, y1), (u0, v0, u1, v1) = det_edges[:4].take(det, 1), gt_edges[:4].take(gt, 1)
         width, height = np.minimum(x1, u1) - np.maximum(x0, u0), np.minimum(y1, v1) - np.maximum(y0, v0)
         touch = np.flatnonzero((width > 0) & (height > 0))
-        det, gt, shared = det[touch], gt[touch], (width * height)[touch]
-        area, gt_area = det_edges[4][det], gt_edges[4][gt]
-        union = shared / (area + gt_area - shared)
-        match = np.flatnonzero(union >= OVERLAP)
-        match = match[np.lexsort((-gt[match], -union[match], det[match]))]
-        ignore = shared >= OVERLAP * area
-        found.append((det[match], gt[match], det[ignore], gt[ignore]))
-    return Overlaps(*map(np.concatenate, zip(*found, strict=True)))
+        det, gt = det[touch], gt[touch]
+        yield det, gt, (width * height)[touch], det_edges[4][det], gt_edges[4][gt]
 
 
 def edges(boxes: np.ndarray) -> np.ndarray:

@@ -5,15 +5,22 @@ Runs without torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from kaist.annotations import Objects
+from kaist.files import write_atomically
 
 FOUND, PERSON, IGNORED = "lime", "white", "orange"  # colours of boxes
 STRIP = "#202020"  # behind captions
+SHEET_WIDTH = 1920  # pixels
+SHEET_COLUMNS, SHEET_PICTURES = 8, 200  # at most
+FILM_WIDTH = 960  # of an animation's pictures
+FRAME_TIME = 100  # milliseconds of each
 CAPTIONS = {"visible": "visible", "lwir": "LWIR (thermal)"}
 
 
@@ -105,3 +112,40 @@ def draw_dashed(pen: ImageDraw.ImageDraw, box: Sequence[float], colour: str, lin
     for start in np.arange(0, h, 2 * dash):
         for edge in (x, x + w):
             pen.line((edge, y + start, edge, y + min(start + dash, h)), fill=colour, width=line)
+
+
+def save_sheet(path: Path, pictures: Sequence[Path]) -> int:
+    """Write pictures, which are files, small and row by row on one; of many as many as fit, evenly chosen.
+
+    Returns:
+        How many they are.
+    """
+    pictures = pictures[:: math.ceil(len(pictures) / SHEET_PICTURES)]
+    columns = min(math.ceil(len(pictures) ** 0.5), SHEET_COLUMNS)
+    small = [open_scaled(picture, SHEET_WIDTH // columns) for picture in pictures]
+    width, height = (max(picture.size[axis] for picture in small) for axis in (0, 1))
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(small) / columns) * height), STRIP)
+    for i, picture in enumerate(small):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
+    form = "JPEG" if path.suffix.lower() == ".jpg" else "PNG"
+    write_atomically(path, lambda beside: sheet.save(beside, format=form))
+    return len(small)
+
+
+def save_animation(path: Path, pictures: Sequence[Path]) -> int:
+    """Write pictures, which are files, one after the other as an animated GIF or WebP without end.
+
+    Returns:
+        How many they are.
+    """
+    first = open_scaled(pictures[0], FILM_WIDTH)
+    others = (open_scaled(picture, FILM_WIDTH).resize(first.size) for picture in pictures[1:])
+    how = {"save_all": True, "duration": FRAME_TIME, "loop": 0, "format": path.suffix[1:].upper()}
+    write_atomically(path, lambda beside: first.save(beside, append_images=others, **how))
+    return len(pictures)
+
+
+def open_scaled(path: Path, width: int) -> Image.Image:
+    """A picture of so many pixels in width."""
+    with Image.open(path) as picture:
+        return picture.convert("RGB").resize((width, max(1, round(picture.height * width / picture.width))))

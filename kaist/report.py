@@ -32,7 +32,8 @@ class Scores:
     """One detector's results under both protocols.
 
     official, leaderboard: name of setup -> Result; samples: name of setup -> bootstrap samples of
-    the official miss rate, empty without them; notes: what a reader of the numbers has to know.
+    the official miss rate, empty without them; notes: what a reader of the numbers has to know;
+    coco: COCO's average precisions, as from `kaist.coco_ap`, empty where they are not wanted.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Scores:
     leaderboard: dict[str, Result]
     samples: dict[str, np.ndarray] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    coco: dict[str, float] = field(default_factory=dict)
 
 
 def score(
@@ -153,6 +155,7 @@ def as_dict(scores: Sequence[Scores], curves: bool = False) -> dict[str, dict]:
         for key, samples in s.samples.items():
             official[key] |= {"interval_95": interval(samples), "resamples": len(samples)}
         content[s.name] = {"official": official, "leaderboard": leaderboard, "notes": s.notes}
+        content[s.name] |= {"coco": s.coco} if s.coco else {}
     return json.loads(json.dumps(content), parse_constant=lambda nan: None)
 
 
@@ -194,8 +197,13 @@ def print_scores(scores: Sequence[Scores], all_setups: bool = False) -> None:
     print(headline_table(scores))
     if all_setups:
         print("\n" + setup_table(scores))
+    for s in scores:
+        if s.coco:
+            print(f"COCO (%) {s.name}: " + ", ".join(f"{name} {percent(ap)}" for name, ap in s.coco.items()))
     for line in compare(scores):
         print(line)
+    if not any(scores[0].official[f"Occ={level}"].n_positive for level in ("partial", "heavy")):
+        print(f"note: nobody is labelled as occluded: all of {SETUPS[ALL].heights[0]} pixels and more count")
     people = {HEADLINE[key]: scores[0].official[key].n_positive for key in with_frames(scores, HEADLINE)}
     if few := ", ".join(f"{n} ({name})" for name, n in people.items() if n < FEW_PEOPLE):
         print(f"warning: few people count, {few}: each of them moves such a rate by points")

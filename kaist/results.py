@@ -2,8 +2,9 @@
 
 Two forms are read and written:
     text: `image_id,x,y,w,h,score` a line; ids count from 1 along the image list.
-    JSON: a list of `{image_id, category_id, bbox: [x, y, w, h], score}`; ids count from 0, and
-        rows of a category other than 1 are no pedestrians.
+    JSON, COCO's form: a list of `{image_id, category_id, bbox: [x, y, w, h], score}`; ids count from
+        0, or are all frame ids, also as set00_V000_I00000; rows of a category other than 1 are no
+        pedestrians.
 
 Boxes are pixels of the 640x512 frame. A companion `<stem>.frames.txt` beside a result file, one
 frame id a line, says which frames its ids mean; without one it is the list the reader is given.
@@ -31,7 +32,8 @@ class Detections:
 
     frame: (n,) int64 index into the list, from 0; boxes: (n, 4) float64 xywh pixels; scores: (n,)
     float64. Left out of them, and counted: other_categories, rows that are not pedestrians;
-    other_frames, rows of frames that the list does not hold.
+    other_frames, rows of frames that the list does not hold. ids: what the file's ids were taken for,
+    where one may wonder.
     """
 
     frame: np.ndarray
@@ -39,6 +41,7 @@ class Detections:
     scores: np.ndarray
     other_categories: int = 0
     other_frames: int = 0
+    ids: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError for boxes or scores that are not finite: no rate could be trusted."""
@@ -88,9 +91,9 @@ def read_detections(path: str | Path, frames: Sequence[str]) -> Detections:
         raise InputError("result file not found", "check --detections", file=path)
     text = read_text(path)
     is_json = path.suffix == ".json" or text.lstrip()[:1] in ("[", "{")
-    rows, places, others = parse_json(text, path) if is_json else parse_text(text, path)
     companion = frames_path(path)
     named = read_image_list(companion, any_id=True) if companion.exists() else frames
+    rows, places, others, taken_for = parse_json(text, path, named) if is_json else parse_text(text, path)
 
     def refuse(bad: np.ndarray, problem: str, remedy: str) -> None:
         if bad.any():
@@ -109,14 +112,14 @@ def read_detections(path: str | Path, frames: Sequence[str]) -> Detections:
         f"ids of {'JSON' if is_json else 'text'} files count from {base} along the image list "
         "the detector ran on; name it with --image-list",
     )
-    detections = Detections(ids.astype(np.int64), rows[:, 1:5], rows[:, 5], others)
+    detections = Detections(ids.astype(np.int64), rows[:, 1:5], rows[:, 5], others, ids=taken_for)
     if named is frames:
         return detections
     return move_frames(detections, frame_places(named, frames, companion))
 
 
-def parse_text(text: str, path: Path) -> tuple[np.ndarray, Sequence[int], int]:
-    """Rows (n, 6) float64 of a text result, their places in the file, 0 other categories."""
+def parse_text(text: str, path: Path) -> tuple[np.ndarray, Sequence[int], int, str]:
+    """Rows (n, 6) float64 of a text result, their places in the file, 0 other categories, no word."""
 
     def load(lines: list[str]) -> np.ndarray:
         rows = np.loadtxt(lines, delimiter=",", comments=None, ndmin=2)
@@ -126,9 +129,9 @@ def parse_text(text: str, path: Path) -> tuple[np.ndarray, Sequence[int], int]:
 
     lines = text.rstrip().split("\n")
     if lines == [""]:
-        return np.empty((0, 6)), (), 0
+        return np.empty((0, 6)), (), 0, ""
     try:
-        return load(lines), range(len(lines)), 0
+        return load(lines), range(len(lines)), 0, ""
     except ValueError:
         for number, line in enumerate(lines, 1):
             try:
@@ -139,24 +142,41 @@ def parse_text(text: str, path: Path) -> tuple[np.ndarray, Sequence[int], int]:
         raise
 
 
-def parse_json(text: str, path: Path) -> tuple[np.ndarray, Sequence[int], int]:
-    """Rows (n, 6) float64 of a JSON result's pedestrians, their places, how many others there are."""
+def parse_json(text: str, path: Path, frames: Sequence[str]) -> tuple[np.ndarray, Sequence[int], int, str]:
+    """Rows (n, 6) float64 of a JSON result's pedestrians, their places, how many others there are, and
+    what the ids were taken for.
+
+    Where the first image_id is text, all have to be frame ids.
+    """
     content = load_json(text, path)
     if not isinstance(content, list):
         raise InputError("the JSON is not a list", "write a list of detections", file=path, line=1)
+    numbers, taken_for = {}, "its image ids are taken for numbers from 0 along the list of frames"
+    if content and isinstance(content[0], dict) and isinstance(content[0].get("image_id"), str):
+        numbers = {name: i for i, frame in enumerate(frames) for name in (frame, frame.replace("/", "_"))}
+        taken_for = "its image ids are frame ids"
     rows, places = [], []
     for place, entry in enumerate(content):
         try:
             if to_float(entry["category_id"]) == PEDESTRIAN:
                 x, y, w, h = entry["bbox"]
-                values = entry["image_id"], x, y, w, h, entry["score"]
+                image_id = entry["image_id"]
+                if numbers:
+                    name = str(image_id)[:60]
+                    if name not in numbers:
+                        problem, line = f"image_id {name!r} is no frame of the list", entry_line(text, place)
+                        remedy = "name the detector's list with --image-list"
+                        raise InputError(problem, remedy, file=path, line=line)
+                    image_id = numbers[name]
+                values = image_id, x, y, w, h, entry["score"]
                 rows.append([to_float(value) for value in values])
                 places.append(place)
         except (KeyError, TypeError, ValueError, OverflowError):
             problem, line = f"{str(entry)[:80]} is no detection", entry_line(text, place)
             remedy = "write image_id, category_id, bbox [x, y, w, h] and score as numbers"
             raise InputError(problem, remedy, file=path, line=line) from None
-    return np.array(rows, np.float64).reshape(-1, 6), places, len(content) - len(rows)
+    others = len(content) - len(rows)
+    return np.array(rows, np.float64).reshape(-1, 6), places, others, taken_for if content else ""
 
 
 def to_float(value: object) -> float:

@@ -170,6 +170,7 @@ def init_convolution(module: nn.Module) -> None:
 def flatten_heads(heads: nn.ModuleList, maps: list[Tensor], values: int) -> Tensor:
     """Apply head i to map i; (N, P, values) in the priors' order: map, row, column, shape."""
     outputs = [
-        head(x).permute(0, 2, 3, 1).reshape(len(x), -1, values) for head, x in zip(heads, maps, strict=True)
+        head(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, values)
+        for head, x in zip(heads, maps, strict=True)
     ]
     return torch.cat(outputs, dim=1)

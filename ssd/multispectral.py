@@ -255,8 +255,8 @@ def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
 def from_windows(x: Tensor, window: tuple[int, int], height: int, width: int) -> Tensor:
     """The inverse of `to_windows`: (N, windows, tokens, C) -> (N, height, width, C)."""
     h, w = window
-    x = x.reshape(len(x), height // h, width // w, h, w, -1).transpose(2, 3)
-    return x.reshape(len(x), height, width, -1)
+    x = x.reshape(x.shape[0], height // h, width // w, h, w, -1).transpose(2, 3)
+    return x.reshape(x.shape[0], height, width, -1)
 
 
 def shift_mask(window: tuple[int, int], shift: tuple[int, int]) -> Tensor:

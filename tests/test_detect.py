@@ -1,6 +1,7 @@
 """detect.py as a user meets it: any tree of images, any size, and what is told of those that fail."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -15,10 +16,12 @@ import detect
 import train
 import utils
 from engine.checkpoint import save_checkpoint
-from kaist.annotations import Objects
+from kaist.annotations import Objects, read_image_list
 from kaist.files import InputError
 from kaist.images import open_view
+from kaist.miss_rate import load_ground_truth
 from kaist.picture import IGNORED, draw_pair, draw_scores, overlap
+from kaist.results import read_detections
 
 PROJECT = Path(__file__).parent.parent
 
@@ -140,7 +143,7 @@ def test_a_bad_image_costs_a_line_and_never_the_rest(run, found, tmp_path, capsy
         (["none.png"], "none.png: no such image"),
         (["empty"], "empty: no image in this folder"),
         (["notes.txt"], "notes.txt: not an image"),
-        (["lone.png"], "lone.png: the lwir image is missing.*--visible and --lwir.*MODALITY_DROPOUT"),
+        (["lone.png"], "lone.png: the lwir image is missing.*--pair or --visible and.*MODALITY_DROPOUT"),
         (["lone.png", "--min-score", "2"], "--min-score 2.0 is not a number from 0 to 1"),
         ([], "name an image or a folder"),
     ],
@@ -268,3 +271,80 @@ def test_flags_are_answered_without_torch(tmp_path):
             text=True,
         )
         assert done.returncode == code and "Traceback" not in done.stderr
+
+
+# ------------------------------------------------------------------- other names, other outputs
+
+
+def draw_drive(folder, numbers=(1, 2, 10)):
+    """A sequence under names of its own: drive/<n>_rgb.jpg and drive/<n>_ir.png."""
+    for n in numbers:
+        draw(folder / f"drive/{n}_rgb.jpg", (320, 256))
+        draw(folder / f"drive/{n}_ir.png", (320, 256), "L")
+
+
+def test_patterns_pair_files_by_what_their_stars_stand_for(run, found, tmp_path, capsys):
+    draw_drive(tmp_path)
+    draw(tmp_path / "drive/7_rgb.jpg")
+    with pytest.raises(InputError, match="^1 image could not be used"):
+        run("--pair", "drive/*_rgb.jpg", "drive/*_ir.png")
+    assert "drive/7_rgb.jpg: the lwir image is missing" in capsys.readouterr().err
+    assert [row["image"] for row in read_csv()] == ["1_rgb", "2_rgb", "10_rgb"]
+
+
+def test_two_folders_pair_files_by_stem(run, found, tmp_path):
+    draw(tmp_path / "rgb/a.png")
+    draw(tmp_path / "thermal/a.jpg", mode="L")
+    run("--pair", "rgb", "thermal")
+    assert pictures() == ["a.png"]
+    for heat in ("heat", "heat/*", "thermal/a.jpg"):  # the last as a shell gives it, unless it is quoted
+        with pytest.raises(InputError, match=f"'{heat}' is no folder".replace("*", "[*]")):
+            run("--pair", "rgb", heat)
+
+
+def test_folders_are_gone_through_as_people_count(run, found, tmp_path):
+    for n in (10, 9, 1):
+        draw_both(tmp_path / "x", f"frame{n}.png")
+    run("x")
+    assert [row["image"] for row in read_csv()] == ["frame1", "frame9", "frame10"]
+
+
+def test_a_sheet_and_an_animation_have_every_picture(run, found, tmp_path, capsys):
+    draw_drive(tmp_path)
+    outputs = ("--sheet", "s.jpg", "--animation", "a.gif")
+    run("--pair", "drive/*_rgb.jpg", "drive/*_ir.png", *outputs)
+    with Image.open("a.gif") as film:
+        assert film.n_frames == 3 and film.info["duration"] == 100
+    with Image.open("s.jpg") as sheet, Image.open("detections/1_rgb.png") as picture:
+        assert sheet.width == 1920 and sheet.height == 2 * round(picture.height * 960 / picture.width)
+    said = capsys.readouterr().out
+    assert "s.jpg: 3 images" in said and "a.gif: 3 images" in said
+    with pytest.raises(InputError, match="--animation a.mp4 does not end in .gif or .webp"):
+        run("drive", "--animation", "a.mp4")
+
+
+def test_eval_reads_what_detect_writes_as_coco_has_it(run, found, demo_root):
+    run(demo_root / "images/set06/V000/lwir", "--json", "found.json", "--min-score", "0.01")
+    entries = json.loads(Path("found.json").read_text())
+    assert entries[0] == {
+        "image_id": "set06_V000_I00000",
+        "category_id": 1,
+        "bbox": [64.0, 128.0, 32.0, 64.0],
+        "score": 0.9,
+    }
+    truth = load_ground_truth(demo_root, read_image_list(demo_root / "imageSets/test-all.txt"))
+    detections = read_detections("found.json", truth.frames)
+    assert [truth.frames[i].replace("/", "_") for i in detections.frame] == [e["image_id"] for e in entries]
+    assert detections.boxes.tolist() == [e["bbox"] for e in entries]
+
+
+def test_show_opens_pictures_and_says_where_none_can(run, found, tmp_path, monkeypatch, capsys):
+    draw_drive(tmp_path)
+    drive = ("--pair", "drive/*_rgb.jpg", "drive/*_ir.png", "--show")
+    for can_show, names in ((True, ["1_rgb", "2_rgb", "10_rgb"]), (False, ["1_rgb"])):
+        shown = []
+        show = lambda _, title, can=can_show, titles=shown: titles.append(title) or can  # noqa: E731
+        monkeypatch.setattr("PIL.ImageShow.show", show)
+        run(*drive)
+        assert shown == names
+        assert ("no program here that shows pictures" in capsys.readouterr().out) != can_show

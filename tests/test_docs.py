@@ -168,6 +168,7 @@ def test_flags_named_exist(page):
         "tools.priors",
         "tools.study",
         "tools.benchmark",
+        "tools.export",
     ):
         known |= flags(module)
     assert not named - known

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.figure
@@ -94,6 +95,15 @@ def test_the_table_says_who_counts_and_where_they_are_few(capsys):
     said = capsys.readouterr().out
     assert "31 frames, 62 people count (60 day, 2 night)" in said
     assert "warning: few people count, 2 (night)" in said
+
+
+def test_without_occlusion_labels_the_height_rule_is_told(capsys):
+    truth = people([DAY], 2)
+    print_scores([score("x", truth, detections([0], [BOX], [1.0]))])
+    assert "nobody is labelled as occluded: all of 55 pixels and more count" in capsys.readouterr().out
+    truth = replace(truth, occlusion=np.array([0, 1]))
+    print_scores([score("x", truth, detections([0], [BOX], [1.0]))])
+    assert "occluded" not in capsys.readouterr().out
 
 
 def test_a_subset_without_frames_is_in_no_table_and_no_curve(capsys, figures, tmp_path):
@@ -274,7 +284,10 @@ def test_result_files_need_numpy_alone(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "note: no picture was drawn: matplotlib is not installed" in done.stdout
-    assert "1 person counts" in done.stdout and (tmp_path / "n.json").exists()
+    assert "1 person counts" in done.stdout
+    ap = "AP 100.00, AP50 100.00, AP75 100.00, AP small –, AP medium 100.00, AP large –"
+    assert f"COCO (%) a: {ap}" in done.stdout
+    assert json.loads((tmp_path / "n.json").read_text())["a"]["coco"]["AP small"] is None
 
 
 def test_result_files_get_names_that_tell_them_apart(run, tmp_path, capsys, demo_root):

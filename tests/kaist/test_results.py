@@ -245,6 +245,18 @@ def test_bad_files_are_named(tmp_path):
 # ------------------------------------------------------------------- writing
 
 
+def test_json_ids_may_be_names(tmp_path):
+    """Frame ids as the lists have them, or as detect.py names pictures."""
+    rows = [{**entry(0), "image_id": name} for name in (FRAMES[1], FRAMES[0].replace("/", "_"))]
+    found = read(tmp_path / "a.json", json.dumps(rows))
+    assert found.frame.tolist() == [1, 0] and found.ids == "its image ids are frame ids"
+    assert "numbers from 0" in read(tmp_path / "b.json", json.dumps([entry(0)])).ids
+    for wrong in ("set11/V009/I99999", 1, None):
+        text = ",\n".join(map(json.dumps, [*rows, {**entry(0), "image_id": wrong}]))
+        with pytest.raises(InputError, match=f"a.json:3: image_id '{wrong}' is no frame of the list"):
+            read(tmp_path / "a.json", f"[{text}]")
+
+
 @pytest.mark.parametrize("name", ["run.txt", "run.json"])
 def test_what_is_written_reads_back_exactly(tmp_path, name):
     rng = np.random.default_rng(0)

@@ -1,0 +1,307 @@
+"""A checkpoint's network as one file for other programs.
+
+    python -m tools.export --checkpoint checkpoints/26 --format onnx --evaluate
+
+writes 26.onnx. It takes 8-bit frames of any size and gives boxes in the frame's pixels: normalisation,
+resizing, network, decoding and NMS are inside. The file is run at once on some frames, beside PyTorch.
+`--format pt2` is the same compiled for this machine by PyTorch's AOTInductor, `--format safetensors` the
+weights alone. docs/deploy.md shows their use.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import shutil
+import subprocess
+import tempfile
+import time
+import warnings
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.export import Dim, ExportedProgram
+from tqdm import tqdm
+
+from detect import find_pairs, list_images
+from engine.checkpoint import choose_checkpoint
+from engine.config import ROOT, OneLineParser, find_folder, model_arguments, pick
+from engine.safetensors import read_safetensors, same_tensors, write_safetensors
+from kaist.annotations import MODALITIES
+from kaist.demo import open_root
+from kaist.files import InputError, run_script, write_atomically
+from kaist.images import open_view, read_frame
+from kaist.miss_rate import open_test_set
+from kaist.report import headline_table, score
+from kaist.results import Detections
+from model import predict_mirrored
+from ssd.boxes import load_nms
+from ssd.deployable import Deployable, halve
+from ssd.layers import Detector
+from utils import detect_image, open_network
+
+CHECKPOINTS = "checkpoints"  # where the newest finished run is looked for
+FRAMES = 8  # of the test list, on which a file is compared with PyTorch
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ()}
+
+Runner = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+
+
+def main() -> None:
+    """Write the file, compare it with PyTorch, and evaluate both where that is asked for."""
+    arguments = parse_arguments()
+    path = choose_checkpoint(arguments.checkpoint, find_folder(CHECKPOINTS))
+    changes = {} if arguments.min_score is None else {"min_score": arguments.min_score}
+    changes |= {"test_flip": False} if arguments.no_flip else {}
+    device = torch.device("cpu")
+    model, config, epoch = open_network(path, device, arguments.experiment, **changes)
+    out = arguments.out or Path(f"{path.resolve().parent.name}.{arguments.format}")
+    about = describe(model, config, path, epoch)
+    if arguments.format == "safetensors":
+        weights = model.state_dict()
+        write_atomically(out, lambda beside: write_safetensors(beside, weights, about))
+        if not same_tensors(read_safetensors(out)[0], weights):
+            raise InputError("it reads back as other weights", "write it to another disk", file=out)
+        print(f"{out}: {len(weights)} tensors, read back bit for bit")
+        return
+    if arguments.raw:
+        n_priors = len(model.priors)
+        about["outputs"] = f"boxes (n, {n_priors}, 4): x0, y0, x1, y1; scores (n, {n_priors})"
+    settings = pick(config, "min_score", "nms_iou", "max_boxes")
+    mirrored = predict_mirrored if config.test_flip else None
+    plain = Deployable(model, **settings, raw=arguments.raw, predict_mirrored=mirrored).eval()
+    network = copy.deepcopy(plain)
+    if arguments.half:
+        halve(network.model)
+    save = {"onnx": save_onnx, "pt2": save_pt2}[arguments.format]
+    names = MODALITIES[config.input_mode]
+    write_atomically(out, lambda beside: save(beside, trace(network, names), names, about))
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {about['inputs']} -> {about['outputs']}")
+    run = {"onnx": open_onnx, "pt2": open_pt2}[arguments.format](out)
+    if arguments.images:
+        compare(run, plain, given_frames(arguments.images, config))
+        return
+    root = open_root(find_folder(config.data_root))
+    test_set = open_test_set(root, config.test_list, config.test_annotations)
+    ids = test_set.frames if arguments.evaluate else test_set.frames[:FRAMES]
+
+    def read() -> Iterator[np.ndarray]:
+        for frame_id in tqdm(ids, leave=False):
+            yield read_frame(root, frame_id, config.input_mode)
+
+    found = compare(run, plain, map(split_frame, read()))
+    if arguments.evaluate:
+        how = {**settings, "test_flip": config.test_flip}
+        own = [detect_image(model, frame, torch.float32, **how) for frame in read()]
+        scores = [score(str(path), test_set, join_frames(*zip(*own, strict=True)))]
+        scores.append(score(str(out), test_set, join_frames(*zip(*map(to_xywh, found), strict=True))))
+        print(headline_table(scores))
+
+
+def parse_arguments() -> Namespace:
+    """The command line.
+
+    Raises:
+        InputError: flags that cannot be used, or not together, or a package that they need is missing.
+    """
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("images", nargs="*", type=Path, help="frames to compare on (default: some of the test list)")
+    add("--checkpoint", type=Path, help="a checkpoint or a run's folder (default: the newest finished run)")
+    whose = "the checkpoint is its author's file of this row's network (docs/published.md)"
+    add("--experiment", default="", metavar="ROW", help=whose)
+    add("--format", choices=PACKAGES, default="onnx", help="of the file (%(default)s)")
+    add("--out", type=Path, metavar="FILE", help="(default: the run's name in the current folder)")
+    add("--min-score", type=float, help="boxes up to this score are left out (default: the checkpoint's)")
+    add("--raw", action="store_true", help="all decoded boxes and scores: NMS is left to the program")
+    add("--no-flip", action="store_true", help="do not average over mirror images, in half the time")
+    add("--half", action="store_true", help="convolutions in half precision")
+    add("--evaluate", action="store_true", help="the file's miss rate beside the checkpoint's")
+    arguments = parser.parse_args()
+    if arguments.evaluate and (arguments.raw or arguments.images or arguments.format == "safetensors"):
+        parser.error("--evaluate runs a whole network over the test list: no --raw, images or safetensors")
+    if arguments.format == "safetensors" and (arguments.raw or arguments.half or arguments.images):
+        parser.error("safetensors are the weights alone: no --raw, --half or images")
+    packages = PACKAGES[arguments.format]
+    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+        problem = f"--format {arguments.format} needs {', '.join(missing)}"
+        raise InputError(problem, f"pip install {' '.join(packages)}")
+    return arguments
+
+
+def describe(model: Detector, config: Namespace, path: Path, epoch: int | None) -> dict[str, str]:
+    """What a file says of itself."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    channels = {"visible": "3: R, G, B", "lwir": "1"}
+    inputs = [f"{m} (n, height, width, {channels[m]}) uint8" for m in MODALITIES[config.input_mode]]
+    return {
+        "classes": "person",
+        "inputs": ", ".join(inputs),
+        "outputs": f"boxes (n, {config.max_boxes}, 5): x0, y0, x1, y1, score; count (n,)",
+        **{name: str(value) for name, value in pick(config, "min_score", "nms_iou", "max_boxes").items()},
+        "model_args": json.dumps(model_arguments(config)),
+        "mirror_images": "averaged over" if config.test_flip else "not looked at",
+        "input_size": "{}x{}".format(*model.size[::-1]),
+        "checkpoint": f"{path.resolve().parent.name}/{path.name}, epoch {epoch}",
+        "commit": commit or "unknown",
+        "torch": torch.__version__,
+    }
+
+
+# ------------------------------------------------------------------- the forms
+
+
+def trace(network: Deployable, names: Sequence[str]) -> ExportedProgram:
+    """The network's graph, for any number of frames of any size."""
+    import torchvision  # noqa: F401 (it tells torch.export the shape of what NMS gives)
+
+    channels = {"visible": 3, "lwir": 1}
+    frames = tuple(torch.zeros(2, 512, 640, channels[name], dtype=torch.uint8) for name in names)
+    n = Dim("n")
+    shapes = tuple({0: n, 1: Dim(f"{name}_height"), 2: Dim(f"{name}_width")} for name in names)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torchvision's use of torch
+        return torch.export.export(network, frames, dynamic_shapes=(shapes,))
+
+
+def save_onnx(path: Path, program: ExportedProgram, names: Sequence[str], about: dict[str, str]) -> None:
+    """Write a graph as ONNX, with what it says of itself as its metadata."""
+    outputs = ["boxes", "scores" if "scores" in about["outputs"] else "count"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        onnx = torch.onnx.export(
+            program, dynamo=True, input_names=list(names), output_names=outputs, verbose=False
+        )
+    onnx.model.metadata_props.update(about)
+    onnx.save(path)
+
+
+def open_onnx(path: Path) -> Runner:
+    """A function that runs an ONNX file on frames, with torch's number of threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [node.name for node in session.get_inputs()]
+    return lambda frames: session.run(None, dict(zip(names, frames, strict=True)))
+
+
+def save_pt2(path: Path, program: ExportedProgram, _: Sequence[str], about: dict[str, str]) -> None:
+    """Compile a graph for this machine's processor."""
+    from torch._inductor import aoti_compile_and_package
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        package = f"{folder}/network.pt2"
+        settings = {"aot_inductor.metadata": about}
+        aoti_compile_and_package(program, package_path=package, inductor_configs=settings)
+        shutil.copyfile(package, path)
+
+
+def open_pt2(path: Path) -> Runner:
+    """A function that runs a compiled package on frames."""
+    from torch._inductor import aoti_load_package
+
+    load_nms()
+    with tempfile.TemporaryDirectory() as folder:
+        network = aoti_load_package(shutil.copyfile(path, f"{folder}/network.pt2"))
+    return lambda frames: [x.numpy() for x in network(*map(torch.from_numpy, frames))]
+
+
+# ------------------------------------------------------------------- beside PyTorch
+
+
+def given_frames(images: Sequence[Path], config: Namespace) -> Iterator[list[np.ndarray]]:
+    """The modalities of each frame that images belong to, as the file takes them."""
+    names = MODALITIES[config.input_mode]
+    for pair in find_pairs(list_images(images, []), config, []):
+        if not pair.keys() >= set(names):
+            continue
+        views = (open_view(pair[name], name) for name in names)
+        yield [np.array(view).reshape(1, view.height, view.width, -1) for view in views]
+
+
+def split_frame(frame: np.ndarray) -> list[np.ndarray]:
+    """The modalities (1, 512, 640, c) of a frame (512, 640, C), visible first."""
+    parts = np.split(frame, [3], axis=2) if frame.shape[2] == 4 else [frame]
+    return [np.ascontiguousarray(part[None]) for part in parts]
+
+
+def compare(run: Runner, network: Deployable, frames: Iterator[list[np.ndarray]]) -> list[np.ndarray]:
+    """Run a file and PyTorch on frames in turns, and tell their largest differences and median times.
+
+    Returns:
+        What the file finds in each frame, (k, 5), see `rows`.
+    """
+    found, differences, times = [], [], []
+    for inputs in frames:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            wanted = [x.numpy() for x in network(*map(torch.from_numpy, inputs))]
+        between = time.perf_counter()
+        found.append(rows(run(inputs)))
+        times.append((time.perf_counter() - between, between - start))
+        differences.append(difference(found[-1], rows(wanted)))
+    if not found:
+        raise InputError("there is no frame to compare on", "name images of both modalities")
+    n_alone, _, _ = np.sum(differences, axis=0)
+    _, pixels, scores = np.max(differences, axis=0)
+    n_boxes = sum(map(len, found))
+    print(
+        f"{len(found)} frames: boxes are {pixels:.2g} pixels and {scores:.2g} in score from PyTorch's at most"
+    )
+    if n_alone:
+        print(f"note: {n_alone:.0f} boxes of about {n_boxes} are found by one of both alone")
+    own, plain = 1000 * np.median(times, axis=0)
+    print(f"{len(found)} frames: at most {pixels:.2g} pixels and {scores:.2g} in score from PyTorch's boxes")
+    print(f"median time of a frame: {own:.1f} ms, PyTorch {plain:.1f} ms ({torch.get_num_threads()} threads)")
+    return found
+
+
+def rows(outputs: Sequence[np.ndarray]) -> np.ndarray:
+    """(k, 5) x0, y0, x1, y1, score of the first frame of a network's outputs."""
+    boxes, other = outputs
+    return np.column_stack([boxes[0], other[0]]) if boxes.shape[2] == 4 else boxes[0, : other[0]]
+
+
+def difference(found: np.ndarray, wanted: np.ndarray) -> tuple[int, float, float]:
+    """Of boxes (k, 5), see `rows`: how many have no box of the other side within a pixel, as where an
+    overlap is as good as the threshold of NMS; and the largest difference of a coordinate and a score
+    of the others.
+
+    All boxes of a raw network stand in one order.
+    """
+    if len(found) == len(wanted) > 1000:
+        gaps = np.abs(found - wanted).max(0)
+        return 0, gaps[:4].max(), gaps[4]
+    if not len(found) or not len(wanted):
+        return len(found) + len(wanted), 0.0, 0.0
+    gaps = np.abs(found[:, None] - wanted)
+    distance = gaps[..., :4].max(2)
+    nearest, partner = distance.min(1), distance.argmin(1)
+    paired = nearest <= 1
+    n_alone = np.count_nonzero(~paired) + np.count_nonzero(distance.min(0) > 1)
+    score_gaps = gaps[np.arange(len(found)), partner, 4]
+    return n_alone, nearest[paired].max(initial=0), score_gaps[paired].max(initial=0)
+
+
+def to_xywh(found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes (k, 4) float64 xywh and scores (k,) of rows (k, 5), see `rows`."""
+    found = found.astype(np.float64)
+    return np.hstack([found[:, :2], found[:, 2:4] - found[:, :2]]), found[:, 4]
+
+
+def join_frames(boxes: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> Detections:
+    """Detections of the boxes (k, 4) xywh pixels and scores (k,) of each frame."""
+    frame = np.repeat(np.arange(len(scores)), list(map(len, scores)))
+    return Detections(frame, np.concatenate(boxes), np.concatenate(scores))
+
+
+if __name__ == "__main__":
+    run_script(main)
