@@ -103,7 +103,7 @@ BIAS_LR_FACTOR = 2.0  # biases learn this many times faster
 WEIGHT_DECAY = 1e-5  # L2 penalty
 SCHEDULE = "cosine"  # constant, step (x0.1 at 2/3, 5/6 of EPOCHS), step-mlpd (1/2, 9/10), cosine
 BATCH_SIZE = 4  # frames a step
-EPOCHS = 15  # passes over the training list
+EPOCHS = 14  # passes over the training list
 EMA_DECAY = 0.0  # evaluate and keep weights averaged over about 1 / (1 - this) steps; 0: off
 # -------- augmentation
 AUGMENT = True  # SSD augmentation; False only resizes
@@ -112,13 +112,13 @@ CROP_ASPECT = (0.8, 1.2)  # smallest and largest width / height of a crop, in th
 MIN_INPUT_HEIGHT = 10.0  # persons that end up lower are ignored, pixels of the network's input
 HUE_SATURATION = True  # distort hue and saturation of the visible image
 LWIR_JITTER = True  # distort brightness and contrast of the LWIR image
-COPY_PASTE = 0.0  # share of the frames into which people of other frames are pasted
+COPY_PASTE = 0.5  # share of the frames into which people of other frames are pasted
 MODALITY_DROPOUT = 0.0  # share of the samples that see one modality alone, the other blanked
 CROP_APART = 0.0  # share of the samples whose modalities are cropped each by a window of its own
 MIRROR_APART = 0.0  # share of the mirrored samples whose LWIR is not mirrored
 SHIFT_LEFT = 0.0  # share of the samples that are moved up to 20 pixels to the left
 # -------- evaluation
-EVAL_EVERY = 5  # epochs between evaluations; the last epoch is always evaluated
+EVAL_EVERY = 7  # epochs between evaluations; the last epoch is always evaluated
 MIN_SCORE = 0.01  # detections below this score are dropped
 NMS_IOU = 0.45  # of two detections that overlap more, the lower-scored is dropped
 MAX_BOXES = 200  # detections kept in a frame
