@@ -37,7 +37,7 @@ def run_training(nursery, folder, root, ranks, more):
     return load_checkpoint(folder / "custom" / "last.pt")["model"], log, said, scores
 
 
-@pytest.mark.parametrize("more", [[], ["--loader", "device", "--cache", "cache"]])
+@pytest.mark.parametrize("more", [[], ["--loader", "device", "--cache", "cache", "--copy-paste", "0"]])
 def test_two_processes_train_as_one(more, nursery, demo_root, tmp_path):
     """Of the last batch of five test frames the second process has none."""
     (tmp_path / "five.txt").write_text("".join((demo_root / "imageSets/test-all.txt").open().readlines()[:5]))
