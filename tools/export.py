@@ -259,7 +259,6 @@ def compare(run: Runner, network: Deployable, frames: Iterator[list[np.ndarray]]
     if n_alone:
         print(f"note: {n_alone:.0f} boxes of about {n_boxes} are found by one of both alone")
     own, plain = 1000 * np.median(times, axis=0)
-    print(f"{len(found)} frames: at most {pixels:.2g} pixels and {scores:.2g} in score from PyTorch's boxes")
     print(f"median time of a frame: {own:.1f} ms, PyTorch {plain:.1f} ms ({torch.get_num_threads()} threads)")
     return found
 
