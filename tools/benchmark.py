@@ -36,7 +36,7 @@ from engine.experiments import EXPERIMENTS
 from kaist.annotations import image_path
 from kaist.demo import draw_demo
 from kaist.files import run_script
-from kaist.frame_cache import cache_frames
+from kaist.frame_cache import FrameCache, cache_frames
 from kaist.frames import Frame
 from kaist.miss_rate import SETUPS, evaluate, load_ground_truth
 from kaist.results import read_detections
@@ -153,7 +153,7 @@ def training_rows(bench: Bench, n: int, width: float, n_frames: int, workers: in
     convolutions reach, and what the parts take by themselves."""
     root, frames = bench.demo(n_frames)
     cache = cache_frames(bench.folder / "cache", root, [frame.id for frame in frames], "early")
-    pairs = workloads.our_pairs(root, frames, cache)
+    pairs = workloads.row_pairs(root, frames, workloads.row_config("26", input_mode="early"), cache)
     loader = DeviceLoader(pairs, batch_size=n, workers=workers, map_sizes=MAPS, device=bench.device)
     batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
     batch, model = next(batches), our_model(bench.device, width=width).train()
@@ -297,9 +297,10 @@ def bench_sample(bench: Bench) -> Iterator[str]:
     root, frames = bench.demo()
     cache = cache_frames(bench.folder / "cache", root, [frame.id for frame in frames], "early")
     collate, theirs, epochs = Collate(MAPS), workloads.torchvision_sample(root), itertools.count()
+    config = workloads.row_config("26", input_mode="early")
 
-    def ours(cache: object) -> Callable[[], object]:
-        pairs = workloads.our_pairs(root, frames, cache)
+    def ours(cache: FrameCache | None) -> Callable[[], object]:
+        pairs = workloads.row_pairs(root, frames, config, cache)
         return lambda: collate([pairs[epoch, i] for epoch in [next(epochs)] for i in range(len(frames))])
 
     threads = torch.get_num_threads()

@@ -15,7 +15,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -364,10 +364,10 @@ def speed_image(setting: Setting) -> Iterator[Line]:
 
 def speed_evaluation(setting: Setting) -> Iterator[Line]:
     """The whole test list by row 26, images read from files."""
-    config = row_config("26", width=setting.scale.speed_width)
+    config = row_config("26", width=setting.scale.speed_width, augment=False)
     model = workloads.row_detector(config, setting.device)
     frames = list(itertools.islice(itertools.cycle(people_frames(setting.root)), setting.scale.frames))
-    pairs = workloads.row_pairs(setting.root, frames, config, augment=False)
+    pairs = workloads.row_pairs(setting.root, frames, config)
     sizes, on_gpu = row_maps(config), setting.device.type == "cuda"
     how = {"batch_size": min(64, len(frames)), "workers": setting.scale.workers, "pin_memory": on_gpu}
     loader = batch_loader(pairs, map_sizes=sizes, shuffle=False, **how)
@@ -405,7 +405,7 @@ def row_loader(
     """A training loader from the cache, by "workers" or "device", of the drawn frames so many times over."""
     frames = people_frames(setting.root)
     cache = cache_frames(setting.folder / "cache", setting.root, [f.id for f in frames], config.input_mode)
-    pairs = replace(workloads.row_pairs(setting.root, frames * repeat, config), cache=cache)
+    pairs = workloads.row_pairs(setting.root, frames * repeat, config, cache)
     settings = {"batch_size": n, "workers": setting.scale.workers, "map_sizes": row_maps(config)}
     if kind == "device":
         return DeviceLoader(pairs, device=setting.device, **settings)

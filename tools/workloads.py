@@ -56,12 +56,6 @@ def our_model(device: torch.device, **changes: object) -> SSD300:
     return SSD300(**(MODEL | changes)).to(device, memory_format=torch.channels_last)
 
 
-def our_pairs(root: Path, frames: list[Frame], cache: FrameCache | None) -> KaistPairs:
-    """Augmented training samples of a KAIST root, from its files or a frame cache."""
-    settings = {"input_mode": "early", "input_size": (300, 300), "filler": mean_colour(4), "seed": 0}
-    return KaistPairs(root, frames, **settings, augmentation=Augmentation(), masks_follow=True, cache=cache)
-
-
 def our_step(
     device: torch.device,
     precision: torch.dtype,
@@ -231,11 +225,13 @@ def people_frames(root: Path) -> list[Frame]:
     return [frame for frame in frames if (frame.labels == 1).any()]
 
 
-def row_pairs(root: Path, frames: list[Frame], config: Namespace, augment: bool = True) -> KaistPairs:
-    """A row's samples of a KAIST root, in training or, without augmentation, in evaluation."""
+def row_pairs(
+    root: Path, frames: list[Frame], config: Namespace, cache: FrameCache | None = None
+) -> KaistPairs:
+    """A row's samples of a KAIST root, augmented if it says so, from its files or a frame cache."""
     filler = mean_colour(INPUT_CHANNELS[config.input_mode])
-    options = Augmentation(**pick(config, *AUGMENTATION)) if augment and config.augment else None
-    return KaistPairs(root, frames, filler=filler, augmentation=options, **pick(config, *PAIRS))
+    options = Augmentation(**pick(config, *AUGMENTATION)) if config.augment else None
+    return KaistPairs(root, frames, filler=filler, augmentation=options, cache=cache, **pick(config, *PAIRS))
 
 
 # ------------------------------------------------------------------------------ torchvision's
