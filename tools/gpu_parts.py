@@ -301,13 +301,13 @@ def speed_network(setting: Setting) -> Iterator[Line]:
     seconds, note = seconds_a_call(setting, bare)
     yield Line("bare convolutions, 4 channels, bf16", n / seconds, "images/s", note)
     for mode in setting.scale.modes:
-        yield step_line(setting, f"{work}, bf16, COMPILE {mode}", config, n, BF16, mode)
+        yield rate_line(setting, f"{work}, bf16, COMPILE {mode}", Step(config, device, BF16, mode), n)
     contiguous = Step(config, device, BF16)
     contiguous.model.to(memory_format=torch.contiguous_format)
     yield rate_line(setting, f"{work}, bf16, eager, not channels_last", contiguous, n)
     for on, name in ((True, "tf32"), (False, "fp32")):
         with tf32(on):
-            yield step_line(setting, f"{work}, {name}, eager", config, n, FP32, "off")
+            yield rate_line(setting, f"{work}, {name}, eager", Step(config, device, FP32), n)
 
 
 def speed_rows(setting: Setting) -> Iterator[Line]:
@@ -315,7 +315,8 @@ def speed_rows(setting: Setting) -> Iterator[Line]:
     for row, n, aim in (("42", 8, 400), ("41", 12, 0), ("40", 32, 0)):
         config = row_config(row, width=setting.scale.speed_width)
         n, mode = min(n, setting.scale.batch), setting.scale.compiled
-        line = step_line(setting, f"row {row}, batch {n}, bf16, COMPILE {mode}", config, n, BF16, mode)
+        what = f"row {row}, batch {n}, bf16, COMPILE {mode}"
+        line = rate_line(setting, what, Step(config, setting.device, BF16, mode), n)
         yield at_least(line.what, line.value, line.unit, aim, line.note) if aim else line
 
 
@@ -383,13 +384,6 @@ def speed_evaluation(setting: Setting) -> Iterator[Line]:
         detect_frames(network, loader, BF16, **LIMITS)
         taken = time.perf_counter() - start
         yield at_most(f"{len(frames)} frames, files to boxes, COMPILE {mode}", taken, "s", 3.0)
-
-
-def step_line(
-    setting: Setting, what: str, config: Namespace, n: int, precision: torch.dtype, mode: str
-) -> Line:
-    """The images a second of a row's steps."""
-    return rate_line(setting, what, Step(config, setting.device, precision, mode), n)
 
 
 def rate_line(setting: Setting, what: str, step: Step, n: int) -> Line:
