@@ -200,12 +200,12 @@ def row_batch(config: Namespace, n: int) -> Batch:
 def row_image(
     config: Namespace, device: torch.device, precision: torch.dtype, root: Path, frame: Frame
 ) -> Callable[[], object]:
-    """Detection by a row's network in a frame, from its files."""
-    model = row_detector(config, device)
+    """Detection by a row's network in a frame, from its files, with the row's limits."""
+    model, settings = row_detector(config, device), pick(config, "test_flip", *LIMITS)
 
     def run() -> object:
         pixels = read_frame(root, frame.id, config.input_mode)
-        return detect_image(model, pixels, precision, test_flip=config.test_flip, **LIMITS)
+        return detect_image(model, pixels, precision, **settings)
 
     return run
 
