@@ -19,7 +19,7 @@ from engine.config import checkpoint_config, model_arguments, read_config
 from engine.distributed import all_reduce_sum, gather, is_main_process
 from engine.loader import BatchLoader
 from kaist.files import InputError
-from kaist.results import Detections
+from kaist.results import Detections, join_frames
 from model import SSD300, build_model, make_network, predict_mirrored
 from ssd.augment import whole_frame
 from ssd.boxes import Predictions, detect
@@ -213,9 +213,7 @@ def detect_frames(
     model.train(was_training)
     shares = gather(found)
     found = [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
-    found = [to_pixels(*own) for own in found]
-    frame = np.repeat(np.arange(len(found)), [len(scores) for _, scores in found])
-    detections = Detections(frame, *map(np.concatenate, zip(*found, strict=True)))
+    detections = join_frames(to_pixels(*own) for own in found)
     names = [f"ap_map{i + 1}" for i in model.infused_maps]
     return detections, dict(zip(names, map(average_precision, all_reduce_sum(cells)), strict=True))
 

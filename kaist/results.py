@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -51,6 +51,13 @@ class Detections:
     def take(self, index: np.ndarray) -> Detections:
         """Some of the detections, by their index."""
         return replace(self, frame=self.frame[index], boxes=self.boxes[index], scores=self.scores[index])
+
+
+def join_frames(found: Iterable[tuple[np.ndarray, np.ndarray]]) -> Detections:
+    """Detections of the boxes (k, 4) xywh pixels and scores (k,) of each frame."""
+    boxes, scores = zip(*found, strict=True)
+    frame = np.repeat(np.arange(len(scores)), list(map(len, scores)))
+    return Detections(frame, np.concatenate(boxes), np.concatenate(scores))
 
 
 def frame_places(named: Sequence[str], frames: Sequence[str], where: str | Path) -> np.ndarray:

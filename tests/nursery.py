@@ -10,9 +10,10 @@ from pathlib import Path
 PROJECT = Path(__file__).parent.parent
 
 # Runs train.py's main() in as many processes as a line asks for, says their ids and, when all have ended,
-# how. The import of torch is most of the time that such a start takes.
+# how. Imports are most of the time that such a start takes; what train.py reaches late is here from the
+# start as well.
 SCRIPT = """
-import json, os, signal, socket, sys, traceback, train
+import json, os, signal, socket, sys, traceback, matplotlib.backends.backend_agg, torch._dynamo, train
 from engine.distributed import run_together
 from kaist.files import run_script
 

@@ -17,7 +17,6 @@ SHARED = {"width": 0.01, "infusion": (1, 1, 0, 0, 0, 0), "infusion_conv": False}
 SSD = {"batch_norm": True, "prior_set": "pedestrian", "centres": "stride", "size": (257, 257), **SHARED}
 PAPERS = {"prior_set": "multispectral", "size": (128, 128), **SHARED}
 NETWORKS = {
-    "early": {"input_mode": "early", **SSD},
     "halfway": {"input_mode": "halfway", **SSD},
     "mlpd": {"network": "mlpd", **PAPERS},
     "insanet": {"network": "insanet", **PAPERS},

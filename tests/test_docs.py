@@ -8,7 +8,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -212,32 +211,36 @@ def test_the_example_row_can_be_trained(monkeypatch):
     assert "50" in config.lab_book()
 
 
-def run_as_written(page, heading, folder, monkeypatch):
-    """Run each command of the first bash block under a heading, in a copy of the project; what each said."""
-    for name in ("train.py", "eval.py", "detect.py", "model.py", "datasets.py", "utils.py", "pseudo_gt.py"):
-        shutil.copy(PROJECT / name, folder)
-    for name in ("kaist", "ssd", "engine", "tools"):
-        shutil.copytree(PROJECT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setenv("PYTHONPATH", str(folder))
-    section = page.read_text(encoding="utf-8").partition(f"## {heading}\n")[2]
-    block = next(text for language, text in FENCE.findall(section) if language == "bash")
-    said = []
-    for line in block.splitlines():
-        words = [sys.executable, *shlex.split(line)[1:]]
-        done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
-        assert done.returncode == 0, f"{line}: {done.stdout}{done.stderr}"
-        said.append(done.stdout)
-    return said
+def miniature(folder, monkeypatch):
+    """Let the folder be the current one and the project's, where a network is narrow and sees few frames."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(config, "ROOT", folder)
+    small = {"width": 0.0625, "batch_size": 2, "epochs": 6, "eval_every": 6}  # a time is told after 30 steps
+    text = Path(train.__file__).read_text()
+    for name, value in {**small, "workers": 0}.items():
+        text = re.sub(rf"^{name.upper()} = [\d.]+", f"{name.upper()} = {value}", text, flags=re.MULTILINE)
+    (folder / "train.py").write_text(text)
+    monkeypatch.setattr(train, "__file__", str(folder / "train.py"))
+    row = EXPERIMENTS["demo"]
+    monkeypatch.setitem(EXPERIMENTS, "demo", row._replace(change=row.change | small))
 
 
-def test_a_set_of_ones_own_as_the_page_has_it(tmp_path, monkeypatch):
+def test_a_set_of_ones_own_as_the_page_has_it(tmp_path, monkeypatch, capsys):
     """From a folder of pairs to a trained network, a table and pictures, each command as written."""
+    miniature(tmp_path, monkeypatch)
     pairs = draw_own(tmp_path / "mine", height=60)
-    text = next(t for _, t in fences(PROJECT / "docs/your-data.md") if t.startswith("{"))
+    page = PROJECT / "docs/your-data.md"
+    text = next(t for _, t in fences(page) if t.startswith("{"))
     given = json.loads(pairs.read_text())
     assert json.loads(text).keys() == given.keys()
     pairs.write_text(text)
-    said = run_as_written(PROJECT / "docs/your-data.md", "In five commands", tmp_path, monkeypatch)
+    section = page.read_text(encoding="utf-8").partition("## In five commands\n")[2]
+    said = []
+    for line in next(text for language, text in FENCE.findall(section) if language == "bash").splitlines():
+        module, arguments = project_command(shlex.split(line))
+        monkeypatch.setattr(sys, "argv", [module, *arguments])
+        assert not importlib.import_module(module).main(), line
+        said.append(capsys.readouterr().out)
     assert len(said) == 5
     assert "no fault found" in said[0]
     assert "4 frames, 4 people to learn" in said[1] and "4 frames, 4 people count" in said[1]
@@ -282,13 +285,7 @@ HOUR = PROJECT / "docs/first-hour.md"
 @pytest.fixture
 def clone(demo_root, tmp_path, monkeypatch):
     """A miniature of what the page has: a narrow network, few frames; the current folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(config, "ROOT", tmp_path)
-    small = re.sub(r"^WIDTH = .*", "WIDTH = 0.0625", Path(train.__file__).read_text(), flags=re.MULTILINE)
-    (tmp_path / "train.py").write_text(re.sub(r"^WORKERS = \d", "WORKERS = 0", small, flags=re.MULTILINE))
-    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
-    row = EXPERIMENTS["demo"]
-    monkeypatch.setitem(EXPERIMENTS, "demo", row._replace(change=row.change | {"width": 0.0625}))
+    miniature(tmp_path, monkeypatch)
     monkeypatch.setattr(detect, "LISTED", 1)  # of more images a count alone is told, as of many on the page
 
     lists = {"data/demo": {}, "kaist": {"train-all-02": "train-all", "test-all-20": "test-all"}}

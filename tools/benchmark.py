@@ -31,25 +31,23 @@ import torch
 from torchvision.ops import box_convert
 
 from datasets import Collate, DeviceLoader
-from engine.config import OneLineParser, model_arguments, pick, resolve_row
+from engine.config import OneLineParser, resolve_row
 from engine.experiments import EXPERIMENTS
-from kaist.annotations import image_path, open_annotations, read_image_list
+from kaist.annotations import image_path
 from kaist.demo import draw_demo
 from kaist.files import run_script
-from kaist.frame_cache import cache_frames
-from kaist.frames import Frame, load_frames
-from kaist.images import read_frame
+from kaist.frame_cache import FrameCache, cache_frames
+from kaist.frames import Frame
 from kaist.miss_rate import SETUPS, evaluate, load_ground_truth
 from kaist.results import read_detections
-from model import make_network
 from ssd.boxes import Predictions, detect
-from ssd.losses import TERMS, Criterion, MultiBoxLoss
+from ssd.losses import MultiBoxLoss
 from ssd.memory_plan import plan_memory
 from tools import gpu_report, workloads
 from tools.gpu_parts import FULL, TINY
 from tools.isolated import STATUS, Subprocess, added_memory
 from tools.workloads import LIMITS, MAPS, our_model, our_step
-from utils import choose_device, choose_precision, detect_image
+from utils import choose_device, choose_precision
 
 REPORT_MINUTES = 7.5  # that --report takes at most, its last part aside
 CARDS = (8, 16, 24, 80, 140)  # GB of memory of the GPUs that --memory-plan knows
@@ -78,9 +76,7 @@ class Bench:
         root = self.folder / f"demo-{train_frames}"
         if not root.exists():
             draw_demo(root, train_frames=train_frames, test_frames=6, progress=False)
-        ids = read_image_list(root / "imageSets/train-all.txt")
-        frames = load_frames(ids, open_annotations(root), min_height=12, margin=5)
-        return root, [frame for frame in frames if (frame.labels == 1).any()]
+        return root, workloads.people_frames(root)
 
 
 def table_row(*cells: str, passed: bool | None = None) -> str:
@@ -157,7 +153,7 @@ def training_rows(bench: Bench, n: int, width: float, n_frames: int, workers: in
     convolutions reach, and what the parts take by themselves."""
     root, frames = bench.demo(n_frames)
     cache = cache_frames(bench.folder / "cache", root, [frame.id for frame in frames], "early")
-    pairs = workloads.our_pairs(root, frames, cache)
+    pairs = workloads.row_pairs(root, frames, workloads.row_config("26", input_mode="early"), cache)
     loader = DeviceLoader(pairs, batch_size=n, workers=workers, map_sizes=MAPS, device=bench.device)
     batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
     batch, model = next(batches), our_model(bench.device, width=width).train()
@@ -240,18 +236,9 @@ def bench_image(bench: Bench) -> Iterator[str]:
 
 def row_detector(bench: Bench, name: str, width: float = 1.0) -> Callable[[], object]:
     """Detection by a row's network with random weights, of which few priors say person."""
-    config = Namespace(**(resolve_row(name) | {"width": width}))
     root, frames = bench.demo()
-    model = make_network(**model_arguments(config)).to(bench.device, memory_format=torch.channels_last)
-    for head in model.eval().conf_heads:
-        head.bias.data.view(-1, model.n_logits)[:, 1:] = -4.0
-    settings = {key: getattr(config, key) for key in ("test_flip", *LIMITS)}
-
-    def run() -> object:
-        frame = read_frame(root, frames[0].id, config.input_mode)
-        return detect_image(model, frame, bench.precision, **settings)
-
-    return run
+    config = workloads.row_config(name, width=width)
+    return workloads.row_image(config, bench.device, bench.precision, root, frames[0])
 
 
 def network_words(row: dict) -> list[str]:
@@ -281,9 +268,7 @@ def memory_rows() -> Iterator[str]:
     for text, names in rows_by(EXPERIMENTS, words).items():
         config = workloads.row_config(names[0])
         with torch.device("meta"):
-            model = make_network(**model_arguments(config))
-        heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
-        criterion = Criterion(*heads, **pick(config, *TERMS))
+            model, criterion = workloads.row_network(config)
         for precision, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
             plan = plan_memory(model, criterion, config.optimizer, precision)
             if config.ema_decay:
@@ -312,9 +297,10 @@ def bench_sample(bench: Bench) -> Iterator[str]:
     root, frames = bench.demo()
     cache = cache_frames(bench.folder / "cache", root, [frame.id for frame in frames], "early")
     collate, theirs, epochs = Collate(MAPS), workloads.torchvision_sample(root), itertools.count()
+    config = workloads.row_config("26", input_mode="early")
 
-    def ours(cache: object) -> Callable[[], object]:
-        pairs = workloads.our_pairs(root, frames, cache)
+    def ours(cache: FrameCache | None) -> Callable[[], object]:
+        pairs = workloads.row_pairs(root, frames, config, cache)
         return lambda: collate([pairs[epoch, i] for epoch in [next(epochs)] for i in range(len(frames))])
 
     threads = torch.get_num_threads()

@@ -37,7 +37,7 @@ from kaist.files import InputError, run_script, write_atomically
 from kaist.images import open_view, read_frame
 from kaist.miss_rate import open_test_set
 from kaist.report import headline_table, score
-from kaist.results import Detections
+from kaist.results import join_frames
 from model import predict_mirrored
 from ssd.boxes import load_nms
 from ssd.deployable import Deployable, halve
@@ -97,8 +97,8 @@ def main() -> None:
     if arguments.evaluate:
         how = {**settings, "test_flip": config.test_flip}
         own = [detect_image(model, frame, torch.float32, **how) for frame in read()]
-        scores = [score(str(path), test_set, join_frames(*zip(*own, strict=True)))]
-        scores.append(score(str(out), test_set, join_frames(*zip(*map(to_xywh, found), strict=True))))
+        scores = [score(str(path), test_set, join_frames(own))]
+        scores.append(score(str(out), test_set, join_frames(map(to_xywh, found))))
         print(headline_table(scores))
 
 
@@ -294,12 +294,6 @@ def to_xywh(found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Boxes (k, 4) float64 xywh and scores (k,) of rows (k, 5), see `rows`."""
     found = found.astype(np.float64)
     return np.hstack([found[:, :2], found[:, 2:4] - found[:, :2]]), found[:, 4]
-
-
-def join_frames(boxes: Sequence[np.ndarray], scores: Sequence[np.ndarray]) -> Detections:
-    """Detections of the boxes (k, 4) xywh pixels and scores (k,) of each frame."""
-    frame = np.repeat(np.arange(len(scores)), list(map(len, scores)))
-    return Detections(frame, np.concatenate(boxes), np.concatenate(scores))
 
 
 if __name__ == "__main__":

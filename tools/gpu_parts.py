@@ -15,26 +15,23 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from datasets import DeviceLoader, batch_loader
 from engine.checkpoint import load_checkpoint
-from engine.config import ROOT, model_arguments
+from engine.config import ROOT
 from engine.loader import BatchLoader
-from kaist.annotations import open_annotations, read_image_list
 from kaist.frame_cache import cache_frames
-from kaist.frames import Frame, load_frames
 from kaist.images import read_frame
-from model import make_network
 from ssd.boxes import detect
 from ssd.memory_plan import plan_memory
 from tools import workloads
-from tools.workloads import LIMITS, Step, row_batch, row_config, row_pairs
+from tools.workloads import LIMITS, Step, people_frames, row_batch, row_config, row_maps
 from utils import compile_model, detect_frames, detect_image, predict
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -97,12 +94,6 @@ class Setting:
     def root(self) -> Path:
         return self.folder / "demo"
 
-    def frames(self) -> list[Frame]:
-        """The training frames that hold people."""
-        ids = read_image_list(self.root / "imageSets/train-all.txt")
-        frames = load_frames(ids, open_annotations(self.root), min_height=12, margin=5)
-        return [frame for frame in frames if (frame.labels == 1).any()]
-
 
 class Line(NamedTuple):
     """A line of the report: what was measured, the value, its unit, the spread or a remark, and the aim.
@@ -153,7 +144,7 @@ def seconds_a_call(setting: Setting, function: Callable[[], object]) -> tuple[fl
 
 def check_losses(setting: Setting) -> Iterator[Line]:
     """Loss terms and gradient of one batch in fp32 against the CPU's, row by row."""
-    with full_precision():
+    with tf32(False):
         for row in setting.scale.rows:
             config, results = row_config(row, width=setting.scale.width), []
             for device in (torch.device("cpu"), setting.device):
@@ -199,9 +190,10 @@ def check_detections(setting: Setting) -> Iterator[Line]:
             found.append(detect(predictions, priors.to(device), **LIMITS))
         yield at_most(f"boxes that differ, {len(found[0][0][0])} an image", unequal_boxes(*found), "boxes", 0)
     config = row_config("40", width=setting.scale.width)
-    frames = [read_frame(setting.root, frame.id, config.input_mode) for frame in setting.frames()[:4]]
+    ids = [frame.id for frame in people_frames(setting.root)[:4]]
+    frames = [read_frame(setting.root, frame_id, config.input_mode) for frame_id in ids]
     found = []
-    with full_precision():
+    with tf32(False):
         for device in (cpu, setting.device):
             torch.manual_seed(0)
             model = Step(config, device, FP32).model.eval()
@@ -269,19 +261,18 @@ def train(setting: Setting, name: str, launcher: Sequence[str] = (), end_after: 
 
 
 @contextmanager
-def full_precision() -> Iterator[None]:
-    """Within, fp32 is not TF32."""
-    set_tf32(False)
+def tf32(on: bool) -> Iterator[None]:
+    """Within, products and convolutions in fp32 are TF32 ones, or not; after it they are."""
+
+    def allow(on: bool) -> None:
+        torch.set_float32_matmul_precision("high" if on else "highest")
+        torch.backends.cudnn.allow_tf32 = on
+
+    allow(on)
     try:
         yield
     finally:
-        set_tf32(True)
-
-
-def set_tf32(on: bool) -> None:
-    """Let products and convolutions in fp32 be TF32 ones, or not."""
-    torch.set_float32_matmul_precision("high" if on else "highest")
-    torch.backends.cudnn.allow_tf32 = on
+        allow(True)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -310,14 +301,13 @@ def speed_network(setting: Setting) -> Iterator[Line]:
     seconds, note = seconds_a_call(setting, bare)
     yield Line("bare convolutions, 4 channels, bf16", n / seconds, "images/s", note)
     for mode in setting.scale.modes:
-        yield step_line(setting, f"{work}, bf16, COMPILE {mode}", config, n, BF16, mode)
+        yield rate_line(setting, f"{work}, bf16, COMPILE {mode}", Step(config, device, BF16, mode), n)
     contiguous = Step(config, device, BF16)
     contiguous.model.to(memory_format=torch.contiguous_format)
     yield rate_line(setting, f"{work}, bf16, eager, not channels_last", contiguous, n)
-    for tf32, name in ((True, "tf32"), (False, "fp32")):
-        set_tf32(tf32)
-        yield step_line(setting, f"{work}, {name}, eager", config, n, FP32, "off")
-    set_tf32(True)
+    for on, name in ((True, "tf32"), (False, "fp32")):
+        with tf32(on):
+            yield rate_line(setting, f"{work}, {name}, eager", Step(config, device, FP32), n)
 
 
 def speed_rows(setting: Setting) -> Iterator[Line]:
@@ -325,7 +315,8 @@ def speed_rows(setting: Setting) -> Iterator[Line]:
     for row, n, aim in (("42", 8, 400), ("41", 12, 0), ("40", 32, 0)):
         config = row_config(row, width=setting.scale.speed_width)
         n, mode = min(n, setting.scale.batch), setting.scale.compiled
-        line = step_line(setting, f"row {row}, batch {n}, bf16, COMPILE {mode}", config, n, BF16, mode)
+        what = f"row {row}, batch {n}, bf16, COMPILE {mode}"
+        line = rate_line(setting, what, Step(config, setting.device, BF16, mode), n)
         yield at_least(line.what, line.value, line.unit, aim, line.note) if aim else line
 
 
@@ -366,24 +357,19 @@ def speed_training(setting: Setting) -> Iterator[Line]:
 def speed_image(setting: Setting) -> Iterator[Line]:
     """One pair, from its files to boxes."""
     for row in ("26", "40", "42"):
-        config = row_config(row, width=setting.scale.speed_width)
-        model, frame = quiet(Step(config, setting.device, BF16).model), setting.frames()[0]
-
-        def run(config: Namespace = config, model: nn.Module = model, frame: Frame = frame) -> object:
-            pixels = read_frame(setting.root, frame.id, config.input_mode)
-            return detect_image(model, pixels, BF16, test_flip=config.test_flip, **LIMITS)
-
+        config, frame = row_config(row, width=setting.scale.speed_width), people_frames(setting.root)[0]
+        run = workloads.row_image(config, setting.device, BF16, setting.root, frame)
         seconds, note = seconds_a_call(setting, run)
         yield Line(f"row {row}: one frame, files to boxes", 1e3 * seconds, "ms", note)
 
 
 def speed_evaluation(setting: Setting) -> Iterator[Line]:
     """The whole test list by row 26, images read from files."""
-    config = row_config("26", width=setting.scale.speed_width)
-    model = quiet(Step(config, setting.device, BF16).model)
-    frames = list(itertools.islice(itertools.cycle(setting.frames()), setting.scale.frames))
-    pairs = row_pairs(setting.root, frames, config, augment=False)
-    sizes, on_gpu = [model.grids[i] for i in model.infused_maps], setting.device.type == "cuda"
+    config = row_config("26", width=setting.scale.speed_width, augment=False)
+    model = workloads.row_detector(config, setting.device)
+    frames = list(itertools.islice(itertools.cycle(people_frames(setting.root)), setting.scale.frames))
+    pairs = workloads.row_pairs(setting.root, frames, config)
+    sizes, on_gpu = row_maps(config), setting.device.type == "cuda"
     how = {"batch_size": min(64, len(frames)), "workers": setting.scale.workers, "pin_memory": on_gpu}
     loader = batch_loader(pairs, map_sizes=sizes, shuffle=False, **how)
     images = next(iter(loader.epoch(0))).images.to(setting.device)
@@ -400,13 +386,6 @@ def speed_evaluation(setting: Setting) -> Iterator[Line]:
         yield at_most(f"{len(frames)} frames, files to boxes, COMPILE {mode}", taken, "s", 3.0)
 
 
-def step_line(
-    setting: Setting, what: str, config: Namespace, n: int, precision: torch.dtype, mode: str
-) -> Line:
-    """The images a second of a row's steps."""
-    return rate_line(setting, what, Step(config, setting.device, precision, mode), n)
-
-
 def rate_line(setting: Setting, what: str, step: Step, n: int) -> Line:
     """The images a second of steps on one batch of n frames."""
     batch = row_batch(step.config, n).to(setting.device)
@@ -418,20 +397,10 @@ def row_loader(
     setting: Setting, config: Namespace, kind: str, n: int, repeat: int = 1
 ) -> BatchLoader | DeviceLoader:
     """A training loader from the cache, by "workers" or "device", of the drawn frames so many times over."""
-    frames = setting.frames()
+    frames = people_frames(setting.root)
     cache = cache_frames(setting.folder / "cache", setting.root, [f.id for f in frames], config.input_mode)
-    pairs = replace(row_pairs(setting.root, frames * repeat, config), cache=cache)
-    with torch.device("meta"):
-        model = make_network(**model_arguments(config))
-    settings = {"batch_size": n, "workers": setting.scale.workers}
-    settings["map_sizes"] = [model.grids[i] for i in model.infused_maps]
+    pairs = workloads.row_pairs(setting.root, frames * repeat, config, cache)
+    settings = {"batch_size": n, "workers": setting.scale.workers, "map_sizes": row_maps(config)}
     if kind == "device":
         return DeviceLoader(pairs, device=setting.device, **settings)
     return batch_loader(pairs, shuffle=True, pin_memory=setting.device.type == "cuda", **settings)
-
-
-def quiet(model: nn.Module) -> nn.Module:
-    """The network with few priors that say person, as a trained one has."""
-    for head in model.eval().conf_heads:
-        head.bias.data.view(-1, model.n_logits)[:, 1:] = -4.0
-    return model

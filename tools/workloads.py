@@ -22,16 +22,17 @@ from torchvision.transforms import v2
 from datasets import AUGMENTATION, PAIRS, Batch, KaistPairs
 from engine.config import ROOT, model_arguments, pick, read_constants, resolve_row
 from engine.optim import GuardedStep, make_optimizer, update_ema
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path, open_annotations, read_image_list
 from kaist.frame_cache import FrameCache
-from kaist.frames import Frame
-from kaist.images import read_image
+from kaist.frames import Frame, load_frames
+from kaist.images import read_frame, read_image
 from kaist.miss_rate import FPPI_POINTS, GroundTruth, Setup
 from kaist.results import Detections, write_detections
 from model import INPUT_CHANNELS, SSD300, make_network
 from pseudo_gt import box_masks
 from ssd.augment import Augmentation, mean_colour
 from ssd.boxes import Predictions, encode
+from ssd.layers import Detector
 from ssd.losses import TERMS, Criterion, MultiBoxLoss, SegmentationLoss
 from utils import autocast, compile_model, detect_image, tune_malloc
 
@@ -53,12 +54,6 @@ def with_malloc_tuning(make: Callable, *arguments: object) -> Callable:
 def our_model(device: torch.device, **changes: object) -> SSD300:
     """A network of MODEL's arguments, but for some."""
     return SSD300(**(MODEL | changes)).to(device, memory_format=torch.channels_last)
-
-
-def our_pairs(root: Path, frames: list[Frame], cache: FrameCache | None) -> KaistPairs:
-    """Augmented training samples of a KAIST root, from its files or a frame cache."""
-    settings = {"input_mode": "early", "input_size": (300, 300), "filler": mean_colour(4), "seed": 0}
-    return KaistPairs(root, frames, **settings, augmentation=Augmentation(), masks_follow=True, cache=cache)
 
 
 def our_step(
@@ -143,6 +138,20 @@ def row_config(row: str, **changes: object) -> Namespace:
     return Namespace(**(constants | resolve_row(row) | changes))
 
 
+def row_network(config: Namespace) -> tuple[Detector, Criterion]:
+    """A row's untrained network and its losses, made where torch makes tensors."""
+    model = make_network(**model_arguments(config))
+    heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
+    return model, Criterion(*heads, **pick(config, *TERMS))
+
+
+def row_maps(config: Namespace) -> list[tuple[int, int]]:
+    """(height, width) of the feature maps that have masks."""
+    with torch.device("meta"):
+        model = make_network(**model_arguments(config))
+    return [model.grids[i] for i in model.infused_maps]
+
+
 class Step:
     """A row's training step on a device, as train.py makes it, from untrained weights.
 
@@ -152,9 +161,8 @@ class Step:
 
     def __init__(self, config: Namespace, device: torch.device, precision: torch.dtype, mode: str = "off"):
         self.config, self.device, self.precision, self.taken = config, device, precision, 0
-        model = make_network(**model_arguments(config)).to(device, memory_format=torch.channels_last)
-        heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
-        self.criterion = Criterion(*heads, **pick(config, *TERMS)).to(device)
+        model, criterion = row_network(config)
+        model, self.criterion = model.to(device, memory_format=torch.channels_last), criterion.to(device)
         rates = pick(config, "bias_lr_factor", "weight_decay")
         self.optimizer = make_optimizer(model, self.criterion, name=config.optimizer, lr=1e-6, **rates)
         self.ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else model
@@ -182,21 +190,48 @@ class Step:
 
 def row_batch(config: Namespace, n: int) -> Batch:
     """n frames of 3 people and noise for a row's network, on the CPU; always the same."""
-    with torch.device("meta"):
-        grids = make_network(**model_arguments(config)).grids
     g = torch.Generator().manual_seed(n)
     size = (n, INPUT_CHANNELS[config.input_mode], *config.input_size)
     images = torch.randint(256, size, dtype=torch.uint8, generator=g)
     boxes, labels = random_objects(n, 3, torch.device("cpu"))
-    maps = [grid for grid, infused in zip(grids, config.infusion, strict=True) if infused]
-    return Batch(images, boxes, labels, box_masks(boxes, labels, maps), ["frame"] * n)
+    return Batch(images, boxes, labels, box_masks(boxes, labels, row_maps(config)), ["frame"] * n)
 
 
-def row_pairs(root: Path, frames: list[Frame], config: Namespace, augment: bool = True) -> KaistPairs:
-    """A row's samples of a KAIST root, in training or, without augmentation, in evaluation."""
+def row_image(
+    config: Namespace, device: torch.device, precision: torch.dtype, root: Path, frame: Frame
+) -> Callable[[], object]:
+    """Detection by a row's network in a frame, from its files, with the row's limits."""
+    model, settings = row_detector(config, device), pick(config, "test_flip", *LIMITS)
+
+    def run() -> object:
+        pixels = read_frame(root, frame.id, config.input_mode)
+        return detect_image(model, pixels, precision, **settings)
+
+    return run
+
+
+def row_detector(config: Namespace, device: torch.device) -> Detector:
+    """A row's network for detection, of which few priors say person, as of a trained one."""
+    model = row_network(config)[0].to(device, memory_format=torch.channels_last)
+    for head in model.eval().conf_heads:
+        head.bias.data.view(-1, model.n_logits)[:, 1:] = -4.0
+    return model
+
+
+def people_frames(root: Path) -> list[Frame]:
+    """The training frames of a KAIST root that hold people."""
+    ids = read_image_list(root / "imageSets/train-all.txt")
+    frames = load_frames(ids, open_annotations(root), min_height=12, margin=5)
+    return [frame for frame in frames if (frame.labels == 1).any()]
+
+
+def row_pairs(
+    root: Path, frames: list[Frame], config: Namespace, cache: FrameCache | None = None
+) -> KaistPairs:
+    """A row's samples of a KAIST root, augmented if it says so, from its files or a frame cache."""
     filler = mean_colour(INPUT_CHANNELS[config.input_mode])
-    options = Augmentation(**pick(config, *AUGMENTATION)) if augment and config.augment else None
-    return KaistPairs(root, frames, filler=filler, augmentation=options, **pick(config, *PAIRS))
+    options = Augmentation(**pick(config, *AUGMENTATION)) if config.augment else None
+    return KaistPairs(root, frames, filler=filler, augmentation=options, cache=cache, **pick(config, *PAIRS))
 
 
 # ------------------------------------------------------------------------------ torchvision's

@@ -39,7 +39,7 @@ def test_row_35_detects_what_torchvision_does(state_file, reference):
     theirs.load_state_dict(torch.load(state_file))
     paths = sorted((reference / "mini" / "images").glob("set*/V*/visible/*.jpg"))
     assert len(paths) >= 5
-    for path in paths:
+    for path in (paths[0], paths[-1]):  # a day and a night
         image = whole_frame(3, (300, 300)).apply(read_image(path, "visible"))
         with torch.inference_mode():
             [expected] = theirs([image / 255])
