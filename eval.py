@@ -36,7 +36,7 @@ from kaist.pair_sets import open_pairs
 from kaist.pairs import PairSet
 from kaist.report import draw_curves, print_scores, score, write_json
 from kaist.results import Detections, frames_path, read_detections, write_detections
-from kaist.sources import KAIST, TEST_SET, named_root, open_testing
+from kaist.sources import TEST_SET, named_root, open_testing, set_name
 
 CHECKPOINTS = "checkpoints"  # where the newest finished run is looked for
 ANNOTATIONS = ""  # KAIST_annotation.json, an annotation folder or a KAIST root
@@ -132,7 +132,8 @@ def parse_arguments() -> Namespace:
     add("--errors-out", type=picture, metavar="FILE", help=f"where to ({beside} {ERRORS})")
     arguments = parser.parse_args()
     data = arguments.data_root, arguments.image_list, arguments.annotations, arguments.kaist
-    arguments.data_flags = [path for path in data if path]
+    arguments.data_flags = [set_name(arguments.data)] if arguments.data else []
+    arguments.data_flags += [path for path in data if path]
     if arguments.kaist:
         fill_in(arguments, arguments.kaist)
     for flag, number, most in (
@@ -254,7 +255,6 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     # Here, because result files are evaluated without torch.
     from datasets import TESTING, test_loader
     from engine.checkpoint import choose_checkpoint
-    from kaist.demo import open_root
     from utils import choose_device, choose_precision, detect_frames, open_network
 
     path = choose_checkpoint(arguments.checkpoint, find_folder(CHECKPOINTS))
@@ -269,8 +269,6 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     model, config, epoch = open_network(path, device, arguments.experiment, **given)
     check_blackout(config, arguments.blackout)
     config.data_root = find_folder(config.data_root)
-    if config.data == KAIST:
-        open_root(config.data_root)
     root, test_set = open_testing(**pick(config, *TEST_SET))
     if arguments.subset:
         nothing = Detections(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0))
