@@ -145,7 +145,7 @@ class KaistPairs(Dataset):
 
     def paste(self, rng: np.random.Generator, frame: Frame, pixels: np.ndarray) -> tuple[Frame, np.ndarray]:
         """The frame, by chance with people of another one of the same time of day and size."""
-        donors = self.donors[self.kind(frame)]
+        donors = self.donors[time_of_day(frame.id), frame.size]
         if not len(donors) or rng.random() >= self.augmentation.copy_paste:
             return frame, pixels
         donor = self.frames[rng.choice(donors)]
@@ -158,16 +158,11 @@ class KaistPairs(Dataset):
     @cached_property
     def donors(self) -> dict[tuple[str, tuple[int, int]], np.ndarray]:
         """Indices of the frames with persons, by time of day and size."""
-        found = {self.kind(frame): [] for frame in self.frames}
+        found = {(time_of_day(frame.id), frame.size): [] for frame in self.frames}
         for i, frame in enumerate(self.frames):
             if frame.n_people:
-                found[self.kind(frame)].append(i)
+                found[time_of_day(frame.id), frame.size].append(i)
         return {kind: np.array(indices) for kind, indices in found.items()}
-
-    def kind(self, frame: Frame) -> tuple[str, tuple[int, int]]:
-        """A frame's time of day, as its set tells it, and size."""
-        is_pairs = isinstance(self.root, PairSet)
-        return (self.root.time_of_day if is_pairs else time_of_day)(frame.id), frame.size
 
     def read(self, frame_id: str) -> np.ndarray:
         """A frame's pixels, (h, w, C) uint8, from the cache where there is one."""
