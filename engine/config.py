@@ -81,6 +81,8 @@ MACHINE_CONSTANTS = (
     *("lwir_range", "save_minutes", "deterministic", "loader", "compile", "on_nonfinite", "max_bad_frames"),
 )
 PATHS = ("data_root", "checkpoints", "cache")  # constants that name a folder
+# What a run from before a constant was added had.
+BEFORE = BASE | {"data": KAIST, "lwir_range": (0.0, 0.0)}
 
 
 def read_constants(script: str | Path) -> dict[str, tuple[Any, str]]:
@@ -320,8 +322,7 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
         InputError: a constant is missing, or has a type or a value that no run has.
     """
     needed = ("data_root", "test_list", "test_annotations", "device", "precision")
-    older = {"start_method": "auto", "workers": 0, "data": KAIST, "lwir_range": (0.0, 0.0)}
-    known = BASE | older | dict.fromkeys(needed, "")
+    known = BEFORE | {"start_method": "auto", "workers": 0} | dict.fromkeys(needed, "")
     values = checkpoint["config"]
     try:
         for name in (*needed, "input_mode", "input_size", "batch_size"):
@@ -384,9 +385,9 @@ def changes_of(config: Namespace) -> dict[str, Any]:
 
 
 def differences(values: dict[str, Any]) -> str:
-    """`changes_of` a run's config.json in words; one from before a constant was added has BASE's."""
+    """`changes_of` a run's config.json in words."""
     try:
-        changes = changes_of(Namespace(**BASE | values))
+        changes = changes_of(Namespace(**BEFORE | values))
     except (InputError, AttributeError, TypeError, ValueError):  # of another version, or edited
         return "its row or constants are unknown"
     return ", ".join(f"{name.upper()} {show(value)}" for name, value in changes.items())

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint
-from engine.config import MACHINE_CONSTANTS, same_value
+from engine.config import BEFORE, MACHINE_CONSTANTS, same_value
 from engine.curves import draw_curves
 from engine.distributed import any_process, broadcast_object, is_main_process, world_size
-from engine.experiments import BASE
 from engine.history import saved_constants
 from engine.lock import lock_folder
 from kaist.files import InputError, make_folder, write_atomically
@@ -438,7 +437,5 @@ def same_recipe(folder: Path, config: dict[str, Any]) -> bool:
         theirs = saved_constants(folder)
     except (OSError, InputError):
         return False
-    # A run from before a constant was added had what BASE says of it.
     names = config.keys() - set(MACHINE_CONSTANTS)
-    before = {**BASE, "data": KAIST}
-    return all(same_value(name, config[name], theirs.get(name, before.get(name))) for name in names)
+    return all(same_value(name, config[name], theirs.get(name, BEFORE.get(name))) for name in names)
