@@ -36,7 +36,7 @@ from kaist.pair_sets import open_pairs
 from kaist.pairs import PairSet
 from kaist.report import draw_curves, print_scores, score, write_json
 from kaist.results import Detections, frames_path, read_detections, write_detections
-from kaist.sources import KAIST, TEST_SET, named_root, open_testing
+from kaist.sources import KAIST, TEST_SET, named_root, open_testing, set_name
 
 CHECKPOINTS = "checkpoints"  # where the newest finished run is looked for
 ANNOTATIONS = ""  # KAIST_annotation.json, an annotation folder or a KAIST root
@@ -132,7 +132,8 @@ def parse_arguments() -> Namespace:
     add("--errors-out", type=picture, metavar="FILE", help=f"where to ({beside} {ERRORS})")
     arguments = parser.parse_args()
     data = arguments.data_root, arguments.image_list, arguments.annotations, arguments.kaist
-    arguments.data_flags = [path for path in data if path]
+    arguments.data_flags = [set_name(arguments.data)] if arguments.data else []
+    arguments.data_flags += [path for path in data if path]
     if arguments.kaist:
         fill_in(arguments, arguments.kaist)
     for flag, number, most in (

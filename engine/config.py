@@ -17,7 +17,7 @@ from engine.history import runs_table
 from kaist.annotations import MODALITIES, find_parts
 from kaist.files import InputError, OneLineParser, PrintAction
 from kaist.frames import LEARNED
-from kaist.sources import KAIST
+from kaist.sources import KAIST, set_name
 
 ROOT = Path(__file__).parents[1]  # of the repository; its constants' relative paths are meant from here
 
@@ -378,7 +378,7 @@ def changes_of(config: Namespace) -> dict[str, Any]:
     changed = {name: getattr(config, name) for name, value in book.items()}
     changed = {name: value for name, value in changed.items() if not same_value(name, value, book[name])}
     if config.data != KAIST:
-        changed = {"on": Path(config.data).parent.name or config.data, **changed}
+        changed = {"on": set_name(config.data), **changed}
     elif not config.experiment and not same_value("data_root", config.data_root, str(demo.ROOT)):
         changed = {"on": Path(config.data_root).resolve().name, **changed}
     return changed

@@ -72,6 +72,11 @@ def shared_note(root: Path | PairSet, frames: Sequence[Frame], test_set: GroundT
     return [f"warning: {len(shared)} frames are in both the training and the test list"] if shared else []
 
 
+def set_name(data: str) -> str:
+    """What a set of pairs is called: by its own name, or the folder of its description."""
+    return Path(data).parent.name or data
+
+
 def named_root(data: str, data_root: str | Path) -> Path | None:
     """Where the paths of a set begin: DATA_ROOT for a named one, else its description's own folder."""
     return Path(data_root) if data in NAMED else None

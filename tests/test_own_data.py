@@ -136,6 +136,8 @@ def test_train_evaluate_and_detect_on_16_bits(run, tmp_path, capsys):
     again = capsys.readouterr().out
     assert table and table[0] in again.splitlines()
     assert (folder / "errors.png").is_file()
+    run(eval_script, "--data", "mine/pairs.json")
+    assert (folder / "detections-mine.txt").is_file()  # the run's own stay as they are
     run(eval_script, "--detections", folder / "detections.txt", "--data", path)
     assert "4 frames, 4 people count" in capsys.readouterr().out
     visible, lwir = tmp_path / "mine/colour/test/001.png", tmp_path / "mine/thermal/test/001.png"
