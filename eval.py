@@ -36,7 +36,7 @@ from kaist.pair_sets import open_pairs
 from kaist.pairs import PairSet
 from kaist.report import draw_curves, print_scores, score, write_json
 from kaist.results import Detections, frames_path, read_detections, write_detections
-from kaist.sources import KAIST, TEST_SET, named_root, open_testing, set_name
+from kaist.sources import TEST_SET, named_root, open_testing, set_name
 
 CHECKPOINTS = "checkpoints"  # where the newest finished run is looked for
 ANNOTATIONS = ""  # KAIST_annotation.json, an annotation folder or a KAIST root
@@ -255,7 +255,6 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     # Here, because result files are evaluated without torch.
     from datasets import TESTING, test_loader
     from engine.checkpoint import choose_checkpoint
-    from kaist.demo import open_root
     from utils import choose_device, choose_precision, detect_frames, open_network
 
     path = choose_checkpoint(arguments.checkpoint, find_folder(CHECKPOINTS))
@@ -270,8 +269,6 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     model, config, epoch = open_network(path, device, arguments.experiment, **given)
     check_blackout(config, arguments.blackout)
     config.data_root = find_folder(config.data_root)
-    if config.data == KAIST:
-        open_root(config.data_root)
     root, test_set = open_testing(**pick(config, *TEST_SET))
     if arguments.subset:
         nothing = Detections(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0))

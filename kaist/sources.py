@@ -50,7 +50,7 @@ def open_testing(
     test_annotations: str,
     lwir_range: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Path | PairSet, GroundTruth]:
-    """Where to read the images of the frames to test on, and the frames' people.
+    """Where to read the images of the frames to test on, and the frames' people; a demo set is drawn.
 
     Args:
         data, data_root: as of `open_training`; test_list, test_annotations: the constants.
@@ -60,7 +60,10 @@ def open_testing(
         pairs = open_pairs(data, named_root(data, data_root), "test")
         pairs = replace(pairs, lwir_range=tuple(lwir_range))
         return pairs, load_ground_truth(pairs, pairs.frames)
-    return Path(data_root), open_test_set(Path(data_root), test_list, test_annotations)
+    from kaist.demo import open_root  # here, because it takes Pillow
+
+    root = open_root(data_root)
+    return root, open_test_set(root, test_list, test_annotations)
 
 
 def shared_note(root: Path | PairSet, frames: Sequence[Frame], test_set: GroundTruth) -> list[str]:

@@ -32,12 +32,11 @@ from engine.checkpoint import choose_checkpoint
 from engine.config import ROOT, OneLineParser, find_folder, model_arguments, pick
 from engine.safetensors import read_safetensors, same_tensors, write_safetensors
 from kaist.annotations import MODALITIES
-from kaist.demo import open_root
 from kaist.files import InputError, run_script, write_atomically
 from kaist.images import open_view, read_frame
-from kaist.miss_rate import open_test_set
 from kaist.report import headline_table, score
 from kaist.results import Detections
+from kaist.sources import TEST_SET, open_testing
 from model import predict_mirrored
 from ssd.boxes import load_nms
 from ssd.deployable import Deployable, halve
@@ -85,8 +84,8 @@ def main() -> None:
     if arguments.images:
         compare(run, plain, given_frames(arguments.images, config))
         return
-    root = open_root(find_folder(config.data_root))
-    test_set = open_test_set(root, config.test_list, config.test_annotations)
+    config.data_root = find_folder(config.data_root)
+    root, test_set = open_testing(**pick(config, *TEST_SET))
     ids = test_set.frames if arguments.evaluate else test_set.frames[:FRAMES]
 
     def read() -> Iterator[np.ndarray]:
@@ -223,12 +222,12 @@ def given_frames(images: Sequence[Path], config: Namespace) -> Iterator[list[np.
     for pair in find_pairs(list_images(images, []), config, []):
         if not pair.keys() >= set(names):
             continue
-        views = (open_view(pair[name], name) for name in names)
+        views = (open_view(pair[name], name, config.lwir_range) for name in names)
         yield [np.array(view).reshape(1, view.height, view.width, -1) for view in views]
 
 
 def split_frame(frame: np.ndarray) -> list[np.ndarray]:
-    """The modalities (1, 512, 640, c) of a frame (512, 640, C), visible first."""
+    """The modalities (1, h, w, c) of a frame (h, w, C), visible first."""
     parts = np.split(frame, [3], axis=2) if frame.shape[2] == 4 else [frame]
     return [np.ascontiguousarray(part[None]) for part in parts]
 
@@ -259,7 +258,6 @@ def compare(run: Runner, network: Deployable, frames: Iterator[list[np.ndarray]]
     if n_alone:
         print(f"note: {n_alone:.0f} boxes of about {n_boxes} are found by one of both alone")
     own, plain = 1000 * np.median(times, axis=0)
-    print(f"{len(found)} frames: at most {pixels:.2g} pixels and {scores:.2g} in score from PyTorch's boxes")
     print(f"median time of a frame: {own:.1f} ms, PyTorch {plain:.1f} ms ({torch.get_num_threads()} threads)")
     return found
 
