@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from kaist.annotation_files import FRAME_ID, Errors, ObjectRow, Objects, make_objects, refuse
-from kaist.annotations import SUFFIXES, open_annotations, open_test_annotations
+from kaist.annotations import SUFFIXES, list_lines, open_annotations, open_test_annotations
 from kaist.files import InputError, load_json, read_text
 from kaist.images import image_size, open_deep
 from kaist.label_formats import FORMS, guess_label_form, read_coco, read_labels
-from kaist.pairs import PairSet, rows_of
+from kaist.pairs import PairSet
 
 SPLITS = ("train", "test")
 TEXTS = ("visible", "lwir", "labels", "list", "form", "night")  # keys of a description, see docs/your-data.md
@@ -95,7 +95,7 @@ def open_pairs(data: str, root: Path | None, split: str, errors: Errors = None) 
     labels, names = given["labels"].replace("{split}", stands), given.get("names", ())
     if not labels:
         opened = open_test_annotations(base, ids) if split == "test" else open_annotations(base)
-        rows = {i: (Path(opened.path(i)), rows_of(opened.read(i))) for i in ids}
+        rows = {i: (Path(opened.path(i)), opened.read_rows(i)) for i in ids}
     elif labels.endswith(".json"):
         path = one_file(base, labels)
         rows = {i: (path, own) for i, own in coco_rows(path, ids, aliases(images, base)).items()}
@@ -202,24 +202,21 @@ def find_id(name: str, known: Mapping[str, str], exactly: bool = False) -> str |
 
 
 def listed(path: Path, known: Mapping[str, str]) -> list[str]:
-    """The ids of a list's frames; blank lines are skipped.
+    """The ids of a list's frames.
 
     Raises:
         InputError: a frame without both images, one listed twice, or none at all.
     """
     first: dict[str, int] = {}
-    for number, line in enumerate(read_text(path).splitlines(), 1):
-        if name := line.strip():
-            frame_id = find_id(name, known)
-            if frame_id is None:
-                problem = f"{name[:60]!r} is no frame that has both images"
-                remedy = "write an image's name or its pair's id, or leave it out"
-                raise InputError(problem, remedy, file=path, line=number)
-            if first.setdefault(frame_id, number) != number:
-                problem = f"{name[:60]} stands in line {first[frame_id]} already"
-                raise InputError(problem, "list each frame once", file=path, line=number)
-    if not first:
-        raise InputError("the image list is empty", "list at least one frame", file=path)
+    for name, number in list_lines(path, any_id=True).items():
+        frame_id = find_id(name, known)
+        if frame_id is None:
+            problem = f"{name[:60]!r} is no frame that has both images"
+            remedy = "write an image's name or its pair's id, or leave it out"
+            raise InputError(problem, remedy, file=path, line=number)
+        if first.setdefault(frame_id, number) != number:
+            problem = f"{name[:60]} stands in line {first[frame_id]} already"
+            raise InputError(problem, "list each frame once", file=path, line=number)
     return list(first)
 
 
