@@ -14,7 +14,6 @@ in pixels of the image itself.
 from __future__ import annotations
 
 import csv
-import glob
 import json
 import re
 import sys
@@ -31,8 +30,17 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.config import CHOICES, OneLineParser, find_folder, pick
-from kaist.annotations import FRAME_HEIGHT, FRAME_ID, FRAME_WIDTH, MODALITIES, Objects, open_test_annotations
+from kaist.annotations import (
+    FRAME_HEIGHT,
+    FRAME_ID,
+    FRAME_WIDTH,
+    MODALITIES,
+    SUFFIXES,
+    Objects,
+    open_test_annotations,
+)
 from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
+from kaist.pair_sets import find_files
 from kaist.report import persons
 from kaist.results import PEDESTRIAN
 from kaist.sources import KAIST
@@ -182,7 +190,7 @@ def parse_arguments() -> Namespace:
     add("images", nargs="*", type=Path, help="images, or folders that are searched for them")
     add("--visible", type=Path, metavar="FILE", help="the visible image of a pair of any names")
     add("--lwir", type=Path, metavar="FILE", help="its LWIR image")
-    named = "files of other names: two folders whose files have the same stems, or two patterns whose * agree"
+    named = "files of other names: two folders whose files have the same names, or two patterns whose * agree"
     add("--pair", nargs=2, metavar=("VISIBLE", "LWIR"), help=named)
     add("--checkpoint", type=Path, help="a checkpoint or a run's folder (default: the newest finished run)")
     whose = "the checkpoint is its author's file of this row's network (docs/published.md)"
@@ -248,31 +256,15 @@ def in_order(path: Path | str) -> list[tuple[int, str]]:
 
 
 def match_names(visible: str, lwir: str) -> list[Pair]:
-    """The frames of two folders, by stem, or of two patterns, by what their * stand for; with one
-    modality where the other has no such name.
+    """The frames of two folders, by path below them, or of two patterns, by what their * stand for; with
+    one modality where the other has no such name.
 
     Raises:
-        InputError: one of them has no file.
+        InputError: one of them has no file, or two of one frame.
     """
-    found = []
-    for pattern in (visible, lwir):
-        where = Path(pattern)
-        files = [p for p in where.iterdir() if p.suffix.lower() in ENDINGS] if where.is_dir() else []
-        parts = pattern.split("*")
-        stars = re.compile("([^/]*)".join(map(re.escape, parts)))
-        matches = [] if where.is_dir() else glob.glob("*".join(map(glob.escape, parts)))
-        names = {"/".join(stars.fullmatch(name).groups()): Path(name) for name in matches}
-        names |= {path.stem: path for path in files}
-        if not names or not (files or len(parts) > 1):
-            remedy = "quote a pattern, such as 'rgb/*.png'"
-            raise InputError(
-                f"--pair {pattern!r} is no folder of images, nor a pattern that matches files", remedy
-            )
-        found.append(names)
-    pairs = []
-    for key in sorted({**found[0], **found[1]}, key=in_order):
-        pairs.append({m: own[key] for m, own in zip(("visible", "lwir"), found, strict=True) if key in own})
-    return pairs
+    found = {m: find_files(Path(), name, SUFFIXES) for m, name in (("visible", visible), ("lwir", lwir))}
+    keys = sorted(found["visible"] | found["lwir"], key=in_order)
+    return [{m: own[key] for m, own in found.items() if key in own} for key in keys]
 
 
 def find_pairs(images: Sequence[Path], config: Namespace, failures: list[InputError]) -> list[Pair]:

@@ -155,7 +155,7 @@ def find_files(base: Path, pattern: str, endings: Sequence[str]) -> dict[str, Pa
     n_plain = next((i for i, part in enumerate(parts) if "*" in part), len(parts))
     head, below = Path(*parts[:n_plain]), "/".join(parts[n_plain:])
     if not head.is_dir():
-        raise InputError("no such folder", "check the paths of the description", file=head)
+        raise InputError("no such folder", "name one, or quote a pattern, such as 'rgb/*.png'", file=head)
     names = re.compile("([^/]*)".join(map(re.escape, re.sub(r"\.(\*|\w+)$", "", below).split("*"))))
     found: dict[str, Path] = {}
     paths = head.glob(glob.escape(below).replace("[*]", "*") or "**/*")
