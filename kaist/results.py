@@ -6,7 +6,7 @@ Two forms are read and written:
         0, or are all frame ids, also as set00_V000_I00000; rows of a category other than 1 are no
         pedestrians.
 
-Boxes are pixels of the 640x512 frame. A companion `<stem>.frames.txt` beside a result file, one
+Boxes are pixels of the frame, KAIST's of 640x512. A companion `<stem>.frames.txt` beside a result file, one
 frame id a line, says which frames its ids mean; without one it is the list the reader is given.
 """
 

@@ -21,7 +21,7 @@ class DeviceFrames:
     """All frames of a cache, for batches of them on a device.
 
     Attributes:
-        frames: (F, 512, 640, C) uint8: in a CUDA device's memory if they fit into
+        frames: (F, h, w, C) uint8: in a CUDA device's memory if they fit into
             `MAX_MEMORY_FRACTION` of what is free, else mapped from the disk, which in effect is
             the host's memory.
         means: (F, C) float32 mean colours, as from `frame_mean`.
@@ -48,7 +48,7 @@ class DeviceFrames:
         return f"batches made on {self.device}, {self.frames.nbytes / 1e9:.1f} GB of frames {where}"
 
     def take(self, rows: Tensor) -> Tensor:
-        """The frames (N, 512, 640, C) of rows (N,) int64, on the device."""
+        """The frames (N, h, w, C) of rows (N,) int64, on the device."""
         if self.frames.device.type != "cpu":
             return self.frames[send(rows, self.device)]
         shape = (len(rows), *self.frames.shape[1:])
@@ -96,7 +96,7 @@ class TransformBatch(NamedTuple):
         for the rows of each sample and one for its columns. These also place and mirror it.
 
         Args:
-            frames: (N, 512, 640, C) uint8.
+            frames: (N, h, w, C) uint8.
             filler: (C,) uint8, the colour around the frame.
         """
         channels = frames.shape[3]
