@@ -34,10 +34,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     start = 8 + struct.unpack_from("<Q", content)[0]
     header = json.loads(content[8:start])
     about = header.pop("__metadata__", {})
-    dtypes, data = (
-        {name: dtype for dtype, name in DTYPES.items()},
-        torch.frombuffer(content, dtype=torch.uint8),
-    )
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    data = torch.frombuffer(content, dtype=torch.uint8)
     tensors = {}
     for name, part in header.items():
         first, end = part["data_offsets"]
@@ -48,11 +46,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether both hold the same tensors, bit for bit."""
-    if [(name, x.dtype, x.shape) for name, x in a.items()] != [
-        (name, x.dtype, x.shape) for name, x in b.items()
-    ]:
+    kinds = ([(name, x.dtype, x.shape) for name, x in tensors.items()] for tensors in (a, b))
+    if next(kinds) != next(kinds):
         return False
-    return all(
-        torch.equal(*(x.flatten().view(torch.uint8) for x in pair))
-        for pair in zip(a.values(), b.values(), strict=True)
-    )
+    pairs = zip(a.values(), b.values(), strict=True)
+    return all(torch.equal(*(x.flatten().view(torch.uint8) for x in pair)) for pair in pairs)
