@@ -163,7 +163,7 @@ def check_losses(setting: Setting) -> Iterator[Line]:
 
 def check_loader(setting: Setting) -> Iterator[Line]:
     """Batches made on the device against the workers': boxes, labels and masks equal, pixels near."""
-    config = row_config("demo", width=setting.scale.width)
+    config = row_config("demo", width=setting.scale.width, copy_paste=0.0)  # of one frame, as the device
     both = []
     for kind in ("workers", "device"):
         loader = row_loader(setting, config, kind, n=4)
