@@ -34,6 +34,7 @@ from kaist.files import InputError, run_script
 FLAGS = "--epochs 6 --eval-every 2 --batch-size 2 --workers 2 --width 0.0625 --save-minutes 0.005"
 FLAGS += " --device cpu --precision fp32 --name soak"
 ACTS = ("kill", "stop", "signals", "pause", "no memory", "no disk", "kill a loader")
+LONGEST_WAIT = 30.0  # seconds until the next act, however slow the machine is
 CLOCKS = ("seconds", "images_per_s")  # columns of log.csv that no run repeats
 
 
@@ -83,7 +84,7 @@ def finish(root: Path, folder: Path, end: float, length: float, rng: random.Rand
         counts["starts"] += 1
         while process.poll() is None and time.monotonic() < end:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(rng.uniform(0, length))
+                process.wait(rng.uniform(0, min(length, LONGEST_WAIT)))
             if process.poll() is None:
                 least = min(counts[act] for act in ACTS)
                 act = rng.choice([act for act in ACTS if counts[act] == least])
