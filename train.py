@@ -226,7 +226,7 @@ def train_epoch(
         initial=run.step,
         total=len(loader),
         desc=f"epoch {run.epoch + 1}/{config.epochs}",
-        unit="step",
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {n}/{total}{postfix}",
         leave=False,
         disable=not distributed.is_main_process(),
     )

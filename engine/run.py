@@ -289,17 +289,15 @@ class Run:
         return dict(zip(self.terms, means, strict=True))
 
     def show_progress(self, bar: tqdm, total_steps: int) -> None:
-        """Put when the run ends, its speed and its mean losses on a bar of 80 columns; say once how
+        """Put when the run ends, its speed and its mean loss on a bar that fits 80 columns; say once how
         long the run is going to take, by the steps after the first `WARM_UP`."""
         if not self.step:
             return
         speed = self.step * self.config.batch_size / max(self.seconds, 1e-9)
         done = self.epoch * total_steps // self.config.epochs + self.step
         left = tqdm.format_interval((total_steps - done) * self.seconds / self.step)
-        _, loc, conf, seg, *_ = self.mean_losses().values()
-        bar.set_postfix_str(
-            f"{left} left, {speed:.0f} img/s, loc {loc:.2f} conf {conf:.2f} seg {seg:.2f}", refresh=False
-        )
+        loss = self.mean_losses()["loss"]
+        bar.set_postfix_str(f"{left} left, {speed:.0f} img/s, loss {loss:.2f}", refresh=False)
         self.n_timed += 1
         if self.n_timed == WARM_UP:
             self.timed_from = time.monotonic()
