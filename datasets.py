@@ -335,8 +335,10 @@ def training_loader(
         dataset = dataclasses.replace(dataset, cache=drawn)
     on_gpu = device.type == "cuda"
     pasted = dataset.augmentation is not None and dataset.augmentation.copy_paste > 0
-    able = on_gpu and not device_loader_conflict(cache, pasted)
-    if loader == "device" or (loader == "auto" and able):
+    conflict = device_loader_conflict(cache, pasted)
+    if on_gpu and cache and conflict and is_main_process():
+        print(f"batches are made by workers, not on the device: {conflict}")
+    if loader == "device" or (loader == "auto" and on_gpu and not conflict):
         device_loader = DeviceLoader(dataset, device=device, **settings)
         if is_main_process():
             print(device_loader.frames)
