@@ -125,6 +125,11 @@ def image_path(root: Path | PairSet, frame_id: str, modality: str) -> Path:
     return Path(stem + next((suffix for suffix in SUFFIXES if os.path.exists(stem + suffix)), SUFFIXES[0]))
 
 
+def kaist_sizes(n: int) -> np.ndarray:
+    """(n, 2) int64 width and height of n of KAIST's frames."""
+    return np.tile((FRAME_WIDTH, FRAME_HEIGHT), (n, 1))
+
+
 class Annotations:
     """Annotations of one form.
 
@@ -154,8 +159,8 @@ class Annotations:
         return f"{self.source}/{frame_id}.xml"
 
     def sizes_of(self, frame_ids: Sequence[str]) -> np.ndarray:
-        """(n, 2) int64 width and height of frames: KAIST's."""
-        return np.tile((FRAME_WIDTH, FRAME_HEIGHT), (len(frame_ids), 1))
+        """(n, 2) int64 width and height of frames."""
+        return kaist_sizes(len(frame_ids))
 
     def read(self, frame_id: str) -> Objects:
         """The objects of a frame.

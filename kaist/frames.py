@@ -50,7 +50,7 @@ def label_objects(
     is_person: np.ndarray,
     min_height: float,
     margin: float,
-    sizes: Sequence[int] | np.ndarray = (FRAME_WIDTH, FRAME_HEIGHT),
+    sizes: Sequence[int] | np.ndarray,
 ) -> np.ndarray:
     """(n,) int64 labels: 1 for a person to learn, -1 for an object to ignore.
 

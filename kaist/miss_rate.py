@@ -22,11 +22,10 @@ from typing import NamedTuple
 import numpy as np
 
 from kaist.annotations import (
-    FRAME_HEIGHT,
-    FRAME_WIDTH,
     Annotations,
     find_annotations,
     find_file,
+    kaist_sizes,
     open_test_annotations,
     read_image_list,
     scene,
@@ -93,7 +92,7 @@ class GroundTruth:
         """(n_frames, 2) int64 width and height of the frames."""
         if self.pairs is not None:
             return self.pairs.sizes_of(self.frames)
-        return np.tile((FRAME_WIDTH, FRAME_HEIGHT), (len(self.frames), 1))
+        return kaist_sizes(len(self.frames))
 
     @cached_property
     def set_numbers(self) -> np.ndarray:
