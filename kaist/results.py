@@ -134,9 +134,12 @@ def parse_text(text: str, path: Path) -> tuple[np.ndarray, Sequence[int], int, s
             raise ValueError
         return rows
 
-    lines = text.rstrip().split("\n")
-    if lines == [""]:
+    text = text.rstrip()
+    lines = text.split("\n")
+    if not text:
         return np.empty((0, 6)), (), 0, ""
+    if (rows := parse_decimals(f"{text}\n".encode())) is not None:
+        return rows, range(len(rows)), 0, ""
     try:
         return load(lines), range(len(lines)), 0, ""
     except ValueError:
@@ -147,6 +150,30 @@ def parse_text(text: str, path: Path) -> tuple[np.ndarray, Sequence[int], int, s
                 problem = f"{line.strip()[:60]!r} is not image_id,x,y,w,h,score"
                 raise InputError(problem, "correct or delete the line", file=path, line=number) from None
         raise
+
+
+def parse_decimals(text: bytes) -> np.ndarray | None:
+    """Lines of an integer and five plain decimals, such as -12.3450, as rows (n, 6): twice as fast.
+
+    Their digits are read as integers and divided by powers of ten. Up to 15 digits both are exact
+    floats, so that the quotient is the float that is nearest to the decimal, as float() has it.
+
+    Returns:
+        None for a text that holds anything else, or longer numbers.
+    """
+    chars = np.frombuffer(text, np.uint8)
+    marks, signs = np.flatnonzero((chars < ord("0")) & (chars != ord("-"))), np.flatnonzero(chars == ord("-"))
+    if text.translate(None, b"0123456789-.,\n") or len(marks) % 11:
+        return None
+    lines = chars[marks].reshape(-1, 11)
+    if (lines != tuple(b",.,.,.,.,.\n")).any() or (chars[signs - 1] != ord(",")).any():
+        return None
+    digits = np.diff(marks, prepend=-1).reshape(-1, 11) - 1  # between the marks, signs included
+    decimals = digits[:, 2::2]
+    if digits.min() < 1 or digits[:, 0].max() > 15 or (digits[:, 1::2] + decimals).max() > 15:
+        return None
+    rows = np.fromstring(text.replace(b".", b"").replace(b"\n", b","), np.int64, sep=",").reshape(-1, 6)
+    return rows / 10.0 ** np.insert(decimals, 0, 0, axis=1)
 
 
 def parse_json(text: str, path: Path, frames: Sequence[str]) -> tuple[np.ndarray, Sequence[int], int, str]:

@@ -16,7 +16,14 @@ from kaist.annotations import image_path
 from kaist.files import InputError
 from kaist.miss_rate import evaluate, load_ground_truth
 from kaist.report import as_dict, draw_curves, headline, print_scores, report, score
-from kaist.results import Detections, frames_path, parse_text, read_detections, write_detections
+from kaist.results import (
+    Detections,
+    frames_path,
+    parse_decimals,
+    parse_text,
+    read_detections,
+    write_detections,
+)
 
 PROJECT = Path(__file__).parents[2]
 FRAMES = ("set06/V000/I00000", "set06/V000/I00001", "set09/V000/I00000", "set09/V000/I00001")
@@ -121,7 +128,7 @@ def test_bad_text_is_named(tmp_path, line, word):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_numbers_are_what_float_reads(tmp_path, seed):
-    """To the last bit; what is no number is told with its line."""
+    """To the last bit, plain decimals, which are read at once, and others; bad ones by line."""
     rng = np.random.default_rng(seed)
     forms = ["{:.0f}", "{:.1f}", "{:.4f}", "{:.8f}", "-{:.3f}", "{:.12f}", "{:.15f}", "{:.3e}", "{:06.2f}"]
     strange = [
@@ -142,12 +149,11 @@ def test_numbers_are_what_float_reads(tmp_path, seed):
         "nan",
         " 7 ",
     ]
-    good = bad = 0
+    at_once = good = bad = 0
     for trial in range(120):
-        some = rng.choice(forms[:5] if trial % 2 else forms, 3)
+        some = [["{:.0f}"], *[rng.choice(forms[1:5], 3)] * 5] if trial % 2 else [rng.choice(forms, 3)] * 6
         rows = [
-            [rng.choice(some).format(rng.uniform(0, 700)) for _ in range(6)]
-            for _ in range(rng.integers(1, 9))
+            [rng.choice(own).format(rng.uniform(0, 700)) for own in some] for _ in range(rng.integers(1, 9))
         ]
         if trial % 3 == 0:
             rows[rng.integers(len(rows))][rng.integers(6)] = rng.choice(strange)
@@ -162,7 +168,8 @@ def test_numbers_are_what_float_reads(tmp_path, seed):
         found = parse_text("\n".join(lines) + "\n", tmp_path / "a.txt")[0]
         np.testing.assert_array_equal(found, expected)
         good += 1
-    assert good > 40 and bad > 10
+        at_once += parse_decimals(("\n".join(lines) + "\n").encode()) is not None
+    assert good > at_once > 30 and bad > 10
 
 
 def plain_float(text):
