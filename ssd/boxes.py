@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kaist.files import InputError
+from kaist.frames import BOTH
 
 MIN_SIZE = 1e-5  # of a box that is encoded, as a fraction: no logarithm of zero
 VARIANCES = (0.1, 0.2)  # SSD's scaling of centre and size offsets
@@ -42,13 +43,15 @@ class Predictions(NamedTuple):
 class Grid(NamedTuple):
     """The cells of a feature map: h rows of w, their centres dy and dx apart.
 
-    The centre of row i, column j is ((j + 0.5) * dx, (i + 0.5) * dy), as fractions of the input.
+    The centre of row i, column j is ((j + 0.5) * dx, (i + 0.5) * dy), as fractions of the input. `seen`
+    is the modality that the map sees, `VISIBLE`, `LWIR` or `BOTH`.
     """
 
     h: int
     w: int
     dy: float
     dx: float
+    seen: int = BOTH
 
 
 def feature_map_sizes(size: tuple[int, int], network: str = "ssd300") -> list[tuple[int, int]]:
@@ -61,20 +64,16 @@ def feature_map_sizes(size: tuple[int, int], network: str = "ssd300") -> list[tu
         InputError: the input is too small for six maps, or larger than any use of it.
     """
 
-    def chain(n: int) -> list[int]:
-        for _ in range(3):
-            n = math.ceil(n / 2)
-        sizes = [n, math.ceil(n / 2)]
-        for _, _, stride, padding in EXTRA_LAYERS:
-            sizes.append((sizes[-1] + 2 * padding - 3) // stride + 1)
-        return sizes
-
     if max(size) > 10_000:
         raise InputError("INPUT_SIZE is beyond 10,000 pixels a side", "KAIST frames are 512,640")
     if network != "ssd300":
         sides = [[math.ceil(side / n) for n in (8, 16, 32, 64, 64, 64)] for side in size]
         return list(zip(*sides, strict=True))
-    sizes = list(zip(chain(size[0]), chain(size[1]), strict=True))
+    sides = [[math.ceil(side / n) for n in (8, 16)] for side in size]
+    for _, _, stride, padding in EXTRA_LAYERS:
+        for cells in sides:
+            cells.append((cells[-1] + 2 * padding - 3) // stride + 1)
+    sizes = list(zip(*sides, strict=True))
     if min(sizes[-1]) < 1:
         problem = f"INPUT_SIZE = {tuple(size)} is too small for six feature maps"
         raise InputError(problem, "use at least 257 pixels a side")
@@ -154,7 +153,7 @@ def make_priors(grids: list[Grid], shapes: list[list[tuple[float, float]]]) -> T
     A cell's priors share its centre. They may cross the border: 2,740 of SSD300's 8,732 do.
     """
     priors = []
-    for (h, w, dy, dx), map_shapes in zip(grids, shapes, strict=True):
+    for (h, w, dy, dx, _), map_shapes in zip(grids, shapes, strict=True):
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         centres = torch.stack([(columns + 0.5) * dx, (rows + 0.5) * dy], dim=-1)
         wh = torch.tensor(map_shapes).expand(h, w, -1, 2)
@@ -184,6 +183,12 @@ def to_corners(boxes: Tensor) -> Tensor:
     """cxcywh (…, 4) -> xyxy."""
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def to_centres(boxes: Tensor) -> Tensor:
+    """xyxy (…, 4) -> cxcywh."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
 @functools.cache

@@ -6,7 +6,7 @@ the two equal.
 
 The best prior of each ignored object is ignored, with all that tie for it. Of the others each person
 owns one, by greedy bipartite matching in descending IoU. Of equal overlaps the earlier person goes
-first, then the earlier prior. Any other prior with an IoU of `match_iou` goes by the object of its
+first, then the earlier prior. Any other prior with an IoU of 0.5 goes by the object of its
 highest IoU: positive if that is a person, ignored if it is to be ignored. Of the rest, a prior with
 half of its area inside an ignored object is ignored. What remains is background.
 """
@@ -22,17 +22,17 @@ from torch import Tensor
 from ssd.boxes import to_corners
 
 PERSON, BACKGROUND, IGNORE = 1, 0, -1
+MATCH_IOU = 0.5  # from which a prior answers for an object
 TIE = 1e-5  # overlaps that differ by no more than this share are equal
 
 
 @torch.no_grad()
-def match(boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float) -> tuple[Tensor, Tensor]:
+def match(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
     """Which object each prior answers for, image by image.
 
     Args:
         boxes: (N, M, 4) xyxy fractions; labels: (N, M) int64: 1 person, -1 ignore, 0 padding.
         priors: (P, 4) cxcywh fractions.
-        match_iou: a prior that overlaps a person by this IoU is positive.
 
     Returns:
         target: (N, P) int8: 1 person, 0 background, -1 ignored.
@@ -53,7 +53,7 @@ def match(boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float) -> tu
         overlaps = shared.div_(union)
         taken = is_best(overlaps[n:]).any(0).numpy()
         iou = overlaps.numpy()
-        near = np.flatnonzero(iou.max(0) >= match_iou)
+        near = np.flatnonzero(iou.max(0) >= MATCH_IOU)
         best = iou[:, near].argmax(0)
         iou[:n, taken] = -1
         owner, owned = match_bipartite(iou[:n])
@@ -93,7 +93,7 @@ def match_bipartite(iou: np.ndarray) -> tuple[list[int], list[int]]:
 
 
 @torch.no_grad()
-def match_static(boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float) -> tuple[Tensor, Tensor]:
+def match_static(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
     """`match` as a fixed sequence of operations, whatever the values are."""
     corners, areas = prior_corners(priors)
     shared = intersection(boxes, corners)  # (N, M, P)
@@ -105,7 +105,7 @@ def match_static(boxes: Tensor, labels: Tensor, priors: Tensor, match_iou: float
     taken = is_best(of_ignored).any(1)
 
     best, matched_idxs = iou.max(1)
-    near = torch.maximum(best, of_ignored.amax(1)) >= match_iou
+    near = torch.maximum(best, of_ignored.amax(1)) >= MATCH_IOU
     positive = near & (best >= of_ignored.amax(1)) & ~taken
     target = torch.where(positive, PERSON, (near | inside | taken) * IGNORE).to(torch.int8)
 
@@ -136,6 +136,38 @@ def match_bipartite_static(iou: Tensor) -> Tensor:
         taken = (rows == row).unsqueeze(2) | (columns == column).unsqueeze(1)
         iou = iou.masked_fill(taken, -1.0)
     return owned
+
+
+@torch.no_grad()
+def match_multilabel(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
+    """MLPD's matching (Kim et al., RA-L 2021): ignored objects answered for like any other.
+
+    A prior answers for the object that it overlaps most if their IoU is at least 0.5. Then each
+    object takes the prior that overlaps it most, whatever the IoU; of objects that take the same
+    prior the later one has it.
+
+    Args:
+        boxes: (N, M, 4) xyxy fractions; labels: (N, M) int64, 0 padding; priors: (P, 4) cxcywh.
+
+    Returns:
+        target: (N, P) int64, the label of the object, 0 background;
+        matched_idxs: (N, P) int64, that object, meaningful where target is not 0.
+    """
+    # An object inside of several priors of a size overlaps them alike, and rounding says which one it
+    # takes: as in the published loss areas are those of corners, and divided by in this order.
+    corners = to_corners(priors)
+    shared = intersection(boxes, corners.T)  # (N, M, P)
+    iou = shared / (box_areas(boxes).unsqueeze(2) + box_areas(corners) - shared)
+    padding = labels == 0
+    overlap, matched_idxs = iou.masked_fill(padding.unsqueeze(2), -1.0).max(1)
+    best = iou.argmax(2).masked_fill(padding, len(priors))  # padding takes one beyond the last
+    taken = torch.full((len(boxes), len(priors) + 1), -1, device=boxes.device)
+    objects = torch.arange(labels.shape[1], device=boxes.device).expand_as(labels)
+    taken = taken.scatter_reduce(1, best, objects, "amax")[:, :-1]
+    matched_idxs = torch.where(taken >= 0, taken, matched_idxs)
+    answers = (taken >= 0) | (overlap >= MATCH_IOU)
+    target = labels.gather(1, matched_idxs).masked_fill(~answers, 0)
+    return target, matched_idxs
 
 
 def is_best(iou: Tensor) -> Tensor:

@@ -240,7 +240,7 @@ def test_mirrored_predictions_decode_to_mirrored_boxes(centres, width):
     unit, padded_unit = (torch.tensor([w, 300, w, 300]) for w in (width, padded_width))
     boxes = decode(ours.loc, model.priors) * unit
     # What a prior of the padded network's says, with the shape that the prior has in the other.
-    for i, (h, w, _, dx) in enumerate(model.grids):
+    for i, (h, w, _, dx, _) in enumerate(model.grids):
         own, other = (m.map_priors()[i] * u for m, u in ((model, unit), (padded, padded_unit)))
         own, other = (x.view(h, -1, len(own) // (h * w), 4) for x in (own, other))
         first = [sum(map(len, m.map_priors()[:i])) for m in (model, padded)]

@@ -96,8 +96,8 @@ def test_loss_and_gradient_equal_the_slow_implementation(seed):
 
 def both_ways(boxes, labels, priors):
     """Target and owner (where it means something) from each implementation, checked to be equal."""
-    target, owner = match(boxes, labels, priors, 0.5)
-    static_target, static_owner = match_static(boxes, labels, priors, 0.5)
+    target, owner = match(boxes, labels, priors)
+    static_target, static_owner = match_static(boxes, labels, priors)
     assert target.dtype == static_target.dtype == torch.int8
     assert torch.equal(target, static_target)
     assert torch.equal(owner[target == 1], static_owner[target == 1])
@@ -192,7 +192,7 @@ def test_losses_of_a_broken_network_are_not_finite():
     boxes, labels = random_batch(2, 4, seed=1)
     criterion = MultiBoxLoss(PRIORS, loc_loss="l1", loc_reduction="sum")
     conf = torch.zeros(2, 8732, 2)
-    conf[0, (match(boxes, labels, PRIORS, 0.5)[0][0] == 0).nonzero()[5], 1] = torch.nan
+    conf[0, (match(boxes, labels, PRIORS)[0][0] == 0).nonzero()[5], 1] = torch.nan
     for way in (criterion.sparse, criterion.static):
         assert way(Predictions(torch.zeros(2, 8732, 4), conf, []), boxes, labels)[1].isnan()
 
@@ -287,7 +287,7 @@ def test_frames_without_people_do_not_inflate_the_balanced_loss():
     boxes[0, 0], labels[0, 0] = PRIORS[4000], 1
     boxes[0] = box_convert(boxes[0], "cxcywh", "xyxy")
     predictions = Predictions(torch.zeros(8, 8732, 4), torch.zeros(8, 8732, 2), [])
-    n = int((match(boxes, labels, PRIORS, 0.5)[0] == 1).sum())
+    n = int((match(boxes, labels, PRIORS)[0] == 1).sum())
     terms = 4 * n + 21
     for divisor, expected in (("positives", terms / n), ("balanced", terms / (n + 7))):
         criterion = MultiBoxLoss(PRIORS, loc_loss="l1", loc_reduction="sum", conf_divisor=divisor)
@@ -364,7 +364,9 @@ def test_taller_persons_weigh_more_as_in_sds_rcnn():
     boxes = torch.tensor([[[0.0, top, 0.5, top + 100 / 512], [0.5, 0.0, 1.0, 1.0]]])
     heights = cell_heights(boxes, torch.tensor([[1, -1]]), grid)
     assert heights.flatten().tolist() == pytest.approx([100, 0, 0, 0])
-    assert cell_heights(boxes[:, :0], torch.zeros(1, 0), grid).tolist() == torch.zeros(1, 2, 2).tolist()
+    assert (
+        cell_heights(boxes[:, :0], torch.zeros(1, 0).long(), grid).tolist() == torch.zeros(1, 2, 2).tolist()
+    )
     logits, mask = torch.randn(1, 2, 2, 2), torch.tensor([[[1, -1], [0, 0]]])
     entropy = F.cross_entropy(logits, mask, ignore_index=-1, reduction="none").flatten()
     loss = SegmentationLoss(1, cells="mean", maps="sum", balance="height")([logits], [mask], [heights])[0]

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torchvision.ops import box_convert, box_iou
 
 from ssd.boxes import Predictions, detect, encode, make_grids, make_priors, person_scores, prior_shapes
-from ssd.multilabel_loss import MultiLabelLoss, match_multilabel
+from ssd.losses import MultiLabelLoss
+from ssd.matching import match_multilabel
 
 
 def priors_of(size):
@@ -38,7 +39,7 @@ def test_numbers_and_boxes_are_the_published_ones(seed, name, published, by_rule
     assert losses[0].item() == pytest.approx(wanted["loc"], rel=1e-5)
     assert losses[1].item() == pytest.approx(wanted["conf"], rel=1e-5)
     assert sum(losses).item() == pytest.approx(wanted["loss"], rel=1e-5)
-    target, _ = match_multilabel(boxes, labels, priors, 0.5)
+    target, _ = match_multilabel(boxes, labels, priors)
     assert (target > 0).sum(1).tolist() == wanted["positives"].tolist()
     grads = [x.grad.abs().double().sum((0, 1)).numpy() for x in (loc, conf)]
     assert grads[0].sum() == pytest.approx(wanted["loc_grad_abs_sum"], rel=1e-5)
@@ -95,30 +96,32 @@ def test_loss_equals_a_plain_reading_on_random_frames(seed):
     assert torch.stack(ours).tolist() == pytest.approx([float(w) for w in wanted], rel=1e-5)
 
 
-def test_loss_by_hand():
+def test_loss_by_hand(monkeypatch):
     priors = torch.tensor([[0.25, 0.5, 0.5, 1], [0.75, 0.5, 0.5, 1], [0.5, 0.5, 0.02, 0.02]])
     boxes, labels = pad([(torch.tensor([[0, 0, 0.5, 1.0]]), [3])])
     loc = torch.full((1, 3, 4), 0.5)
     conf = torch.zeros(1, 3, 3)
     conf[0, 0] = torch.tensor([0.0, 2.0, -1.0])
+    monkeypatch.setattr("ssd.losses.NEGATIVE_RATIO", 1)
     conf[0, 1, 0] = 1.0  # an easier negative than the third prior
-    ours = MultiLabelLoss(priors, negative_ratio=1)(Predictions(loc, conf, []), boxes, labels)
+    ours = MultiLabelLoss(priors)(Predictions(loc, conf, []), boxes, labels)
     log2 = math.log(2)
     person = log2 + math.log1p(math.exp(-2)) + math.log1p(math.exp(1))
     assert ours[0].item() == pytest.approx(0.5)  # its offsets are 0
     assert ours[1].item() == pytest.approx(person + 3 * log2)
 
 
-def test_priors_of_ignored_objects_have_no_loss():
+def test_priors_of_ignored_objects_have_no_loss(monkeypatch):
     priors = priors_of((64, 128))
     ignored = torch.tensor([[0.2, 0.2, 0.5, 0.6]])
     person = torch.tensor([[0.6, 0.2, 0.7, 0.8]])
     boxes, labels = pad([(torch.cat([ignored, person]), [-1, 1])])
     conf = torch.zeros(1, len(priors), 3, requires_grad=True)
     loc = torch.zeros(1, len(priors), 4, requires_grad=True)
-    target, _ = match_multilabel(boxes, labels, priors, 0.5)
+    target, _ = match_multilabel(boxes, labels, priors)
     assert (target == -1).sum() >= 1 and (target == 1).sum() >= 1
-    loss = MultiLabelLoss(priors, negative_ratio=10**6)
+    monkeypatch.setattr("ssd.losses.NEGATIVE_RATIO", 10**6)
+    loss = MultiLabelLoss(priors)
     sum(loss(Predictions(loc, conf, []), boxes, labels)).backward()
     touched = (conf.grad != 0).any(2)
     assert torch.equal(touched, target != -1)
@@ -129,7 +132,7 @@ def test_the_later_of_two_objects_has_their_best_prior():
     priors = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1]])
     same = torch.tensor([[0.3, 0.3, 0.7, 0.7], [0.35, 0.35, 0.7, 0.7]])
     boxes, labels = pad([(same, [1, 2]), (same.flip(0), [2, 1]), (same, [3, -1])])
-    target, matched_idxs = match_multilabel(boxes, labels, priors, 0.5)
+    target, matched_idxs = match_multilabel(boxes, labels, priors)
     assert target.tolist() == [[2, 0], [1, 0], [-1, 0]]
     assert matched_idxs[:, 0].tolist() == [1, 1, 1]
 
