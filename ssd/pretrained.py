@@ -139,15 +139,10 @@ def convert_torchvision_vgg(model: nn.Module, state: dict[str, Tensor], lwir_fil
     The fully connected fc6 (4096 x 512 x 7 x 7) and fc7 (4096 x 4096) become conv6 (3x3) and
     conv7 (1x1) by keeping every fourth output and every third row and column, as SSD does.
     """
-    theirs: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        layer, _, name = key.rpartition(".")
-        if layer.startswith("features."):
-            theirs.setdefault(layer, {})[name] = value
-    for stream in backbones(model):
-        ours = [layer for layer in stream if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)]
-        for layer, values in zip(ours, theirs.values(), strict=True):
-            copy_layer(layer, values, lwir_filters)
+    for stream in model.backbones():
+        for i, layer in enumerate(stream):  # both number ReLUs and pools too
+            names = {name: f"features.{i}.{name}" for name in layer.state_dict()}
+            copy_layer(layer, {name: state[key] for name, key in names.items() if key in state}, lwir_filters)
     if isinstance(model, MultispectralSSD):  # its conv6 is another; LWIR begins with red's filters
         model.lwir[0].weight.data.copy_(state["features.0.weight"][:, :1])
         return
@@ -156,15 +151,6 @@ def convert_torchvision_vgg(model: nn.Module, state: dict[str, Tensor], lwir_fil
     fc7 = state["classifier.3.weight"].view(4096, 4096, 1, 1)[::4, ::4]
     copy_layer(conv6, {"weight": fc6, "bias": state["classifier.0.bias"][::4]})
     copy_layer(conv7, {"weight": fc7, "bias": state["classifier.3.bias"][::4]})
-
-
-def backbones(model: nn.Module) -> list[list[nn.Module]]:
-    """The layers up to conv5_3, once for each stream that has layers of its own up to conv4_3."""
-    if isinstance(model, MultispectralSSD):
-        return model.backbones()
-    first = model.to_conv4_3
-    streams = [first.visible, first.lwir] if model.input_mode == "halfway" else [first]
-    return [[*stream, *model.to_conv5_3] for stream in streams]
 
 
 def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor], lwir_filters: str = "mean") -> None:
@@ -179,7 +165,7 @@ def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor], lwir_fil
     rest = [layer for part in (model.conv6_7, *model.extras) for layer in part]
     names = [key.removesuffix(".weight") for key, value in state.items() if value.ndim == 4]
     names = [name for name in names if name.startswith("backbone.")]
-    for stream in backbones(model):
+    for stream in model.backbones():
         ours = [layer for layer in (*stream, *rest) if isinstance(layer, nn.Conv2d)]
         for i, (layer, name) in enumerate(zip(ours, names, strict=True)):
             weight = state[f"{name}.weight"]

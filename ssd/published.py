@@ -26,8 +26,10 @@ from ssd.multispectral import MLPD, INSANet
 STAND_IN_MODULES = ("model.", "insa.", "torch.nn.", "torch.optim.", "numpy.")
 REMEDY = "take the authors' file, or a state dictionary with their names"
 TUTORIAL = "the SSD tutorial's SSD300"
-VGG16 = [f"conv{i}_{j}" for i, n in enumerate((2, 2, 3, 3, 3), 1) for j in range(1, n + 1)]
-LOWER_STAGES = [[*VGG16[10:], "conv6_1", "conv6_2"], *([f"conv{i}_1", f"conv{i}_2"] for i in range(7, 11))]
+# Published names of convolutions; "{}" is empty, and "_bn" for the BatchNorm that follows.
+VGG16 = [f"base.conv{i}_{j}{{}}" for i, n in enumerate((2, 2, 3, 3, 3), 1) for j in range(1, n + 1)]
+LOWER_STAGES = [[f"base.conv{i}_{j}{{}}" for j in (1, 2)] for i in range(6, 11)]
+STREAMS = {"visible": "_vis", "lwir": "_lwir"}
 HEADS = {
     "multispectral": ("conv4_3", "conv6", "conv7", "conv8", "conv9", "conv10"),
     "tutorial": ("conv4_3", "conv7", "conv8_2", "conv9_2", "conv10_2", "conv11_2"),
@@ -204,69 +206,61 @@ def published_names(model: Detector) -> dict[str, str]:
     Raises:
         InputError: no published network is like this one.
     """
-    if isinstance(model, MLPD | INSANet):
-        layers, heads, scale = multispectral_layers(model), HEADS["multispectral"], "base."
-    elif model.input_mode != "halfway" and model.prior_set == "ssd300":
-        layers, heads, scale = tutorial_layers(model), HEADS["tutorial"], ""
-    else:
+    is_multispectral = isinstance(model, MLPD | INSANet)
+    if not is_multispectral and (model.input_mode == "halfway" or model.prior_set != "ssd300"):
         problem = "the SSD tutorial's weights do not fit this network"
         raise InputError(problem, "they need PRIORS = ssd300, and an INPUT_MODE other than halfway")
-    for i, name in enumerate(heads):
+    layers = {}
+    for sequence, convs in published_sequences(model).items():
+        layers |= pair_layers(model, sequence, convs)
+    layers |= attention_layers() if isinstance(model, INSANet) else {}
+    for i, name in enumerate(HEADS["multispectral" if is_multispectral else "tutorial"]):
         layers |= {f"loc_heads.{i}": f"pred_convs.loc_{name}", f"conf_heads.{i}": f"pred_convs.cl_{name}"}
     names = {}
     for ours, theirs in layers.items():
         names |= {f"{ours}.{key}": f"{theirs}.{key}" for key in model.get_submodule(ours).state_dict()}
-    return names | {"conv4_3_norm.scale": f"{scale}rescale_factors"}
+    return names | {"conv4_3_norm.scale": f"{'base.' if is_multispectral else ''}rescale_factors"}
 
 
-def multispectral_layers(model: MLPD | INSANet) -> dict[str, str]:
-    """Our names of MLPD's or INSANet's layers -> the published ones; without heads."""
-    convs = VGG16[:10] if isinstance(model, MLPD) else [*VGG16[:7], "conv1x1"]
-    layers = pair_layers(model, "visible", convs, "_vis") | pair_layers(model, "lwir", convs, "_lwir")
-    for i, convs in enumerate(LOWER_STAGES):
-        layers |= pair_layers(model, f"stages.{i}", convs)
+def published_sequences(model: Detector) -> dict[str, list[str]]:
+    """Our sequences of layers -> the published names of their convolutions, as in `VGG16`."""
+    if not isinstance(model, MLPD | INSANet):
+        extras = {f"extras.{i}": [f"aux_convs.conv{8 + i}_{j}" for j in (1, 2)] for i in range(4)}
+        lower = {"to_conv5_3": VGG16[10:], "conv6_7": ["base.conv6", "base.conv7"]}
+        return {"to_conv4_3": VGG16[:10], **lower, **extras}
+    sequences = {f"stages.{i}": names for i, names in enumerate(LOWER_STAGES)}
+    sequences["stages.0"] = VGG16[10:] + LOWER_STAGES[0]
     if isinstance(model, MLPD):
-        for i in range(6):
-            layers |= pair_layers(model, f"joins.{i}", [f"feat_{i + 1}"])
-        return layers
-    layers |= pair_layers(model, "to_conv4_3", VGG16[7:10])
+        of_stream = VGG16[:10]
+        sequences |= {f"joins.{i}": [f"base.feat_{i + 1}{{}}"] for i in range(6)}
+    else:
+        of_stream = [*VGG16[:7], "base.conv1x1"]
+        sequences["to_conv4_3"] = VGG16[7:10]
+    return {stream: [name + end for name in of_stream] for stream, end in STREAMS.items()} | sequences
+
+
+def attention_layers() -> dict[str, str]:
+    """Our names of the layers of INSANet's attention -> the published ones."""
+    layers = {}
     for i in range(2):
         ours, theirs = f"attention.rounds.{i}", f"base.insa.insa.{i}"
         for kind in ("intra", "inter"):
             for name in ("q_emb", "k_emb", "v_emb", "fc", "norm"):
-                own = name.removesuffix("_emb")
-                layers[f"{ours}.{kind}.{own}"] = f"{theirs}.{kind}_attn.{name}"
+                layers[f"{ours}.{kind}.{name.removesuffix('_emb')}"] = f"{theirs}.{kind}_attn.{name}"
         for place, name in ((0, "mlp.0"), (2, "mlp.2"), (3, "ffn_norm")):
             layers[f"{ours}.mlp.{place}"] = f"{theirs}.inter_attn.{name}"
     return layers
 
 
-def tutorial_layers(model: Detector) -> dict[str, str]:
-    """Our names of SSD300's layers -> those of the SSD tutorial; without heads."""
-    layers = pair_layers(model, "to_conv4_3", VGG16[:10]) | pair_layers(model, "to_conv5_3", VGG16[10:])
-    layers |= pair_layers(model, "conv6_7", ("conv6", "conv7"))
-    for i in range(4):
-        names = f"conv{8 + i}_1", f"conv{8 + i}_2"
-        layers |= pair_layers(model, f"extras.{i}", names, part="aux_convs")
-    return layers
-
-
-def pair_layers(
-    model: Detector, name: str, convs: Iterable[str], suffix: str = "", part: str = "base"
-) -> dict[str, str]:
-    """Names of the layers of one sequence of our network, `name`, -> the published ones.
-
-    Args:
-        convs: published names of its convolutions; a BatchNorm is called after the one before it.
-        suffix: of the stream, behind those names; part: of the published network, before them.
-    """
+def pair_layers(model: Detector, sequence: str, convs: Iterable[str]) -> dict[str, str]:
+    """Our names of the convolutions and BatchNorms of a sequence -> the published ones."""
     pairs, convs = {}, iter(convs)
-    for place, layer in model.get_submodule(name).named_children():
+    for place, layer in model.get_submodule(sequence).named_children():
         if isinstance(layer, nn.Conv2d):
             conv = next(convs)
-            pairs[f"{name}.{place}"] = f"{part}.{conv}{suffix}"
+            pairs[f"{sequence}.{place}"] = conv.format("")
         elif isinstance(layer, nn.BatchNorm2d):
-            pairs[f"{name}.{place}"] = f"{part}.{conv}_bn{suffix}"
+            pairs[f"{sequence}.{place}"] = conv.format("_bn")
     return pairs
 
 
@@ -277,27 +271,19 @@ def convert_tutorial_heads(values: dict[str, Tensor], i: int, shapes: list[tuple
     differ from the paper's (the last map's second square; ratios of 0.333): what is predicted
     relative to those is rescaled, so that the decoded boxes are the same.
     """
-    theirs = tutorial_shapes(i)
-    order = [0, 1, 2, 4, 3, 5] if len(theirs) == 6 else [0, 1, 2, 3]
-    sides = torch.tensor([theirs[j] for j in order]) / torch.tensor(shapes)
-    for kind, n in (("loc", 4), ("conf", 2)):
-        for name in ("weight", "bias"):
-            key = f"{kind}_heads.{i}.{name}"
-            value = values[key].unflatten(0, (-1, n))[order]
-            if kind == "loc":
-                factor = torch.cat([sides, torch.ones_like(sides)], dim=1)
-                value = value * factor.view(*factor.shape, *[1] * (value.ndim - 2))
-                if name == "bias":
-                    value[:, 2:] += sides.log() / VARIANCES[1]
-            values[key] = value.flatten(0, 1)
-
-
-def tutorial_shapes(i: int) -> list[tuple[float, float]]:
-    """(width, height) of the tutorial's priors of map `i`, fractions, in its own order."""
     scales = (0.1, 0.2, 0.375, 0.55, 0.725, 0.9)
-    ratios = (2, 0.5) if i in (0, 4, 5) else (2, 3, 0.5, 0.333)
     between = math.sqrt(scales[i] * scales[i + 1]) if i < 5 else 1.0
-    shapes = [(scales[i], scales[i]), (between, between)]
-    for root in map(math.sqrt, ratios):
-        shapes.append((min(1.0, scales[i] * root), min(1.0, scales[i] / root)))
-    return shapes
+    theirs = [(scales[i], scales[i]), (between, between)]
+    for root in map(math.sqrt, (2, 0.5) if i in (0, 4, 5) else (2, 0.5, 3, 0.333)):
+        theirs.append((min(1.0, scales[i] * root), min(1.0, scales[i] / root)))
+    order = [0, 1, 2, 4, 3, 5] if len(theirs) == 6 else [0, 1, 2, 3]
+    sides = torch.tensor(theirs) / torch.tensor(shapes)
+    for name in ("weight", "bias"):
+        loc, conf = (f"{kind}_heads.{i}.{name}" for kind in ("loc", "conf"))
+        offsets = values[loc].unflatten(0, (-1, 4))[order]
+        factor = torch.cat([sides, torch.ones_like(sides)], dim=1)
+        offsets = offsets * factor.view(*factor.shape, *[1] * (offsets.ndim - 2))
+        if name == "bias":
+            offsets[:, 2:] += sides.log() / VARIANCES[1]
+        values[loc] = offsets.flatten(0, 1)
+        values[conf] = values[conf].unflatten(0, (-1, 2))[order].flatten(0, 1)
