@@ -11,6 +11,7 @@ if __name__ == "__main__":
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -54,11 +55,7 @@ from ssd.device_augment import DeviceFrames, TransformBatch, send
 
 # What is taken from a configuration: by KaistPairs, Augmentation, training_loader and test_loader.
 PAIRS = ("input_mode", "input_size", "masks_follow", "seed")
-AUGMENTATION = (
-    *("zoom_out", "crop_aspect", "min_input_height"),
-    *("hue_saturation", "lwir_jitter", "copy_paste", "modality_dropout"),
-    *("mirror_apart", "crop_apart", "shift_left"),
-)
+AUGMENTATION = tuple(field.name for field in dataclasses.fields(Augmentation))
 TRAINING = ("batch_size", "workers", "start_method", "cache", "loader", "max_bad_frames")
 TESTING = ("input_mode", "input_size", "min_height", "margin", "batch_size", "workers", "start_method")
 
@@ -89,8 +86,7 @@ class KaistPairs(Dataset):
     would end the whole batch.
 
     root: folder with `images/`, or a set of pairs; frames: as from `load_frames`.
-    input_mode: "lwir", "visible", "mean", "early" or "halfway".
-    input_size: (height, width) of the network's input.
+    input_mode: "lwir", "visible", "mean", "early" or "halfway"; input_size: (height, width).
     filler: (C,) uint8, the colour around a frame and of a blanked modality.
     augmentation: None resizes the whole frame.
     masks_follow: masks show the boxes after augmentation. False repeats the mistake of the logged
@@ -98,8 +94,8 @@ class KaistPairs(Dataset):
     seed: key of all random choices, together with epoch and frame index.
     cache: decoded frames of this input, read instead of the images.
     without: a modality that is blanked instead of read.
-    means: (F, C) mean colours of the cache's frames, as from `frame_mean`. Then no pixel is looked
-        at, and the samples' images are Transforms.
+    means: (F, C) mean colours of the cache's frames. Then no pixel is looked at, and the samples'
+        images are Transforms.
     """
 
     root: Path | PairSet
@@ -145,24 +141,23 @@ class KaistPairs(Dataset):
 
     def paste(self, rng: np.random.Generator, frame: Frame, pixels: np.ndarray) -> tuple[Frame, np.ndarray]:
         """The frame, by chance with people of another one of the same time of day and size."""
-        donors = self.donors[time_of_day(frame.id), frame.size]
-        if not len(donors) or rng.random() >= self.augmentation.copy_paste:
+        donors = self.donors.get((time_of_day(frame.id), frame.size))
+        if not donors or rng.random() >= self.augmentation.copy_paste:
             return frame, pixels
         donor = self.frames[rng.choice(donors)]
-        pixels, boxes, labels = paste_people(
-            rng, pixels, frame.boxes_px, frame.labels, self.read(donor.id), donor.people
-        )
+        own = (frame.boxes_px, frame.labels)
+        pixels, boxes, labels = paste_people(rng, pixels, *own, self.read(donor.id), donor.people)
         seen = np.append(frame.seen, np.full(len(labels) - len(frame.labels), BOTH))
         return dataclasses.replace(frame, boxes_px=boxes, labels=labels, seen=seen), pixels
 
     @cached_property
-    def donors(self) -> dict[tuple[str, tuple[int, int]], np.ndarray]:
+    def donors(self) -> dict[tuple[str, tuple[int, int]], list[int]]:
         """Indices of the frames with persons, by time of day and size."""
-        found = {(time_of_day(frame.id), frame.size): [] for frame in self.frames}
+        found = defaultdict(list)
         for i, frame in enumerate(self.frames):
             if frame.n_people:
                 found[time_of_day(frame.id), frame.size].append(i)
-        return {kind: np.array(indices) for kind, indices in found.items()}
+        return found
 
     def read(self, frame_id: str) -> np.ndarray:
         """A frame's pixels, (h, w, C) uint8, from the cache where there is one."""
@@ -201,12 +196,13 @@ def max_objects(dataset: KaistPairs) -> int:
 
 
 def pad_objects(samples: Sequence[Sample], pad_to: int) -> list[Tensor]:
-    """Boxes (N, M, 4), labels (N, M), mask boxes and mask labels of a batch."""
+    """Boxes (N, M, 4), labels (N, M), mask boxes and mask labels of a batch, filled with zeros: M is the
+    largest number of objects but at least `pad_to`."""
     return [pad(arrays, pad_to) for arrays in zip(*(sample[1:5] for sample in samples), strict=True)]
 
 
 def pad(arrays: Sequence[np.ndarray], pad_to: int) -> Tensor:
-    """Arrays (n, …) to (N, M, …), filled with zeros, M the largest n but at least `pad_to`."""
+    """One of `pad_objects`."""
     shape = (len(arrays), max(pad_to, *map(len, arrays)), *arrays[0].shape[1:])
     padded = np.zeros(shape, arrays[0].dtype)
     for row, array in zip(padded, arrays, strict=True):
@@ -250,7 +246,7 @@ class DeviceLoader:
         dataset: with a cache, and without copy-paste, whose pixels are of two frames.
         batch_size: frames a batch, of all processes together.
         workers: processes that draw; start_method: how they start, as in `BatchLoader`.
-        map_sizes, map_range: of the feature maps that masks are wanted for, as in `Collate`.
+        map_sizes, map_range: as in `Collate`.
     """
 
     def __init__(
@@ -327,12 +323,11 @@ def training_loader(
         settings: batch_size, workers, start_method, map_sizes and map_range as of `DeviceLoader`.
     """
     if cache:
-        ids = [frame.id for frame in dataset.frames]
+        wanted = (cache, dataset.root, [frame.id for frame in dataset.frames], dataset.input_mode)
         if is_main_process():
-            cache_frames(cache, dataset.root, ids, dataset.input_mode)
+            cache_frames(*wanted)
         barrier()
-        drawn = cache_frames(cache, dataset.root, ids, dataset.input_mode, check=False)
-        dataset = dataclasses.replace(dataset, cache=drawn)
+        dataset = dataclasses.replace(dataset, cache=cache_frames(*wanted, check=False))
     on_gpu = device.type == "cuda"
     pasted = dataset.augmentation is not None and dataset.augmentation.copy_paste > 0
     conflict = device_loader_conflict(cache, pasted)
@@ -368,33 +363,20 @@ def test_loader(
     """
     frames = frames_of(ground_truth, min_height, margin)
     check_images(root, [frame.id for frame in frames], input_mode, without)
-    dataset = KaistPairs(
-        root,
-        frames,
-        input_mode=input_mode,
-        input_size=input_size,
-        filler=filler,
-        augmentation=None,
-        masks_follow=True,
-        seed=0,
-        without=without,
-    )
+    how = {"input_mode": input_mode, "input_size": input_size, "filler": filler, "without": without}
+    dataset = KaistPairs(root, frames, augmentation=None, masks_follow=True, seed=0, **how)
     return batch_loader(dataset, shuffle=False, pin_memory=device.type == "cuda", **settings)
 
 
 def batch_loader(
     dataset: KaistPairs,
     *,
-    map_sizes: list[tuple[int, int]],
+    map_sizes: list[tuple],
     map_range: MapRange | None = None,
     pin_memory: bool,
     **settings: Any,
 ) -> BatchLoader:
-    """A BatchLoader of pairs with masks for feature maps of the given (h, w) sizes.
-
-    Args:
-        map_range: as in `Collate`; settings: as of `BatchLoader`.
-    """
+    """A BatchLoader of pairs; map_sizes and map_range as in `Collate`, settings as of `BatchLoader`."""
     # A GPU wants shapes that stay; a CPU nothing to do for padding.
     collate = Collate(map_sizes, map_range, max_objects(dataset) if pin_memory else 1)
     return BatchLoader(dataset, collate, pin_memory=pin_memory, **settings)

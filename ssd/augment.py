@@ -1,11 +1,8 @@
 """SSD's augmentation for registered pairs: one window, one resize, boxes that follow exactly.
 
 Zoom-out, crop, flip and resize are composed into one window of the source frame before a pixel is
-touched, so pixels are resampled once and a zoomed-out canvas is never built. Both modalities of
-a pair share the window, but where `Augmentation` moves them apart. Each has its own photometric
-distortion.
-
-`sample_transform` draws a `Transform`, which is applied to pixels and moves boxes.
+touched, so pixels are resampled once and a zoomed-out canvas is never built. `sample_transform`
+draws a `Transform`, which is applied to pixels and moves boxes.
 
 Sources: SSD paper, sections 2.2 (crops, distortion) and 3.6 (zoom-out); modalities apart: Kim et al.,
 "MLPD" (RA-L 2021); the shift to the left: Lee et al., "INSANet" (Sensors 2024).
@@ -44,17 +41,17 @@ YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
 class Augmentation:
     """SSD's training augmentation (section 2.2 and 3.6 of the paper), for a registered pair.
 
-    zoom_out: largest side of the zoomed-out canvas in frames; 1 switches zoom-out off. Of `crop_apart`'s
-        windows, the largest side and area in those of the frame, and the inverse of the smallest.
+    zoom_out: largest side of the zoomed-out canvas in frames; of `window_apart`'s windows, the largest
+        side and area in those of the frame, and the inverse of the smallest.
     crop_aspect: smallest and largest width / height of a crop, in those of the frame; SSD's own is
-        0.5 to 2 of its pixels. People are stretched by as much.
+        0.5 to 2 of its pixels.
     min_input_height: persons that end up lower in the network's input, in its pixels, are ignored.
     hue_saturation: distort hue and saturation of the visible image too.
     lwir_jitter: distort brightness and contrast of the LWIR image.
     copy_paste: share of the frames into which people of other frames are pasted.
     modality_dropout: how probable it is that one modality of a sample is blanked.
-    crop_apart: how probable it is that each modality is cropped by a window of its own, as from
-        `window_apart`; else the frame is whole. 0: one window for both, as from `random_window`.
+    crop_apart: how probable it is that each modality is cropped by its own `window_apart`; else the
+        frame is whole. 0: one `random_window` for both.
     mirror_apart: how probable it is that of a mirrored pair LWIR is left as it was.
     shift_left: how probable it is that both are moved up to `MAX_SHIFT` whole pixels to the left.
     """
@@ -81,10 +78,10 @@ def random_window(
     """Zoom-out and IoU crop as one xyxy window in pixels of the frame; it may reach outside.
 
     Half of the time the frame is placed on a canvas 1 to `zoom_out` times its size. Then one of
-    SSD's minimum overlaps is drawn: none leaves the canvas as it is; otherwise up to 50 crops of
-    0.3 to 1 of each side and an aspect within `crop_aspect` are tried, and the first that reaches
-    that overlap with some person and holds some person's centre is taken; if none does, another
-    overlap is drawn. A frame without people takes any crop that shows the frame in half its area.
+    SSD's minimum overlaps is drawn: none leaves the canvas as it is; otherwise the first of 50 crops of
+    0.3 to 1 of each side is taken that reaches that overlap with some person and holds some person's
+    centre; if none does, another overlap is drawn. A frame without people takes any crop that shows the
+    frame in half its area.
 
     Args:
         people: (n, 4) xyxy pixels of the persons in the frame.
@@ -139,9 +136,7 @@ def window_apart(
     which holds some person wholly, if there is any; the whole frame if there is no such window. It lies
     in the frame where it is smaller, and around it where it is larger.
 
-    Args:
-        people: (n, 4) xyxy pixels of the persons in the frame.
-        zoom_out, crop_aspect: as in `Augmentation`; frame: its width and height.
+    Args: as of `random_window`.
     """
     width = rng.uniform(1 / zoom_out, zoom_out, CROP_TRIALS)
     size = np.stack([width, width / rng.uniform(*crop_aspect, CROP_TRIALS)], axis=1)
@@ -209,17 +204,14 @@ def colour_matrix(
         apply, factor, angle = rng.random() < 0.5, rng.uniform(0.5, 1.5), rng.uniform(-18, 18)
         if not apply:
             continue
-        if kind == "brightness":
-            step, shift = factor * np.eye(c), 0.0
-        elif kind == "contrast":
-            grey = luma @ (matrix @ mean + offset)
-            step, shift = factor * np.eye(c), (1 - factor) * grey
+        step, shift = factor * np.eye(c), 0.0
+        if kind == "contrast":
+            shift = (1 - factor) * (luma @ (matrix @ mean + offset))
         elif kind == "saturation":
-            step, shift = factor * np.eye(c) + (1 - factor) * np.outer(np.ones(c), luma), 0.0
-        else:
+            step = step + (1 - factor) * np.outer(np.ones(c), luma)
+        elif kind == "hue":
             cos, sin = np.cos(np.deg2rad(angle)), np.sin(np.deg2rad(angle))
-            turn = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
-            step, shift = YIQ_TO_RGB @ turn @ RGB_TO_YIQ, 0.0
+            step = YIQ_TO_RGB @ np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]]) @ RGB_TO_YIQ
         matrix, offset = step @ matrix, step @ offset + shift
     return matrix, offset
 
@@ -253,24 +245,20 @@ class Transform:
 
         Cut out, resized once (antialiased), distorted, placed on the filler and mirrored.
         """
-        parts = channel_parts(len(self.filler)) if len(self.crops) == 2 else [slice(None)]
-        images = [self.apply_crop(*own, pixels) for own in zip(self.crops, parts, strict=True)]
-        return torch.cat(images) if len(images) > 1 else images[0]
+        image = torch.from_numpy(self.filler).view(-1, 1, 1).repeat(1, *self.size)
+        for crop, part in zip(self.crops, self.parts(), strict=True):
+            (x0, y0, x1, y1), (left, top, right, bottom), flip = crop
+            cut = torch.from_numpy(pixels[y0:y1, x0:x1, part]).permute(2, 0, 1).unsqueeze(0)
+            how = {"mode": "bilinear", "antialias": True, "align_corners": False}
+            resized = F.interpolate(cut, (bottom - top, right - left), **how)[0]
+            resized = distort(resized, self.matrix[part, part], self.offset[part])
+            image[part, top:bottom, left:right] = resized
+            image[part] = image[part].flip(2) if flip else image[part]
+        return image
 
-    def apply_crop(self, crop: Crop, channels: slice, pixels: np.ndarray) -> Tensor:
-        """`apply` for some of the channels."""
-        (x0, y0, x1, y1), (left, top, right, bottom), flip = crop
-        pixels = pixels[..., channels]
-        part = torch.from_numpy(pixels[y0:y1, x0:x1]).permute(2, 0, 1).unsqueeze(0)
-        target = (bottom - top, right - left)
-        image = F.interpolate(part, target, mode="bilinear", antialias=True, align_corners=False)[0]
-        image = distort(image, self.matrix[channels, channels], self.offset[channels])
-        if target != self.size:
-            canvas = image.new_empty((len(image), *self.size))
-            canvas[:] = torch.from_numpy(self.filler[channels]).view(-1, 1, 1)
-            canvas[:, top:bottom, left:right] = image
-            image = canvas
-        return image.flip(2) if flip else image
+    def parts(self) -> list[slice]:
+        """The channels that each crop is of."""
+        return channel_parts(len(self.filler)) if len(self.crops) == 2 else [slice(None)]
 
     def move(
         self, boxes_px: np.ndarray, labels: np.ndarray, seen: np.ndarray
@@ -281,13 +269,12 @@ class Transform:
         modalities moved apart each has the boxes that are seen in it, and their label is that modality.
         Boxes that come to lie on one another are joined; ignored objects stay -1.
         """
-        if len(self.crops) == 1:
-            return self.move_by(self.crops[0], boxes_px, np.where(labels == 1, BOTH, labels))
-        moved = []
-        for crop, bit in zip(self.crops, (VISIBLE, LWIR), strict=True):
-            own = seen & bit > 0
-            moved.append(self.move_by(crop, boxes_px[own], np.where(labels[own] == 1, bit, labels[own])))
-        return merge_equal(*map(np.concatenate, zip(*moved, strict=True)))
+        moved, modalities = [], (VISIBLE, LWIR) if len(self.crops) == 2 else (BOTH,)
+        for crop, modality in zip(self.crops, modalities, strict=True):
+            own = seen & modality > 0
+            of_own = np.where(labels[own] == 1, modality, labels[own])
+            moved.append(self.move_by(crop, boxes_px[own], of_own))
+        return moved[0] if len(moved) == 1 else merge_equal(*map(np.concatenate, zip(*moved, strict=True)))
 
     def move_by(self, crop: Crop, boxes_px: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (n, 4) xyxy pixels of the frame -> (k, 4) float32 xyxy fractions of the input.
@@ -352,19 +339,17 @@ def sample_transform(
     if options.shift_left and rng.random() < options.shift_left:
         shift = int(rng.integers(MAX_SHIFT + 1))
         windows = [(x0 + shift, y0, x1 + shift, y1) for x0, y0, x1, y1 in windows]
-    crops = [round_to_pixels(*own, frame) for own in zip(windows, [size] * 2, flips, strict=True)]
-    channels = len(mean)
-    matrix = np.eye(channels, dtype=np.float32)
-    offset = np.zeros(channels, np.float32)
-    for part in channel_parts(channels):
+    crops = [round_to_pixels(window, size, flip, frame) for window, flip in zip(windows, flips, strict=True)]
+    matrix, offset = np.eye(len(mean), dtype=np.float32), np.zeros(len(mean), np.float32)
+    for part in channel_parts(len(mean)):
         if part.stop - part.start == 3 or options.lwir_jitter:
             matrix[part, part], offset[part] = colour_matrix(rng, mean[part], options.hue_saturation)
     if options.modality_dropout and rng.random() < options.modality_dropout:
         gone = slice(0, 3) if rng.random() < 0.5 else slice(3, 4)
         matrix[gone], offset[gone] = 0, filler[gone]
     crops = tuple(dict.fromkeys(crops))  # equal ones are one of both
-    ignore_cut = options.crop_apart > 0
-    return Transform(crops, matrix, offset, size, filler, options.min_input_height, ignore_cut)
+    limits = (options.min_input_height, options.crop_apart > 0)
+    return Transform(crops, matrix, offset, size, filler, *limits)
 
 
 def channel_parts(channels: int) -> list[slice]:
@@ -373,8 +358,8 @@ def channel_parts(channels: int) -> list[slice]:
 
 
 def mean_colour(channels: int) -> np.ndarray:
-    """(C,) uint8: the colour that normalisation turns into zero."""
-    return MEAN_COLOUR[{4: slice(0, 4), 3: slice(0, 3), 1: slice(3, 4)}[channels]]
+    """(C,) uint8: the mean colour of KAIST's frames, which normalisation turns into zero."""
+    return MEAN_COLOUR[3:] if channels == 1 else MEAN_COLOUR[:channels]
 
 
 def distort(content: Tensor, matrix: np.ndarray, offset: np.ndarray) -> Tensor:
@@ -400,7 +385,6 @@ def paste_people(
     """A frame with one to three people of another frame.
 
     Args:
-        rng: draws how many, who, and where.
         pixels, donor_pixels: (h, w, C) uint8, of one size; neither is changed.
         boxes, labels: (n, 4) float32 xyxy pixels and (n,) int64 of the frame's objects.
         people: (m, 4) xyxy pixels of the other frame's persons, at least one.
@@ -415,18 +399,13 @@ def paste_people(
         for start in rng.uniform(0, pixels.shape[1] - width, PLACEMENT_TRIALS).round():
             shift = np.float32(start - box[0].round())
             moved = box + np.array([shift, 0, shift, 0], dtype=np.float32)
-            if not overlaps_any(moved, boxes) and moved[0] >= 0 and moved[2] <= pixels.shape[1]:
+            apart = ((boxes[:, 2:] <= moved[:2]) | (boxes[:, :2] >= moved[2:])).any(1)
+            if apart.all() and moved[0] >= 0 and moved[2] <= pixels.shape[1]:
                 blend(pixels, donor_pixels, box, int(shift))
                 boxes = np.concatenate([boxes, moved[None]])
                 labels = np.append(labels, 1)
                 break
     return pixels, boxes, labels
-
-
-def overlaps_any(box: np.ndarray, boxes: np.ndarray) -> bool:
-    """Whether a box (4,) overlaps any of boxes (n, 4), all xyxy."""
-    apart = (boxes[:, 2:] <= box[:2]) | (boxes[:, :2] >= box[2:])
-    return bool((~apart.any(1)).any())
 
 
 def blend(pixels: np.ndarray, donor: np.ndarray, box: np.ndarray, shift: int) -> None:

@@ -30,10 +30,8 @@ class DeviceFrames:
     def __init__(self, cache: FrameCache, device: torch.device) -> None:
         self.device = device
         mapped = self.frames = torch.from_numpy(cache.all())
-        if (
-            device.type == "cuda"
-            and mapped.nbytes <= MAX_MEMORY_FRACTION * torch.cuda.mem_get_info(device)[0]
-        ):
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        if mapped.nbytes <= MAX_MEMORY_FRACTION * free:
             self.frames = torch.empty(mapped.shape, dtype=torch.uint8, device=device)
         means = []
         for start in tqdm(range(0, len(mapped), FRAMES_PER_COPY), desc="reading the cache", leave=False):
@@ -118,11 +116,10 @@ def resample(frames: Tensor, crops: Tensor, size: tuple[int, int]) -> tuple[Tens
     n, height, width, channels = frames.shape
     # Half precision holds every uint8, and its weights are good to a twentieth of a grey level.
     dtype = torch.float16 if frames.is_cuda else torch.float32
-    x0, y0, x1, y1, left, top, right, bottom, mirrored = crops.unbind(1)
-    mirrored = mirrored.bool()
+    source, target, mirrored = crops[:, :4], crops[:, 4:8], crops[:, 8].bool()
     upright = torch.zeros_like(mirrored)
-    rows, in_rows = resize_weights(y0, y1, top, bottom, upright, height, size[0])
-    columns, in_columns = resize_weights(x0, x1, left, right, mirrored, width, size[1])
+    rows, in_rows = resize_weights(source[:, 1::2], target[:, 1::2], upright, height, size[0])
+    columns, in_columns = resize_weights(source[:, ::2], target[:, ::2], mirrored, width, size[1])
     pixels = torch.bmm(rows.to(dtype), frames.reshape(n, height, -1).to(dtype))
     pixels = pixels.view(n, size[0], width, channels).permute(0, 3, 1, 2)
     pixels = torch.matmul(pixels, columns.to(dtype).transpose(1, 2).unsqueeze(1)).float().round_()
@@ -131,33 +128,29 @@ def resample(frames: Tensor, crops: Tensor, size: tuple[int, int]) -> tuple[Tens
 
 
 def resize_weights(
-    source_start: Tensor,
-    source_end: Tensor,
-    target_start: Tensor,
-    target_end: Tensor,
-    mirrored: Tensor,
-    length_in: int,
-    length_out: int,
+    source: Tensor, target: Tensor, mirrored: Tensor, length_in: int, length_out: int
 ) -> tuple[Tensor, Tensor]:
     """Weights (N, out, in) of an antialiased resize along one axis, and which of the output's
     places (N, out) are in the target.
 
-    Each sample takes the source's pixels [start, end) to the target's, as `F.interpolate` with
-    bilinear and antialias does: a triangle one output pixel wide to each side, at least one input
-    pixel, over the source's pixels alone.
+    Each sample takes the source's pixels to the target's, as `F.interpolate` with bilinear and
+    antialias does: a triangle one output pixel wide to each side, at least one input pixel, over the
+    source's pixels alone.
 
     Args:
-        source_start, source_end, target_start, target_end: (N,) float32 whole numbers.
+        source, target: (N, 2) float32 whole numbers, the first pixel and the one after the last.
         mirrored: (N,) bool: the output is reversed.
     """
+    (source_start, source_end), (target_start, target_end) = (
+        edges.unsqueeze(2).unbind(1) for edges in (source, target)
+    )
     place = torch.arange(length_out, device=mirrored.device)
-    place = torch.where(mirrored.unsqueeze(1), length_out - 1 - place, place)
-    place = place - target_start.unsqueeze(1)
-    inside = (place >= 0) & (place < (target_end - target_start).unsqueeze(1))
-    scale = ((source_end - source_start) / (target_end - target_start)).unsqueeze(1)
-    centre = source_start.unsqueeze(1) + (place + 0.5) * scale
+    place = torch.where(mirrored.unsqueeze(1), length_out - 1 - place, place) - target_start
+    inside = (place >= 0) & (place < target_end - target_start)
+    scale = (source_end - source_start) / (target_end - target_start)
+    centre = source_start + (place + 0.5) * scale
     pixel = torch.arange(length_in, device=mirrored.device) + 0.5
     weights = 1 - (pixel - centre.unsqueeze(2)).abs() / scale.clamp(min=1).unsqueeze(2)
-    in_source = (pixel > source_start.unsqueeze(1)) & (pixel < source_end.unsqueeze(1))
+    in_source = (pixel > source_start) & (pixel < source_end)
     weights = weights.clamp_(min=0) * (in_source.unsqueeze(1) & inside.unsqueeze(2))
     return weights / weights.sum(2, keepdim=True).clamp_(min=1e-6), inside

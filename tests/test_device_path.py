@@ -145,10 +145,10 @@ def test_resize_is_torchs(seed):
 
 
 def test_every_place_of_the_target_has_weights_that_add_up_to_one():
-    source = torch.tensor([[0.0, 640], [5, 6], [600, 640]]).T
-    target = torch.tensor([[0.0, 300], [9, 10], [1, 299]]).T
+    source = torch.tensor([[0.0, 640], [5, 6], [600, 640]])
+    target = torch.tensor([[0.0, 300], [9, 10], [1, 299]])
     mirrored = torch.tensor([True, False, True])
-    weights, inside = resize_weights(*source, *target, mirrored, 640, 300)
+    weights, inside = resize_weights(source, target, mirrored, 640, 300)
     assert torch.allclose(weights.sum(2), inside.float())
     assert inside.sum(1).tolist() == [300, 1, 298]
     assert (weights[1].nonzero() == torch.tensor([[9, 5]])).all()
