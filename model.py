@@ -2,30 +2,20 @@
 
 Sources: Liu et al., "SSD: Single Shot MultiBox Detector" (ECCV 2016); Brazil et al., "Illuminating
 Pedestrians via Simultaneous Detection & Segmentation" (ICCV 2017) for segmentation infusion: heads
-that learn box-shaped masks from the same feature maps, supervise the backbone during training, and
-are left out at inference.
+that learn box-shaped masks from the same feature maps, and are left out at inference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kaist.files import InputError
-from ssd.boxes import (
-    EXTRA_LAYERS,
-    STRIDES,
-    VARIANCES,
-    Predictions,
-    feature_map_sizes,
-    make_grids,
-    prior_shapes,
-)
-from ssd.layers import VGG16_STAGES, Detector, L2Norm, scaled_width, vgg_stage
+from ssd.boxes import EXTRA_LAYERS, STRIDES, VARIANCES, Predictions, feature_map_sizes
+from ssd.layers import VGG16_STAGES, Detector, L2Norm, vgg_stage
 from ssd.multispectral import MLPD, INSANet
 
 # What a batch carries.
@@ -42,17 +32,11 @@ class SSD300(Detector):
             "early" (4 channels side by side) or "halfway" (see `HalfwayFusion`). Batches carry
             visible first, LWIR last.
         batch_norm: BatchNorm after each of VGG16's 13 convolutions, as in VGG16-BN.
-        width: multiplier of every layer's width; 1.0 is VGG16.
-        infusion: for each of the six maps 1 where it has a segmentation head, else 0.
-        infusion_conv: a 3x3 convolution of the map's own width before the head's 1x1.
-        prior_set: a name in `prior_shapes`.
-        size: (height, width) of the input in pixels; feature maps and priors follow from it.
+        width, prior_set, size: as of `Detector`; infusion, infusion_conv: as in `Detector.add_heads`.
         centres: where the priors lie, "even" or "stride", see `make_grids`.
         pixel_mean, pixel_std: (R, G, B, LWIR) of pixels from 0 to 1, subtracted and divided by.
 
     What a checkpoint from before an argument was added was trained with is its default.
-
-    The priors are the non-persistent buffer `priors`, (P, 4) cxcywh fractions of the input.
     """
 
     def __init__(
@@ -69,13 +53,9 @@ class SSD300(Detector):
         pixel_mean: Sequence[float] = IMAGENET_MEAN,
         pixel_std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        super().__init__()
-        self.input_mode = input_mode
-        self.prior_set = prior_set
-        self.size = tuple(size)
-        self.centres = centres
-
-        scaled = partial(scaled_width, width=width)
+        super().__init__(width, prior_set, size)
+        self.input_mode, self.centres = input_mode, centres
+        scaled = self.scaled
         if input_mode == "halfway":
             streams = [vgg_stage(VGG16_STAGES[0], n, scaled, batch_norm) for n in (3, 1)]
             self.to_conv4_3 = HalfwayFusion(*streams, scaled(512))
@@ -104,26 +84,30 @@ class SSD300(Detector):
             )
             map_widths.append(scaled(expand))
 
-        grids, shapes = make_grids(self.size, centres), prior_shapes(prior_set)
-        self.add_heads(map_widths, grids, shapes, 2, infusion, infusion_conv)
+        self.add_heads(map_widths, infusion, infusion_conv)
         if input_mode == "halfway":
             self.to_conv4_3.start_from_mean()
 
         channels = slice(3, 4) if input_mode == "lwir" else slice(0, INPUT_CHANNELS[input_mode])
         self.add_normalisation(pixel_mean[channels], pixel_std[channels])
 
+    def backbones(self) -> list[list[nn.Module]]:
+        first = self.to_conv4_3
+        streams = [first.visible, first.lwir] if self.input_mode == "halfway" else [first]
+        return [[*stream, *self.to_conv5_3] for stream in streams]
+
     def normalise(self, images: Tensor) -> Tensor:
         """(N, C, H, W) uint8 -> float, less `pixel_mean` over `pixel_std`; "mean" averages to 3."""
         x = super().normalise(images)
         return (x[:, :3] + x[:, 3:]) / 2 if self.input_mode == "mean" else x
 
-    def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """The six maps the heads read, finest first: 38, 19, 10, 5, 3, 1 for a 300x300 input."""
+    def feature_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The six maps the heads read, finest first: 38, 19, 10, 5, 3, 1 for a 300x300 input; no streams'."""
         conv4_3 = self.to_conv4_3(x)
         maps = [self.conv4_3_norm(conv4_3), self.conv6_7(self.to_conv5_3(conv4_3))]
         for extra in self.extras:
             maps.append(extra(maps[-1]))
-        return maps
+        return maps, []
 
 
 class HalfwayFusion(nn.Module):
@@ -148,11 +132,9 @@ class HalfwayFusion(nn.Module):
         return self.join(torch.cat([self.visible(x[:, :3]), self.lwir(x[:, 3:])], dim=1))
 
     def start_from_mean(self) -> None:
-        """Let the join be the streams' mean, so that pretrained layers after it see what they
-        know."""
+        """Let the join be the streams' mean, so that pretrained layers after it see what they know."""
         half = torch.eye(self.join[0].out_channels) / 2
-        with torch.no_grad():
-            self.join[0].weight.copy_(torch.cat([half, half], dim=1)[..., None, None])
+        self.join[0].weight.data.copy_(torch.cat([half, half], dim=1)[..., None, None])
 
 
 def make_network(network: str = "ssd300", **arguments: Any) -> Detector:
@@ -201,13 +183,13 @@ def predict_mirrored(model: Detector, images: Tensor) -> Predictions:
         shapes = model.loc_heads[k].out_channels // 4
         places = first + torch.arange(h * columns * shapes, device=images.device)
         partners.append(places.view(h, columns, shapes).flip(1)[:, :w].flatten())
-        # Priors that divide the input evenly are symmetric as they are.
-        shifts.append(0.0 if k < len(STRIDES) else pad / model.size[1])
+        # Priors that divide the input evenly are symmetric as they are. Filled on the device: a GPU
+        # would be waited for by a copy of numbers to it.
+        shift = 0.0 if k < len(STRIDES) else pad / model.size[1]
+        shifts.append(predictions.loc.new_full((len(partners[-1]),), shift))
         first += len(places)
     partner = torch.cat(partners)
     loc = predictions.loc[:, partner]
-    # Filled on the device: a GPU would be waited for by a copy of numbers to it.
-    shift = torch.cat([predictions.loc.new_full((len(p),), s) for p, s in zip(partners, shifts, strict=True)])
-    x = shift / (VARIANCES[0] * model.priors[:, 2]) - loc[..., 0]
+    x = torch.cat(shifts) / (VARIANCES[0] * model.priors[:, 2]) - loc[..., 0]
     loc = torch.cat([x.unsqueeze(-1), loc[..., 1:]], dim=-1)
     return Predictions(loc, predictions.conf[:, partner], [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     raise SystemExit("it draws nothing itself any more: python -m tools.show_masks")
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ def box_masks(
     Args:
         boxes: (N, M, 4) xyxy fractions of the network's input, padded.
         labels: (N, M) int64: 1, 2 or 3 person (of a modality, or both: the union), -1 ignore, 0 padding.
-        map_sizes: of each map (h, w), or (h, w, dy, dx) where its cells do not divide the input
-            evenly, see `ssd.boxes.Grid`.
+        map_sizes: of each map (h, w), or an `ssd.boxes.Grid` (h, w, dy, dx, seen) where its cells do not
+            divide the input evenly, or where it sees one modality: others' persons are background.
         map_range: leaves the persons that a map cannot detect out of its mask.
     """
     of_maps = map_range.labels(boxes, labels) if map_range else [labels] * len(map_sizes)
@@ -51,7 +51,7 @@ class MapRange:
 
     def to(self, device: torch.device) -> MapRange:
         """The same with its priors on a device."""
-        return MapRange([priors.to(device) for priors in self.priors], self.maps, self.outside)
+        return replace(self, priors=[priors.to(device) for priors in self.priors])
 
     def labels(self, boxes: Tensor, labels: Tensor) -> list[Tensor]:
         """(N, M) labels for each wanted map, of boxes and labels as `box_masks` takes them."""
@@ -66,41 +66,39 @@ class MapRange:
 
 
 def choose_range(out_of_range: str, priors: list[Tensor], maps: list[int]) -> MapRange | None:
-    """Which persons belong into a map's mask: None for all of them.
+    """Which persons belong into a map's mask: None for all of them ("keep").
 
     Args:
-        out_of_range: what the others become: "keep" (a person as well), "background" or "ignore".
-        priors, maps: as of `MapRange`.
+        out_of_range: what the others become: "keep", "background" or "ignore".
+        priors, maps: as of `MapRange`; a map beyond the priors' is a stream's, and goes by the finest.
     """
     if out_of_range == "keep":
         return None
-    outside = {"background": 0, "ignore": -1}[out_of_range]
-    return MapRange([p.cpu() for p in priors], maps, outside)
+    maps = [i if i < len(priors) else 0 for i in maps]
+    return MapRange(priors, maps, {"background": 0, "ignore": -1}[out_of_range]).to(torch.device("cpu"))
 
 
-def one_map(boxes: Tensor, labels: Tensor, h: int, w: int, dy: float = 0, dx: float = 0) -> Tensor:
+def one_map(
+    boxes: Tensor, labels: Tensor, h: int, w: int, dy: float = 0, dx: float = 0, seen: int = 3
+) -> Tensor:
     """`box_masks` for a single (h, w) map; cells without a distance of their own are even."""
-    dy, dx = dy or 1 / h, dx or 1 / w
-    columns = cells_inside(boxes[..., 0], boxes[..., 2], w, dx)
-    rows = cells_inside(boxes[..., 1], boxes[..., 3], h, dy)
-    centre_column = cell_under((boxes[..., 0] + boxes[..., 2]) / 2, w, dx)
-    centre_row = cell_under((boxes[..., 1] + boxes[..., 3]) / 2, h, dy)
+    (columns, column), (rows, row) = (
+        cells(boxes[..., axis], boxes[..., axis + 2], n, step or 1 / n)
+        for axis, n, step in ((0, w, dx), (1, h, dy))
+    )
     holds_none = ~(columns.any(-1) & rows.any(-1)).unsqueeze(-1)
-    columns = torch.where(holds_none, centre_column, columns)
-    rows = torch.where(holds_none, centre_row, rows)
+    columns, rows = torch.where(holds_none, column, columns), torch.where(holds_none, row, rows)
     covered = rows.unsqueeze(-1) & columns.unsqueeze(-2)  # (N, M, h, w)
-    person = (covered & (labels > 0)[..., None, None]).any(1)
+    person = (covered & ((labels > 0) & (labels & seen > 0))[..., None, None]).any(1)
     ignored = (covered & (labels == -1)[..., None, None]).any(1)
     return torch.where(person, 1, torch.where(ignored, -1, 0))
 
 
-def cells_inside(start: Tensor, end: Tensor, cells: int, step: float) -> Tensor:
-    """(..., cells) bool: which of `cells` cells, `step` wide, have their centre in the span."""
-    centres = (torch.arange(cells, device=start.device) + 0.5) * step
-    return (centres >= start.unsqueeze(-1)) & (centres < end.unsqueeze(-1))
-
-
-def cell_under(point: Tensor, cells: int, step: float) -> Tensor:
-    """(..., cells) bool: the one of `cells` cells, `step` wide, that a point of [0, 1] lies in."""
-    index = (point / step).long().clamp(0, cells - 1)
-    return torch.arange(cells, device=point.device) == index.unsqueeze(-1)
+def cells(start: Tensor, end: Tensor, n: int, step: float) -> tuple[Tensor, Tensor]:
+    """(…, n) bool, twice: which of n cells, `step` wide, have their centre in the span, and the one that
+    its middle lies in."""
+    index = torch.arange(n, device=start.device)
+    centres = (index + 0.5) * step
+    inside = (centres >= start.unsqueeze(-1)) & (centres < end.unsqueeze(-1))
+    middle = ((start + end) / 2 / step).long().clamp(0, n - 1)
+    return inside, index == middle.unsqueeze(-1)

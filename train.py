@@ -83,7 +83,7 @@ PRIORS = "pedestrian"  # ssd300 (VOC's), ssd300-coco, pedestrian (upright), mult
 CENTRES = "stride"  # of the priors: stride (where the maps' cells look) or even (as the log had them)
 PRETRAINED = "none"  # none, imagenet (VGG16), coco (SSD300), or a file of published weights
 LWIR_FILTERS = "sum"  # LWIR's from the published RGB filters: their sum, or mean (a third, as logged)
-INFUSION = (1, 1, 0, 0, 0, 0)  # feature maps 38, 19, 10, 5, 3, 1 with a segmentation head: 1
+INFUSION = (1, 1, 0, 0, 0, 0)  # maps 38, 19, 10, 5, 3, 1 with a mask head: 1 (2 first: the streams' too)
 INFUSION_CONV = False  # a 3x3 convolution before each head's 1x1
 # -------- loss
 LOC_LOSS = "smooth_l1"  # l1 or smooth_l1

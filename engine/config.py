@@ -267,8 +267,11 @@ def check_infusion(values: dict[str, Any]) -> None:
     Raises:
         InputError: the constant, its value and what it needs.
     """
-    if not set(values["infusion"]) <= {0, 1}:
+    first, *others = values["infusion"]
+    if first not in (0, 1, 2) or not set(others) <= {0, 1}:
         refuse("infusion", values["infusion"], "write 1 for a map with a segmentation head, else 0")
+    if first == 2 and values["network"] == "ssd300":
+        refuse("infusion", values["infusion"], "a 2, for heads on both streams too, is for mlpd and insanet")
     if values.get("seg_balance") == "height" and not values["masks_follow"]:
         refuse("seg_balance", "height", "it takes heights after the augmentation: set MASKS_FOLLOW")
     if any(values["infusion"]):

@@ -275,6 +275,11 @@ EXPERIMENTS = {
         dict(learn="person", priors="pedestrian", ema_decay=0.999, schedule="cosine", test_flip=True),
         "rows 43 to 47 together; none of them has been measured yet",
     ),
+    "50": Row(
+        "47",
+        {"infusion": (2, 1, 0, 0, 0, 0)},
+        "row 47 with a head on each stream as well, before they are fused, for the masks of its own boxes",
+    ),
     "demo": Row(
         "26b",
         dict(

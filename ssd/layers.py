@@ -6,14 +6,17 @@ Pedestrians via Simultaneous Detection & Segmentation" (ICCV 2017) for segmentat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssd.boxes import Grid, Predictions, make_priors
+from kaist.frames import LWIR, VISIBLE
+from ssd.boxes import Grid, Predictions, make_grids, make_priors, prior_shapes
 
 NORM_FLOOR = 1e-3  # length below which conv4_3's features are not scaled to unit length
 
@@ -25,51 +28,59 @@ VGG16_STAGES = ((64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512),
 class Detector(nn.Module):
     """A network with loc, conf and mask heads on six feature maps.
 
-    A subclass makes its backbone, calls `add_heads`, and says in `feature_maps` what the heads
-    read. The priors are the non-persistent buffer `priors`, (P, 4) cxcywh fractions of the input.
+    A subclass makes its backbone, calls `add_heads`, and says in `feature_maps` what the heads read. In
+    `backbones` it lists VGG16's layers of each input stream in their order; shared ones are in both.
+    The priors are the non-persistent buffer `priors`, (P, 4) cxcywh fractions of the input.
+
+    Args:
+        width: multiplier of every layer's width; 1.0 is VGG16's.
+        prior_set: a name in `prior_shapes`.
+        size: (height, width) of the input in pixels; feature maps and priors follow from it.
 
     Attributes:
         n_logits: of a prior: background and person, or background and a person in each modality.
-        size: (height, width) of the input in pixels.
-        map_sizes: (height, width) of each feature map, finest first; grids: all of their cells.
-        centres: where the priors lie, see `make_grids`.
-        infused_maps: indices of the maps with a segmentation head.
+        map_sizes: (height, width) of each feature map, finest first.
+        grids: the cells of each, and of visible's and LWIR's map where these have heads of their own.
+        centres, family: where the priors lie, as of `make_grids`.
+        infused_maps: indices of the grids with a segmentation head.
+        stream: width of a stream's map before the first fusion, and the pixels between its cells.
     """
 
-    centres = "even"
+    n_logits, centres, family, stream = 2, "even", "ssd300", (0, 0)
 
-    def add_heads(
-        self,
-        map_widths: Sequence[int],
-        grids: list[Grid],
-        shapes: list[list[tuple[float, float]]],
-        n_logits: int,
-        infusion: Sequence[int],
-        infusion_conv: bool,
-    ) -> None:
+    def __init__(self, width: float, prior_set: str, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.prior_set, self.size = prior_set, tuple(size)
+        self.scaled = partial(scaled_width, width=width)
+
+    def add_heads(self, map_widths: Sequence[int], infusion: Sequence[int], infusion_conv: bool) -> None:
         """Make priors and heads, and initialise all convolutions.
 
         Args:
-            map_widths: channels of each map; grids: its cells.
-            shapes: (width, height) of each map's priors, see `make_priors`.
-            n_logits: of a prior.
-            infusion: for each map 1 where it has a segmentation head, else 0.
-            infusion_conv: a 3x3 convolution of the map's own width before that head's 1x1.
+            map_widths: channels of each map.
+            infusion: for each map 1 where it has a segmentation head, else 0. A 2 of the first map adds
+                one on visible's and one on LWIR's stream, before they are fused.
+            infusion_conv: a 3x3 convolution of the map's own width before a head's 1x1.
         """
-        self.grids = grids
-        self.map_sizes = [(grid.h, grid.w) for grid in grids]
-        self.register_buffer("priors", make_priors(grids, shapes), persistent=False)
-        maps = list(zip(map_widths, map(len, shapes), strict=True))
+        self.grids, widths = make_grids(self.size, self.centres, self.family), list(map_widths)
+        self.map_sizes = [(grid.h, grid.w) for grid in self.grids]
+        shapes = prior_shapes(self.prior_set)
+        self.register_buffer("priors", make_priors(self.grids, shapes), persistent=False)
+        maps = list(zip(widths, map(len, shapes), strict=True))
         self.loc_heads = nn.ModuleList(nn.Conv2d(w, 4 * n, 3, padding=1) for w, n in maps)
-        self.conf_heads = nn.ModuleList(nn.Conv2d(w, n_logits * n, 3, padding=1) for w, n in maps)
-        self.n_logits = n_logits
+        self.conf_heads = nn.ModuleList(nn.Conv2d(w, self.n_logits * n, 3, padding=1) for w, n in maps)
         self.apply(init_convolution)
         # conv4_3's features arrive 20 times longer than others: start from small predictions.
         for head in (*self.loc_heads, *self.conf_heads):
             nn.init.normal_(head.weight, std=0.01)
         # Last, so that networks of one seed start alike whatever is infused.
         self.infused_maps = [i for i, infused in enumerate(infusion) if infused]
-        self.seg_heads = nn.ModuleList(infusion_head(map_widths[i], infusion_conv) for i in self.infused_maps)
+        if infusion[0] == 2:
+            h, w = (math.ceil(side / self.stream[1]) for side in self.size)
+            self.grids += [Grid(h, w, 1 / h, 1 / w, modality) for modality in (VISIBLE, LWIR)]
+            self.infused_maps += [len(widths), len(widths) + 1]
+            widths += [self.scaled(self.stream[0])] * 2
+        self.seg_heads = nn.ModuleList(infusion_head(widths[i], infusion_conv) for i in self.infused_maps)
         self.seg_heads.apply(init_convolution)
         for head in self.seg_heads:
             nn.init.normal_(head[-1].weight, std=0.01)
@@ -99,17 +110,15 @@ class Detector(nn.Module):
 
     def predict(self, x: Tensor, with_masks: bool) -> Predictions:
         """`forward` on images that are already normalised."""
-        maps = self.feature_maps(x)
+        maps, streams = self.feature_maps(x)
         loc = flatten_heads(self.loc_heads, maps, 4)
         conf = flatten_heads(self.conf_heads, maps, self.n_logits)
-        seg = []
-        if with_masks:
-            heads = zip(self.infused_maps, self.seg_heads, strict=True)
-            seg = [head(maps[i]).float() for i, head in heads]
+        heads = zip(self.infused_maps, self.seg_heads, strict=True) if with_masks else ()
+        seg = [head([*maps, *streams][i]).float() for i, head in heads]
         return Predictions(loc.float(), conf.float(), seg)
 
-    def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """The six maps the heads read, finest first."""
+    def feature_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The six maps that loc and conf heads read, finest first, and visible's and LWIR's, if any."""
         raise NotImplementedError
 
 
@@ -169,8 +178,7 @@ def init_convolution(module: nn.Module) -> None:
 
 def flatten_heads(heads: nn.ModuleList, maps: list[Tensor], values: int) -> Tensor:
     """Apply head i to map i; (N, P, values) in the priors' order: map, row, column, shape."""
-    outputs = [
-        head(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, values)
-        for head, x in zip(heads, maps, strict=True)
-    ]
-    return torch.cat(outputs, dim=1)
+    pairs = zip(heads, maps, strict=True)
+    return torch.cat(
+        [head(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, values) for head, x in pairs], dim=1
+    )

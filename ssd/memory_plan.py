@@ -201,7 +201,7 @@ def added_bytes(
             images = torch.empty(n, model.mean.shape[1], *model.size, dtype=torch.uint8, device=CUDA)
             boxes = torch.empty(n, OBJECTS, 4, device=CUDA)
             labels = torch.empty(n, OBJECTS, dtype=torch.int64, device=CUDA)
-            sizes = (model.map_sizes[i] for i in model.infused_maps)
+            sizes = (model.grids[i][:2] for i in model.infused_maps)
             masks = [torch.empty(n, *size, dtype=torch.int64, device=CUDA) for size in sizes]
             with torch.autocast("cuda", torch.bfloat16, enabled=precision != torch.float32):
                 predictions = model(images)

@@ -9,20 +9,17 @@ what the authors' networks do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kaist.files import InputError
-from ssd.boxes import make_grids, prior_shapes
-from ssd.layers import VGG16_STAGES, Detector, L2Norm, scaled_width, vgg_stage
+from ssd.layers import VGG16_STAGES, Detector, L2Norm, vgg_stage
 
 # Of KAIST's training frames: R, G, B, then LWIR.
 MEAN = (0.3465, 0.3219, 0.2842, 0.1598)
 STD = (0.2358, 0.2265, 0.2274, 0.0813)
-N_LOGITS = 3  # background, person in visible, person in LWIR
 WINDOWS = 16  # attention windows a side
 OTHER_WINDOW = -100.0  # added to the attention of tokens that the shift alone brought together
 
@@ -30,18 +27,15 @@ OTHER_WINDOW = -100.0  # added to the attention of tokens that the shift alone b
 class MultispectralSSD(Detector):
     """What MLPD and INSANet share: the heads and the input.
 
-    A subclass makes the layers up to the six maps in `add_backbone`, and lists VGG16's layers of each
-    stream in `backbones`, in their order; shared ones are in both.
-
-    Batches carry visible first, LWIR last: (N, 4, H, W) uint8. conf has three logits a prior:
-    background, person in visible, person in LWIR.
+    A subclass makes the layers up to the six maps in `add_backbone`. Batches carry visible first, LWIR last:
+    (N, 4, H, W) uint8. conf has three logits a prior: background, person in visible, person in LWIR.
 
     Args:
-        width: multiplier of every layer's width; 1.0 is as published.
-        infusion, infusion_conv: as in `Detector.add_heads`.
-        prior_set: a name in `prior_shapes`; "multispectral" is as published.
-        size: (height, width) of the input in pixels; (512, 640) as published.
+        infusion, infusion_conv: as in `Detector.add_heads`; the others as of `Detector`, published are
+            the width 1.0, the priors "multispectral" and the size (512, 640).
     """
+
+    n_logits, family, input_mode = 3, "mlpd", "halfway"
 
     def __init__(
         self,
@@ -52,15 +46,10 @@ class MultispectralSSD(Detector):
         prior_set: str,
         size: tuple[int, int],
     ) -> None:
-        super().__init__()
-        self.input_mode = "halfway"
-        self.prior_set = prior_set
-        self.size = tuple(size)
-        scaled = partial(scaled_width, width=width)
-        self.add_backbone(scaled)
-        self.conv4_3_norm = L2Norm(scaled(512))
-        grids, shapes = make_grids(self.size, "even", "mlpd"), prior_shapes(prior_set)
-        self.add_heads([scaled(512)] * 6, grids, shapes, N_LOGITS, infusion, infusion_conv)
+        super().__init__(width, prior_set, size)
+        self.add_backbone(self.scaled)
+        self.conv4_3_norm = L2Norm(self.scaled(512))
+        self.add_heads([self.scaled(512)] * 6, infusion, infusion_conv)
         self.add_normalisation(MEAN, STD)
 
 
@@ -69,6 +58,8 @@ class MLPD(MultispectralSSD):
 
     In training BatchNorm of the shared layers sees one stream after the other.
     """
+
+    stream = (512, 8)
 
     def add_backbone(self, scaled: Callable[[int], int]) -> None:
         def stream(channels: int) -> nn.Sequential:
@@ -82,13 +73,12 @@ class MLPD(MultispectralSSD):
     def backbones(self) -> list[list[nn.Module]]:
         return [[*stream, *self.stages[0][:9]] for stream in (self.visible, self.lwir)]
 
-    def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """The six maps the heads read, finest first."""
+    def feature_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         visible = map_chain(self.visible(x[:, :3]), self.stages)
         lwir = map_chain(self.lwir(x[:, 3:]), self.stages)
         pairs = zip(self.joins, visible, lwir, strict=True)
         maps = [join(torch.cat(pair, dim=1)) for join, *pair in pairs]
-        return [self.conv4_3_norm(maps[0]), *maps[1:]]
+        return [self.conv4_3_norm(maps[0]), *maps[1:]], [visible[0], lwir[0]]
 
 
 class INSANet(MultispectralSSD):
@@ -97,6 +87,8 @@ class INSANet(MultispectralSSD):
     The sides of the input are multiples of 64 pixels: conv3_3's map, a quarter of them, is divided
     into 16 x 16 windows.
     """
+
+    stream = (256, 4)
 
     def add_backbone(self, scaled: Callable[[int], int]) -> None:
         first, second = VGG16_STAGES[0][:9], VGG16_STAGES[0][9:]
@@ -115,11 +107,10 @@ class INSANet(MultispectralSSD):
         trunk = [*self.to_conv4_3, *self.stages[0][:9]]
         return [[*stream[:-2], *trunk] for stream in (self.visible, self.lwir)]
 
-    def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """The six maps the heads read, finest first."""
-        fused = self.attention(self.visible(x[:, :3]), self.lwir(x[:, 3:]))
-        maps = map_chain(self.to_conv4_3(fused), self.stages)
-        return [self.conv4_3_norm(maps[0]), *maps[1:]]
+    def feature_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        streams = [self.visible(x[:, :3]), self.lwir(x[:, 3:])]
+        maps = map_chain(self.to_conv4_3(self.attention(*streams)), self.stages)
+        return [self.conv4_3_norm(maps[0]), *maps[1:]], streams
 
 
 def same_size_pool() -> nn.MaxPool2d:

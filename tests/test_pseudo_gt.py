@@ -2,8 +2,10 @@
 
 import torch
 
+from kaist.frames import BOTH, LWIR, VISIBLE
 from pseudo_gt import MapRange, box_masks
-from ssd.boxes import feature_map_sizes, make_grids, make_priors, prior_shapes
+from ssd.boxes import Grid, feature_map_sizes, make_grids, make_priors, prior_shapes
+from ssd.losses import cell_heights
 
 
 def mask_of(box, size, label=1):
@@ -97,3 +99,13 @@ def test_masks_follow_the_stride():
     assert even[0, 0].nonzero().flatten().tolist() == [34, 35, 36, 37]
     # Centres at 276, 284, 292 and 300 pixels; the box spans 270 to 300.
     assert stride[0, 0].nonzero().flatten().tolist() == [34, 35, 36]
+
+
+def test_a_streams_mask_shows_what_it_sees():
+    """A person in visible alone, one in LWIR alone, one in both, and an ignored object."""
+    boxes = torch.tensor([[[0.0, 0, 0.25, 1], [0.25, 0, 0.5, 1], [0.5, 0, 0.75, 1], [0.75, 0, 1, 1]]])
+    labels = torch.tensor([[VISIBLE, LWIR, BOTH, -1]])
+    masks = box_masks(boxes, labels, [Grid(1, 4, 1.0, 0.25, seen) for seen in (VISIBLE, LWIR, BOTH)])
+    assert [m.flatten().tolist() for m in masks] == [[1, 0, 1, -1], [0, 1, 1, -1], [1, 1, 1, -1]]
+    heights = [cell_heights(boxes, labels, Grid(1, 4, 1.0, 0.25, seen)) for seen in (VISIBLE, LWIR)]
+    assert [h.flatten().tolist() for h in heights] == [[512, 0, 512, 0], [0, 512, 512, 0]]

@@ -47,22 +47,22 @@ def author_file(path, row):
     return state
 
 
-@pytest.mark.parametrize("row", ["41", "42"])
+@pytest.mark.parametrize(("row", "infusion", "maps"), [("41", 1, [0, 3]), ("42", 2, [0, 3, 6, 7])])
 def test_a_row_trains_from_the_authors_weights_and_is_evaluated(
-    row, demo_root, tmp_path, monkeypatch, capsys
+    row, infusion, maps, demo_root, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     author_file("author.pth", row)
-    flags = [*FLAGS, "author.pth", "--validation", "0.2", "--infusion", "1,0,0,1,0,0"]
+    flags = [*FLAGS, "author.pth", "--validation", "0.2", "--infusion", f"{infusion},0,0,1,0,0"]
     call(monkeypatch, train, "--experiment", row, "--data-root", demo_root, *flags)
     trained = [line for line in capsys.readouterr().out.splitlines() if line.startswith("x ")]
     checkpoint = load_checkpoint(Path("checkpoints/x/last.pt"))
     assert checkpoint["model_args"]["network"] == resolve_row(row)["network"]
-    assert build_model(checkpoint).infused_maps == [0, 3]
+    assert build_model(checkpoint).infused_maps == maps
     call(monkeypatch, eval_script, "--checkpoint", "checkpoints/x")
     out = capsys.readouterr().out
     assert [line for line in out.splitlines() if line.startswith("x ")] == trained != []
-    assert "ap_map1" in out and "ap_map4" in out
+    assert all(f"ap_map{i + 1}" in out for i in maps)
 
 
 @pytest.mark.parametrize("row", ["41", "42"])
@@ -119,6 +119,8 @@ def test_files_that_do_not_fit_are_refused_before_any_data(tmp_path, monkeypatch
         (["--experiment", "41", "--no-batch-norm"], "BATCH_NORM = False cannot be used"),
         (["--experiment", "42", "--loc-loss", "smooth_l1"], "LOC_LOSS = 'smooth_l1' cannot be used"),
         (["--experiment", "42", "--input-size", "300,300"], "multiples of 64"),
+        (["--experiment", "26", "--infusion", "2,0,0,0,0,0"], "heads on both streams too, is for mlpd"),
+        (["--experiment", "42", "--infusion", "1,2,0,0,0,0"], "write 1 for a map with a segmentation head"),
     ],
 )
 def test_what_the_networks_are_not_made_for_is_refused(flags, message):

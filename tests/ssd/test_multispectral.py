@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from kaist.files import InputError
+from kaist.frames import LWIR, VISIBLE
 from ssd.multispectral import MLPD, INSANet
 from ssd.published import load_published, published_names
 from tests.ssd import published_networks
@@ -108,6 +109,25 @@ def test_training_compiles_as_one_graph_with_masks_on_any_map(network):
 
 
 @NETWORKS
+def test_masks_on_each_stream_teach_that_stream_alone(network):
+    torch.manual_seed(0)
+    model = make(network, infusion=(2, 0, 0, 0, 0, 0)).train()
+    assert model.infused_maps == [0, 6, 7] and [g.seen for g in model.grids[6:]] == [VISIBLE, LWIR]
+    images = torch.randint(256, (1, 4, 128, 192), dtype=torch.uint8)
+    seg = model(images).seg
+    assert [s.shape[2:] for s in seg] == [model.grids[i][:2] for i in model.infused_maps]
+    assert seg[1].shape[2:] == ((16, 24) if network is MLPD else (32, 48))
+    for i, own, other in ((1, model.visible, model.lwir), (2, model.lwir, model.visible)):
+        parameters = own[0].weight, other[0].weight
+        gradients = torch.autograd.grad(seg[i].sum(), parameters, retain_graph=True, allow_unused=True)
+        assert gradients[0].abs().sum() > 0 and gradients[1] is None
+    plain = make(network, infusion=(1, 0, 0, 0, 0, 0)).state_dict()
+    assert set(model.state_dict()) - set(plain) == {
+        f"seg_heads.{i}.0.{n}" for i in (1, 2) for n in ("weight", "bias")
+    }
+
+
+@NETWORKS
 def test_bfloat16_and_channels_last_change_little(network):
     torch.manual_seed(0)
     model = make(network, width=0.125).eval()
@@ -125,7 +145,7 @@ def test_bfloat16_and_channels_last_change_little(network):
 def test_priors_fit_the_feature_maps_of_any_size(network):
     model = make(network, size=(192, 320), prior_set="pedestrian").eval()
     images = torch.zeros((1, 4, 192, 320), dtype=torch.uint8)
-    maps = model.feature_maps(model.normalise(images))
+    maps, _ = model.feature_maps(model.normalise(images))
     assert [tuple(m.shape[2:]) for m in maps] == model.map_sizes
     loc, conf, seg = model(images)
     assert loc.shape == (1, len(model.priors), 4) and conf.shape == (1, len(model.priors), 3)
