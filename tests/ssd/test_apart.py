@@ -1,9 +1,11 @@
 """Modalities moved apart: each has its own window, and boxes follow the picture they are seen in."""
 
 import numpy as np
+import pytest
 import torch
 
-from kaist.frames import BOTH, LWIR, VISIBLE
+from kaist.annotations import open_annotations
+from kaist.frames import BOTH, LWIR, VISIBLE, load_frames
 from ssd.augment import (
     Augmentation,
     Transform,
@@ -136,3 +138,28 @@ def test_modalities_apart_are_filled_each_with_its_own_colour():
     image = t.apply(np.full((512, 640, 4), 7, np.uint8))
     assert (image[:3, 0, 0] == torch.from_numpy(t.filler[:3])).all() and (image[3] == 7).all()
     assert (image[:3, 64:192, 80:240] == 7).all()
+
+
+@pytest.mark.parametrize("form", ["xml-sanitized", "xml", "bbgt"])
+def test_forms_of_one_box_give_visible_and_lwir_the_same(form, tmp_path):
+    """A pair's label is both; modalities apart have the one box each, moved by its own window."""
+    xml = "<object><name>{}</name><bndbox><x>{}</x><y>{}</y><w>{}</w><h>{}</h></bndbox></object>"
+    objects = [("person", 100, 100, 40, 90), ("people", 300, 100, 90, 90)]
+    folder = {"xml-sanitized": "annotations-xml-new-sanitized", "xml": "annotations-xml-new"}.get(form)
+    path = tmp_path / (folder or "annotations") / "set00/V000" / f"I00000.{'xml' if folder else 'txt'}"
+    path.parent.mkdir(parents=True)
+    if folder:
+        path.write_text(f"<annotation>{''.join(xml.format(*o) for o in objects)}</annotation>")
+    else:
+        path.write_text("% bbGt version=3\n" + "\n".join(" ".join(map(str, (*o, *[0] * 7))) for o in objects))
+    how = {"min_height": 12, "margin": 5, "pairs": True}
+    [frame] = load_frames(["set00/V000/I00000"], open_annotations(tmp_path, form), **how)
+    whole, right = (0, 0, 640, 512), (20, 0, 660, 512)  # LWIR moves 20 pixels to the left
+    objects = frame.boxes_px, frame.labels, frame.seen
+    boxes, labels = transform(whole).move(*objects)
+    assert labels.tolist() == [BOTH, -1] and np.allclose(
+        boxes[0] * (640, 512, 640, 512), [100, 100, 140, 190]
+    )
+    boxes, labels = transform(whole, right).move(*objects)
+    assert labels.tolist() == [VISIBLE, -1, LWIR, -1]
+    assert np.allclose((boxes[2:] - boxes[:2]) * 640, [[-20, 0, -20, 0]] * 2, atol=1e-3)
