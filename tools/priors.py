@@ -15,7 +15,7 @@ import itertools
 import re
 from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -32,7 +32,9 @@ from kaist.demo import open_root
 from kaist.files import InputError, run_script, write_atomically
 from kaist.frames import load_frames
 from kaist.report import markdown_table
-from ssd.boxes import Grid, feature_map_sizes, make_grids, prior_shapes
+
+if TYPE_CHECKING:
+    from ssd.boxes import Grid
 
 MATCH_IOU = 0.5  # from which a prior learns a person
 BANDS = {"all": (0, np.inf), "< 55 px": (0, 55), "55 to 115": (55, 115), ">= 115": (115, np.inf)}  # heights
@@ -79,14 +81,15 @@ def parse_arguments() -> Namespace:
 
 def input_size(text: str) -> tuple[int, int]:
     """(height, width) of "300x375"."""
+    from ssd.boxes import feature_map_sizes  # here and below, because torch takes seconds
+
     height, width = map(int, text.split("x"))
     feature_map_sizes((height, width))
     return height, width
 
 
 def read_persons(arguments: Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """The persons that training learns: (n, 4) cxcywh fractions of the frame, and their heights
-    (n,) in pixels of it.
+    """The persons that training learns: (n, 4) cxcywh fractions of the frame, and heights (n,) in its pixels.
 
     Raises:
         InputError: there are none.
@@ -134,6 +137,8 @@ class Coverage(NamedTuple):
 
 def cover(persons: np.ndarray, name: str, size: tuple[int, int], centres: str) -> Coverage:
     """How well the priors of a set, on the maps of an input of (height, width), match persons."""
+    from ssd.boxes import make_grids, prior_shapes
+
     shapes, grids = prior_shapes(name), make_grids(size, centres)
     n_priors = sum(grid.h * grid.w * len(s) for grid, s in zip(grids, shapes, strict=True))
     return Coverage(name, size, n_priors, best_overlaps(persons, shapes, grids))
@@ -149,12 +154,11 @@ def best_overlaps(
 
     Args:
         persons: (n, 4) cxcywh fractions of the input.
-        shapes: (width, height) of each map's priors, as from `prior_shapes`.
-        grids: the cells of each map, as from `make_grids`.
+        shapes, grids: of each map, as from `prior_shapes` and `make_grids`.
     """
     centre, size = persons[:, None, :2], persons[:, None, 2:]
     best = np.zeros(len(persons))
-    for map_shapes, (h, w, dy, dx) in zip(shapes, grids, strict=True):
+    for map_shapes, (h, w, dy, dx, _) in zip(shapes, grids, strict=True):
         step = np.array([dx, dy])
         cell = np.clip(np.floor(centre / step), 0, np.array([w, h]) - 1)
         distance = np.abs(centre - (cell + 0.5) * step)
@@ -201,7 +205,7 @@ def draw(found: list[Coverage], heights: np.ndarray, path: Path) -> None:
     axis.set(ylim=(0, 1.02), ylabel="persons with a prior of IoU >= 0.5")
     axis.set_title(f"What sets of priors match of {len(heights):,} persons")
     ticks = [tick for tick in (15, 20, 30, 55, 80, 115, 200, 400) if edges[0] <= tick <= edges[-1]]
-    axis.set_xticks(ticks, [str(tick) for tick in ticks])
+    axis.set_xticks(ticks, map(str, ticks))
     axis.set_xticks([], minor=True)
     figure.legend(fontsize="small", loc="outside lower center", ncols=2)
     figure.savefig(path, format="png", dpi=100)
@@ -212,6 +216,8 @@ def draw(found: list[Coverage], heights: np.ndarray, path: Path) -> None:
 
 def derive(persons: np.ndarray, count: int, size: tuple[int, int]) -> str:
     """A set of upright priors as the lines of `prior_shapes` to hold it, with what it matches."""
+    from ssd.boxes import make_grids
+
     ratio, heights = derive_heights(persons, count, size)
     shapes = [[(ratio * h, h) for h in map_heights] for map_heights in heights]
     best = best_overlaps(persons, shapes, make_grids(size, "stride"))
@@ -236,6 +242,8 @@ def derive_heights(persons: np.ndarray, count: int, size: tuple[int, int]) -> tu
         persons: (n, 4) cxcywh fractions of the frame.
         count: how many heights; size: (height, width) of the input.
     """
+    from ssd.boxes import feature_map_sizes
+
     ratio = round(float(np.median(persons[:, 2] / persons[:, 3])), 2)
     lowest = np.percentile(persons[:, 3], 1)
     heights = [round(float(h), 3) for h in np.geomspace(lowest, 1, count)]

@@ -7,16 +7,21 @@ so that boxes and masks which do not follow the pictures are seen at once.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
+
+from engine.config import check_config, find_folder, parse_flags, pick, read_constants
+from kaist.files import InputError, check_flags, run_script, write_atomically
+
+if __name__ == "__main__":  # before torch is imported, which takes seconds
+    check_flags(lambda: parse_flags(__doc__.splitlines()[0], read_constants(__file__), None))
 
 import torch
 
 from datasets import AUGMENTATION, Batch, Collate, KaistPairs
-from engine.config import check_config, find_folder, parse_flags, read_constants
 from kaist.annotations import find_annotations, find_file, read_image_list
 from kaist.demo import open_root
-from kaist.files import InputError, run_script, write_atomically
 from kaist.frames import BOTH, LWIR, VISIBLE, Frame, load_frames, video_of
 from kaist.images import check_images
 from model import INPUT_CHANNELS
@@ -44,44 +49,36 @@ def main() -> None:
     config = {name: value for name, (value, _) in constants.items()}
     config |= parse_flags(__doc__.splitlines()[0], constants, None)
     check_config(config)
-    root = open_root(find_folder(config["data_root"]))
-    frame_ids = read_image_list(find_file(root, config["image_list"]))
-    order = torch.randperm(len(frame_ids), generator=torch.manual_seed(config["seed"]))
-    annotations = find_annotations(root, config["annotations"], "lwir")
-    options = Augmentation(**{key: config[key] for key in AUGMENTATION if key in config})
-    how = {"min_height": 12, "margin": 5, "learn": config["learn"], "pairs": config["input_mode"] == "early"}
+    config = Namespace(**config)
+    root = open_root(find_folder(config.data_root))
+    frame_ids = read_image_list(find_file(root, config.image_list))
+    order = torch.randperm(len(frame_ids), generator=torch.manual_seed(config.seed))
+    annotations = find_annotations(root, config.annotations, "lwir")
+    how = {"min_height": 12, "margin": 5, "learn": config.learn, "pairs": config.input_mode == "early"}
     frames = load_frames([frame_ids[i] for i in order], annotations, **how)
-    frames = of_many_videos([frame for frame in frames if frame.n_people])[: config["samples"]]
+    frames = of_many_videos([frame for frame in frames if frame.n_people])[: config.samples]
     if not frames:
         raise InputError("no frame has a person to draw", "choose another IMAGE_LIST", file=root)
-    check_images(root, [frame.id for frame in frames], config["input_mode"])
-    dataset = KaistPairs(
-        root,
-        frames,
-        input_mode=config["input_mode"],
-        input_size=(300, 300),
-        filler=mean_colour(INPUT_CHANNELS[config["input_mode"]]),
-        augmentation=options,
-        masks_follow=config["masks_follow"],
-        seed=config["seed"],
-    )
-    collate = Collate(feature_map_sizes((300, 300)))
-    batch, bad = collate([dataset[0, i] for i in range(len(frames))])
+    check_images(root, [frame.id for frame in frames], config.input_mode)
+    options = Augmentation(**{key: value for key, value in vars(config).items() if key in AUGMENTATION})
+    filler = mean_colour(INPUT_CHANNELS[config.input_mode])
+    how = {"input_size": (300, 300), "filler": filler, "augmentation": options}
+    dataset = KaistPairs(root, frames, **how, **pick(config, "input_mode", "masks_follow", "seed"))
+    batch, bad = Collate(feature_map_sizes((300, 300)))([dataset[0, i] for i in range(len(frames))])
     if bad:
         raise bad[0].error
-    write_atomically(Path(config["out"]), lambda path: draw_masks(batch, path))
-    print(f"{config['out']}: {len(frames)} augmented samples, red ignored objects, all others persons")
+    write_atomically(Path(config.out), lambda path: draw_masks(batch, path))
+    print(f"{config.out}: {len(frames)} augmented samples, red ignored objects, all others persons")
 
 
 def of_many_videos(frames: list[Frame]) -> list[Frame]:
     """The frames in another order: the first of each video, then the second of each, …"""
     seen: Counter[str] = Counter()
-
-    def turn(frame: Frame) -> int:
+    turns = {}
+    for frame in frames:
         seen[video_of(frame.id)] += 1
-        return seen[video_of(frame.id)]
-
-    return sorted(frames, key=turn)
+        turns[frame.id] = seen[video_of(frame.id)]
+    return sorted(frames, key=lambda frame: turns[frame.id])
 
 
 def draw_masks(batch: Batch, path: Path) -> None:
@@ -95,6 +92,7 @@ def draw_masks(batch: Batch, path: Path) -> None:
         panels = {"image": ([0] if batch.images.shape[1] == 1 else [0, 1, 2], BOTH)}
     colours = {-1: "tab:red", VISIBLE: "deepskyblue", LWIR: "orange", BOTH: "limegreen"}  # of labels
     of_cells = {"ignored, neither of these": "tab:red", "background": "0.85", "person": "limegreen"}
+    cells = ListedColormap([*of_cells.values()])
     columns, n = len(panels) + len(batch.masks), len(batch.images)
     figure = Figure(figsize=(2 * columns, 2.15 * n + 0.5), layout="constrained")
     axes = figure.subplots(n, columns, squeeze=False)
@@ -111,15 +109,14 @@ def draw_masks(batch: Batch, path: Path) -> None:
                     axis.add_patch(Rectangle(corner, *size, fill=False, color=colours[label], linewidth=1.5))
         row[0].set_title(f"{frame_id}\n{row[0].get_title()}")
         for axis, mask in zip(row[len(panels) :], masks, strict=True):
-            axis.imshow(mask.numpy(), cmap=ListedColormap([*of_cells.values()]), vmin=-1, vmax=1)
+            axis.imshow(mask.numpy(), cmap=cells, vmin=-1, vmax=1)
             axis.set_title("mask {} x {}".format(*mask.shape))
         for axis in row:
             axis.set_axis_off()
     figure.suptitle(f"{n} augmented training samples, and the mask that each feature map learns", fontsize=14)
-    named = {"person in visible": colours[VISIBLE], "person in LWIR": colours[LWIR]} | of_cells
-    if not (batch.labels[..., None] == torch.tensor([VISIBLE, LWIR])).any():
-        named = of_cells  # no modality has a box of its own
-    patches = [Patch(color=colour, label=name) for name, colour in named.items()]
+    if (batch.labels[..., None] == torch.tensor([VISIBLE, LWIR])).any():  # modalities have boxes of their own
+        of_cells = {"person in visible": colours[VISIBLE], "person in LWIR": colours[LWIR]} | of_cells
+    patches = [Patch(color=colour, label=name) for name, colour in of_cells.items()]
     figure.legend(handles=patches[::-1], loc="outside lower center", ncols=5, fontsize="large")
     figure.savefig(path, format="png", dpi=100)
 

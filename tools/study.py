@@ -30,17 +30,15 @@ from engine.config import ROOT, OneLineParser, as_flags, show
 from engine.experiments import EXPERIMENTS
 from kaist import demo
 from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
+from kaist.report import markdown_table
 
 SMALL = {"width": 0.125, "pretrained": "none", "lr": 2e-3, "schedule": "cosine", "batch_size": 8}
 SMALL |= {"epochs": 8, "eval_every": 8, "zoom_out": 1.5, "min_score": 0.01}
 
 
 class Study(NamedTuple):
-    """A question: what it compares, and with what.
-
-    baseline: the row or the arm that all are compared with; arms: name -> (row, changes to it);
-    small: what takes the place of SMALL's values, None what the rows themselves say.
-    """
+    """A question: baseline is the row or the arm that all are compared with; arms: name -> (row, changes
+    to it); small: what takes the place of SMALL's values, None what the rows themselves say."""
 
     question: str
     baseline: str
@@ -93,14 +91,8 @@ STUDIES = {
         "42",
         rows("41 43 44 45 46 47 49") | {"48, batch 16": ("48", {"batch_size": 16, "lr": 2e-3})},
         seeds=5,
-        small=dict(
-            data_root=str(demo.SHIFTED_ROOT),
-            input_size=(256, 320),
-            optimizer="adam",
-            lr=1e-3,
-            schedule=None,
-            min_input_height=6.0,
-        ),
+        small={"data_root": str(demo.SHIFTED_ROOT), "input_size": (256, 320), "min_input_height": 6.0}
+        | {"optimizer": "adam", "lr": 1e-3, "schedule": None},
     ),
     "kaist": Study(
         "What does each row reach as the lab book has it, at full size?",
@@ -196,8 +188,8 @@ def run_all(runs: list[StudyRun], jobs: int) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
     def train_one(run: StudyRun) -> int:
+        command = [sys.executable, ROOT / "train.py", *run.flags]
         with run.folder.with_suffix(".out").open("w") as file:
-            command = [sys.executable, ROOT / "train.py", *run.flags]
             return subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -263,7 +255,7 @@ def report(study: Study, by_arm: dict[str, list[Outcome]]) -> str:
     tests = {arm: paired_test(np.array(values)) for arm, values in differences.items()}
     adjusted = holm({arm: p for arm, (*_, p) in tests.items()})
     columns = "arm|seeds|miss rate all (%)|day|night|recall|minus the baseline, 95%|p|p (Holm)|mask AP by map"
-    lines = [f"| {columns.replace('|', ' | ')} |", "|---" * 10 + "|"]
+    table = []
     for arm, own in by_arm.items():
         rates = np.array([outcome.miss_rates for outcome in own])
         row, changes = study.arms.get(arm, (arm, {}))
@@ -278,9 +270,10 @@ def report(study: Study, by_arm: dict[str, list[Outcome]]) -> str:
             known = [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.3f}", f"{adjusted[arm]:.3f}"]
             cells += [f"{mean:+.1f}", "", ""] if np.isnan(p) else known
         aps = np.mean([outcome.mask_aps for outcome in own], axis=0)
-        lines.append(f"| {' | '.join([*cells, ', '.join(f'{x:.2f}' for x in aps)])} |")
+        table.append([*cells, ", ".join(f"{x:.2f}" for x in aps)])
     minutes = np.median([outcome.minutes for own in by_arm.values() for outcome in own])
-    return "\n".join([*lines, "", f"Median training time of a run: {minutes:.1f} minutes."])
+    closing = f"Median training time of a run: {minutes:.1f} minutes."
+    return f"{markdown_table(columns.split('|'), table)}\n\n{closing}"
 
 
 def paired_test(values: np.ndarray) -> tuple[float, float, float, float]:
@@ -300,7 +293,7 @@ def paired_test(values: np.ndarray) -> tuple[float, float, float, float]:
     inside /= inside[-1]  # the probability of |t| <= sqrt(df) tan(angle)
     reach = (n - 1) ** 0.5 * np.tan(np.interp(0.95, inside, angle)) * error
     p = 1 - np.interp(np.arctan2(abs(mean), (n - 1) ** 0.5 * error), angle, inside)
-    return float(mean), float(mean - reach), float(mean + reach), float(p)
+    return tuple(map(float, (mean, mean - reach, mean + reach, p)))
 
 
 def holm(p: dict[str, float]) -> dict[str, float]:

@@ -124,3 +124,13 @@ def test_bad_flags_are_refused(flags, message, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["priors.py", *flags])
     with pytest.raises(InputError, match=message):
         priors.parse_arguments()
+
+
+@pytest.mark.parametrize("tool", ["priors", "show_masks"])
+def test_help_does_not_wait_for_torch(tool):
+    script = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['tool', '--help']; "
+    script += f"runpy.run_module('tools.{tool}', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--data-root" in done.stdout, done.stderr
