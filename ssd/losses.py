@@ -198,10 +198,7 @@ class SegmentationLoss(nn.Module):
         self, n_maps: int, *, cells: str, maps: str, balance: str = "none", person_share: float = 0.2
     ) -> None:
         super().__init__()
-        self.cells = cells
-        self.maps = maps
-        self.balance = balance
-        self.person_share = person_share
+        self.cells, self.maps, self.balance, self.person_share = cells, maps, balance, person_share
         if maps == "uncertainty":
             self.log_variance = nn.Parameter(torch.zeros(n_maps))
 
@@ -281,9 +278,8 @@ class Criterion(nn.Module):
     Args:
         priors, loc_loss, loc_reduction, conf_divisor: as in `MultiBoxLoss`.
         grids: the cells of all feature maps; infused_maps: which of them have a segmentation head.
-        seg_cells, seg_maps, seg_balance, seg_person_share: as `cells`, `maps`, `balance` and
-            `person_share` in `SegmentationLoss`.
         n_logits: of a prior: 2 (`MultiBoxLoss`) or 3 (`MultiLabelLoss`).
+        seg: what `SegmentationLoss` takes, each name after "seg_".
 
     Attributes:
         terms: names of the losses: the total, loc, conf, seg, and seg of each infused map (map 1
@@ -299,23 +295,19 @@ class Criterion(nn.Module):
         *,
         loc_loss: str,
         loc_reduction: str,
-        seg_cells: str,
-        seg_maps: str,
-        seg_weight: float,
         conf_divisor: str = "positives",
-        seg_balance: str = "none",
-        seg_person_share: float = 0.2,
+        seg_weight: float,
+        **seg: str | float,
     ) -> None:
         super().__init__()
         self.multilabel = n_logits == 3
         how = {"loc_loss": loc_loss, "loc_reduction": loc_reduction, "conf_divisor": conf_divisor}
         self.multibox = MultiLabelLoss(priors) if self.multilabel else MultiBoxLoss(priors, **how)
-        balance = {"balance": seg_balance, "person_share": seg_person_share}
-        self.segmentation = SegmentationLoss(len(infused_maps), cells=seg_cells, maps=seg_maps, **balance)
+        how = {name.removeprefix("seg_"): value for name, value in seg.items()}
+        self.segmentation = SegmentationLoss(len(infused_maps), **how)
         self.seg_weight = seg_weight
-        self.weighted_grids = [grids[i] for i in infused_maps] if seg_balance == "height" else []
-        of_maps = (f"seg_map{i + 1}" for i in infused_maps)
-        self.terms = ("loss", "loc", "conf", "seg", *of_maps)
+        self.weighted_grids = [grids[i] for i in infused_maps] if how.get("balance") == "height" else []
+        self.terms = ("loss", "loc", "conf", "seg", *(f"seg_map{i + 1}" for i in infused_maps))
 
     def learned_weights(self) -> dict[str, float]:
         """ "weight_map1", … of the maps' mask losses where SEG_MAPS learns them, else nothing."""

@@ -64,7 +64,7 @@ def test_training_on_adversarial_batches_stays_finite(precision, batch_norm):
         boxes = torch.tensor(objects).view(1, -1, 4).repeat(FRAMES, 1, 1)
         labels = torch.full(boxes.shape[:2], label)
         padded = boxes if boxes.shape[1] else torch.zeros(FRAMES, 1, 4)
-        masks = box_masks(padded, labels if objects else torch.zeros(FRAMES, 1), model.map_sizes)
+        masks = box_masks(padded, labels if objects else torch.zeros(FRAMES, 1).long(), model.map_sizes)
         for image in (names[i % len(names)], names[(i + 1) % len(names)]):
             with autocast(torch.device("cpu"), precision):
                 predictions = model(IMAGES[image]())
