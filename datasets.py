@@ -21,19 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from engine.config import device_loader_conflict
 from engine.distributed import barrier, is_main_process
-from engine.loader import (
-    BadFrame,
-    BatchLoader,
-    EpochBatches,
-    items_of,
-    prefetch,
-    share_memory,
-    worker_settings,
-)
+from engine.loader import BadFrame, BatchLoader, items_of, prefetch, share_memory
 from kaist.annotations import time_of_day
 from kaist.files import InputError
 from kaist.frame_cache import FrameCache, cache_frames
@@ -237,28 +229,25 @@ class Collate:
         return Batch(images, boxes, labels, masks, [sample.frame_id for sample in samples]), bad
 
 
-class DeviceLoader:
-    """Batches of a data set with a cache, made on a device; used like `BatchLoader`.
+class DeviceLoader(BatchLoader):
+    """Batches of a data set with a cache, made on a device, whose frames are shuffled.
 
     Every batch has the same shapes. While the device works on one, the host draws the next.
 
     Args:
         dataset: with a cache, and without copy-paste, whose pixels are of two frames.
-        batch_size: frames a batch, of all processes together.
-        workers: processes that draw; start_method: how they start, as in `BatchLoader`.
         map_sizes, map_range: as in `Collate`.
+        settings: batch_size, workers and start_method, as in `BatchLoader`.
     """
 
     def __init__(
         self,
         dataset: KaistPairs,
         *,
-        batch_size: int,
-        workers: int,
-        start_method: str = "auto",
-        map_sizes: list[tuple[int, int]],
+        map_sizes: list[tuple],
         map_range: MapRange | None = None,
         device: torch.device,
+        **settings: Any,
     ) -> None:
         self.size = dataset.input_size
         self.map_sizes = map_sizes
@@ -266,17 +255,9 @@ class DeviceLoader:
         self.device = device
         self.filler = torch.from_numpy(dataset.filler).to(device)
         self.frames = DeviceFrames(dataset.cache, device)
-        self.batches = EpochBatches(len(dataset), batch_size, dataset.seed)
-        self.loader = DataLoader(
-            dataclasses.replace(dataset, means=self.frames.means),
-            batch_sampler=self.batches,
-            collate_fn=partial(collate_transforms, rows=dataset.cache.rows, pad_to=max_objects(dataset)),
-            **worker_settings(workers, start_method),
-        )
-
-    def __len__(self) -> int:
-        """Batches an epoch."""
-        return len(self.batches)
+        collate = partial(collate_transforms, rows=dataset.cache.rows, pad_to=max_objects(dataset))
+        drawn = dataclasses.replace(dataset, means=self.frames.means)
+        super().__init__(drawn, collate, shuffle=True, pin_memory=False, **settings)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, on the device, without the first `skip`."""
@@ -313,14 +294,14 @@ def training_loader(
     loader: str = "auto",
     max_bad_frames: int = 0,
     **settings: Any,
-) -> BatchLoader | DeviceLoader:
+) -> BatchLoader:
     """Shuffled batches with masks.
 
     Args:
         cache: folder for decoded frames, "" for none.
         loader: who makes batches: "workers", "device", or "auto": a GPU where it can.
         max_bad_frames: those that may turn out to be unreadable, as in `BatchLoader`.
-        settings: batch_size, workers, start_method, map_sizes and map_range as of `DeviceLoader`.
+        settings: as of `DeviceLoader`.
     """
     if cache:
         wanted = (cache, dataset.root, [frame.id for frame in dataset.frames], dataset.input_mode)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kaist.files import InputError
 from ssd.boxes import EXTRA_LAYERS, STRIDES, VARIANCES, Predictions, feature_map_sizes
-from ssd.layers import VGG16_STAGES, Detector, L2Norm, vgg_stage
+from ssd.layers import VGG16_STAGES, Detector, L2Norm, map_chain, vgg_stage
 from ssd.multispectral import MLPD, INSANet
 
 # What a batch carries.
@@ -101,13 +101,11 @@ class SSD300(Detector):
         x = super().normalise(images)
         return (x[:, :3] + x[:, 3:]) / 2 if self.input_mode == "mean" else x
 
-    def feature_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The six maps the heads read, finest first: 38, 19, 10, 5, 3, 1 for a 300x300 input; no streams'."""
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """The six maps the heads read, finest first: 38, 19, 10, 5, 3, 1 for a 300x300 input."""
         conv4_3 = self.to_conv4_3(x)
-        maps = [self.conv4_3_norm(conv4_3), self.conv6_7(self.to_conv5_3(conv4_3))]
-        for extra in self.extras:
-            maps.append(extra(maps[-1]))
-        return maps, []
+        maps = map_chain(self.conv6_7(self.to_conv5_3(conv4_3)), self.extras)
+        return [self.conv4_3_norm(conv4_3), *maps]
 
 
 class HalfwayFusion(nn.Module):

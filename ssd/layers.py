@@ -110,15 +110,15 @@ class Detector(nn.Module):
 
     def predict(self, x: Tensor, with_masks: bool) -> Predictions:
         """`forward` on images that are already normalised."""
-        maps, streams = self.feature_maps(x)
-        loc = flatten_heads(self.loc_heads, maps, 4)
-        conf = flatten_heads(self.conf_heads, maps, self.n_logits)
+        maps = self.feature_maps(x)
+        loc = flatten_heads(self.loc_heads, maps[: len(self.map_sizes)], 4)
+        conf = flatten_heads(self.conf_heads, maps[: len(self.map_sizes)], self.n_logits)
         heads = zip(self.infused_maps, self.seg_heads, strict=True) if with_masks else ()
-        seg = [head([*maps, *streams][i]).float() for i, head in heads]
+        seg = [head(maps[i]).float() for i, head in heads]
         return Predictions(loc.float(), conf.float(), seg)
 
-    def feature_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The six maps that loc and conf heads read, finest first, and visible's and LWIR's, if any."""
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
+        """The six maps that loc and conf heads read, finest first; then visible's and LWIR's, if any."""
         raise NotImplementedError
 
 
@@ -182,3 +182,11 @@ def flatten_heads(heads: nn.ModuleList, maps: list[Tensor], values: int) -> Tens
     return torch.cat(
         [head(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, values) for head, x in pairs], dim=1
     )
+
+
+def map_chain(first: Tensor, stages: nn.ModuleList) -> list[Tensor]:
+    """The first map and what each stage makes of the one before it."""
+    maps = [first]
+    for stage in stages:
+        maps.append(stage(maps[-1]))
+    return maps

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kaist.files import InputError
-from ssd.layers import VGG16_STAGES, Detector, L2Norm, vgg_stage
+from ssd.layers import VGG16_STAGES, Detector, L2Norm, map_chain, vgg_stage
 
 # Of KAIST's training frames: R, G, B, then LWIR.
 MEAN = (0.3465, 0.3219, 0.2842, 0.1598)
@@ -73,12 +73,12 @@ class MLPD(MultispectralSSD):
     def backbones(self) -> list[list[nn.Module]]:
         return [[*stream, *self.stages[0][:9]] for stream in (self.visible, self.lwir)]
 
-    def feature_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
         visible = map_chain(self.visible(x[:, :3]), self.stages)
         lwir = map_chain(self.lwir(x[:, 3:]), self.stages)
         pairs = zip(self.joins, visible, lwir, strict=True)
         maps = [join(torch.cat(pair, dim=1)) for join, *pair in pairs]
-        return [self.conv4_3_norm(maps[0]), *maps[1:]], [visible[0], lwir[0]]
+        return [self.conv4_3_norm(maps[0]), *maps[1:], visible[0], lwir[0]]
 
 
 class INSANet(MultispectralSSD):
@@ -107,10 +107,10 @@ class INSANet(MultispectralSSD):
         trunk = [*self.to_conv4_3, *self.stages[0][:9]]
         return [[*stream[:-2], *trunk] for stream in (self.visible, self.lwir)]
 
-    def feature_maps(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def feature_maps(self, x: Tensor) -> list[Tensor]:
         streams = [self.visible(x[:, :3]), self.lwir(x[:, 3:])]
         maps = map_chain(self.to_conv4_3(self.attention(*streams)), self.stages)
-        return [self.conv4_3_norm(maps[0]), *maps[1:]], streams
+        return [self.conv4_3_norm(maps[0]), *maps[1:], *streams]
 
 
 def same_size_pool() -> nn.MaxPool2d:
@@ -140,14 +140,6 @@ def lower_stages(scaled: Callable[[int], int]) -> nn.ModuleList:
         *conv(wide, wide, 1),
     )
     return nn.ModuleList([conv5_6, extra(2, batch_norm=True), extra(2), extra(1), extra(1)])
-
-
-def map_chain(first: Tensor, stages: nn.ModuleList) -> list[Tensor]:
-    """The first map and what each stage makes of the one before it."""
-    maps = [first]
-    for stage in stages:
-        maps.append(stage(maps[-1]))
-    return maps
 
 
 def join(channels: int) -> nn.Sequential:

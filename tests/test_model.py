@@ -84,8 +84,8 @@ def test_feature_maps_follow_the_input_size():
     assert feature_map_sizes((300, 300)) == [(s, s) for s in (38, 19, 10, 5, 3, 1)]
     model = make_model(size=(300, 375)).eval()
     with torch.no_grad():
-        maps, streams = model.feature_maps(torch.zeros(1, 1, 300, 375))
-    assert [tuple(m.shape[2:]) for m in maps] == model.map_sizes and not streams
+        maps = model.feature_maps(torch.zeros(1, 1, 300, 375))
+    assert [tuple(m.shape[2:]) for m in maps] == model.map_sizes
     with pytest.raises(InputError, match="INPUT_SIZE"):
         make_model(size=(256, 320))
 

@@ -145,8 +145,8 @@ def test_bfloat16_and_channels_last_change_little(network):
 def test_priors_fit_the_feature_maps_of_any_size(network):
     model = make(network, size=(192, 320), prior_set="pedestrian").eval()
     images = torch.zeros((1, 4, 192, 320), dtype=torch.uint8)
-    maps, _ = model.feature_maps(model.normalise(images))
-    assert [tuple(m.shape[2:]) for m in maps] == model.map_sizes
+    *maps, visible, lwir = model.feature_maps(model.normalise(images))
+    assert [tuple(m.shape[2:]) for m in maps] == model.map_sizes and visible.shape == lwir.shape
     loc, conf, seg = model(images)
     assert loc.shape == (1, len(model.priors), 4) and conf.shape == (1, len(model.priors), 3)
     assert seg == [] and sum(map(len, model.map_priors())) == len(model.priors)
