@@ -9,61 +9,21 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-BASE = {
-    "seed": 42,
-    "network": "ssd300",
-    "input_mode": "lwir",
-    "input_size": (300, 300),
-    "batch_norm": False,
-    "width": 1.0,
-    "pixel_mean": (0.485, 0.456, 0.406, 0.449),
-    "pixel_std": (0.229, 0.224, 0.225, 0.226),
-    "priors": "ssd300",
-    "centres": "even",
-    "pretrained": "imagenet",
-    "lwir_filters": "mean",
-    "infusion": (0, 0, 0, 0, 0, 0),
-    "infusion_conv": False,
-    "seg_cells": "mean",
-    "seg_maps": "mean",
-    "seg_balance": "none",
-    "seg_person_share": 0.2,
-    "seg_weight": 1.0,
-    "masks_follow": False,
-    "out_of_range": "keep",
-    "loc_loss": "l1",
-    "loc_reduction": "mean",
-    "conf_divisor": "positives",
-    "optimizer": "sgd",
-    "lr": 1e-3,
-    "bias_lr_factor": 2.0,
-    "weight_decay": 5e-4,
-    "ema_decay": 0.0,
-    "schedule": "constant",
-    "batch_size": 8,
-    "epochs": 122,
-    "validation": 0.1,
-    "augment": False,
-    "zoom_out": 4.0,
-    "crop_aspect": (0.4, 1.6),
-    "min_input_height": 0.0,
-    "hue_saturation": True,
-    "lwir_jitter": True,
-    "copy_paste": 0.0,
-    "modality_dropout": 0.0,
-    "mirror_apart": 0.0,
-    "crop_apart": 0.0,
-    "shift_left": 0.0,
-    "learn": "person",
-    "min_height": 12.0,
-    "margin": 5.0,
-    "eval_every": 5,
-    "min_score": 0.2,
-    "nms_iou": 0.5,
-    "max_boxes": 200,
-    "test_flip": False,
-}
-
+BASE = (
+    dict(seed=42, network="ssd300", input_mode="lwir", input_size=(300, 300), batch_norm=False, width=1.0)
+    | dict(pixel_mean=(0.485, 0.456, 0.406, 0.449), pixel_std=(0.229, 0.224, 0.225, 0.226))
+    | dict(priors="ssd300", centres="even", pretrained="imagenet", lwir_filters="mean")
+    | dict(infusion=(0, 0, 0, 0, 0, 0), infusion_conv=False, seg_cells="mean", seg_maps="mean")
+    | dict(seg_balance="none", seg_person_share=0.2, seg_weight=1.0, masks_follow=False, out_of_range="keep")
+    | dict(loc_loss="l1", loc_reduction="mean", conf_divisor="positives")
+    | dict(optimizer="sgd", lr=1e-3, bias_lr_factor=2.0, weight_decay=5e-4, ema_decay=0.0)
+    | dict(schedule="constant", batch_size=8, epochs=122, validation=0.1)
+    | dict(augment=False, zoom_out=4.0, crop_aspect=(0.4, 1.6), min_input_height=0.0)
+    | dict(hue_saturation=True, lwir_jitter=True, copy_paste=0.0, modality_dropout=0.0)
+    | dict(mirror_apart=0.0, crop_apart=0.0, shift_left=0.0)
+    | dict(learn="person", min_height=12.0, margin=5.0)
+    | dict(eval_every=5, min_score=0.2, nms_iou=0.5, max_boxes=200, test_flip=False)
+)
 
 # What rows from 26b on do otherwise, because a review of the log's choices found it better.
 MENDED = {
@@ -197,13 +157,8 @@ EXPERIMENTS = {
     ),
     "35": Row(
         "26b",
-        dict(
-            pretrained="coco",
-            batch_norm=False,
-            priors="ssd300-coco",
-            pixel_mean=(0.48235, 0.45882, 0.40784, 0.1598),
-            pixel_std=(0.229, 0.224, 0.225, 0.0813),
-        ),
+        dict(pretrained="coco", batch_norm=False, priors="ssd300-coco")
+        | dict(pixel_mean=(0.48235, 0.45882, 0.40784, 0.1598), pixel_std=(0.229, 0.224, 0.225, 0.0813)),
         "beyond the log: to start from torchvision's SSD300 of COCO, with what its weights need: no "
         "BatchNorm, COCO's priors so that its heads fit, and torchvision's normalisation of the visible",
     ),
@@ -223,26 +178,10 @@ EXPERIMENTS = {
     ),
     "41": Row(
         "",
-        dict(
-            network="mlpd",
-            input_mode="halfway",
-            input_size=(512, 640),
-            batch_norm=True,
-            priors="multispectral",
-            lr=1e-4,
-            schedule="step-mlpd",
-            batch_size=12,
-            epochs=40,
-            masks_follow=True,
-            augment=True,
-            crop_aspect=(0.8, 1.2),
-            min_input_height=12.0,
-            mirror_apart=0.5,
-            crop_apart=0.5,
-            learn="all",
-            min_score=0.1,
-            nms_iou=0.425,
-        ),
+        dict(network="mlpd", input_mode="halfway", input_size=(512, 640), batch_norm=True)
+        | dict(priors="multispectral", lr=1e-4, schedule="step-mlpd", batch_size=12, epochs=40)
+        | dict(masks_follow=True, augment=True, crop_aspect=(0.8, 1.2), min_input_height=12.0)
+        | dict(mirror_apart=0.5, crop_apart=0.5, learn="all", min_score=0.1, nms_iou=0.425),
         "MLPD (Kim et al., 2021), its recipe: two streams joined at all six maps, a label for each modality, "
         "which are moved apart; its authors' detections have 7.58 / 7.95 / 6.95",
     ),
@@ -282,25 +221,10 @@ EXPERIMENTS = {
     ),
     "demo": Row(
         "26b",
-        dict(
-            input_mode="early",
-            width=0.25,
-            priors="pedestrian",
-            pretrained="none",
-            infusion=(1, 1, 0, 0, 0, 0),
-            loc_reduction="sum",
-            lr=2e-3,
-            weight_decay=1e-05,
-            schedule="cosine",
-            batch_size=4,
-            epochs=14,
-            zoom_out=1.0,
-            copy_paste=0.5,
-            eval_every=7,
-            min_score=0.01,
-            nms_iou=0.45,
-            test_flip=True,
-        ),
+        dict(input_mode="early", width=0.25, priors="pedestrian", pretrained="none")
+        | dict(infusion=(1, 1, 0, 0, 0, 0), loc_reduction="sum", lr=2e-3, weight_decay=1e-05)
+        | dict(schedule="cosine", batch_size=4, epochs=14, zoom_out=1.0, copy_paste=0.5)
+        | dict(eval_every=7, min_score=0.01, nms_iou=0.45, test_flip=True),
         "not of the log: a narrow network on both modalities for the demo set",
     ),
 }
