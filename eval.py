@@ -25,8 +25,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.compare import compare_runs, tell_apart
 from engine.config import OneLineParser, find_folder, pick
+from engine.curves import compare_runs, tell_apart
 from kaist.annotations import MODALITIES, find_parts, read_image_list
 from kaist.bootstrap import MOST_RESAMPLES
 from kaist.coco_ap import coco_ap

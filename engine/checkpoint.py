@@ -65,22 +65,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.exists():
-        raise InputError(
-            "checkpoint not found", "train one with python train.py, or check --checkpoint", file=path
-        )
+        remedy = "train one with python train.py, or check --checkpoint"
+        raise InputError("checkpoint not found", remedy, file=path)
     try:
         verify_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch meets in a foreign file
         previous = path.with_name(PREVIOUS)
-        kept = path.name == LAST and previous.exists()
-        raise InputError(
-            f"not a readable checkpoint ({unpickling_problem(error)})",
-            f"use the one before it, {previous}"
-            if kept
-            else "it is damaged or another program's: choose another, or move this one away",
-            file=path,
-        ) from None
+        remedy = "it is damaged or another program's: choose another, or move this one away"
+        if path.name == LAST and previous.exists():
+            remedy = f"use the one before it, {previous}"
+        problem = f"not a readable checkpoint ({unpickling_problem(error)})"
+        raise InputError(problem, remedy, file=path) from None
     if not is_checkpoint(content):
         raise InputError("not a checkpoint of this project", "choose one that train.py wrote", file=path)
     return content
@@ -159,10 +155,8 @@ def newest_checkpoint(folder: Path) -> Path:
     """The `last.pt` that was written last among a folder's finished runs, else among all."""
     found = sorted(folder.glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise InputError(
-            f"no run with a checkpoint in {folder.resolve()}",
-            "train one with python train.py, or name one with --checkpoint",
-        )
+        remedy = "train one with python train.py, or name one with --checkpoint"
+        raise InputError(f"no run with a checkpoint in {folder.resolve()}", remedy)
     finished = [path for path in found if (run := read_run(path.parent)) and run["finished"]]
     chosen = (finished or found)[-1]
     if chosen != found[-1]:

@@ -6,9 +6,11 @@ import argparse
 import ast
 import hashlib
 import math
+import multiprocessing
 import os
 import re
 from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ CHOICES = {
     "compile": ("auto", "on", "graphs", "off"),
     "precision": ("auto", "fp32", "bf16"),
     "on_nonfinite": ("stop", "skip"),
-    "start_method": ("auto", "fork", "spawn", "forkserver"),
+    "start_method": ("auto", *multiprocessing.get_all_start_methods()),
 }
 
 # The smallest and the largest value of constants that are numbers.
@@ -74,6 +76,16 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_boxes": (1, 10**5),
     "samples": (1, 10**3),
 }
+
+# What the options of masks are where no map is infused, and what MLPD and INSANet are made for.
+WITHOUT_MASKS = {
+    "infusion_conv": (False,),
+    "seg_maps": ("mean", "sum"),
+    "seg_balance": ("none",),
+    "out_of_range": ("keep",),
+    "seg_weight": (1.0, 0.0),
+}
+MULTISPECTRAL = {"input_mode": "halfway", "batch_norm": True, "loc_loss": "l1", "loc_reduction": "mean"}
 
 # Constants that may differ between a run and its continuation: they change no number.
 MACHINE_CONSTANTS = (
@@ -151,13 +163,11 @@ def read_config(script: str, argv: list[str] | None = None) -> Namespace:
     """
     constants = read_constants(script)
     description = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8")))
-    actions = {
-        "list": (lab_book, "print the lab book and end"),
-        "runs": (
-            lambda: runs_table(from_root(constants["checkpoints"][0]), differences),
-            "print the runs and end",
-        ),
-    }
+
+    def runs() -> str:
+        return runs_table(from_root(constants["checkpoints"][0]), differences)
+
+    actions = {"list": (lab_book, "print the lab book and end"), "runs": (runs, "print the runs and end")}
     kaist = "root of a full KAIST: fills DATA_ROOT, both lists and both ANNOTATIONS, but for those given"
     flags = parse_flags(description, constants | {"kaist": ("", kaist)}, argv, **actions)
     if root := flags.pop("kaist", ""):
@@ -196,18 +206,13 @@ def resolve_row(name: str) -> dict[str, Any]:
         InputError: there is no such row, or a row changes an unknown constant.
     """
     if name not in EXPERIMENTS:
-        raise InputError(
-            f"the lab book has no experiment {name!r}", f"choose one of {', '.join(EXPERIMENTS)}"
-        )
+        problem = f"the lab book has no experiment {name!r}"
+        raise InputError(problem, f"choose one of {', '.join(EXPERIMENTS)}")
     row = EXPERIMENTS[name]
-    values = resolve_row(row.based_on) if row.based_on else BASE
-    unknown = row.change.keys() - BASE.keys()
-    if unknown:
-        raise InputError(
-            f"row {name} changes {', '.join(unknown)}, which no recipe has",
-            "correct the row in engine/experiments.py",
-        )
-    return {**values, **row.change}
+    if unknown := row.change.keys() - BASE.keys():
+        problem = f"row {name} changes {', '.join(unknown)}, which no recipe has"
+        raise InputError(problem, "correct the row in engine/experiments.py")
+    return (resolve_row(row.based_on) if row.based_on else BASE) | row.change
 
 
 def lab_book() -> str:
@@ -239,65 +244,40 @@ def check_config(values: dict[str, Any]) -> None:
                     refuse(name, value, f"choose a number from {low:g} to {high:g}")
         if isinstance(value, str) and not value.isprintable():  # half a character, of a foreign encoding
             refuse(name, ascii(value), "write it in UTF-8, without control characters")
-    if values.get("infusion"):
-        check_infusion(values)
-    if values.get("network", "ssd300") != "ssd300":
-        check_network(values)
+    for name, remedy in conflicts(values):
+        refuse(name, values[name], remedy)
+
+
+def conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The constants that do not go with others, or are no name, and what each needs instead."""
+    maps, network, name = values.get("infusion", ()), values.get("network", "ssd300"), values.get("name", "")
+    if not (set(maps[:1]) <= {0, 1, 2} and set(maps[1:]) <= {0, 1}):
+        yield "infusion", "write 1 for a map with a segmentation head, else 0"
+    if 2 in maps and network == "ssd300":
+        yield "infusion", "a 2, for heads on both streams too, is for mlpd and insanet"
+    if maps and values.get("seg_balance") == "height" and not values["masks_follow"]:
+        yield "seg_balance", "it takes heights after the augmentation: set MASKS_FOLLOW"
+    for option, allowed in WITHOUT_MASKS.items() if maps and not any(maps) else ():
+        if values.get(option, allowed[0]) not in allowed:
+            yield option, "there is no mask without a map to infuse: set INFUSION"
+    for constant, value in MULTISPECTRAL.items() if network != "ssd300" else ():
+        if values[constant] != value:
+            yield constant, f"NETWORK = {network} needs {constant.upper()} = {value}"
     if values.get("loader") == "device":
-        copy_paste = values["augment"] and values["copy_paste"] > 0
-        if reason := device_loader_conflict(values["cache"], copy_paste):
-            refuse("loader", "device", reason)
+        reason = device_loader_conflict(values["cache"], values["augment"] and values["copy_paste"] > 0)
+        if reason:
+            yield "loader", reason
     low, high = values.get("crop_aspect", (0, 1))
     if not low < high:
-        refuse("crop_aspect", (low, high), "write the smallest and the largest, with a range between them")
-    for name in ("modality_dropout", "mirror_apart", "crop_apart"):
-        both = len(MODALITIES[values.get("input_mode", "early")]) == 2
-        if values.get(name) and not (values.get("augment", True) and both):
-            refuse(name, values[name], "it needs AUGMENT and an INPUT_MODE of both modalities")
-    name = values.get("name", "")
+        yield "crop_aspect", "write the smallest and the largest, with a range between them"
+    both = len(MODALITIES[values.get("input_mode", "early")]) == 2
+    for option in ("modality_dropout", "mirror_apart", "crop_apart"):
+        if values.get(option) and not (both and values.get("augment", True)):
+            yield option, "it needs AUGMENT and an INPUT_MODE of both modalities"
     if Path(name).name != name or name.startswith("."):
-        refuse("name", name, "choose a folder's name, without a slash and with no dot in front")
+        yield "name", "choose a folder's name, without a slash and with no dot in front"
     if name.split("-")[0] in EXPERIMENTS:
-        refuse("name", name, "choose a folder's name that does not begin with a row's")
-
-
-def check_infusion(values: dict[str, Any]) -> None:
-    """Refuse maps that are neither infused nor not, and options of masks where no map has any.
-
-    Raises:
-        InputError: the constant, its value and what it needs.
-    """
-    first, *others = values["infusion"]
-    if first not in (0, 1, 2) or not set(others) <= {0, 1}:
-        refuse("infusion", values["infusion"], "write 1 for a map with a segmentation head, else 0")
-    if first == 2 and values["network"] == "ssd300":
-        refuse("infusion", values["infusion"], "a 2, for heads on both streams too, is for mlpd and insanet")
-    if values.get("seg_balance") == "height" and not values["masks_follow"]:
-        refuse("seg_balance", "height", "it takes heights after the augmentation: set MASKS_FOLLOW")
-    if any(values["infusion"]):
-        return
-    without = {
-        "infusion_conv": (False,),
-        "seg_maps": ("mean", "sum"),
-        "seg_balance": ("none",),
-        "out_of_range": ("keep",),
-        "seg_weight": (1.0, 0.0),
-    }
-    for name, allowed in without.items():
-        if name in values and values[name] not in allowed:
-            refuse(name, values[name], "there is no mask without a map to infuse: set INFUSION")
-
-
-def check_network(values: dict[str, Any]) -> None:
-    """Refuse what MLPD and INSANet are not made for.
-
-    Raises:
-        InputError: the constant, its value and what it has to be.
-    """
-    fixed = {"input_mode": "halfway", "batch_norm": True, "loc_loss": "l1", "loc_reduction": "mean"}
-    for name, value in fixed.items():
-        if values[name] != value:
-            refuse(name, values[name], f"NETWORK = {values['network']} needs {name.upper()} = {value}")
+        yield "name", "choose a folder's name that does not begin with a row's"
 
 
 def device_loader_conflict(cache: str, copy_paste: bool) -> str:
@@ -419,13 +399,11 @@ def describe(config: Namespace, script: str) -> str:
     changed = differences(vars(config))
     if not config.experiment:
         return f"constants of {Path(script).name}" + (f", not the demo's: {changed}" if changed else "")
-    book, constants = resolve_row(config.experiment), read_constants(script)
-    replaced = ", ".join(
-        f"{name.upper()} {show(value)}"
-        for name, value in book.items()
-        if not same_value(name, value, constants[name][0]) and same_value(name, value, getattr(config, name))
-    )
-    text = f"row {config.experiment} sets over the constants of {Path(script).name}: {replaced}"
+    constants, replaced = read_constants(script), []
+    for name, value in resolve_row(config.experiment).items():
+        if not same_value(name, value, constants[name][0]) and same_value(name, value, getattr(config, name)):
+            replaced.append(f"{name.upper()} {show(value)}")
+    text = f"row {config.experiment} sets over the constants of {Path(script).name}: {', '.join(replaced)}"
     return text + (f"; flags over the row: {changed}" if changed else "")
 
 

@@ -1,4 +1,7 @@
-"""A run's log as a picture: losses, miss rate, recall and masks, and the learning rate over the epochs."""
+"""Runs as pictures: a run's log over its epochs, and finished runs beside each other in a table and a figure.
+
+`python eval.py --compare checkpoints/26 checkpoints/19 …`
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kaist.report import percent
+from engine.config import find_folder
+from engine.history import read_log, saved_constants
+from kaist.bootstrap import interval
+from kaist.files import InputError, read_text, write_atomically
+from kaist.report import ALL, Scores, percent, print_scores, score, show_interval
+from kaist.results import frames_path, read_detections
+from kaist.sources import KAIST, open_testing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +24,8 @@ if TYPE_CHECKING:
 Log = Sequence[dict[str, float]]  # a row a completed epoch, as in log.csv
 LOSSES = ("loss", "loc", "conf", "seg")
 MISS_RATES = {"miss_rate": "all", "miss_rate_day": "day", "miss_rate_night": "night"}
+STYLES = dict(zip(LOSSES, ("-", "--", ":", "-."), strict=True))  # of runs beside each other
+RESAMPLES = 1000  # of the bootstrap, where no other number is asked for
 
 
 def draw_curves(log: Log, name: str, path: Path) -> None:
@@ -38,22 +49,23 @@ def draw_curves(log: Log, name: str, path: Path) -> None:
 
     ends = {key: value for row in log for key, value in row.items() if has(row, key)}
     rated, recalled = (f" {percent(ends[key])}%" if scored else "" for key in ("miss_rate", "recall"))
+    masks = {"recall": "recall"}
+    for key in dict.fromkeys(key for row in scored for key in row if key.startswith(("iou_", "ap_"))):
+        measure, place = key.split("_map")
+        masks[key] = f"mask {'AP' if measure == 'ap' else 'IoU'} of map {place}"
     plot_epochs(losses, log, {key: key for key in LOSSES}, "{:.3g}")
-    losses.set(title=f"training loss {ends['loss']:.3g}")
     plot_epochs(rates, scored, MISS_RATES, "{:.2%}")
-    rates.set(title=f"miss rate{rated}: lower is better", ylim=(0, 1))
-    masks = dict.fromkeys(key for row in scored for key in row if key.startswith(("iou_", "ap_")))
-    words = {"ap": "AP", "iou": "IoU"}
-    names = {key: "mask {} of map {}".format(words[key.split("_")[0]], key.split("map")[1]) for key in masks}
-    plot_epochs(found, scored, {"recall": "recall", **names}, "{:.2%}")
-    found.set(title=f"recall{recalled} and masks: higher is better", ylim=(0, 1))
+    plot_epochs(found, scored, masks, "{:.2%}")
     plot_epochs(rate, log, {"lr": "lr"}, "{:.2g}")
+    losses.set(title=f"training loss {ends['loss']:.3g}")
+    rates.set(title=f"miss rate{rated}: lower is better", ylim=(0, 1))
+    found.set(title=f"recall{recalled} and masks: higher is better", ylim=(0, 1))
     rate.set(title=f"learning rate {ends['lr']:.2g}")
-    rate.yaxis.set_major_formatter("{x:.3g}")
     for panel in (losses, rate):
         panel.update_datalim([(1, 0)])
         panel.autoscale_view()
         panel.set_ylim(0)
+    rate.yaxis.set_major_formatter("{x:.3g}")
     for panel in (rates, found):
         panel.yaxis.set_major_formatter("{x:.0%}")
     for panel in (losses, rates):
@@ -89,3 +101,101 @@ def plot_epochs(panel: Axes, log: Log, names: dict[str, str], form: str = "", **
 def has(row: dict[str, float], key: str) -> bool:
     """Whether a row of a log holds a number in a column."""
     return not math.isnan(row.get(key, math.nan))
+
+
+# ------------------------------------------------------------------- runs beside each other
+
+
+def compare_runs(folders: Sequence[Path], resamples: int, out: Path) -> None:
+    """Print the runs' miss rates with intervals, recall and differences; draw them and their
+    losses into a picture.
+
+    Args:
+        folders: of finished runs that were evaluated on the same frames.
+        resamples: of the bootstrap; 0 takes `RESAMPLES`.
+
+    Raises:
+        InputError: a folder is not that of a finished run, or was evaluated on other frames.
+    """
+    configs, names = [finished_constants(folder) for folder in folders], tell_apart(folders, "/")
+    frames = [read_text(frames_path(folder / "detections.txt")).splitlines() for folder in folders]
+    for folder, own in zip(folders, frames, strict=True):
+        if own != frames[0]:
+            problem = f"it was evaluated on other frames than {folders[0]}"
+            raise InputError(problem, "compare runs of one test list", file=folder)
+    config = configs[0]
+    where = {name: config[name] for name in ("test_list", "test_annotations")}
+    _, test_set = open_testing(config.get("data", KAIST), find_folder(config["data_root"]), **where)
+    scores = [
+        score(
+            name,
+            test_set,
+            read_detections(folder / "detections.txt", test_set.frames),
+            resamples or RESAMPLES,
+        )
+        for folder, name in zip(folders, names, strict=True)
+    ]
+    print(f"people of {test_set.source}")
+    print_scores(scores)
+    logs = [read_log(folder) for folder in folders]
+    write_atomically(out, lambda path: draw_runs(scores, logs, path, out.suffix[1:]))
+    print(f"curves: {out}")
+
+
+def finished_constants(folder: Path) -> dict:
+    """A finished run's constants."""
+    for name in ("config.json", "log.csv", "detections.txt", "detections.frames.txt"):
+        if not (folder / name).is_file():
+            raise InputError(f"{name} is missing", "--compare takes folders of finished runs", file=folder)
+    config, names = saved_constants(folder), ("data_root", "test_list", "test_annotations")
+    if not all(isinstance(config.get(name), str) for name in names):
+        path = folder / "config.json"
+        raise InputError("it holds no run's constants", "choose another run", file=path)
+    return config
+
+
+def tell_apart(paths: Sequence[Path], joiner: str) -> list[str]:
+    """A name for each path: its last part, or with those above it, joined, where these are alike.
+
+    Raises:
+        InputError: two paths are the same.
+    """
+    parts = [path.resolve().parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = [joiner.join(own[-depth:]) for own in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise InputError(f"{paths[-1].name} is named twice", "name each once")
+
+
+def draw_runs(scores: Sequence[Scores], logs: Sequence[Log], path: Path, form: str) -> None:
+    """Training losses and miss rate over the epochs, and the final miss rates with intervals."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    figure = Figure(figsize=(15, 2 + max(3.0, 0.6 * len(scores))), layout="constrained")
+    losses, rates, final = figure.subplots(1, 3, width_ratios=(1, 1, 0.8))
+    rows = []
+    for i, (s, log) in enumerate(zip(scores, logs, strict=True)):
+        colour, result = f"C{i % 10}", s.official[ALL]
+        for term, style in STYLES.items():
+            width = 1.5 if term == "loss" else 0.8
+            plot_epochs(losses, log, {term: s.name}, color=colour, linestyle=style, linewidth=width)
+        plot_epochs(rates, log, {"miss_rate": s.name}, color=colour)
+        final.plot(interval(s.samples[ALL]), [i, i], color=colour, linewidth=2)
+        final.plot(result.miss_rate, i, "o", color=colour)
+        rate = f"{percent(result.miss_rate)} {show_interval(s.samples[ALL])}"
+        rows.append(f"{s.name}\n{rate}\nrecall {percent(result.recall)}")
+    best = min(scores, key=lambda s: s.official[ALL].miss_rate)
+    lowest = f"{best.name} ends lowest, {percent(best.official[ALL].miss_rate)}%"
+    losses.set(title="training loss and its terms", ylim=(0, None))
+    rates.set(title=f"miss rate, Reasonable\n{lowest}", ylim=(0, 1))
+    final.set(title="final miss rate, 95% interval", xlim=(0, 1), ylim=(len(scores) - 0.5, -0.5))
+    final.set_yticks(range(len(scores)), rows)
+    final.grid(axis="x", alpha=0.3)
+    for axis in (rates.yaxis, final.xaxis):
+        axis.set_major_formatter("{x:.0%}")
+    terms = [Line2D([], [], color="black", linestyle=style, label=term) for term, style in STYLES.items()]
+    for panel, lines in ((losses, terms), (rates, rates.lines[:])):
+        panel.legend(handles=lines, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    figure.savefig(path, format=form, dpi=110)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -36,10 +36,8 @@ def init_distributed(device: torch.device, batch_size: int) -> torch.device:
     if processes == 1:
         return device
     if batch_size % processes:
-        raise InputError(
-            f"BATCH_SIZE = {batch_size} cannot be split among {processes} processes",
-            "it is the batch of all processes together; choose a multiple",
-        )
+        problem = f"BATCH_SIZE = {batch_size} cannot be split among {processes} processes"
+        raise InputError(problem, "it is the batch of all processes together; choose a multiple")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -128,19 +126,20 @@ def broadcast_object(value: Any) -> Any:
 
 def average_gradients(module: nn.Module) -> None:
     """Average the gradients of a module's parameters, as `wrap_ddp` does for the network's."""
-    if world_size() > 1:
-        for parameter in module.parameters():
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= world_size()
+    average(parameter.grad for parameter in module.parameters())
 
 
 def average_statistics(model: nn.Module) -> None:
     """Average BatchNorm's running statistics over the processes; `SyncBatchNorm` has them equal."""
-    if world_size() > 1:
-        for name, buffer in model.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                dist.all_reduce(buffer)
-                buffer /= world_size()
+    statistics = ("running_mean", "running_var")
+    average(buffer for name, buffer in model.named_buffers() if name.endswith(statistics))
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Average tensors over the processes, in place."""
+    for tensor in tensors if world_size() > 1 else ():
+        dist.all_reduce(tensor)
+        tensor /= world_size()
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import signal
 import sys
 import threading
@@ -23,16 +22,7 @@ from kaist.files import InputError
 
 
 def worker_settings(workers: int, start_method: str) -> dict[str, Any]:
-    """What a DataLoader is told of its processes.
-
-    Args:
-        start_method: "fork", "spawn", "forkserver", or "auto" for Python's choice.
-
-    Raises:
-        InputError: this system has no such start method.
-    """
-    if start_method not in ("auto", *multiprocessing.get_all_start_methods()):
-        raise InputError(f"START_METHOD = {start_method!r} is not for this system", "use auto")
+    """What a DataLoader is told of its processes; "auto" starts them as Python does here."""
     return {
         "num_workers": workers,
         "persistent_workers": workers > 0,
@@ -59,10 +49,8 @@ def items_of(loader: DataLoader) -> Iterator[Any]:
     except RuntimeError as error:
         if "exited unexpectedly" not in str(error):
             raise
-        raise InputError(
-            f"a loader process died ({error})",
-            "often memory ran out: lower WORKERS or BATCH_SIZE, or enlarge /dev/shm",
-        ) from None
+        remedy = "often memory ran out: lower WORKERS or BATCH_SIZE, or enlarge /dev/shm"
+        raise InputError(f"a loader process died ({error})", remedy) from None
 
 
 def share_memory(tensors: Sequence[Tensor]) -> InputError | None:
@@ -77,10 +65,8 @@ def share_memory(tensors: Sequence[Tensor]) -> InputError | None:
         for tensor in tensors:
             tensor.share_memory_()
     except RuntimeError as error:
-        return InputError(
-            f"too little shared memory for a batch ({str(error).splitlines()[0]})",
-            "enlarge /dev/shm (docker run --shm-size=8g), or lower WORKERS or BATCH_SIZE",
-        )
+        remedy = "enlarge /dev/shm (docker run --shm-size=8g), or lower WORKERS or BATCH_SIZE"
+        return InputError(f"too little shared memory for a batch ({str(error).splitlines()[0]})", remedy)
     return None
 
 
@@ -134,15 +120,15 @@ class BadFrames(InputError):
 
 
 class EpochBatches(Sampler):
-    """Batches of keys (epoch, index) of one epoch.
-
-    Of each batch this process gets every `world_size`-th frame.
-
-    epoch: which epoch comes next; skip: batches at its start that are left out.
+    """Batches of keys (epoch, index) of one epoch, of each of which this process gets every
+    `world_size`-th frame.
 
     Args:
         seed: order frames by (seed, epoch) and leave out an incomplete last batch (unless it is
             the only one); None keeps their order and all of them.
+
+    Attributes:
+        epoch: which one comes next; skip: batches at its start that are left out.
 
     Raises:
         InputError: there are more processes than frames to train on.
@@ -174,14 +160,11 @@ class EpochBatches(Sampler):
 class BatchLoader:
     """Batches of a data set, epoch by epoch, with worker processes kept between epochs.
 
-    A worker process is deaf to Ctrl-C, which the main process answers, and ends with it. One that
-    dies ends the epoch with an InputError.
-
     Args:
         dataset: indexed by (epoch, index), with a `seed`.
         collate_fn: a list of its items -> a batch (None if no frame could be read) and BadFrames.
         batch_size: frames a batch, of all processes together.
-        start_method: of the workers: "fork", "spawn", "forkserver", or "auto" for Python's choice.
+        start_method: of the workers, see `worker_settings`.
         shuffle: training order: another permutation each epoch, an incomplete last batch is left
             out (unless it is the only one). False: the frames in their order, all of them.
         max_bad: frames that may turn out to be unreadable; they are left out, with a warning each.
@@ -204,8 +187,7 @@ class BatchLoader:
     ) -> None:
         self.max_bad = max_bad
         self.bad: dict[str, InputError] = {}
-        seed = dataset.seed if shuffle else None
-        self.batches = EpochBatches(len(dataset), batch_size, seed)
+        self.batches = EpochBatches(len(dataset), batch_size, dataset.seed if shuffle else None)
         self.loader = DataLoader(
             dataset,
             batch_sampler=self.batches,
@@ -245,8 +227,5 @@ class BatchLoader:
             self.bad.setdefault(frame_id, error)
         if len(self.bad) > self.max_bad:
             first = next(iter(self.bad.values()))
-            raise BadFrames(
-                f"{first.problem}; all unreadable frames so far: {', '.join(self.bad)}",
-                "copy them again and give the same command",
-                file=first.file,
-            )
+            problem = f"{first.problem}; all unreadable frames so far: {', '.join(self.bad)}"
+            raise BadFrames(problem, "copy them again and give the same command", file=first.file)

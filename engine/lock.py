@@ -32,9 +32,8 @@ def lock_folder(folder: Path) -> TextIO:
     try:
         file = (folder / LOCK).open("a+")
     except OSError as error:
-        raise InputError(
-            f"cannot be written to ({error.strerror or error})", "choose another place", file=folder
-        ) from None
+        problem = f"cannot be written to ({error.strerror or error})"
+        raise InputError(problem, "choose another place", file=folder) from None
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -43,9 +42,8 @@ def lock_folder(folder: Path) -> TextIO:
             file.seek(0)
             holder = file.read().strip() or "it just began"
             file.close()
-            raise InputError(
-                f"another process is at this run ({holder})", "wait for its end, or stop it", file=folder
-            ) from None
+            problem = f"another process is at this run ({holder})"
+            raise InputError(problem, "wait for its end, or stop it", file=folder) from None
         print(f"warning: {folder} cannot be locked ({error.strerror}); do not start it twice")
     file.truncate(0)
     now = datetime.now().isoformat(sep=" ", timespec="seconds")

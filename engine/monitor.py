@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +15,11 @@ from kaist.files import InputError
 
 MAX_NONFINITE_STEPS = 20  # in a row, that ON_NONFINITE = "skip" leaves out before it stops all the same
 READ_BACK_STEPS = 10  # of a GPU, whose losses come to the host together
+NONFINITE = (
+    "the loss or its gradient is not a finite number; the batch's frames and loss terms are in this file",
+    "lower LR, look at those frames, or go on without them by --on-nonfinite skip from last.pt, which is "
+    "from before this step",
+)
 
 
 class StepRecord(NamedTuple):
@@ -96,15 +100,5 @@ class StepMonitor:
             if not good:
                 evidence = self.run.save_evidence(record.frame_ids, own, rank())
                 if self.consecutive == self.max_nonfinite_steps:
-                    raise nonfinite_error(evidence)
+                    raise InputError(*NONFINITE, file=evidence)
             self.run.add_step(mean if good else None, seconds)
-
-
-def nonfinite_error(path: Path) -> InputError:
-    """The line that ends a run whose loss is not finite."""
-    return InputError(
-        "the loss or its gradient is not a finite number; the batch's frames and loss terms are in this file",
-        "lower LR, look at those frames, or go on without them by --on-nonfinite skip "
-        "from last.pt, which is from before this step",
-        file=path,
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,12 +21,11 @@ def make_optimizer(
     bias_lr_factor: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, or Adam, in groups: weights, biases with their own rate, and what the
-    criterion learns, which is not decayed.
+    """SGD with momentum 0.9, or Adam, in groups: weights, biases, whose learning rate is `bias_lr_factor`
+    times `lr`, and what the criterion learns, which is not decayed.
 
     Args:
-        name: "sgd" or "adam"; lr: of the weights; bias_lr_factor: times that for the biases.
-        weight_decay: L2 penalty.
+        name: "sgd" or "adam"; weight_decay: L2 penalty.
     """
     weights = [p for name, p in model.named_parameters() if not name.endswith("bias")]
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
@@ -35,10 +35,8 @@ def make_optimizer(
     settings = {"lr": lr, "weight_decay": weight_decay}
     # On a GPU one kernel for all parameters; a CPU's would round differently than it always has.
     settings["fused"] = next(model.parameters()).is_cuda or None
-    if name == "adam":
-        optimizer = torch.optim.Adam(groups, **settings)
-    else:
-        optimizer = torch.optim.SGD(groups, momentum=0.9, **settings)
+    sgd = partial(torch.optim.SGD, momentum=0.9)
+    optimizer = {"adam": torch.optim.Adam, "sgd": sgd}[name](groups, **settings)
     optimizer.register_load_state_dict_pre_hook(keep_kernels)
     return optimizer
 
@@ -111,10 +109,8 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     if ema is model:
         return
     share = 1 - min(decay, step / (step + 10))
-    for mean, new in zip(ema.parameters(), model.parameters(), strict=True):
-        mean.lerp_(new, share)
-    for mean, new in zip(ema.buffers(), model.buffers(), strict=True):
-        if mean.is_floating_point():  # BatchNorm's statistics are averaged as the weights are
+    for mean, new in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
+        if mean.is_floating_point():  # BatchNorm's statistics too
             mean.lerp_(new, share)
         else:
             mean.copy_(new)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import csv
+import io
+import itertools
 import json
 import os
 import signal
@@ -24,13 +26,15 @@ from engine.curves import draw_curves
 from engine.distributed import any_process, broadcast_object, is_main_process, world_size
 from engine.history import saved_constants
 from engine.lock import lock_folder
-from kaist.files import InputError, make_folder, write_atomically
+from kaist.files import InputError, make_folder, write_atomically, write_text
 from kaist.sources import KAIST
 
 DAMAGED = "damaged.pt"  # a last.pt that turned out not to be whole
 RATES = ("miss_rate", "miss_rate_day", "miss_rate_night")
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 WARM_UP, TIMED = 10, 20  # steps: the first of a process, and those by which its end is foretold
+# Where a run stands that begins: what its checkpoint tells beside the state of its parts.
+START = {"epoch": 0, "step": 0, "sums": [], "seconds": 0.0, "skipped": 0, "history": []}
 PATIENCE = 3.0  # seconds after which another Ctrl-C ends a run that is still at its step
 
 
@@ -79,33 +83,31 @@ class Run:
         self.n_timed = 0  # steps of this process
         chosen = self.choose_folder() if is_main_process() else None
         self.folder, self.state = broadcast_object(chosen)
-        state = self.state or {}
-        self.epoch, self.step = state.get("epoch", 0), state.get("step", 0)
-        self.sums, self.seconds = list(state.get("sums", ())), state.get("seconds", 0.0)
-        self.skipped = state.get("skipped", 0)
-        self.history: list[dict[str, float]] = list(state.get("history", ()))
+        stood = START | (self.state or {})
+        self.epoch, self.step, self.skipped = stood["epoch"], stood["step"], stood["skipped"]
+        self.seconds, self.sums = stood["seconds"], list(stood["sums"])
+        self.history: list[dict[str, float]] = list(stood["history"])
 
     # ------------------------------------------------------------------------- which run it is
 
     def choose_folder(self) -> tuple[Path, dict[str, Any] | None]:
-        """The folder of an unfinished run of the same constants and its checkpoint, or the next free
-        name and None."""
-        number = 1
-        while True:
-            name = self.name if number == 1 else f"{self.name}-{number}"
-            folder = Path(self.config.checkpoints) / name
+        """The folder of an unfinished run of the same constants, locked, and its checkpoint; or the next
+        free name and None."""
+        for number in itertools.count(1):
+            folder = Path(self.config.checkpoints) / (self.name + f"-{number}" * (number > 1))
             if not folder.exists():
                 return folder, None
             continues, state = self.read_folder(folder)
             if continues:
                 return folder, state
-            number += 1
+            self.unlock()
 
     def read_folder(self, folder: Path) -> tuple[bool, dict[str, Any] | None]:
-        """Whether a folder's run is this one and unfinished, and its checkpoint; it is locked then.
+        """Whether a folder's run is this one and unfinished, and its newest whole checkpoint.
 
-        A run that was killed before its first checkpoint is this one too, and so is a folder in
-        which nothing was written yet.
+        A run that was killed before its first checkpoint is this one too, and so is a folder in which
+        nothing was written yet. A last.pt that is damaged is named and moved aside, and previous.pt
+        taken instead. A run without a whole one is left alone, with a warning.
 
         Raises:
             InputError: another process is at this run.
@@ -113,35 +115,16 @@ class Run:
         if not (folder / "config.json").is_file():
             empty = folder.is_dir() and all(p.name.startswith(".") for p in folder.iterdir())
             if not empty:
-                self.notes.append(
-                    f"{folder} has no config.json, so that nobody knows what run it is: a new one"
-                )
+                problem = "has no config.json, so that nobody knows what run it is"
+                self.notes.append(f"{folder} {problem}: a new one")
             return empty, None
         if not same_recipe(folder, vars(self.config)):
             self.notes.append(f"{folder} is a run with other constants: a new one")
             return False, None
         self.lock = lock_folder(folder)
-        continues, state = self.read_checkpoint(folder)
-        if not continues:
-            self.unlock()
-        return continues, state
-
-    def read_checkpoint(self, folder: Path) -> tuple[bool, dict[str, Any] | None]:
-        """Whether a run of these constants is unfinished, and its newest whole checkpoint.
-
-        A last.pt that is damaged is named and moved aside, and previous.pt taken instead. A run
-        without a whole one is left alone, with a warning.
-        """
-        kept = [folder / name for name in (LAST, PREVIOUS) if (folder / name).exists()]
-        state = None
-        for path in kept:
-            try:
-                state = load_checkpoint(path)
-                check_progress(state, path)
-                break
-            except InputError as error:
-                state = None
-                print(f"warning: {error}")
+        kept = [path for name in (LAST, PREVIOUS) if (path := folder / name).exists()]
+        whole = ((path, state) for path in kept if (state := load_state(path)))
+        path, state = next(whole, (None, None))
         if state is None:
             if kept:
                 print(f"warning: {folder} cannot go on; starting anew beside it")
@@ -176,11 +159,9 @@ class Run:
                 if name in self.state or part.state_dict():
                     part.load_state_dict(self.state[name])
             except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-                raise InputError(
-                    f"it does not hold the state of {name!r}, so that this run cannot go on",
-                    "move its folder away to start anew",
-                    file=self.folder / LAST,
-                ) from None
+                problem = f"it does not hold the state of {name!r}, so that this run cannot go on"
+                remedy = "move its folder away to start anew"
+                raise InputError(problem, remedy, file=self.folder / LAST) from None
         self.state = None
 
     def begin(self) -> None:
@@ -193,15 +174,12 @@ class Run:
         if self.lock is None:
             self.lock = lock_folder(self.folder)
             if (self.folder / "config.json").exists():
-                raise InputError(
-                    "another process has begun this run in the meantime",
-                    "give the command again",
-                    file=self.folder,
-                )
+                problem = "another process has begun this run in the meantime"
+                raise InputError(problem, "give the command again", file=self.folder)
         for unfinished in self.folder.glob(".*.tmp"):
             unfinished.unlink(missing_ok=True)
-        text = json.dumps({**vars(self.config), "name": self.name}, indent=1)
-        write_atomically(self.folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+        constants = vars(self.config) | {"name": self.name}
+        write_text(self.folder / "config.json", json.dumps(constants, indent=1))
         if not (self.folder / LAST).exists():
             self.save()
         if self.history:
@@ -226,9 +204,8 @@ class Run:
         try:
             if kind is not None and not self.in_step and is_main_process():
                 self.save()
-                tqdm.write(
-                    f"saved; the same command goes on from epoch {self.epoch + 1}, step {self.step + 1}"
-                )
+                place = f"epoch {self.epoch + 1}, step {self.step + 1}"
+                tqdm.write(f"saved; the same command goes on from {place}")
             if isinstance(error, torch.OutOfMemoryError):
                 raise self.out_of_memory() from None
         finally:
@@ -240,10 +217,9 @@ class Run:
         """The line that ends a run whose step does not fit, with the batch that is expected to."""
         planned = min(self.planned_batch() * world_size(), self.config.batch_size - 1)
         hint = f" (about {planned} should fit)" if planned > 0 else ""
-        return InputError(
-            f"a step of BATCH_SIZE = {self.config.batch_size} does not fit into the device's memory",
-            f"lower BATCH_SIZE{hint}, INPUT_SIZE or WIDTH; the same command goes on from last.pt",
-        )
+        problem = f"a step of BATCH_SIZE = {self.config.batch_size} does not fit into the device's memory"
+        remedy = f"lower BATCH_SIZE{hint}, INPUT_SIZE or WIDTH; the same command goes on from last.pt"
+        return InputError(problem, remedy)
 
     def request_stop(self, number: int, _: object) -> None:
         """Note a signal; a second Ctrl-C that comes `PATIENCE` seconds later does not wait."""
@@ -371,12 +347,10 @@ class Run:
 
     def content(self, to_continue: bool) -> dict[str, Any]:
         """A checkpoint's content; without the optimiser it can be used but not continued."""
-        names = ("epoch", "step", "sums", "seconds", "skipped", "history")
-        parts = {
-            name: part.state_dict() for name, part in self.parts.items() if to_continue or name != "optimizer"
-        }
         known = {"model_args": self.model_args, "config": vars(self.config), "experiment": self.name}
-        return {**known, **{name: getattr(self, name) for name in names}, **parts}
+        known |= {name: getattr(self, name) for name in START}
+        parts = {name: part for name, part in self.parts.items() if to_continue or name != "optimizer"}
+        return known | {name: part.state_dict() for name, part in parts.items()}
 
     def save(self) -> None:
         """Write last.pt; the one before it becomes previous.pt."""
@@ -391,42 +365,37 @@ class Run:
 
     def write_log(self) -> None:
         """Write log.csv and curves.png from the history."""
-
-        def write(path: Path) -> None:
-            with path.open("w", newline="", encoding="utf-8") as file:
-                columns = dict.fromkeys(key for row in self.history for key in row)
-                writer = csv.DictWriter(file, columns, restval="")
-                writer.writeheader()
-                writer.writerows(self.history)
-
-        write_atomically(self.folder / "log.csv", write)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, dict.fromkeys(key for row in self.history for key in row), restval="")
+        writer.writeheader()
+        writer.writerows(self.history)
+        write_text(self.folder / "log.csv", text.getvalue())
         write_atomically(self.folder / "curves.png", lambda path: draw_curves(self.history, self.name, path))
 
     def save_evidence(self, frame_ids: list[str], losses: Tensor, rank: int) -> Path:
         """Write what a step that went wrong saw: frame ids and loss terms. Returns the path."""
-        where = f"epoch{self.epoch + 1}-step{self.step + 1}-rank{rank}"
-        path = self.folder / f"nonfinite-{where}.json"
-        evidence = {
-            "frames": frame_ids,
-            "losses": dict(zip(self.terms, map(str, losses.tolist()), strict=True)),
-            "epoch": self.epoch + 1,
-            "step": self.step + 1,
-            "seed": self.config.seed,
-        }
-        text = json.dumps(evidence, indent=1)
-        write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+        path = self.folder / f"nonfinite-epoch{self.epoch + 1}-step{self.step + 1}-rank{rank}.json"
+        named = dict(zip(self.terms, map(str, losses.tolist()), strict=True))
+        where = {"epoch": self.epoch + 1, "step": self.step + 1, "seed": self.config.seed}
+        write_text(path, json.dumps({"frames": frame_ids, "losses": named, **where}, indent=1))
         return path
 
 
-def check_progress(state: dict[str, Any], path: Path) -> None:
-    """Refuse a checkpoint that does not tell where its run stood."""
-    numbers = [state.get("epoch"), state.get("step"), state.get("skipped", 0), state.get("seconds", 0.0)]
-    sums, rows = state.get("sums", []), state.get("history", [])
-    plain = isinstance(sums, list) and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    if plain:
-        numbers += [*sums, *(value for row in rows for value in row.values())]
-    if not plain or not all(isinstance(number, int | float) for number in numbers):
-        raise InputError("it does not tell where its run stood", "move it away", file=path)
+def load_state(path: Path) -> dict[str, Any] | None:
+    """A checkpoint that tells where its run stood; None, with a warning, if it cannot be gone on from."""
+    try:
+        state = load_checkpoint(path)
+        stood = START | {"epoch": None, "step": None} | state
+        rows, sums = stood["history"], stood["sums"]
+        plain = isinstance(sums, list) and isinstance(rows, list) and all(isinstance(r, dict) for r in rows)
+        numbers = [stood[name] for name in ("epoch", "step", "skipped", "seconds")]
+        numbers += [*sums, *(value for row in rows for value in row.values())] if plain else [None]
+        if not all(isinstance(number, int | float) for number in numbers):
+            raise InputError("it does not tell where its run stood", "move it away", file=path)
+        return state
+    except InputError as error:
+        print(f"warning: {error}")
+        return None
 
 
 def same_recipe(folder: Path, config: dict[str, Any]) -> bool:

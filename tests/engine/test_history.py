@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from engine.compare import read_config
 from engine.config import differences
+from engine.curves import finished_constants
 from engine.history import read_log, read_run, runs_table, saved_constants
 from engine.run import same_recipe
 from kaist.files import InputError
@@ -53,7 +53,7 @@ def test_a_folder_that_holds_no_run_is_passed_over(tmp_path, config):
     with pytest.raises(InputError):
         (folder / "detections.txt").touch()
         (folder / "detections.frames.txt").touch()
-        read_config(folder)
+        finished_constants(folder)
 
 
 @pytest.mark.parametrize(
