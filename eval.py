@@ -35,7 +35,7 @@ from kaist.miss_rate import GroundTruth, load_ground_truth, select_frames
 from kaist.pair_sets import open_pairs
 from kaist.pairs import PairSet
 from kaist.report import draw_curves, print_scores, score, write_json
-from kaist.results import Detections, frames_path, read_detections, write_detections
+from kaist.results import NOTHING, Detections, frames_path, read_detections, write_and_read
 from kaist.sources import TEST_SET, named_root, open_testing, set_name
 
 CHECKPOINTS = "checkpoints"  # where the newest finished run is looked for
@@ -271,9 +271,7 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     config.data_root = find_folder(config.data_root)
     root, test_set = open_testing(**pick(config, *TEST_SET))
     if arguments.subset:
-        nothing = Detections(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0))
-        frames = choose_frames(test_set, arguments.subset)
-        test_set, _ = select_frames(test_set, nothing, frames)
+        test_set, _ = select_frames(test_set, NOTHING, choose_frames(test_set, arguments.subset))
     grids = [model.grids[i] for i in model.infused_maps]
     settings = {"device": device, "filler": model.filler(), "map_sizes": grids, **pick(config, *TESTING)}
     loader = test_loader(root, test_set, without=arguments.blackout, **settings)
@@ -294,8 +292,7 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     writable = os.access(path.parent, os.W_OK)
     with tempfile.TemporaryDirectory() as spare:
         result = (path.parent if writable else Path(spare)) / f"detections{suffix}.txt"
-        write_detections(result, detections, test_set.frames)
-        detections = read_detections(result, test_set.frames)  # its digits are what others will have
+        detections = write_and_read(result, detections, test_set.frames)
     if writable:
         print(f"detections: {result}")
         pictures = [path.with_name(f"{kind}{suffix}.png") for kind in ("miss_rate", "errors")]

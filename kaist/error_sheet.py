@@ -30,12 +30,11 @@ def draw_errors(
 ) -> tuple[int, int]:
     """Draw the n false positives of the highest scores and the n largest people missed.
 
-    Each tile shows the visible and the LWIR image around the error; its title tells the frame and
-    the score. Of each video the first `PER_VIDEO` errors come before its others.
+    Each tile shows the visible and the LWIR image around the error. Of each video the first `PER_VIDEO`
+    errors come before its others.
 
     Args:
-        root: folder with images/, or a set of pairs.
-        path: the sheet; its ending tells the format.
+        root: folder with images/, or a set of pairs; path: the sheet, its ending tells the format.
         name: the detector's.
 
     Returns:
@@ -48,51 +47,49 @@ def draw_errors(
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    ranked, people = rank(detections), ground_truth
+    people, ranked = ground_truth, rank(detections)
     [(_, matching)] = match_setups(people, ranked, {SETUP: SETUPS[SETUP]})
     false, missed = find_errors(people, matching)
-    counts = len(false), len(missed)
-    false, missed = spread(people, ranked.frame, false)[:n], spread(people, people.frame, missed)[:n]
-    tiles = [(ranked.frame[i], ranked.boxes[i], f"score {ranked.scores[i]:.2f}") for i in false]
-    for i in missed:
+    false_tiles, missed_tiles = [], []  # of a frame's number, a box and words
+    for i in spread(people, ranked.frame, false)[:n]:
+        false_tiles.append((ranked.frame[i], ranked.boxes[i], f"score {ranked.scores[i]:.2f}"))
+    for i in spread(people, people.frame, missed)[:n]:
         det = matching.gt_match[i]
         score = f"found at {ranked.scores[det]:.2f}" if det >= 0 else "never found"
-        tiles.append((people.frame[i], people.boxes[i], f"{people.boxes[i, 3]:.0f} px, {score}"))
-    headings = (
-        f"{name}: {len(false)} of {counts[0]} false positives, those of the highest scores",
-        f"{name}: {len(missed)} of {counts[1]} people missed at {OPERATING_FPPI} false positives per image, "
-        "the largest",
-    )
-    rows = [max(1, math.ceil(len(part) / COLUMNS)) for part in (false, missed)]
+        missed_tiles.append((people.frame[i], people.boxes[i], f"{people.boxes[i, 3]:.0f} px, {score}"))
+    rate = f"{OPERATING_FPPI} false positives per image"
+    sheets = {
+        f"{len(false_tiles)} of {len(false)} false positives, those of the highest scores": false_tiles,
+        f"{len(missed_tiles)} of {len(missed)} people missed at {rate}, the largest": missed_tiles,
+    }
+    rows = [max(1, math.ceil(len(tiles) / COLUMNS)) for tiles in sheets.values()]
     figure = Figure(figsize=(3.7 * COLUMNS, 2.6 * sum(rows) + 1.2), layout="constrained")
-    panels = []
-    for part, n_rows, heading, found in zip(
-        figure.subfigures(2, 1, height_ratios=rows), rows, headings, (false, missed), strict=True
-    ):
-        part.suptitle(heading, fontsize=14, fontweight="bold")
-        grid = part.subplots(n_rows, COLUMNS, squeeze=False).ravel()
-        for panel in grid:
+    parts, absent = figure.subfigures(2, 1, height_ratios=rows), []
+    for part, n_rows, (heading, tiles) in zip(parts, rows, sheets.items(), strict=True):
+        part.suptitle(f"{name}: {heading}", fontsize=14, fontweight="bold")
+        panels = part.subplots(n_rows, COLUMNS, squeeze=False).ravel()
+        for panel in panels:
             panel.axis("off")
-        panels += grid[: len(found)].tolist()
-    absent = []
-    for panel, (frame, box, text) in zip(panels, tiles, strict=True):
-        files = {m: image_path(root, people.frames[frame], m) for m in ("visible", "lwir")}
-        absent += [file for file in files.values() if not file.exists()]
-        here = np.flatnonzero(people.frame == frame)
-        colours = np.where(matching.positive[here], "lime", "yellow")
-        boxes = [*zip(people.boxes[here], colours.tolist(), strict=True), (box, "red")]
-        images = {m: frame_view(root, people.frames[frame], m) for m, file in files.items() if file.exists()}
-        views = [draw_view(images.get(m), m, box, boxes) for m in files]
-        panel.imshow(
-            np.hstack([views[0], np.full_like(views[0][:, :2], 255), views[1]]), interpolation="nearest"
-        )
-        panel.set_title(f"{people.frames[frame]}: {text}", fontsize=9)
-    if absent and len(absent) == 2 * len(tiles):
+        for panel, (frame, box, text) in zip(panels, tiles, strict=False):
+            frame_id, here = people.frames[frame], np.flatnonzero(people.frame == frame)
+            colours = np.where(matching.positive[here], "lime", "yellow").tolist()
+            boxes = [*zip(people.boxes[here], colours, strict=True), (box, "red")]
+            files = [image_path(root, frame_id, modality) for modality in CAPTIONS]
+            absent += [file for file in files if not file.exists()]
+            visible, lwir = (
+                draw_view(frame_view(root, frame_id, m) if file.exists() else None, caption, box, boxes)
+                for file, (m, caption) in zip(files, CAPTIONS.items(), strict=True)
+            )
+            white = np.full_like(visible[:, :2], 255)
+            panel.imshow(np.hstack([visible, white, lwir]), interpolation="nearest")
+            panel.set_title(f"{frame_id}: {text}", fontsize=9)
+    n_views = 2 * len(false_tiles + missed_tiles)
+    if absent and len(absent) == n_views:
         raise InputError("no image is there", "name the folder with images/ as --data-root", file=absent[0])
     patches = [Patch(facecolor="grey", edgecolor=c, linewidth=2, label=COLOURS[c]) for c in COLOURS]
     part.legend(handles=patches, loc="outside lower center", ncol=3)
     write_atomically(path, lambda beside: figure.savefig(beside, format=path.suffix[1:], dpi=110))
-    return 2 * len(tiles), len(absent)
+    return n_views, len(absent)
 
 
 def find_errors(ground_truth: GroundTruth, matching: Matching) -> tuple[np.ndarray, np.ndarray]:
@@ -104,8 +101,8 @@ def find_errors(ground_truth: GroundTruth, matching: Matching) -> tuple[np.ndarr
     false = np.flatnonzero(matching.outcome == 0)
     allowed = allowed_false_positives(len(ground_truth.frames), np.array(OPERATING_FPPI))
     limit = false[allowed] if allowed < len(false) else len(matching.outcome)
-    missed = matching.positive & ((matching.gt_match < 0) | (matching.gt_match >= limit))
-    missed = np.flatnonzero(missed)
+    found = (matching.gt_match >= 0) & (matching.gt_match < limit)
+    missed = np.flatnonzero(matching.positive & ~found)
     return false, missed[np.argsort(-ground_truth.boxes[missed, 3], kind="stable")]
 
 
@@ -121,7 +118,7 @@ def spread(ground_truth: GroundTruth, frame: np.ndarray, errors: np.ndarray) -> 
 
 
 def draw_view(
-    image: Image.Image | None, modality: str, box: np.ndarray, boxes: list[tuple[np.ndarray, str]]
+    image: Image.Image | None, caption: str, box: np.ndarray, boxes: list[tuple[np.ndarray, str]]
 ) -> np.ndarray:
     """The surroundings of an xywh box in an image, with coloured boxes: (HEIGHT, WIDTH, 3) uint8."""
     x, y, w, h = box
@@ -136,6 +133,6 @@ def draw_view(
     for (x, y, w, h), colour in boxes:
         corners = np.array([x - left, y - top, x + w - left, y + h - top]) * scale
         pen.rectangle(corners.tolist(), outline=colour, width=2)
-    caption = CAPTIONS[modality] if image else f"no {CAPTIONS[modality]} image"
+    caption = caption if image else f"no {caption} image"
     pen.text((5, 3), caption, "white", ImageFont.load_default(15), stroke_width=2, stroke_fill="black")
     return np.array(view)

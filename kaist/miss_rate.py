@@ -21,24 +21,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kaist.annotations import (
-    Annotations,
-    find_annotations,
-    find_file,
-    kaist_sizes,
-    open_test_annotations,
-    read_image_list,
-    scene,
-    time_of_day,
-)
+from kaist.annotations import SCENES, Annotations, kaist_sizes, open_test_annotations, scene, time_of_day
 from kaist.files import InputError
 from kaist.pairs import PairSet
 from kaist.results import Detections, frame_places, move_frames
 
 OVERLAP = 0.5  # least overlap of a match
 MARGIN = 5  # pixels; people that come closer to the frame's border are ignored
-PROTOCOLS = ("official", "leaderboard")
 FPPI_POINTS = 10.0 ** np.arange(-2, 0.25, 0.25)  # where the detection rate is sampled
+POINTS = {"official": FPPI_POINTS, "leaderboard": np.round(FPPI_POINTS, 4)}  # by protocol
 BLOCK = 1 << 17  # elements worked on at once, to bound memory
 
 
@@ -51,10 +42,11 @@ class Setup(NamedTuple):
     subset: str = "all"
 
 
+REASONABLE = Setup((55, np.inf), (0, 1))
 SETUPS = {
-    "Reasonable-all": Setup((55, np.inf), (0, 1)),
-    "Reasonable-day": Setup((55, np.inf), (0, 1), "day"),
-    "Reasonable-night": Setup((55, np.inf), (0, 1), "night"),
+    "Reasonable-all": REASONABLE,
+    "Reasonable-day": REASONABLE._replace(subset="day"),
+    "Reasonable-night": REASONABLE._replace(subset="night"),
     "Scale=near": Setup((115, np.inf), (0,)),
     "Scale=medium": Setup((45, 115), (0,)),
     "Scale=far": Setup((1, 45), (0,)),
@@ -62,9 +54,7 @@ SETUPS = {
     "Occ=partial": Setup((1, np.inf), (1,)),
     "Occ=heavy": Setup((1, np.inf), (2,)),
 }
-SCENE_SETUPS = {
-    f"Reasonable-{place}": Setup((55, np.inf), (0, 1), place) for place in ("campus", "road", "downtown")
-}
+SCENE_SETUPS = {f"Reasonable-{place}": REASONABLE._replace(subset=place) for place in SCENES}
 
 
 # ------------------------------------------------------------------- people
@@ -94,17 +84,18 @@ class GroundTruth:
             return self.pairs.sizes_of(self.frames)
         return kaist_sizes(len(self.frames))
 
-    @cached_property
-    def set_numbers(self) -> np.ndarray:
-        """(n_frames,) int64: the number of each frame's set, 0 to 11."""
-        return np.array([int(frame_id[3:5]) for frame_id in self.frames], dtype=np.int64)
-
     def in_subset(self, subset: str) -> np.ndarray:
         """(n_frames,) bool: the frames of a setup's subset."""
+        if subset == "all":
+            return np.ones(len(self.frames), bool)
+        return np.array([subset in names for names in self.subsets], bool)
+
+    @cached_property
+    def subsets(self) -> list[tuple[str, ...]]:
+        """Of each frame its time of day and, of KAIST, its scene."""
         if self.pairs is not None:
-            return np.array([subset in ("all", self.pairs.time_of_day(f)) for f in self.frames])
-        sets = [f"set{number:02d}" for number in range(12)]
-        return np.array([subset in ("all", time_of_day(s), scene(s)) for s in sets])[self.set_numbers]
+            return [(self.pairs.time_of_day(frame_id),) for frame_id in self.frames]
+        return [(time_of_day(frame_id), scene(frame_id)) for frame_id in self.frames]
 
 
 def load_ground_truth(
@@ -128,9 +119,8 @@ def load_ground_truth(
         raise InputError(problem, "name an image list (--image-list)", file=annotations.source)
     objects, counts = annotations.read_all(frames)
     frame, ignore = np.repeat(np.arange(len(frames)), counts), ~objects.is_person
-    columns = (frame, objects.boxes, objects.occlusion, ignore)
-    pairs = None if isinstance(annotations, Annotations) else annotations
-    return GroundTruth(frames, *columns, annotations.source, pairs)
+    pairs = annotations if isinstance(annotations, PairSet) else None
+    return GroundTruth(frames, frame, objects.boxes, objects.occlusion, ignore, annotations.source, pairs)
 
 
 def select_frames(
@@ -144,9 +134,8 @@ def select_frames(
     place = frame_places(ground_truth.frames, frames, "the frames evaluated")
     frame = place[ground_truth.frame]
     order = np.argsort(frame, kind="stable")[np.count_nonzero(frame < 0) :]
-    columns = (frame, ground_truth.boxes, ground_truth.occlusion, ground_truth.ignore)
-    columns = (column[order] for column in columns)
-    selected = GroundTruth(tuple(frames), *columns, ground_truth.source, ground_truth.pairs)
+    columns = {name: getattr(ground_truth, name)[order] for name in ("boxes", "occlusion", "ignore")}
+    selected = replace(ground_truth, frames=tuple(frames), frame=frame[order], **columns)
     return selected, move_frames(detections, place)
 
 
@@ -265,8 +254,6 @@ def match_setups(
     counted = np.ones(len(ground_truth.frames), dtype=bool)
     if protocol == "leaderboard":
         counted = np.bincount(detections.frame, minlength=len(counted)) > 0
-    elif protocol != "official":
-        raise InputError(f"protocol {protocol!r} is unknown", f"use {' or '.join(PROTOCOLS)}")
     overlaps = find_overlaps(ground_truth, detections)
     matched: dict[tuple, tuple[np.ndarray, ...]] = {}  # setups differ by subset only, some of them
     for name, (heights, levels, subset) in setups.items():
@@ -344,9 +331,9 @@ def evaluate(
     Args:
         protocol: "official" or "leaderboard" (see the module's docstring).
     """
-    ranked = rank(detections)
-    points = fppi_points(protocol)
-    results = {}
+    if protocol not in POINTS:
+        raise InputError(f"protocol {protocol!r} is unknown", f"use {' or '.join(POINTS)}")
+    ranked, points, results = rank(detections), POINTS[protocol], {}
     for name, matching in match_setups(ground_truth, ranked, setups, protocol):
         keep = matching.outcome >= 0
         hits = matching.outcome[keep] == 1
@@ -358,11 +345,6 @@ def evaluate(
         miss_rate, scores = float(log_average(rates, protocol)), ranked.scores[keep]
         results[name] = Result(miss_rate, recall, rates, points, hits, scores, n_positive, n_frames)
     return results
-
-
-def fppi_points(protocol: str) -> np.ndarray:
-    """(9,) FPPI at which a protocol samples the curve."""
-    return np.round(FPPI_POINTS, 4) if protocol == "leaderboard" else FPPI_POINTS
 
 
 def allowed_false_positives(n_frames: np.ndarray | int, points: np.ndarray) -> np.ndarray:
@@ -397,15 +379,3 @@ def id_shift(ground_truth: GroundTruth, detections: Detections) -> int:
         fits[shift] = len(np.unique(find_overlaps(ground_truth, moved).gt))
     best = max(fits, key=fits.__getitem__)
     return best if fits[best] >= max(20, 1.5 * fits[0]) else 0
-
-
-def open_test_set(root: Path, test_list: str, where: str) -> GroundTruth:
-    """The people of a test list.
-
-    Args:
-        test_list: an image list below the root, or any path.
-        where: TEST_ANNOTATIONS: "auto" (see `kaist.open_test_annotations`), a form, or a path.
-    """
-    frame_ids = read_image_list(find_file(root, test_list))
-    annotations = root if where == "auto" else find_annotations(root, where, "lwir")
-    return load_ground_truth(annotations, frame_ids)

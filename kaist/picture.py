@@ -83,18 +83,14 @@ def draw_scores(
         text = f"{score:.2f}"
         wide, tall = font.getlength(text) + 4, 1.15 * font.size
         places = [(x, y - tall), (x + w - wide, y - tall), (x, y + h), (x + w - wide, y + h), (x, y)]
-        places += [(x, y - n * tall) for n in (2, 3, 4)]
-        places = [
-            (min(max(left, 0), size[0] - wide), min(max(top, 0), size[1] - tall)) for left, top in places
-        ]
-        corners = ((left, top, left + wide, top + tall) for left, top in places)
-        free = [label for label in corners if not any(overlap(label, other) for other in labels)]
-        if not free:
-            continue  # a label that hides others says less than none
-        label = free[0]
-        labels.append(label)
-        pen.rectangle(label, fill=FOUND)
-        pen.text((label[0] + 2, (label[1] + label[3]) / 2), text, "black", font, anchor="lm")
+        for left, top in places + [(x, y - n * tall) for n in (2, 3, 4)]:
+            left, top = min(max(left, 0), size[0] - wide), min(max(top, 0), size[1] - tall)
+            label = left, top, left + wide, top + tall
+            if not any(overlap(label, other) for other in labels):
+                pen.rectangle(label, fill=FOUND)
+                pen.text((left + 2, top + tall / 2), text, "black", font, anchor="lm")
+                labels.append(label)
+                break  # where all are taken: a label that hides others says less than none
 
 
 def overlap(a: Sequence[float], b: Sequence[float]) -> bool:
@@ -116,10 +112,7 @@ def draw_dashed(pen: ImageDraw.ImageDraw, box: Sequence[float], colour: str, lin
 
 def save_sheet(path: Path, pictures: Sequence[Path]) -> int:
     """Write pictures, which are files, small and row by row on one; of many as many as fit, evenly chosen.
-
-    Returns:
-        How many they are.
-    """
+    Returns how many they are."""
     pictures = pictures[:: math.ceil(len(pictures) / SHEET_PICTURES)]
     columns = min(math.ceil(len(pictures) ** 0.5), SHEET_COLUMNS)
     small = [open_scaled(picture, SHEET_WIDTH // columns) for picture in pictures]
@@ -134,10 +127,7 @@ def save_sheet(path: Path, pictures: Sequence[Path]) -> int:
 
 def save_animation(path: Path, pictures: Sequence[Path]) -> int:
     """Write pictures, which are files, one after the other as an animated GIF or WebP without end.
-
-    Returns:
-        How many they are.
-    """
+    Returns how many they are."""
     first = open_scaled(pictures[0], FILM_WIDTH)
     others = (open_scaled(picture, FILM_WIDTH).resize(first.size) for picture in pictures[1:])
     how = {"save_all": True, "duration": FRAME_TIME, "loop": 0, "format": path.suffix[1:].upper()}

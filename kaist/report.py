@@ -13,8 +13,8 @@ import numpy as np
 
 from kaist.bootstrap import bootstrap, interval
 from kaist.files import printable, write_atomically, write_text
-from kaist.miss_rate import SCENE_SETUPS, SETUPS, GroundTruth, Result, evaluate, id_shift, rank
-from kaist.results import Detections, read_detections, write_detections
+from kaist.miss_rate import POINTS, SCENE_SETUPS, SETUPS, GroundTruth, Result, evaluate, id_shift, rank
+from kaist.results import NOTHING, Detections, write_and_read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,8 +49,7 @@ def score(
 ) -> Scores:
     """Evaluate a detector under both protocols, with bootstrap samples if any are wanted."""
     setups = {**SETUPS, **SCENE_SETUPS}
-    official = evaluate(ground_truth, detections, setups)
-    leaderboard = evaluate(ground_truth, detections, setups, "leaderboard")
+    official, leaderboard = (evaluate(ground_truth, detections, setups, protocol) for protocol in POINTS)
     samples = {}
     if resamples:
         samples = bootstrap(ground_truth, detections, setups, resamples=resamples, by_video=by_video)
@@ -62,8 +61,7 @@ def find_notes(
     ground_truth: GroundTruth, detections: Detections, official: Result, leaderboard: Result
 ) -> list[str]:
     """What is unusual about a result, a sentence each; results are those of Reasonable-all."""
-    notes = []
-    rate, lost = percent(official.miss_rate), official.n_positive - leaderboard.n_positive
+    notes, rate, lost = [], percent(official.miss_rate), official.n_positive - leaderboard.n_positive
     if lost:
         notes.append(
             f"the leaderboard's script drops frames without detections and so loses {lost} of "
@@ -108,8 +106,7 @@ def headline(results: dict[str, Result]) -> dict[str, float]:
 
 def count_people(ground_truth: GroundTruth) -> str:
     """How many frames there are, and how many of their people count, in words."""
-    nothing = Detections(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0))
-    return people_words(evaluate(ground_truth, nothing))
+    return people_words(evaluate(ground_truth, NOTHING))
 
 
 def people_words(results: dict[str, Result]) -> str:
@@ -128,13 +125,8 @@ def persons(n: int) -> str:
 
 def report(name: str, ground_truth: GroundTruth, detections: Detections, folder: Path) -> dict:
     """Print a run's table and write detections.txt, miss_rate.png and miss_rate.json to its folder.
-
-    Returns:
-        What miss_rate.json holds for it (see `as_dict`).
-    """
-    path = folder / "detections.txt"
-    write_detections(path, detections, ground_truth.frames)
-    written = read_detections(path, ground_truth.frames)  # its digits are what others will have
+    Returns what miss_rate.json holds for it (see `as_dict`)."""
+    written = write_and_read(folder / "detections.txt", detections, ground_truth.frames)
     scores = [score(name, ground_truth, written)]
     print_scores(scores)
     draw_curves(scores, folder / "miss_rate.png")
@@ -150,8 +142,10 @@ def as_dict(scores: Sequence[Scores], curves: bool = False) -> dict[str, dict]:
     """
     content = {}
     for s in scores:
-        official = {key: numbers(result, curves) for key, result in s.official.items()}
-        leaderboard = {key: numbers(result, curves) for key, result in s.leaderboard.items()}
+        official, leaderboard = (
+            {key: numbers(result, curves) for key, result in results.items()}
+            for results in (s.official, s.leaderboard)
+        )
         for key, samples in s.samples.items():
             official[key] |= {"interval_95": interval(samples), "resamples": len(samples)}
         content[s.name] = {"official": official, "leaderboard": leaderboard, "notes": s.notes}
@@ -179,8 +173,7 @@ def numbers(result: Result, curves: bool) -> dict[str, Any]:
 
 def write_json(scores: Sequence[Scores], path: Path, curves: bool = False) -> None:
     """Write `as_dict` to a file."""
-    text = json.dumps(as_dict(scores, curves), allow_nan=False) + "\n"
-    write_text(path, text)
+    write_text(path, json.dumps(as_dict(scores, curves), allow_nan=False) + "\n")
 
 
 # ------------------------------------------------------------------- tables
@@ -258,13 +251,11 @@ def compare(scores: Sequence[Scores]) -> list[str]:
     """
     best, *others = by_miss_rate(scores)
     lines = []
-    for s in others:
-        if s.samples and best.samples:
-            samples = s.samples[ALL] - best.samples[ALL]
-            verdict = "they differ" if differs(samples) else "no difference is shown"
-            gap = percent(s.official[ALL].miss_rate - best.official[ALL].miss_rate)
-            bounds = f"95% {show_interval(samples)}"
-            lines.append(f"{s.name} minus {best.name}: {gap} points, {bounds}: {verdict}")
+    for s in others if best.samples else ():
+        samples = s.samples[ALL] - best.samples[ALL]
+        verdict = "they differ" if differs(samples) else "no difference is shown"
+        gap = percent(s.official[ALL].miss_rate - best.official[ALL].miss_rate)
+        lines.append(f"{s.name} minus {best.name}: {gap} points, 95% {show_interval(samples)}: {verdict}")
     return lines
 
 

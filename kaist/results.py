@@ -53,6 +53,9 @@ class Detections:
         return replace(self, frame=self.frame[index], boxes=self.boxes[index], scores=self.scores[index])
 
 
+NOTHING = Detections(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0))
+
+
 def join_frames(found: Iterable[tuple[np.ndarray, np.ndarray]]) -> Detections:
     """Detections of the boxes (k, 4) xywh pixels and scores (k,) of each frame."""
     boxes, scores = zip(*found, strict=True)
@@ -248,3 +251,9 @@ def write_detections(path: str | Path, detections: Detections, frames: Sequence[
         text = json.dumps(content)
     write_text(frames_path(path), "\n".join(frames) + "\n")
     write_text(path, text)
+
+
+def write_and_read(path: Path, detections: Detections, frames: Sequence[str]) -> Detections:
+    """Write a result file and read it again: its digits are what others will have."""
+    write_detections(path, detections, frames)
+    return read_detections(path, frames)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from kaist.annotations import Annotations, find_annotations, find_file, read_image_list
 from kaist.frames import Frame
-from kaist.miss_rate import GroundTruth, load_ground_truth, open_test_set
+from kaist.miss_rate import GroundTruth, load_ground_truth
 from kaist.pair_sets import NAMED, find_lwir_range, open_pairs
 from kaist.pairs import PairSet
 
@@ -63,7 +63,9 @@ def open_testing(
     from kaist.demo import open_root  # here, because it takes Pillow
 
     root = open_root(data_root)
-    return root, open_test_set(root, test_list, test_annotations)
+    frame_ids = read_image_list(find_file(root, test_list))
+    where = root if test_annotations == "auto" else find_annotations(root, test_annotations, "lwir")
+    return root, load_ground_truth(where, frame_ids)
 
 
 def shared_note(root: Path | PairSet, frames: Sequence[Frame], test_set: GroundTruth) -> list[str]:

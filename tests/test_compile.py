@@ -8,7 +8,7 @@ import torch
 import torch._dynamo.testing
 
 import datasets
-from kaist.miss_rate import open_test_set
+from kaist.sources import KAIST, open_testing
 from model import make_network
 from utils import detect_frames, predict
 
@@ -62,7 +62,8 @@ def test_frames_are_detected_by_a_graph_of_one_shape(pair, demo_root):
     model, compiled, backend = pair
     for head in model.conf_heads:
         torch.nn.init.normal_(head.weight, std=0.1)
-    test_set = open_test_set(demo_root, "imageSets/test-all.txt", "auto")
+    where = {"test_list": "imageSets/test-all.txt", "test_annotations": "auto"}
+    _, test_set = open_testing(KAIST, demo_root, **where)
     settings = {"input_mode": model.input_mode, "input_size": model.size, "filler": model.filler()}
     settings |= {"min_height": 12.0, "margin": 5.0, "batch_size": 4, "workers": 0}
     sizes = [model.grids[i] for i in model.infused_maps]
