@@ -233,20 +233,17 @@ def list_images(paths: Sequence[Path], failures: list[InputError]) -> list[Path]
     """The images named, and those anywhere in the folders named, by path."""
     images: list[Path] = []
     for path in paths:
-        found = [path]
+        found, error = [path], None
         if path.is_dir():
             found = sorted((p for p in path.rglob("*") if p.suffix.lower() in ENDINGS), key=in_order)
-        error = None
-        if not path.exists():
-            error = InputError("no such image or folder", "check the path", file=path)
-        elif not found:
-            error = InputError("no image in this folder", f"it may hold {', '.join(ENDINGS)}", file=path)
-        elif path.suffix.lower() not in ENDINGS and found == [path]:
-            error = InputError("not an image", f"name one of {', '.join(ENDINGS)}", file=path)
-        if error:
-            skip(error, failures, len(paths))
-        else:
-            images += found
+            error = ("no image in this folder", f"it may hold {', '.join(ENDINGS)}")
+        elif not path.exists():
+            found, error = [], ("no such image or folder", "check the path")
+        elif path.suffix.lower() not in ENDINGS:
+            found, error = [], ("not an image", f"name one of {', '.join(ENDINGS)}")
+        if not found:
+            skip(InputError(*error, file=path), failures, len(paths))
+        images += found
     return images
 
 
@@ -274,12 +271,10 @@ def find_pairs(images: Sequence[Path], config: Namespace, failures: list[InputEr
     single-modality network.
     """
     pairs: dict[tuple[Path, ...], Pair] = {}
-    needed = MODALITIES[config.input_mode]
     for path in images:
-        pair, lone = {needed[0]: path}, path.parent.name not in ("visible", "lwir")
+        pair, lone = {MODALITIES[config.input_mode][0]: path}, path.parent.name not in ("visible", "lwir")
         if not lone:
-            pair = {m: partner(path, m) for m in ("visible", "lwir")}
-            pair = {m: file for m, file in pair.items() if file}
+            pair = {m: file for m in ("visible", "lwir") if (file := partner(path, m))}
         if can_use(pair, config, failures, len(images), lone):
             pairs[tuple(pair.values())] = pair
     return list(pairs.values())
@@ -355,13 +350,11 @@ def coco_entries(name: str, boxes: np.ndarray, scores: np.ndarray) -> list[dict]
 def write_rows(path: Path, name: str, boxes: np.ndarray, scores: np.ndarray, first: bool) -> None:
     """Append an image's detections to the table; `first` begins it anew."""
     rows = [["image", "x", "y", "w", "h", "score"]] if first else []
-    rows += [
-        [name, *(f"{value:.4f}" for value in box), f"{score:.8f}"]
-        for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
-    ]
+    for box, score in zip(boxes.tolist(), scores.tolist(), strict=True):
+        rows.append([name, *(f"{value:.4f}" for value in box), f"{score:.8f}"])
+    how = {"mode": "w" if first else "a", "encoding": "utf-8", "errors": "backslashreplace", "newline": ""}
     try:
-        mode = "w" if first else "a"
-        with path.open(mode, encoding="utf-8", errors="backslashreplace", newline="") as file:
+        with path.open(**how) as file:
             csv.writer(file, lineterminator="\n").writerows(rows)
     except OSError as error:
         problem = f"cannot write it ({error.strerror})"

@@ -29,7 +29,6 @@ from engine.config import OneLineParser, find_folder, pick
 from engine.curves import compare_runs, tell_apart
 from kaist.annotations import MODALITIES, find_parts, read_image_list
 from kaist.bootstrap import MOST_RESAMPLES
-from kaist.coco_ap import coco_ap
 from kaist.files import InputError, run_script
 from kaist.miss_rate import GroundTruth, load_ground_truth, select_frames
 from kaist.pair_sets import open_pairs
@@ -59,8 +58,8 @@ def main() -> None:
         return
     found = read_result_files(arguments) if arguments.detections else evaluate_checkpoint(arguments)
     print(f"people of {found[0].test_set.source}")
-    scores = [score(f.name, f.test_set, f.detections, arguments.bootstrap, arguments.by_video) for f in found]
-    scores = [replace(s, coco=coco_ap(f.test_set, f.detections)) for s, f in zip(scores, found, strict=True)]
+    samples = {"resamples": arguments.bootstrap, "by_video": arguments.by_video, "with_coco": True}
+    scores = [score(f.name, f.test_set, f.detections, **samples) for f in found]
     print_scores(scores, arguments.all_setups)
     if arguments.json:
         write_json(scores, arguments.json, curves=True)
@@ -131,11 +130,14 @@ def parse_arguments() -> Namespace:
     add("--show-errors", type=int, default=0, metavar="N", help=errors)
     add("--errors-out", type=picture, metavar="FILE", help=f"where to ({beside} {ERRORS})")
     arguments = parser.parse_args()
-    data = arguments.data_root, arguments.image_list, arguments.annotations, arguments.kaist
-    arguments.data_flags = [set_name(arguments.data)] if arguments.data else []
-    arguments.data_flags += [path for path in data if path]
-    if arguments.kaist:
-        fill_in(arguments, arguments.kaist)
+    data = (arguments.data_root, arguments.image_list, arguments.annotations, arguments.kaist)
+    arguments.data_flags = (set_name(arguments.data or ""), *data)
+    if root := arguments.kaist:
+        given = {"test_list": arguments.image_list, "test_annotations": arguments.annotations}
+        parts = find_parts(root, {name: str(path) for name, path in given.items() if path}, ["test"])
+        arguments.data_root = arguments.data_root or root
+        arguments.image_list = arguments.image_list or root / parts["test_list"]
+        arguments.annotations = arguments.annotations or root / parts["test_annotations"]
     for flag, number, most in (
         ("--bootstrap", arguments.bootstrap, MOST_RESAMPLES),
         ("--show-errors", arguments.show_errors, MOST_ERRORS),
@@ -154,15 +156,6 @@ def parse_arguments() -> Namespace:
     if arguments.blackout and (arguments.detections or arguments.compare):
         parser.error("--blackout and --without evaluate a checkpoint: leave --detections and --compare away")
     return arguments
-
-
-def fill_in(arguments: Namespace, root: Path) -> None:
-    """Fill what is not given of root, list and annotations with a full KAIST's."""
-    given = {"test_list": arguments.image_list, "test_annotations": arguments.annotations}
-    parts = find_parts(root, {name: str(path) for name, path in given.items() if path}, ["test"])
-    arguments.data_root = arguments.data_root or root
-    arguments.image_list = arguments.image_list or root / parts["test_list"]
-    arguments.annotations = arguments.annotations or root / parts["test_annotations"]
 
 
 def output(text: str) -> Path:
@@ -185,11 +178,8 @@ def picture(text: str) -> Path:
 def read_result_files(arguments: Namespace) -> list[Found]:
     """What the result files say of their frames, or of the subset of them that is asked for."""
     test_set, files = open_test_frames(arguments), arguments.detections
-    try:
-        names = tell_apart([path.with_suffix("") for path in files], "_")
-    except InputError:  # a.txt and a.json
-        names = tell_apart(files, "_")
-    found = []
+    with_endings = len({path.with_suffix("") for path in files}) < len(files)  # a.txt and a.json
+    names, found = tell_apart([path if with_endings else path.with_suffix("") for path in files], "_"), []
     for path, name in zip(files, names, strict=True):
         own, detections = test_set, read_detections(path, test_set.frames)
         if detections.ids:
@@ -221,11 +211,9 @@ def open_test_frames(arguments: Namespace) -> GroundTruth:
     if len(companions) < len(arguments.detections):
         lists.append(list(load_ground_truth(arguments.annotations).frames))
     if any(other != lists[0] for other in lists):
-        raise InputError(
-            "the result files' ids mean different lists of frames",
-            "evaluate them one by one, or name the frames to evaluate with --image-list",
-            file=companions[0],
-        )
+        problem = "the result files' ids mean different lists of frames"
+        remedy = "evaluate them one by one, or name the frames to evaluate with --image-list"
+        raise InputError(problem, remedy, file=companions[0])
     return load_ground_truth(arguments.annotations, lists[0])
 
 
@@ -259,13 +247,9 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
 
     path = choose_checkpoint(arguments.checkpoint, find_folder(CHECKPOINTS))
     device = choose_device(arguments.device)
-    settings = {
-        "data": arguments.data,
-        "data_root": arguments.data_root,
-        "test_list": arguments.image_list,
-        "test_annotations": arguments.annotations,
-    }
-    given = {name: str(value) for name, value in settings.items() if value}
+    given = {"data": arguments.data, "data_root": arguments.data_root}
+    given |= {"test_list": arguments.image_list, "test_annotations": arguments.annotations}
+    given = {name: str(value) for name, value in given.items() if value}
     model, config, epoch = open_network(path, device, arguments.experiment, **given)
     check_blackout(config, arguments.blackout)
     config.data_root = find_folder(config.data_root)
@@ -304,7 +288,7 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
 
 def name_suffix(path: Path, epoch: str, *flags: Path | str | None) -> str:
     """What the files of an evaluation have in their names beyond those of a run's own `last.pt`."""
-    parts = [path.stem if path.stem != "last" else epoch, *(Path(flag).stem for flag in flags if flag)]
+    parts = [epoch if path.stem == "last" else path.stem, *(Path(flag).stem for flag in flags if flag)]
     return "".join(f"-{part}" for part in parts if part)
 
 
@@ -312,10 +296,8 @@ def check_blackout(config: Namespace, blackout: str) -> None:
     """Refuse to blank a modality of a network that takes no other, and warn where it was never
     trained to do without."""
     if blackout and len(MODALITIES[config.input_mode]) == 1:
-        raise InputError(
-            f"a network with input {config.input_mode!r} cannot do without a modality",
-            "leave --blackout and --without away",
-        )
+        problem = f"a network with input {config.input_mode!r} cannot do without a modality"
+        raise InputError(problem, "leave --blackout and --without away")
     if blackout and not config.modality_dropout:
         print(f"warning: it was not trained to do without {blackout} (MODALITY_DROPOUT)")
 

@@ -38,11 +38,8 @@ def choose_device(name: str) -> torch.device:
         InputError: the device is not there.
     """
     if name == "auto":
-        name = "cpu"
-        if torch.cuda.is_available():
-            name = "cuda"
-        elif torch.backends.mps.is_available():
-            name = "mps"
+        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        name = next(kind for kind, is_there in there.items() if is_there)
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda", "mps"):
@@ -81,23 +78,19 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     "auto" is bfloat16 (by autocast; weights and losses stay float32) where the device has
     instructions for it, a CPU with AMX or AVX512-BF16 included, else float32.
     """
-    if name == "auto":
-        if device.type == "cuda":
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        elif device.type == "cpu":
-            # A torch too old to tell counts as without.
-            abilities = getattr(torch.cpu, "get_capabilities", dict)()
-            has_bf16 = bool(abilities.get("amx_bf16") or abilities.get("avx512_bf16"))
-        else:
-            has_bf16 = False
-        name = "bf16" if has_bf16 else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
+    has_bf16 = name == "bf16"
+    if name == "auto" and device.type == "cuda":
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto" and device.type == "cpu":
+        abilities = getattr(torch.cpu, "get_capabilities", dict)()  # a torch too old to tell has none
+        has_bf16 = abilities.get("amx_bf16") or abilities.get("avx512_bf16")
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def make_deterministic() -> None:
-    """Have torch choose algorithms whose result is the same every time, where it has any.
+    """Have torch choose algorithms whose result is the same every time, and warn where it has none.
 
-    Of others it warns. To be called before the device is used.
+    To be called before the device is used.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -155,12 +148,8 @@ def published_checkpoint(path: Path, experiment: str) -> dict[str, Any]:
     config.input_mode = tutorial_input_mode(state, config.input_mode)
     model = make_network(**model_arguments(config))
     load_published(model, state, path)
-    return {
-        "format": CHECKPOINT_FORMAT,
-        "config": vars(config),
-        "model_args": model_arguments(config),
-        "model": model.state_dict(),
-    }
+    content = {"config": vars(config), "model_args": model_arguments(config), "model": model.state_dict()}
+    return {"format": CHECKPOINT_FORMAT, **content}
 
 
 def detect_frames(
@@ -186,16 +175,13 @@ def detect_frames(
         the average precision of its mask head over the cells of all frames, see
         `average_precision`. NaN where no cell is a person's.
     """
-    device = model.priors.device
-    was_training, compiled = model.training, hasattr(model, "_orig_mod")
+    device, was_training, compiled = model.priors.device, model.training, hasattr(model, "_orig_mod")
     model.eval()
-    found, frame_sizes = [], []
+    found, frame_sizes, n_full = [], [], 0
     sizes = {frame.id: frame.size for frame in loader.loader.dataset.frames}
     cells = torch.zeros(len(model.infused_maps), 2, MARGIN_BINS, dtype=torch.int64, device=device)
-    n_full = 0
-    bar = tqdm(
-        loader.epoch(0), total=len(loader), desc="detecting", leave=False, disable=not is_main_process()
-    )
+    shown = {"desc": "detecting", "leave": False, "disable": not is_main_process()}
+    bar = tqdm(loader.epoch(0), total=len(loader), **shown)
     with torch.inference_mode():
         for batch in watch(bar):
             if batch is None:  # the last one has no frame for this process
@@ -249,10 +235,8 @@ def average_precision(cells: Tensor) -> float:
 def predict(
     model: SSD300, images: Tensor, precision: torch.dtype, test_flip: bool, with_masks: bool = False
 ) -> Predictions:
-    """Forward pass of (N, C, H, W) uint8 images.
-
-    With `test_flip` loc and conf are averaged with those of the mirror images.
-    """
+    """Forward pass of (N, C, H, W) uint8 images; with `test_flip` loc and conf are averaged with those of
+    the mirror images."""
     with autocast(images.device, precision):
         predictions = model(images, with_masks)
         if test_flip:

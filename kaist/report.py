@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kaist.bootstrap import bootstrap, interval
+from kaist.coco_ap import coco_ap
 from kaist.files import printable, write_atomically, write_text
 from kaist.miss_rate import POINTS, SCENE_SETUPS, SETUPS, GroundTruth, Result, evaluate, id_shift, rank
 from kaist.results import NOTHING, Detections, write_and_read
@@ -45,16 +46,22 @@ class Scores:
 
 
 def score(
-    name: str, ground_truth: GroundTruth, detections: Detections, resamples: int = 0, by_video: bool = False
+    name: str,
+    ground_truth: GroundTruth,
+    detections: Detections,
+    resamples: int = 0,
+    by_video: bool = False,
+    with_coco: bool = False,
 ) -> Scores:
-    """Evaluate a detector under both protocols, with bootstrap samples if any are wanted."""
+    """Evaluate a detector under both protocols, with bootstrap samples and COCO's AP if they are wanted."""
     setups = {**SETUPS, **SCENE_SETUPS}
     official, leaderboard = (evaluate(ground_truth, detections, setups, protocol) for protocol in POINTS)
     samples = {}
     if resamples:
         samples = bootstrap(ground_truth, detections, setups, resamples=resamples, by_video=by_video)
     notes = find_notes(ground_truth, detections, official[ALL], leaderboard[ALL])
-    return Scores(printable(name), official, leaderboard, samples, notes)
+    coco = coco_ap(ground_truth, detections) if with_coco else {}
+    return Scores(printable(name), official, leaderboard, samples, notes, coco)
 
 
 def find_notes(
