@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.config import OneLineParser, find_folder, pick
+from engine.config import OneLineParser, find_folder, limit_workers, pick
 from engine.curves import compare_runs, tell_apart
 from kaist.annotations import MODALITIES, find_parts, read_image_list
 from kaist.bootstrap import MOST_RESAMPLES
@@ -251,6 +251,7 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     given |= {"test_list": arguments.image_list, "test_annotations": arguments.annotations}
     given = {name: str(value) for name, value in given.items() if value}
     model, config, epoch = open_network(path, device, arguments.experiment, **given)
+    limit_workers(config)
     check_blackout(config, arguments.blackout)
     config.data_root = find_folder(config.data_root)
     root, test_set = open_testing(**pick(config, *TEST_SET))

@@ -50,31 +50,25 @@ CHOICES = {
 # The smallest and the largest value of constants that are numbers.
 BELOW_1 = math.nextafter(1.0, 0.0)
 RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("copy_paste", "modality_dropout", "mirror_apart", "crop_apart", "shift_left"), (0, 1)),
+    **dict.fromkeys(("pixel_mean", "min_score", "nms_iou"), (0, 1)),
+    **dict.fromkeys(("ema_decay", "validation", "seg_person_share"), (0, BELOW_1)),
+    **dict.fromkeys(("min_height", "margin"), (0, 10**4)),
+    **dict.fromkeys(("save_minutes", "seg_weight"), (0, 10**6)),
+    **dict.fromkeys(("epochs", "eval_every"), (1, 10**6)),
     "seed": (0, 2**63 - 1),
     "workers": (0, 256),
     "max_bad_frames": (0, 10**9),
-    "save_minutes": (0, 10**6),
-    "pixel_mean": (0, 1),
     "pixel_std": (1e-3, 10),
     "width": (1e-3, 4),
     "lr": (1e-12, 1e9),
     "bias_lr_factor": (0, 1000),
     "weight_decay": (0, 100),
-    "ema_decay": (0, BELOW_1),
     "batch_size": (1, 2**16),
-    "epochs": (1, 10**6),
-    "eval_every": (1, 10**6),
-    "validation": (0, BELOW_1),
-    "seg_weight": (0, 10**6),
-    "seg_person_share": (0, BELOW_1),
     "zoom_out": (1, 16),
-    **dict.fromkeys(("copy_paste", "modality_dropout", "mirror_apart", "crop_apart", "shift_left"), (0, 1)),
-    "min_height": (0, 10**4),
-    "margin": (0, 10**4),
-    "min_score": (0, 1),
-    "nms_iou": (0, 1),
     "max_boxes": (1, 10**5),
     "samples": (1, 10**3),
+    "lwir_range": (-1e9, 1e9),
 }
 
 # What the options of masks are where no map is infused, and what MLPD and INSANet are made for.
@@ -177,9 +171,8 @@ def read_config(script: str, argv: list[str] | None = None) -> Namespace:
     values |= flags
     if values["experiment"]:
         values |= resolve_row(values["experiment"]) | flags
-    config = Namespace(**values)
-    check_config(vars(config))
-    return config
+    check_config(values)
+    return limit_workers(Namespace(**values))
 
 
 def from_root(folder: str) -> str:
@@ -280,6 +273,18 @@ def conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "name", "choose a folder's name that does not begin with a row's"
 
 
+def limit_workers(config: Namespace) -> Namespace:
+    """The configuration with no more loader processes than the machine's cores have a use for."""
+    cores = os.cpu_count() or 1
+    most = max(8, 4 * cores)
+    if config.workers > most:
+        print(
+            f"note: WORKERS = {config.workers} are more than {cores} cores have a use for: {most} are started"
+        )
+        config.workers = most
+    return config
+
+
 def device_loader_conflict(cache: str, copy_paste: bool) -> str:
     """What keeps batches from being made on the device; nothing: ""."""
     if not cache:
@@ -305,7 +310,7 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
         InputError: a constant is missing, or has a type or a value that no run has.
     """
     needed = ("data_root", "test_list", "test_annotations", "device", "precision")
-    known = BEFORE | {"start_method": "auto", "workers": 0} | dict.fromkeys(needed, "")
+    known = BEFORE | {"start_method": "auto", "workers": 0, "cache": ""} | dict.fromkeys(needed, "")
     values = checkpoint["config"]
     try:
         for name in (*needed, "input_mode", "input_size", "batch_size"):
@@ -327,11 +332,11 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
 
 
 def same_kind(value: Any, default: Any) -> bool:
-    """Whether a value is of a default's type, or a list for a tuple of its length; any number is one."""
+    """Whether a value is of a default's type, or a list for a tuple of its length; a float may be whole."""
     if isinstance(default, tuple):
         same_length = isinstance(value, tuple | list) and len(value) == len(default)
         return same_length and all(type(number) in (int, type(default[0])) for number in value)
-    return type(value) is type(default) if isinstance(default, str | bool) else isinstance(value, int | float)
+    return type(value) is type(default) or (isinstance(default, float) and type(value) is int)
 
 
 def pick(config: Namespace, *names: str) -> dict[str, Any]:
