@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import numpy as np
 
 from kaist.miss_rate import (
-    BLOCK,
     FPPI_POINTS,
     SETUPS,
     GroundTruth,
@@ -47,45 +46,24 @@ def bootstrap(
     ranked = rank(detections)
     videos = [frame_id.rsplit("/", 1)[0] for frame_id in ground_truth.frames]
     units = np.unique(videos, return_inverse=True)[1] if by_video else np.arange(len(videos))
-    samples = {}
+    n_units, samples = int(units.max()) + 1, {}
     for name, matching in match_setups(ground_truth, ranked, setups):
         rng = np.random.default_rng(seed)
         drawn = np.unique(units[matching.frames])
         people = np.bincount(ground_truth.frame[matching.positive], minlength=len(videos))
         hits, false = matching.outcome == 1, matching.outcome == 0
-        hits_before = np.append(np.cumsum(hits)[false], np.count_nonzero(hits))
+        hits_before = np.append(np.cumsum(hits)[false], np.count_nonzero(hits))  # each false one, and the end
         hits, false = ranked.frame[hits], ranked.frame[false]
-        size = max(1, BLOCK // max(len(videos), len(false), len(hits)))
-        rates = [np.empty((0, len(FPPI_POINTS)))]
-        for start in range(0, resamples, size):
-            n = min(size, resamples - start)
-            weight = draw_weights(rng, n, drawn, len(videos), units) * matching.frames
-            allowed = allowed_false_positives(weight.sum(axis=1, keepdims=True), FPPI_POINTS)
-            seen = count_up_to(np.cumsum(weight[:, false], axis=1), allowed)
-            found = np.cumsum(np.pad(weight[:, hits], ((0, 0), (1, 0))), axis=1)
-            found = np.take_along_axis(found, hits_before[seen], axis=1)
-            rates.append(share(found, weight @ people[:, None]))
-        samples[name] = log_average(np.concatenate(rates), "official")
+        rates = np.empty((resamples, len(FPPI_POINTS)))
+        for i in range(resamples):
+            picks = drawn[rng.integers(0, max(len(drawn), 1), len(drawn))]
+            weight = np.bincount(picks, minlength=n_units)[units] * matching.frames  # of each frame
+            allowed = allowed_false_positives(weight.sum(), FPPI_POINTS)
+            seen = np.searchsorted(np.cumsum(weight[false]), allowed, side="right")
+            found = np.append(0, np.cumsum(weight[hits]))[hits_before[seen]]
+            rates[i] = share(found, weight @ people)
+        samples[name] = log_average(rates, "official")
     return samples
-
-
-def draw_weights(
-    rng: np.random.Generator, n: int, drawn: np.ndarray, n_frames: int, units: np.ndarray
-) -> np.ndarray:
-    """(n, n_frames) int64: how often each frame's unit came up in n draws from `drawn`."""
-    n_units = int(units.max()) + 1
-    picks = drawn[rng.integers(0, max(len(drawn), 1), (n, len(drawn)))]
-    picks += np.arange(n)[:, None] * n_units
-    return np.bincount(picks.ravel(), minlength=n * n_units).reshape(n, n_units)[:, units]
-
-
-def count_up_to(ascending: np.ndarray, limits: np.ndarray) -> np.ndarray:
-    """For each row of (n, k) ascending counts, how many are not above each of (n, 9) limits."""
-    n, k = ascending.shape
-    lift = np.arange(n)[:, None] * (int(ascending.max(initial=0)) + 1)
-    limits = np.minimum(limits, ascending.max(initial=0)) + lift
-    found = np.searchsorted((ascending + lift).ravel(), limits.ravel(), side="right")
-    return found.reshape(limits.shape) - np.arange(n)[:, None] * k
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:
