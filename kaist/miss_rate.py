@@ -199,29 +199,17 @@ def edges(boxes: np.ndarray) -> np.ndarray:
 def match_greedily(det: np.ndarray, gt: np.ndarray, n_gt: int) -> np.ndarray:
     """Match detections in turn: each takes the first of its ground truth boxes that is still free.
 
-    All frames at once, by proposals (Gale and Shapley, 1962): every detection proposes to its best
-    box, a box keeps the first-ranked detection that ever proposed, and the others go on to their
-    next box. As all boxes rank detections alike, this ends in exactly what serving them in turn
-    gives.
-
     Args:
         det, gt: (p,) pairs as in `Overlaps`, detections ranked by their number.
 
     Returns:
         (n_gt,) int64: the detection that each box is matched with, -1 if none.
     """
-    none = len(det)
-    kept = np.full(n_gt, none)  # of each box, the pair that it keeps
-    proposed = np.flatnonzero(np.diff(det, prepend=-1))  # each detection's first pair
-    while len(proposed):
-        boxes = gt[proposed]
-        before = kept[boxes]
-        np.minimum.at(kept, boxes, proposed)  # pairs are in order of rank
-        after = kept[boxes]
-        refused = np.concatenate([proposed[after != proposed], np.unique(before[before != after])])
-        refused = refused[refused + 1 < none]
-        proposed = refused[det[refused] == det[refused + 1]] + 1
-    return np.append(det, -1)[kept]
+    gt_match, served = [-1] * n_gt, -1
+    for d, g in zip(det.tolist(), gt.tolist(), strict=True):
+        if d != served and gt_match[g] < 0:
+            gt_match[g] = served = d
+    return np.array(gt_match, np.int64)
 
 
 @dataclass(frozen=True)
