@@ -7,6 +7,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import signal
 import sys
@@ -123,7 +124,7 @@ class Run:
             return False, None
         self.lock = lock_folder(folder)
         kept = [path for name in (LAST, PREVIOUS) if (path := folder / name).exists()]
-        whole = ((path, state) for path in kept if (state := load_state(path)))
+        whole = ((path, state) for path in kept if (state := load_state(path, self.config.epochs)))
         path, state = next(whole, (None, None))
         if state is None:
             if kept:
@@ -154,6 +155,9 @@ class Run:
             InputError: the checkpoint, of an older version of this code, lacks a part's state.
         """
         self.parts = parts
+        if len(self.sums) not in (0, len(self.terms)):
+            remedy = "move its folder away to start anew"
+            raise InputError("its loss terms are others", remedy, file=self.folder / LAST)
         for name, part in parts.items() if self.state else ():
             try:
                 if name in self.state or part.state_dict():
@@ -381,21 +385,32 @@ class Run:
         return path
 
 
-def load_state(path: Path) -> dict[str, Any] | None:
-    """A checkpoint that tells where its run stood; None, with a warning, if it cannot be gone on from."""
+def load_state(path: Path, epochs: int) -> dict[str, Any] | None:
+    """A checkpoint that tells where its run of so many epochs stood; None, with a warning, if none can
+    be gone on from."""
     try:
         state = load_checkpoint(path)
-        stood = START | {"epoch": None, "step": None} | state
-        rows, sums = stood["history"], stood["sums"]
-        plain = isinstance(sums, list) and isinstance(rows, list) and all(isinstance(r, dict) for r in rows)
-        numbers = [stood[name] for name in ("epoch", "step", "skipped", "seconds")]
-        numbers += [*sums, *(value for row in rows for value in row.values())] if plain else [None]
-        if not all(isinstance(number, int | float) for number in numbers):
+        if not tells_progress(START | {"epoch": None, "step": None} | state, epochs):
             raise InputError("it does not tell where its run stood", "move it away", file=path)
         return state
     except InputError as error:
         print(f"warning: {error}")
         return None
+
+
+def tells_progress(stood: dict[str, Any], epochs: int) -> bool:
+    """Whether the names of `START` have values of a run of so many epochs."""
+    epoch, step, sums, rows = (stood[name] for name in ("epoch", "step", "sums", "history"))
+    counts = all(type(number) is int and number >= 0 for number in (epoch, step, stood["skipped"]))
+    if not (counts and isinstance(sums, list) and isinstance(rows, list)):
+        return False
+    columns = {"epoch", "loss", "lr", "seconds"}
+    logged = all(isinstance(row, dict) and columns <= row.keys() for row in rows)
+    if not logged or epoch > epochs or len(rows) != epoch or bool(step) != bool(sums):
+        return False
+    logged = [value for row in rows for value in row.values()]  # some may be NaN
+    numbers = all(isinstance(number, int | float) for number in (stood["seconds"], *sums, *logged))
+    return numbers and all(map(math.isfinite, (stood["seconds"], *sums)))
 
 
 def same_recipe(folder: Path, config: dict[str, Any]) -> bool:

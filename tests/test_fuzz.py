@@ -79,6 +79,7 @@ def test_two_thousand_inputs(readers, tmp_path):
         assert "refused" in results and results <= {"refused", "taken"}, results
 
 
+@pytest.mark.timing
 def test_an_error_and_a_hang_are_failures(tmp_path, monkeypatch):
     def fail(path):
         raise KeyError("x")

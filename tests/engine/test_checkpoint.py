@@ -80,6 +80,18 @@ def test_an_archive_whose_parts_lie_on_top_of_each_other_is_refused(tmp_path):
         load_checkpoint(path)
 
 
+def test_a_compressed_archive_is_refused_before_it_is_read(tmp_path):
+    """64 MB of zeros that are 64 kB in the file; of a larger one, all memory."""
+    whole, path = tmp_path / "whole.pt", tmp_path / "last.pt"
+    torch.save({"format": "sds-ssd-kaist-1", "model": {"weight": torch.zeros(16 * 2**20)}}, whole)
+    with zipfile.ZipFile(whole) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new:
+        for part in old.infolist():
+            new.writestr(part.filename, old.read(part))
+    assert path.stat().st_size < whole.stat().st_size / 500
+    with pytest.raises(InputError, match="it is compressed, which train.py never does"):
+        load_checkpoint(path)
+
+
 def test_a_pickle_that_asks_for_any_amount_of_memory_is_refused(tmp_path):
     whole, path = tmp_path / "whole.pt", tmp_path / "last.pt"
     torch.save(

@@ -256,6 +256,10 @@ def test_an_old_checkpoints_configuration_is_filled_up():
         {"pixel_mean": (0.5, 0.5, 0.5, 0.5)},
         {"batch_size": 0},
         {"batch_size": "x"},
+        {"batch_size": 2.5},
+        {"max_boxes": 20.5},
+        {"lwir_range": (float("nan"), 1.0)},
+        {"loader": "device"},  # without a cache
         {"workers": 9999},
         {"data_root": 3},
         {"test_list": None},
@@ -269,6 +273,15 @@ def test_an_old_checkpoints_configuration_is_filled_up():
 def test_a_checkpoints_configuration_that_no_run_has_is_refused(changes):
     with pytest.raises(InputError, match="^last.pt: not a run's configuration .*; choose a checkpoint"):
         checkpoint_config(content_of(**changes), "last.pt")
+
+
+@pytest.mark.parametrize(("asked", "started"), [(256, 8), (8, 8), (3, 3)])
+def test_no_more_workers_are_started_than_the_cores_have_a_use_for(asked, started, monkeypatch, capsys):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert train.configure(["--workers", str(asked)]).workers == started
+    said = capsys.readouterr().out
+    assert (said == "") == (asked == started)
+    assert asked == started or "WORKERS = 256 are more than 2 cores have a use for: 8 are started" in said
 
 
 @pytest.mark.parametrize("missing", ["input_mode", "data_root", "test_list", "device", "batch_size"])

@@ -63,6 +63,7 @@ def test_two_processes_train_as_one(more, nursery, demo_root, tmp_path):
 LOST = "error: another process of this run has ended; see what it said; the same command goes on"
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     ("killed", "kill"), [(0, "open train-all 1"), (1, "open jpg 5"), (0, "open jpg 42"), (1, "open jpg 62")]
 )
@@ -89,6 +90,7 @@ def average_in_a_process(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.timing
 def test_processes_average_what_batch_norm_has_seen(tmp_path):
     """On CPUs each normalises by its own frames; a shared evaluation is of one network."""
     start = torch.multiprocessing.start_processes

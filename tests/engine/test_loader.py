@@ -159,6 +159,7 @@ def test_a_bad_test_frame_stops_the_run_and_loses_nothing(start, demo_root, root
         assert torch.equal(value, ended["model"][key])
 
 
+@pytest.mark.timing
 def test_two_processes_leave_out_the_same_frames_and_stop_together(nursery, root, tmp_path):
     ids = read_image_list(root / "imageSets/train-all.txt")
     first, _, third = EpochBatches(12, 4, seed=42)

@@ -20,6 +20,7 @@ import train
 import utils
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.config import pick
+from engine.run import load_state
 from kaist.files import InputError
 from kaist.sources import TRAIN_SET, open_training
 from pseudo_gt import choose_range
@@ -83,8 +84,10 @@ def assert_same(a, b):
 # ------------------------------------------------------------------------------ kills
 
 
+@pytest.mark.timing
 def test_a_run_killed_many_times_ends_as_one_never_interrupted(nursery, data, tmp_path):
-    flags = [*data, "--epochs", "6", "--save-minutes", "1e-6"]  # a checkpoint after every step
+    flags = [*data, *"--epochs 5 --eval-every 2 --no-test-flip".split()]
+    flags += ["--save-minutes", "1e-6"]  # a checkpoint after every step
     whole, killed = tmp_path / "whole/custom", tmp_path / "killed/custom"
     nursery.run(*flags, "--checkpoints", whole.parent, "--save-minutes", "0")
     unfinished = 0
@@ -97,7 +100,7 @@ def test_a_run_killed_many_times_ends_as_one_never_interrupted(nursery, data, tm
     assert unfinished >= sum("half" in kill for kill in KILLS)
     nursery.run(*flags, "--checkpoints", killed.parent)
 
-    assert rows_of(killed) == rows_of(whole) and len(rows_of(whole)) == 6
+    assert rows_of(killed) == rows_of(whole) and len(rows_of(whole)) == 5
     for name in ("last.pt", "best.pt"):
         ours, theirs = load_checkpoint(killed / name), load_checkpoint(whole / name)
         for part in ("model", "optimizer", "epoch", "step", "sums"):
@@ -133,6 +136,7 @@ def test_a_step_that_fails_in_the_middle_is_not_saved(data, tmp_path, monkeypatc
     assert (last["epoch"], last["step"]) == (1, 0)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_many_signals_at_once_save_one_checkpoint_and_end_the_run(nursery, data, tmp_path, number):
     flags = [*data, "--epochs", "50", "--checkpoints", tmp_path]
@@ -149,6 +153,7 @@ def test_many_signals_at_once_save_one_checkpoint_and_end_the_run(nursery, data,
     assert (kept["epoch"] + 1, kept["step"] + 1) == (int(epoch), int(step)) != (1, 1)
 
 
+@pytest.mark.timing
 def test_a_signal_ends_an_evaluation_and_the_run_goes_on_to_the_same_numbers(
     nursery, data, finished, tmp_path, monkeypatch
 ):
@@ -196,6 +201,7 @@ def test_a_finished_run_and_the_name_of_the_new_one_are_told(nursery, data, fini
     assert f"run: {tmp_path}/custom-2, epoch 1 of 2" in said
 
 
+@pytest.mark.timing
 def test_a_second_process_is_refused_until_the_first_has_gone(nursery, data, tmp_path, monkeypatch):
     flags = [*data, "--epochs", "400", "--checkpoints", str(tmp_path)]
     child = nursery.start(*flags)
@@ -301,6 +307,33 @@ def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(nursery, data
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
+STOOD = {"epoch": 1, "step": 2, "sums": [3.0], "seconds": 0.5, "skipped": 0}
+STOOD["history"] = [{"epoch": 1, "loss": 2.0, "lr": 0.1, "seconds": 9, "miss_rate": float("nan")}]
+ROW = STOOD["history"][0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"epoch": value} for value in (None, -1, 0, 3, 1.0, 10**30, "x", torch.ones(2), [1])),
+        *({"step": value} for value in (None, -1, 0, 2.5, float("nan"), "x", {})),
+        *({"sums": value} for value in (None, [], ["x"], [float("nan")], {"a": 1}, "x", torch.ones(2))),
+        *({"seconds": value} for value in (None, float("nan"), "x", [])),
+        *({"skipped": value} for value in (None, -1, 2.5)),
+        *({"history": value} for value in (None, [], [1], ["x"], [{}], [{1: 2}], [ROW | {"loss": "x"}])),
+        *({"history": value} for value in ({"a": 1}, [ROW, ROW], [ROW | {"lr": torch.ones(2)}])),
+    ],
+)
+def test_a_checkpoint_that_does_not_tell_where_its_run_stood_is_passed_over(changes, tmp_path, capsys):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, CONTENT | STOOD)
+    assert load_state(path, epochs=2)["epoch"] == 1
+    save_checkpoint(path, CONTENT | STOOD | changes)
+    assert load_state(path, epochs=2) is None
+    said = capsys.readouterr().out
+    assert said.startswith(f"warning: {path}: ") and said.count("\n") == 1
+
+
 # ------------------------------------------------------------------------------ processes
 
 
@@ -319,6 +352,7 @@ def alive(pid):
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads /proc")
 
 
+@pytest.mark.timing
 @needs_proc
 @pytest.mark.parametrize(
     ("hit", "code", "words"),
@@ -368,6 +402,7 @@ def loader_of(config):
     )
 
 
+@pytest.mark.timing
 def test_spawned_workers_give_the_same_batches(data, demo_root):
     def batches(*flags):
         config = train.configure([*data, *flags])
@@ -378,6 +413,7 @@ def test_spawned_workers_give_the_same_batches(data, demo_root):
     assert_same(list(map(list, spawned)), list(map(list, batches("--out-of-range", "ignore"))))
 
 
+@pytest.mark.timing
 def test_too_little_shared_memory_is_told(data, monkeypatch):
     def full(*_):
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device")
@@ -389,6 +425,7 @@ def test_too_little_shared_memory_is_told(data, monkeypatch):
         list(loader.epoch(0))
 
 
+@pytest.mark.timing
 def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path):
     command = [sys.executable, "-X", "importtime", str(PROJECT / "train.py")]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:

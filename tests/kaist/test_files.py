@@ -147,6 +147,7 @@ def test_text_is_written_as_utf_8_in_every_locale(run, tmp_path):
     assert path.read_bytes() == "caf\\udce9,日\n".encode()
 
 
+@pytest.mark.timing
 def test_a_closed_pipe_ends_a_script_silently(run):
     reader, writer = os.pipe()
     os.close(reader)

@@ -112,6 +112,7 @@ print(os.getpid(), sum(not np.array_equal(cache.read(i), read_frame(root, i, "ea
 """
 
 
+@pytest.mark.timing
 def test_two_containers_with_one_process_id_share_a_cache_folder(demo_root, tmp_path, ids):
     """One of them, on a slow host, stands still in the middle of its file while the other one works."""
     container = ["unshare", "-p", "-f", "--mount-proc"]

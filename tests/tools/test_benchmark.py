@@ -86,6 +86,7 @@ def untuned_and_tuned() -> tuple[int, int]:
     return usual, new_pages(8)
 
 
+@pytest.mark.timing
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is asked to keep memory")
 def test_freed_memory_is_kept(monkeypatch):
     # With its threshold fixed, glibc takes each block from the system and gives it back. Left to
@@ -97,6 +98,7 @@ def test_freed_memory_is_kept(monkeypatch):
     assert kept < usual / 10
 
 
+@pytest.mark.timing
 @pytest.mark.skipif(not STATUS.exists(), reason="Linux alone tells what a process holds")
 def test_added_memory_is_the_functions_own():
     held = torch.ones(600 * 2**20, dtype=torch.uint8)  # by the parent, of which it knows nothing

@@ -47,12 +47,14 @@ def test_the_page_says_it_all(report):
         assert what in page
 
 
+@pytest.mark.timing
 def test_what_the_time_does_not_reach_is_left_out(tmp_path):
     setting = Setting(CPU, TINY, tmp_path, deadline=time.time())
     for _, part in gpu_report.run_parts(setting, ["losses", "image"]):
         assert part["error"].startswith("left out") and not part["lines"]
 
 
+@pytest.mark.timing
 def test_a_part_that_hangs_or_dies_is_told():
     ours, theirs = Pipe()
     theirs.send(("line", {"what": "found"}))
