@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import time
 from collections.abc import Callable
@@ -66,7 +65,7 @@ def runs_table(folder: str | Path, differences: Callable[[dict[str, Any]], str])
     for path, run in found:
         rates = [100 * row["miss_rate"] for row in run["log"] if row.get("miss_rate", -1) >= 0]
         state = "finished" if run["finished"] else "unfinished"
-        changed = last_change(path)
+        changed = path.stat().st_mtime  # whatever a run writes is renamed into its folder
         row = str(run["config"].get("experiment") or "demo")
         done = f"{len(run['log'])}/{run['epochs']}"
         best = f"{min(rates):.2f}" if rates else "–"
@@ -76,15 +75,6 @@ def runs_table(folder: str | Path, differences: Callable[[dict[str, Any]], str])
         return f"{folder}: no runs yet; python train.py starts one"
     head = f"{'run':{width}} {'row':>5} {'epochs':>9}  {'':10} {'miss rate':>9}  last written  what differs"
     return "\n".join([f"{folder}:", head, *(text for _, text in sorted(rows, reverse=True))])
-
-
-def last_change(folder: Path) -> float:
-    """When a file of a folder was last written."""
-    moments = [0.0]
-    for path in folder.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # a file of a running run, renamed just now
-            moments.append(path.stat().st_mtime)
-    return max(moments)
 
 
 def age(moment: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,15 +20,6 @@ NONFINITE = (
     "lower LR, look at those frames, or go on without them by --on-nonfinite skip from last.pt, which is "
     "from before this step",
 )
-
-
-class StepRecord(NamedTuple):
-    """A step's loss terms, averaged over the processes and of this one, (2, terms); whether they and
-    the gradient are finite, a bool scalar; its frames. The tensors are on the device."""
-
-    losses: Tensor
-    finite: Tensor
-    frame_ids: list[str]
 
 
 class StepMonitor:
@@ -47,7 +38,7 @@ class StepMonitor:
         self.max_nonfinite_steps = max_nonfinite_steps
         self.consecutive = 0
         self.started = time.perf_counter()
-        self.pending: list[StepRecord] = []
+        self.pending: list[tuple[Tensor, Tensor, list[str]]] = []  # as they were added
 
     def __enter__(self) -> StepMonitor:
         return self
@@ -78,27 +69,31 @@ class StepMonitor:
     def add(self, losses: Tensor, finite: Tensor, frame_ids: list[str]) -> None:
         """Take note of a step.
 
+        Args:
+            losses: (2, terms), averaged over the processes and of this one, on the device.
+            finite: whether they and the gradient are, a bool scalar on the device.
+
         Raises:
             InputError: too many steps in a row were not finite. What the last one saw is in the
                 run's folder.
         """
-        self.pending.append(StepRecord(losses, finite, frame_ids))
+        self.pending.append((losses, finite, frame_ids))
         if not losses.is_cuda or len(self.pending) == READ_BACK_STEPS:
             self.flush()
 
     def flush(self) -> None:
         """Count every step so far."""
-        records, self.pending = self.pending, []
-        if not records:
+        pending, self.pending = self.pending, []
+        if not pending:
             return
-        losses = torch.stack([record.losses for record in records]).cpu()
-        finite = torch.stack([record.finite for record in records]).tolist()
+        losses, finite, frame_ids = zip(*pending, strict=True)
+        losses, finite = torch.stack(losses).cpu(), torch.stack(finite).tolist()
         now = time.perf_counter()
-        seconds, self.started = (now - self.started) / len(records), now
-        for record, (mean, own), good in zip(records, losses, finite, strict=True):
+        seconds, self.started = (now - self.started) / len(pending), now
+        for (mean, own), good, ids in zip(losses, finite, frame_ids, strict=True):
             self.consecutive = 0 if good else self.consecutive + 1
             if not good:
-                evidence = self.run.save_evidence(record.frame_ids, own, rank())
+                evidence = self.run.save_evidence(ids, own, rank())
                 if self.consecutive == self.max_nonfinite_steps:
                     raise InputError(*NONFINITE, file=evidence)
             self.run.add_step(mean if good else None, seconds)

@@ -68,31 +68,21 @@ def find_notes(
     ground_truth: GroundTruth, detections: Detections, official: Result, leaderboard: Result
 ) -> list[str]:
     """What is unusual about a result, a sentence each; results are those of Reasonable-all."""
-    notes, rate, lost = [], percent(official.miss_rate), official.n_positive - leaderboard.n_positive
-    if lost:
-        notes.append(
-            f"the leaderboard's script drops frames without detections and so loses {lost} of "
-            f"{official.n_positive} people: it says {percent(leaderboard.miss_rate)}, and {rate} is right"
-        )
-    if not len(detections.scores):
-        notes.append("there is not one detection in it")
-    if detections.other_categories:
-        notes.append(f"left out {detections.other_categories} rows of other categories")
-    if detections.other_frames:
-        notes.append(f"left out {detections.other_frames} rows of frames not evaluated")
+    rate, lost = percent(official.miss_rate), official.n_positive - leaderboard.n_positive
     tied, reverse = reverse_ties(ground_truth, detections)
-    if percent(reverse) != rate:
-        notes.append(
-            f"{tied:.1%} of the frames hold equal scores, of which the first row counts first: "
-            f"with their rows reversed the miss rate would be {percent(reverse)}, not {rate}"
-        )
     shift = id_shift(ground_truth, detections)
-    if shift:
-        notes.append(
-            f"its boxes fit the frames {'after' if shift > 0 else 'before'} their own far better; do its "
-            "ids count from the right number (text 1, JSON 0) along the right list?"
-        )
-    return notes
+    notes = {
+        f"the leaderboard's script drops frames without detections and so loses {lost} of "
+        f"{official.n_positive} people: it says {percent(leaderboard.miss_rate)}, and {rate} is right": lost,
+        "there is not one detection in it": not len(detections.scores),
+        f"left out {detections.other_categories} rows of other categories": detections.other_categories,
+        f"left out {detections.other_frames} rows of frames not evaluated": detections.other_frames,
+        f"{tied:.1%} of the frames hold equal scores, of which the first row counts first: with their rows "
+        f"reversed the miss rate would be {percent(reverse)}, not {rate}": percent(reverse) != rate,
+        f"its boxes fit the frames {'after' if shift > 0 else 'before'} their own far better; do its ids "
+        "count from the right number (text 1, JSON 0) along the right list?": shift,
+    }
+    return [note for note, is_so in notes.items() if is_so]
 
 
 def reverse_ties(ground_truth: GroundTruth, detections: Detections) -> tuple[float, float]:
