@@ -42,7 +42,7 @@ def nursery(tmp_path_factory) -> Iterator[Nursery]:
     nursery = Nursery(tmp_path_factory.mktemp("nursery"))
     with nursery.process:
         yield nursery
-        nursery.process.stdin.close()
+        nursery.close()
 
 
 @pytest.fixture(scope="session")

@@ -57,6 +57,8 @@ def train_in_a_process(said, flags, kill):
         os._exit(code)
 
 for line in sys.stdin:
+    if not line.strip():
+        break
     said, kills, flags = json.loads(line)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -106,6 +108,12 @@ class Nursery:
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
         return self.numbers()
+
+    def close(self):
+        """End the process. Closing its input is not enough: a forked process may hold that open as well."""
+        self.process.stdin.write("\n")
+        self.process.stdin.close()
+        self.process.wait()
 
     def numbers(self):
         return [int(word) for word in self.process.stdout.readline().split()]
