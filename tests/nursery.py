@@ -11,11 +11,17 @@ PROJECT = Path(__file__).parent.parent
 
 # Runs train.py's main() in as many processes as a line asks for, says their ids and, when all have ended,
 # how. Imports are most of the time that such a start takes; what train.py reaches late is here from the
-# start as well.
+# start as well. Curves would be most of the rest: their files are written, and nothing is drawn.
 SCRIPT = """
 import json, os, signal, socket, sys, traceback, matplotlib.backends.backend_agg, torch._dynamo, train
+from matplotlib.figure import Figure
 from engine.distributed import run_together
 from kaist.files import run_script
+
+def save_nothing(figure, path, **how):
+    open(path, "wb").close()
+
+Figure.savefig = save_nothing
 
 def kill_at(moment, name, count, half=""):
     seen, saved = [], []
