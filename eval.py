@@ -178,7 +178,7 @@ def picture(text: str) -> Path:
 def read_result_files(arguments: Namespace) -> list[Found]:
     """What the result files say of their frames, or of the subset of them that is asked for."""
     test_set, files = open_test_frames(arguments), arguments.detections
-    with_endings = len({path.with_suffix("") for path in files}) < len(files)  # a.txt and a.json
+    with_endings = len({path.resolve().with_suffix("") for path in files}) < len(files)  # a.txt and a.json
     names, found = tell_apart([path if with_endings else path.with_suffix("") for path in files], "_"), []
     for path, name in zip(files, names, strict=True):
         own, detections = test_set, read_detections(path, test_set.frames)
