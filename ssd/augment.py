@@ -1,8 +1,7 @@
 """SSD's augmentation for registered pairs: one window, one resize, boxes that follow exactly.
 
-Zoom-out, crop, flip and resize are composed into one window of the source frame before a pixel is
-touched, so pixels are resampled once and a zoomed-out canvas is never built. `sample_transform`
-draws a `Transform`, which is applied to pixels and moves boxes.
+Zoom-out, crop, flip and resize are one window of the source frame before a pixel is touched: pixels are
+resampled once. `sample_transform` draws a `Transform`, which is applied to pixels and moves boxes.
 
 Sources: SSD paper, sections 2.2 (crops, distortion) and 3.6 (zoom-out); modalities apart: Kim et al.,
 "MLPD" (RA-L 2021); the shift to the left: Lee et al., "INSANet" (Sensors 2024).
@@ -150,11 +149,8 @@ def window_apart(
 
 
 class Crop(NamedTuple):
-    """How one rectangle of the frame lands on the network's input.
-
-    source: integer x0, y0, x1, y1 pixels of the frame; target: integer x0, y0, x1, y1 pixels of
-    the input, outside of which there is filler; flip: mirrored afterwards.
-    """
+    """How one rectangle of the frame lands on the network's input: source in pixels of the frame, target in
+    those of the input, both integer xyxy; outside there is filler; flip: mirrored afterwards."""
 
     source: tuple[int, int, int, int]
     target: tuple[int, int, int, int]
@@ -166,8 +162,7 @@ def round_to_pixels(
 ) -> Crop:
     """The part of a window inside a frame of (width, height) and its place in an input of (height, width).
 
-    Both are rounded to whole pixels. Boxes are moved by the rounded crop, so that they keep to
-    the pixels exactly.
+    Boxes are moved by the crop in whole pixels, so that they keep to what is seen exactly.
     """
     source, target = [0] * 4, [0] * 4
     for axis, (extent, length) in enumerate(zip(frame, size[::-1], strict=True)):
@@ -188,11 +183,8 @@ def colour_matrix(
 ) -> tuple[np.ndarray, np.ndarray]:
     """SSD's photometric distortion of one modality as a matrix (c, c) and an offset (c,).
 
-    Brightness and contrast by 0.5 to 1.5 and, for RGB, saturation by 0.5 to 1.5 and hue by up to
-    18 degrees, each with probability 1/2, in random order.
-
-    Args:
-        mean: (c,) mean colour of the whole frame, the grey point of the contrast.
+    Brightness and contrast by 0.5 to 1.5 and, for RGB, saturation by 0.5 to 1.5 and hue by up to 18 degrees,
+    each with probability 1/2, in random order; `mean` (c,) of the frame is the grey point of the contrast.
     """
     c = len(mean)
     luma = LUMA if c == 3 else np.ones(1)
@@ -227,9 +219,8 @@ class Transform:
 
     crops: which part of the frame goes where: one for all channels, or visible's and LWIR's; matrix:
     (C, C) and offset: (C,) float32, by which colours are distorted; size: (height, width) of the
-    network's input; filler: (C,) uint8, the colour outside of the frame, which normalisation turns
-    into zero; min_height: persons lower in the input, in its pixels, are ignored; ignore_cut: so are
-    persons whom the input's border cuts, who else are clipped to it.
+    network's input; filler: (C,) uint8, the colour outside of the frame; min_height: persons lower in
+    the input, in its pixels, are ignored; ignore_cut: so are persons whom the input's border cuts.
     """
 
     crops: tuple[Crop, ...]
@@ -241,10 +232,8 @@ class Transform:
     ignore_cut: bool = False
 
     def apply(self, pixels: np.ndarray) -> Tensor:
-        """The network's input (C, *size) uint8 of a frame's pixels (h, w, C) uint8.
-
-        Cut out, resized once (antialiased), distorted, placed on the filler and mirrored.
-        """
+        """The network's input (C, *size) uint8 of a frame's pixels (h, w, C) uint8: cut out, resized once
+        (antialiased), distorted, placed on the filler and mirrored."""
         image = torch.from_numpy(self.filler).view(-1, 1, 1).repeat(1, *self.size)
         for crop, part in zip(self.crops, self.parts(), strict=True):
             (x0, y0, x1, y1), (left, top, right, bottom), flip = crop
@@ -277,12 +266,10 @@ class Transform:
         return moved[0] if len(moved) == 1 else merge_equal(*map(np.concatenate, zip(*moved, strict=True)))
 
     def move_by(self, crop: Crop, boxes_px: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Boxes (n, 4) xyxy pixels of the frame -> (k, 4) float32 xyxy fractions of the input.
+        """Boxes (n, 4) xyxy pixels of the frame -> (k, 4) float32 xyxy fractions of the input, clipped to it.
 
-        A person stays when its centre is in view, as in SSD. An ignored object stays as long as
-        anything of it does, so that no remnant of a crowd is mined. Boxes are clipped to the
-        input, and those left with less than a pixel are dropped. Persons left lower than
-        `min_height` become ignored, and with `ignore_cut` all that are cut.
+        A person stays when its centre is in view, as in SSD; an ignored object as long as anything of it
+        does, so that no remnant of a crowd is mined. Boxes left with less than a pixel are dropped.
         """
         source = np.array(crop.source, dtype=np.float32)
         target = np.array(crop.target, dtype=np.float32)
@@ -382,15 +369,12 @@ def paste_people(
     donor_pixels: np.ndarray,
     people: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A frame with one to three people of another frame.
+    """A frame's pixels, boxes and labels with one to three people of another one, where places are free.
 
     Args:
         pixels, donor_pixels: (h, w, C) uint8, of one size; neither is changed.
         boxes, labels: (n, 4) float32 xyxy pixels and (n,) int64 of the frame's objects.
         people: (m, 4) xyxy pixels of the other frame's persons, at least one.
-
-    Returns:
-        Pixels, boxes and labels with those for whom one of `PLACEMENT_TRIALS` places was free added.
     """
     pixels = pixels.copy()
     count = rng.integers(1, MAX_PASTED + 1)

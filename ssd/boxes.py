@@ -28,12 +28,9 @@ EXTRA_LAYERS = ((256, 512, 2, 1), (128, 256, 2, 1), (128, 256, 1, 0), (128, 256,
 
 
 class Predictions(NamedTuple):
-    """What the network says of a batch.
-
-    loc: (N, P, 4) encoded offsets of each prior; conf: (N, P, 2) logits of background and person, or
-    (N, P, 3) of background, person in visible and person in LWIR; seg: per infused map (N, 2, h, w)
-    mask logits; empty unless asked for.
-    """
+    """What the network says of a batch: loc (N, P, 4), the encoded offsets of each prior; conf (N, P, 2)
+    logits of background and person, or (N, P, 3) of background, person in visible and person in LWIR;
+    seg per infused map (N, 2, h, w) mask logits, empty unless asked for."""
 
     loc: Tensor
     conf: Tensor
@@ -128,17 +125,13 @@ def prior_shapes(prior_set: str) -> list[list[tuple[float, float]]]:
 
 
 def make_grids(size: tuple[int, int], centres: str, network: str = "ssd300") -> list[Grid]:
-    """The cells of a network's six feature maps for an input of (height, width) pixels.
+    """The cells of a network's six feature maps, see `feature_map_sizes`.
 
     Args:
         centres: "even" divides the input evenly among a map's cells, as the logged experiments did.
             "stride" takes SSD300's own stride on the four finest maps, as torchvision does: 38 cells
             of 8 pixels reach beyond an input of 300. The two coarsest maps stay even, because their
-            convolutions are not padded.
-        network: as in `feature_map_sizes`; other networks than "ssd300" are always even.
-
-    Raises:
-        InputError: as `feature_map_sizes`.
+            convolutions are not padded; so are all of other networks.
     """
     grids = [Grid(h, w, 1 / h, 1 / w) for h, w in feature_map_sizes(size, network)]
     if centres == "stride" and network == "ssd300":
@@ -148,10 +141,7 @@ def make_grids(size: tuple[int, int], centres: str, network: str = "ssd300") -> 
 
 
 def make_priors(grids: list[Grid], shapes: list[list[tuple[float, float]]]) -> Tensor:
-    """(P, 4) float32 cxcywh priors as fractions of the input.
-
-    A cell's priors share its centre. They may cross the border: 2,740 of SSD300's 8,732 do.
-    """
+    """(P, 4) float32 cxcywh priors as fractions of the input; 2,740 of SSD300's 8,732 cross its border."""
     priors = []
     for (h, w, dy, dx, _), map_shapes in zip(grids, shapes, strict=True):
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
@@ -209,11 +199,7 @@ def load_nms() -> Callable[[Tensor, Tensor, float], Tensor]:
 
 
 def person_scores(conf: Tensor) -> Tensor:
-    """Scores (…,) of logits (…, C).
-
-    Of two, background and person, the person's probability; of three, background, person in
-    visible and person in LWIR, the mean of both persons' probabilities.
-    """
+    """Scores (…,) of logits (…, 2 or 3): the person's probability, or the mean of both persons'."""
     if conf.shape[-1] == 2:
         return torch.sigmoid(conf[..., 1] - conf[..., 0])
     return conf.sigmoid()[..., 1:].mean(dim=-1)
@@ -229,15 +215,13 @@ def detect(
     logits all are, and boxes are not clipped, as MLPD's and INSANet's authors do.
 
     Args:
-        predictions: loc (N, P, 4) and conf (N, P, 2) or (N, P, 3), see `person_scores`.
         priors: (P, 4) cxcywh fractions.
         min_score: candidates up to this score are dropped.
         nms_iou: of two boxes that overlap by more than this IoU the lower-scored one is dropped.
         max_boxes: keep at most so many boxes an image.
 
     Returns:
-        For each image xyxy boxes (k, 4) as fractions of the frame and their scores (k,), by
-        descending score. An image without detections has k = 0.
+        For each image xyxy boxes (k, 4) as fractions of the frame and their scores (k,), best first.
     """
     scores = person_scores(predictions.conf)
     is_ssd = predictions.conf.shape[-1] == 2

@@ -21,9 +21,8 @@ class DeviceFrames:
     """All frames of a cache, for batches of them on a device.
 
     Attributes:
-        frames: (F, h, w, C) uint8: in a CUDA device's memory if they fit into
-            `MAX_MEMORY_FRACTION` of what is free, else mapped from the disk, which in effect is
-            the host's memory.
+        frames: (F, h, w, C) uint8: in a CUDA device's memory if they fit into `MAX_MEMORY_FRACTION` of
+            what is free, else mapped from the disk.
         means: (F, C) float32 mean colours, as from `frame_mean`.
     """
 
@@ -88,14 +87,10 @@ class TransformBatch(NamedTuple):
         return TransformBatch(*(send(tensor, device) for tensor in self))
 
     def apply(self, frames: Tensor, size: tuple[int, int], filler: Tensor) -> Tensor:
-        """Cut, resize (antialiased), mirror and distort a batch: (N, C, *size) uint8.
+        """`Transform.apply` for frames (N, h, w, C) uint8: (N, C, *size) uint8.
 
-        The resize is two products with matrices that hold the weights of a triangle filter, one
-        for the rows of each sample and one for its columns. These also place and mirror it.
-
-        Args:
-            frames: (N, h, w, C) uint8.
-            filler: (C,) uint8, the colour around the frame.
+        The resize is two products with matrices of a triangle filter's weights, one for the rows of each
+        sample and one for its columns, which also place and mirror it. filler: (C,) uint8.
         """
         channels = frames.shape[3]
         parts = channel_parts(channels) if self.crops.shape[1] == 2 else [slice(None)]
@@ -130,12 +125,10 @@ def resample(frames: Tensor, crops: Tensor, size: tuple[int, int]) -> tuple[Tens
 def resize_weights(
     source: Tensor, target: Tensor, mirrored: Tensor, length_in: int, length_out: int
 ) -> tuple[Tensor, Tensor]:
-    """Weights (N, out, in) of an antialiased resize along one axis, and which of the output's
-    places (N, out) are in the target.
+    """Weights (N, out, in) of an antialiased resize along one axis, as `F.interpolate` has them, and which
+    of the output's places (N, out) are in the target.
 
-    Each sample takes the source's pixels to the target's, as `F.interpolate` with bilinear and
-    antialias does: a triangle one output pixel wide to each side, at least one input pixel, over the
-    source's pixels alone.
+    A triangle one output pixel wide to each side, at least one input pixel, over the source's pixels.
 
     Args:
         source, target: (N, 2) float32 whole numbers, the first pixel and the one after the last.

@@ -147,10 +147,9 @@ def vgg_stage(
 class L2Norm(nn.Module):
     """Each cell's feature vector scaled to unit length, times a learned factor a channel.
 
-    ParseNet (Liu et al., 2015), with SSD's initial factor 20. Computed in float32, and
-    `F.normalize` keeps value and gradient finite where a cell's features are all zero. A cell of
-    hardly any features is not scaled up all the way: the gradient is at most 20 / NORM_FLOOR times
-    its own, where it could else be as good as infinite (flat images, a network's first steps).
+    ParseNet (Liu et al., 2015), with SSD's initial factor 20. Computed in float32. A cell of hardly any
+    features is not scaled up all the way: the gradient is at most 20 / NORM_FLOOR times its own, where it
+    could else be as good as infinite (flat images, a network's first steps).
     """
 
     def __init__(self, channels: int) -> None:

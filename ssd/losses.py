@@ -61,13 +61,8 @@ class MultiBoxLoss(nn.Module):
         self.balanced = conf_divisor == "balanced"
 
     def forward(self, predictions: Predictions, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """(loc, conf) losses, two float32 scalars, for the whole batch.
-
-        Args:
-            predictions: loc (N, P, 4) and conf (N, P, 2), float32.
-            boxes: (N, M, 4) xyxy fractions, padded.
-            labels: (N, M) int64: 1 person, -1 ignore, 0 padding.
-        """
+        """(loc, conf) losses, two float32 scalars, for the whole batch: boxes (N, M, 4) xyxy fractions and
+        labels (N, M) int64, padded."""
         loc, conf, positives, negatives = self.sums(predictions, boxes, labels)
         positives = all_reduce_sum(positives).clamp(min=1) / world_size()
         divisor = positives
@@ -139,11 +134,7 @@ class MultiLabelLoss(MultiBoxLoss):
 
     Kim et al., "MLPD" (RA-L 2021). Of three logits a prior's confidence loss is the sum of the binary
     cross-entropies of background, person in visible and person in LWIR. Frames without positives have
-    none. Priors that answer for an ignored object have no loss. One fixed sequence of operations serves
-    every device.
-
-    Args:
-        priors: (P, 4) cxcywh fractions.
+    none. Priors that answer for an ignored object have no loss. One way serves every device.
     """
 
     min_negatives = 0
@@ -164,12 +155,8 @@ class MultiLabelLoss(MultiBoxLoss):
 
 
 def hardest_negatives(conf: Tensor, target: Tensor, n_negatives: Tensor) -> Tensor:
-    """The background priors of highest loss of each frame, as indices into a batch's (N P) priors.
-
-    Args:
-        conf: (N, P, 2) logits, without gradient; target: (N, P) as from `match`.
-        n_negatives: (N,) how many of each frame; all that it has if there are fewer.
-    """
+    """The `n_negatives` (N,) background priors of highest loss of each frame, or all that it has, as indices
+    into a batch's (N P) priors; conf: (N, P, 2) logits, without gradient; target: (N, P) as from `match`."""
     margin = (conf[..., 1] - conf[..., 0]).masked_fill_(target != BACKGROUND, -torch.inf)
     hardest = [
         row.topk(min(k, len(row)), sorted=False) for row, k in zip(margin, n_negatives.tolist(), strict=True)
@@ -213,15 +200,13 @@ class SegmentationLoss(nn.Module):
     def forward(
         self, seg: Sequence[Tensor], masks: Sequence[Tensor], heights: Sequence[Tensor] = ()
     ) -> tuple[Tensor, Tensor]:
-        """The loss, a float32 scalar (0 without infused maps), and each map's own, (maps,).
+        """The loss, a float32 scalar, and each map's own, (maps,).
 
         Args:
             seg: per infused map (N, 2, h, w) logits of background and person.
             masks: per infused map (N, h, w) int64: 1 person, 0 background, -1 left out.
             heights: per infused map (N, h, w) as from `cell_heights`, where `balance` asks for them.
         """
-        if not seg:
-            return torch.zeros(()), torch.zeros(0)
         losses = []
         for i, (logits, mask) in enumerate(zip(seg, masks, strict=True)):
             entropy = F.cross_entropy(logits, mask, ignore_index=IGNORE, reduction="none")
@@ -254,11 +239,7 @@ class SegmentationLoss(nn.Module):
 
 def cell_heights(boxes: Tensor, labels: Tensor, grid: Grid) -> Tensor:
     """(N, h, w) height of the tallest person over each cell's centre that the map sees, in pixels of a
-    KAIST frame; 0 where there is none.
-
-    Args:
-        boxes: (N, M, 4) xyxy fractions, padded; labels: (N, M) int64.
-    """
+    KAIST frame, 0 where there is none; of boxes (N, M, 4) xyxy fractions and labels (N, M) int64, padded."""
     rows, columns = (
         (torch.arange(n, device=boxes.device) + 0.5) * step
         for n, step in ((grid.h, grid.dy), (grid.w, grid.dx))

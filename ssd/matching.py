@@ -120,11 +120,7 @@ def match_static(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor,
 def match_bipartite_static(iou: Tensor) -> Tensor:
     """`match_bipartite` of a batch: the highest overlap left is served, min(M, P) times.
 
-    Args:
-        iou: (N, M, P) overlaps, -1 for what is no person.
-
-    Returns:
-        (N, M) int64 index of the prior each object owns, P where it owns none.
+    Of iou (N, M, P), -1 for what is no person: (N, M) int64 index of the prior each object owns, or P.
     """
     n, m, p = iou.shape
     rows, columns = (torch.arange(k, device=iou.device) for k in (m, p))
@@ -171,11 +167,8 @@ def match_multilabel(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Ten
 
 
 def is_best(iou: Tensor) -> Tensor:
-    """Which of overlaps (…, P) are the highest of their row, but for rounding.
-
-    An object that several priors of one size enclose overlaps all of them alike. A row without any
-    overlap has no best one.
-    """
+    """Which of overlaps (…, P) are the highest of their row, but for rounding: an object that several priors
+    of one size enclose overlaps all of them alike. A row without any overlap has no best one."""
     return (iou >= iou.amax(-1, keepdim=True) * (1 - TIE)) & (iou > 0)
 
 

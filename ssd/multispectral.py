@@ -157,12 +157,7 @@ def join(channels: int) -> nn.Sequential:
 class SpectralAttention(nn.Module):
     """INSANet's intra-inter spectral attention: two rounds in windows, the second one shifted.
 
-    Args:
-        channels: of each stream's map.
-        size: (height, width) of the map.
-
-    Raises:
-        InputError: the map does not divide into `WINDOWS` windows a side.
+    size: (height, width) of each stream's map, which has to divide into `WINDOWS` windows a side.
     """
 
     def __init__(self, channels: int, size: tuple[float, float]) -> None:

@@ -65,10 +65,7 @@ def load_pretrained(model: nn.Module, source: str, lwir_filters: str = "mean") -
 def check_pretrained(source: str, model: Detector, *, width: float, batch_norm: bool) -> None:
     """Refuse published weights that the network cannot take, before anything else is read.
 
-    Args:
-        source: PRETRAINED: "none", "imagenet", "coco" or a path.
-        model: the network, whose tensors may be without values (on the "meta" device).
-        width, batch_norm: the network's WIDTH and BATCH_NORM.
+    Args: as of `load_pretrained`; the network's tensors may be without values (on the "meta" device).
 
     Raises:
         InputError: the combination cannot be, or the file is no torchvision state of VGG16,
@@ -194,12 +191,10 @@ def copy_layer(layer: nn.Module, values: dict[str, Tensor], lwir_filters: str = 
 
 
 def adapt_channels(weight: Tensor, channels: int, lwir_filters: str) -> Tensor:
-    """RGB filters (C, 3, k, k) for another input, (C, channels, k, k): 3 channels are R, G and B, 1 is
-    LWIR, 4 are all of them.
+    """RGB filters (C, 3, k, k) for 3 channels (R, G, B), 1 (LWIR) or 4 (all of them).
 
-    Args:
-        lwir_filters: what LWIR gets. "sum" of the RGB filters answers to LWIR as they do to a grey picture,
-            "mean" a third as much with all of the bias, as in the logged experiments.
+    LWIR's "sum" of the RGB filters answers to it as they do to a grey picture, the "mean" a third as much
+    with all of the bias, as in the logged experiments.
     """
     lwir = weight.sum(dim=1, keepdim=True) if lwir_filters == "sum" else weight.mean(dim=1, keepdim=True)
     if channels == 4:

@@ -141,13 +141,10 @@ def tutorial_input_mode(state: dict[str, Tensor], input_mode: str) -> str:
 
 
 def load_published(model: Detector, state: dict[str, Tensor], file: Path) -> None:
-    """Fill a network with the state that `read_published` returned, in place.
+    """Fill a network with the state that `read_published` returned, in place, once `check_published` passes.
 
     Segmentation heads are left alone: the published networks have none. The loc heads of the
     tutorial's SSD300 are converted from its priors to ours, so that they predict the same boxes.
-
-    Raises:
-        InputError: names the first tensor that is missing, or has another shape.
     """
     check_published(model, state, file)
     own, names = model.state_dict(), published_names(model)
@@ -183,8 +180,7 @@ def check_tensors(
 ) -> None:
     """Compare a file's state with the shapes of the network's tensors that it should be of.
 
-    Args:
-        kind: what the network is called; hint: what the file seems to hold where it lacks tensors.
+    kind: what the network is called; hint: what the file seems to hold where it lacks tensors.
 
     Raises:
         InputError: names the first tensor that is missing, or has another shape.
