@@ -26,13 +26,12 @@ from torch.utils.data import Dataset
 from engine.config import device_loader_conflict
 from engine.distributed import barrier, is_main_process
 from engine.loader import BadFrame, BatchLoader, items_of, prefetch, share_memory
-from kaist.annotations import time_of_day
+from kaist.annotations import PairSet, time_of_day
 from kaist.files import InputError
 from kaist.frame_cache import FrameCache, cache_frames
 from kaist.frames import BOTH, Frame, frames_of
 from kaist.images import check_images, read_frame
 from kaist.miss_rate import GroundTruth
-from kaist.pairs import PairSet
 from pseudo_gt import MapRange, box_masks
 from ssd.augment import (
     MAX_PASTED,

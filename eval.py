@@ -27,15 +27,14 @@ import numpy as np
 
 from engine.config import OneLineParser, find_folder, limit_workers, pick
 from engine.curves import compare_runs, tell_apart
-from kaist.annotations import MODALITIES, find_parts, read_image_list
+from kaist.annotations import MODALITIES, PairSet, read_image_list
 from kaist.bootstrap import MOST_RESAMPLES
 from kaist.files import InputError, run_script
 from kaist.miss_rate import GroundTruth, load_ground_truth, select_frames
 from kaist.pair_sets import open_pairs
-from kaist.pairs import PairSet
 from kaist.report import draw_curves, print_scores, score, write_json
 from kaist.results import NOTHING, Detections, frames_path, read_detections, write_and_read
-from kaist.sources import TEST_SET, named_root, open_testing, set_name
+from kaist.sources import TEST_SET, find_parts, named_root, open_testing, set_name
 
 CHECKPOINTS = "checkpoints"  # where the newest finished run is looked for
 ANNOTATIONS = ""  # KAIST_annotation.json, an annotation folder or a KAIST root

@@ -28,11 +28,10 @@ from engine.monitor import MAX_NONFINITE_STEPS, StepMonitor
 from engine.optim import RATES, GuardedStep, lr_factor, make_optimizer, set_lr, update_ema
 from engine.run import Run
 from kaist import demo
-from kaist.annotations import Annotations, find_file
+from kaist.annotations import Annotations, PairSet, find_file
 from kaist.frames import Frame, hold_out_videos, list_videos, load_frames
 from kaist.images import check_images
 from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth
-from kaist.pairs import PairSet
 from kaist.report import count_people, headline, report
 from kaist.sources import KAIST, TEST_SET, TRAIN_SET, open_testing, open_training, shared_note
 from model import make_network

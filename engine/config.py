@@ -16,10 +16,10 @@ from typing import Any
 
 from engine.experiments import BASE, EXPERIMENTS
 from engine.history import runs_table
-from kaist.annotations import MODALITIES, find_parts
+from kaist.annotations import MODALITIES
 from kaist.files import InputError, OneLineParser, PrintAction
 from kaist.frames import LEARNED
-from kaist.sources import KAIST, set_name
+from kaist.sources import KAIST, find_parts, set_name
 
 ROOT = Path(__file__).parents[1]  # of the repository; its constants' relative paths are meant from here
 

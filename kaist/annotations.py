@@ -1,35 +1,26 @@
 """KAIST on disk: frame ids, image lists and every form of annotation. Needs numpy alone.
 
-Forms (boxes are x, y, w, h in pixels of the 640x512 frame in all of them):
-    bbgt: `annotations/set00/V000/I00000.txt` (or flat, `set00_V000_I00000.txt`), a header
-        `% bbGt version=3`, then `person x y w h occ vx vy vw vh ign ang` a line.
+Forms (boxes are x, y, w, h in pixels of the 640x512 frame in all of them, see `kaist.labels`):
+    bbgt: `annotations/set00/V000/I00000.txt` (or flat, `set00_V000_I00000.txt`).
     xml, xml-sanitized: `annotations-xml-new[-sanitized]/set00/V000/I00000.xml`.
-    paired: `annotations_paired/set00/V000/{visible,lwir}/I00000.txt`, a header, then
-        `person x y w h …` a line (AR-CNN's annotations, one file for each modality).
+    paired: `annotations_paired/set00/V000/{visible,lwir}/I00000.txt` (AR-CNN's, one file for each
+        modality).
     json: `KAIST_annotation.json`, the improved annotations of the test set in one file.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from kaist.annotation_files import (
-    FRAME_ID,
-    READERS,
-    Errors,
-    ObjectRow,
-    Objects,
-    make_objects,
-    read_json,
-    refuse,
-)
 from kaist.files import InputError, read_text
-from kaist.pairs import PairSet
+from kaist.labels import FRAME_ID, Errors, ObjectRow, Objects, make_objects, read_json, read_labels, refuse
 
 FRAME_WIDTH, FRAME_HEIGHT = 640, 512
 DAY_SETS = {"set00", "set01", "set02", "set06", "set07", "set08"}
@@ -53,12 +44,6 @@ MODALITIES = {
 }
 # Of images, in the order in which they are looked for.
 SUFFIXES = (".jpg", ".png", ".jpeg", ".tif", ".tiff", ".JPG", ".PNG", ".JPEG", ".TIF", ".TIFF")
-# What a full KAIST is trained and tested on: the constants of its list and annotations, and the lists
-# under their published names, the longest first.
-PARTS = {
-    "train": ("train_list", "annotations", ("train-all-02.txt", "train-all-04.txt", "train-all-20.txt")),
-    "test": ("test_list", "test_annotations", ("test-all-20.txt",)),
-}
 REMEDY = "set ANNOTATIONS (--annotations) to a form or a path"
 
 
@@ -130,8 +115,79 @@ def kaist_sizes(n: int) -> np.ndarray:
     return np.tile((FRAME_WIDTH, FRAME_HEIGHT), (n, 1))
 
 
-class Annotations:
-    """Annotations of one form.
+# ------------------------------------------------------------------- where objects are annotated
+
+
+class LabelledFrames:
+    """Frames whose objects `read_rows` knows."""
+
+    def read_rows(self, frame_id: str) -> list[ObjectRow]:
+        """The objects of a frame as its file has them."""
+        raise NotImplementedError
+
+    def read(self, frame_id: str) -> Objects:
+        """The objects of a frame.
+
+        Raises:
+            InputError: the file is missing or malformed.
+        """
+        return make_objects(self.read_rows(frame_id))
+
+    def read_all(self, frame_ids: Sequence[str]) -> tuple[Objects, np.ndarray]:
+        """The objects of many frames, one frame after another, and how many each has, (n,) int64.
+
+        Raises:
+            InputError: the first file that is missing or malformed.
+        """
+        rows = [self.read_rows(frame_id) for frame_id in frame_ids]
+        return make_objects([*itertools.chain(*rows)]), np.array([len(own) for own in rows], np.int64)
+
+
+@dataclass(frozen=True)
+class PairSet(LabelledFrames):
+    """One split of a set of visible and LWIR pairs other than KAIST, as `kaist.pair_sets` opens it.
+
+    It is used like a KAIST root where images are read, and like `Annotations` where objects are.
+
+    Attributes:
+        source: the description, or the root of a named set, for messages.
+        frames: ids, in the order of the list, or sorted.
+        images: id -> modality, or "labels" -> file; sizes: id -> width and height, of both.
+        objects: id -> what is labelled, without dropped classes; who is to be learned is a "person".
+        night: pattern of the ids of frames by night.
+        lwir_range: as from `find_lwir_range`.
+    """
+
+    source: Path
+    frames: tuple[str, ...]
+    images: Mapping[str, Mapping[str, Path]]
+    sizes: Mapping[str, tuple[int, int]]
+    objects: Mapping[str, list[ObjectRow]]
+    night: str = ""
+    lwir_range: tuple[float, float] = (0.0, 0.0)
+
+    def time_of_day(self, frame_id: str) -> str:
+        """ "day" or "night", as the description or a KAIST id has it, or "" where neither says."""
+        if self.night:
+            return "night" if fnmatch.fnmatchcase(frame_id, self.night) else "day"
+        return time_of_day(frame_id) if FRAME_ID.fullmatch(frame_id) else ""
+
+    def sizes_of(self, frame_ids: Sequence[str]) -> np.ndarray:
+        """(n, 2) int64 width and height of frames."""
+        return np.array([self.sizes[frame_id] for frame_id in frame_ids], np.int64).reshape(-1, 2)
+
+    def take(self, frame_id: str) -> PairSet:
+        """One frame alone, without its objects: quick to send to another process."""
+        files, size = {frame_id: self.images[frame_id]}, {frame_id: self.sizes[frame_id]}
+        return replace(self, frames=(frame_id,), images=files, sizes=size, objects={})
+
+    def read_rows(self, frame_id: str) -> list[ObjectRow]:
+        """The objects of a frame."""
+        return self.objects[frame_id]
+
+
+class Annotations(LabelledFrames):
+    """KAIST's annotations of one form.
 
     Attributes:
         source: the folder, or the JSON file.
@@ -162,23 +218,6 @@ class Annotations:
         """(n, 2) int64 width and height of frames."""
         return kaist_sizes(len(frame_ids))
 
-    def read(self, frame_id: str) -> Objects:
-        """The objects of a frame.
-
-        Raises:
-            InputError: the file is missing or malformed.
-        """
-        return self.read_all([frame_id])[0]
-
-    def read_all(self, frame_ids: Sequence[str]) -> tuple[Objects, np.ndarray]:
-        """The objects of many frames, one frame after another, and how many each has, (n,) int64.
-
-        Raises:
-            InputError: the first file that is missing or malformed.
-        """
-        rows = [self.read_rows(frame_id) for frame_id in frame_ids]
-        return make_objects([*itertools.chain(*rows)]), np.array([len(own) for own in rows], np.int64)
-
     def read_rows(self, frame_id: str) -> list[ObjectRow]:
         """The objects of a frame as its file has them."""
         if self.of_json is not None:
@@ -187,7 +226,7 @@ class Annotations:
             return self.of_json[frame_id]
         path = Path(self.path(frame_id))
         try:
-            return READERS[self.form](path)
+            return read_labels(path, self.form)
         except FileNotFoundError:
             raise InputError("annotation not found", REMEDY, file=path) from None
         except OSError as error:
@@ -218,7 +257,7 @@ def open_annotations(source: str | Path, form: str = "auto", modality: str = "lw
         found = find_form(source, kind) or [source] * (source.name == PLACES[kind][0])
         if found:
             return Annotations(found[0], kind, modality)
-    if form == "auto" and (kind := guess_form(source)):
+    if form == "auto" and (kind := guess_folder(source)):
         return Annotations(source, kind, modality)
     looked_for = ", ".join(place for kind in forms for place in PLACES[kind])
     raise InputError(f"no annotations here; looked for {looked_for}", REMEDY, file=source)
@@ -250,7 +289,7 @@ def find_form(root: Path, form: str) -> list[Path]:
     return [folder for folder in places if next(folder.rglob(f"*{ending}"), None) is not None]
 
 
-def guess_form(folder: Path) -> str | None:
+def guess_folder(folder: Path) -> str | None:
     """The form of a folder under a name of its own, by the first file in it."""
     first = next((path for path in folder.rglob("*") if path.suffix in (".xml", ".txt")), None)
     if first is None or "imageSets" in first.parts:
@@ -265,58 +304,3 @@ def find_annotations(root: Path, where: str, modality: str) -> Annotations:
     if where in ("auto", *PLACES):
         return open_annotations(root, where, modality)
     return open_annotations(find_file(root, where), "auto", modality)
-
-
-def find_parts(root: Path, given: Mapping[str, str] = {}, kinds: Iterable[str] = PARTS) -> dict[str, str]:
-    """The constants that train and test on a full KAIST: its root, lists and annotations.
-
-    To test it takes KAIST_annotation.json, to train the first form that annotates every frame of the
-    list.
-
-    Args:
-        given: values of constants that are chosen already.
-        kinds: those of `PARTS` that are wanted.
-
-    Raises:
-        InputError: a part that is not there, by its name.
-    """
-    parts = {"data_root": str(root)}
-    if "train" in kinds and not (root / "images").is_dir():
-        raise InputError("no images/ here", "name the folder that holds KAIST's images/", file=root)
-    for kind in kinds:
-        list_name, annotations_name, known = PARTS[kind]
-        lists = [str(Path("imageSets", name)) for name in known]
-        there = [name for name in lists if (root / name).is_file()]
-        if not there and list_name not in given:
-            remedy = f"put one there, or name a list by --{list_name.replace('_', '-')}"
-            raise InputError(f"no {' and no '.join(lists)} here", remedy, file=root)
-        parts[list_name] = given.get(list_name) or there[0]
-        if annotations_name not in given:
-            frame_ids = read_image_list(find_file(root, parts[list_name]))
-            parts[annotations_name] = (
-                find_test_json(root) if kind == "test" else complete_form(root, frame_ids)
-            )
-    return parts
-
-
-def find_test_json(root: Path) -> str:
-    """The improved test annotations' file, named from the root."""
-    if found := find_form(root, "json"):
-        return str(found[0].relative_to(root))
-    problem = f"no {JSON_NAME} here, the improved annotations that papers test on"
-    remedy = "put it there, or choose others by --test-annotations (eval.py: --annotations)"
-    raise InputError(problem, remedy, file=root)
-
-
-def complete_form(root: Path, frame_ids: Sequence[str]) -> str:
-    """The first form of annotations that has a file for every one of these frames."""
-    holds = {}
-    for form, [folder, *_] in PLACES.items():
-        if form != "json":
-            annotations = Annotations(root / folder, form, "lwir")
-            holds[folder] = sum(os.path.exists(annotations.path(frame_id)) for frame_id in frame_ids)
-            if holds[folder] == len(frame_ids):
-                return form
-    found = ", ".join(f"{folder}/ {n}" for folder, n in holds.items())
-    problem = f"no folder annotates all {len(frame_ids)} frames to train on ({found})"
-    raise InputError(problem, "complete one, or name others by --annotations", file=root)

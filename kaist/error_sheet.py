@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kaist.annotations import image_path
+from kaist.annotations import PairSet, image_path
 from kaist.files import InputError, write_atomically
 from kaist.images import frame_view
 from kaist.miss_rate import SETUPS, GroundTruth, Matching, allowed_false_positives, match_setups, rank
-from kaist.pairs import PairSet
 from kaist.results import Detections
 
 SETUP = "Reasonable-all"

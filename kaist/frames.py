@@ -8,11 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kaist.annotation_files import Objects
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations, time_of_day
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations, PairSet, time_of_day
 from kaist.files import InputError
+from kaist.labels import Objects
 from kaist.miss_rate import GroundTruth
-from kaist.pairs import PairSet
 
 VISIBLE, LWIR, BOTH = 1, 2, 3  # bits: in which modality's image an object is seen
 # Whom LEARN names: the words that annotations call them by, () for any.

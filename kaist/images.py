@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES, image_path
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES, PairSet, image_path
 from kaist.files import InputError, check_file
-from kaist.pairs import PairSet
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -115,18 +114,23 @@ def open_view(path: Path, modality: str, lwir_range: Sequence[float] = (0, 0)) -
             clipped. (0, 0): there is none.
 
     Raises:
-        InputError: it is missing, broken, too large or too deep.
+        InputError: it is missing, broken, too large or too deep, or of 8 bits where others have more.
     """
-    if modality == "lwir" and lwir_range[1] > lwir_range[0]:
-        return scale_deep(path, *lwir_range)
+    from PIL import Image
+
+    low, high = lwir_range if modality == "lwir" else (0, 0)
+    if low < high:
+        pixels = open_deep(path)
+        if pixels is None:
+            problem = "an image of 8 bits, where those to train on have more"
+            raise InputError(problem, "scale all frames alike", file=path)
+        scaled = (pixels - low) * (255 / (high - low))
+        return Image.fromarray((scaled.clip(0, 255) + 0.5).astype(np.uint8))
     mode = "RGB" if modality == "visible" else "L"
-    with open_image(path) as image:
-        try:
-            image.draft(mode, None)  # a grey JPEG's luma alone: no colour conversion to undo
-            image.load()
-            return image if image.mode == mode else image.convert(mode)
-        except Exception as error:  # whatever Pillow meets in broken data
-            raise InputError(f"broken image ({error})", "copy it again", file=path) from None
+    with open_image(path) as image, naming_broken(path):
+        image.draft(mode, None)  # a grey JPEG's luma alone: no colour conversion to undo
+        image.load()
+        return image if image.mode == mode else image.convert(mode)
 
 
 def open_deep(path: Path) -> np.ndarray | None:
@@ -135,27 +139,17 @@ def open_deep(path: Path) -> np.ndarray | None:
     Raises:
         InputError: it is missing, broken or too large.
     """
-    with open_image(path, deep=True) as image:
-        try:
-            return np.asarray(image, np.float32) if image.mode[0] in "IF" else None
-        except Exception as error:  # whatever Pillow meets in broken data
-            raise InputError(f"broken image ({error})", "copy it again", file=path) from None
+    with open_image(path, deep=True) as image, naming_broken(path):
+        return np.asarray(image, np.float32) if image.mode[0] in "IF" else None
 
 
-def scale_deep(path: Path, low: float, high: float) -> Image.Image:
-    """An image of more than 8 bits as one channel of 8: `low` becomes 0, `high` 255.
-
-    Raises:
-        InputError: it is missing, broken, or has 8 bits.
-    """
-    from PIL import Image
-
-    pixels = open_deep(path)
-    if pixels is None:
-        problem = "an image of 8 bits, where those to train on have more"
-        raise InputError(problem, "scale all frames alike", file=path)
-    scaled = (pixels - low) * (255 / (high - low))
-    return Image.fromarray((scaled.clip(0, 255) + 0.5).astype(np.uint8))
+@contextlib.contextmanager
+def naming_broken(path: Path) -> Iterator[None]:
+    """Refuse an image by its name where decoding it fails."""
+    try:
+        yield
+    except Exception as error:  # whatever Pillow meets in broken data
+        raise InputError(f"broken image ({error})", "copy it again", file=path) from None
 
 
 def frame_view(root: Path | PairSet, frame_id: str, modality: str) -> Image.Image:

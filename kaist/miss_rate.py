@@ -21,9 +21,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kaist.annotations import SCENES, Annotations, kaist_sizes, open_test_annotations, scene, time_of_day
+from kaist.annotations import (
+    SCENES,
+    Annotations,
+    PairSet,
+    kaist_sizes,
+    open_test_annotations,
+    scene,
+    time_of_day,
+)
 from kaist.files import InputError
-from kaist.pairs import PairSet
 from kaist.results import Detections, frame_places, move_frames
 
 OVERLAP = 0.5  # least overlap of a match

@@ -10,22 +10,27 @@ import difflib
 import glob
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 
-from kaist.annotation_files import FRAME_ID, Errors, ObjectRow, Objects, make_objects, refuse
-from kaist.annotations import SUFFIXES, list_lines, open_annotations, open_test_annotations
+from kaist.annotations import SUFFIXES, PairSet, list_lines, open_annotations, open_test_annotations
 from kaist.files import InputError, load_json, read_text
 from kaist.images import image_size, open_deep
-from kaist.label_formats import FORMS, guess_label_form, read_coco, read_labels
-from kaist.pairs import PairSet
+from kaist.labels import FRAME_ID, Errors, ObjectRow, guess_form, read_json, read_labels, refuse
 
 SPLITS = ("train", "test")
-TEXTS = ("visible", "lwir", "labels", "list", "form", "night")  # keys of a description, see docs/your-data.md
-LISTS = ("names", "person", "ignore", "drop")
+FORMS = ("xml", "kaist-text", "yolo", "cvc14")  # of label files for one frame each
+# What a description may have, see docs/your-data.md, and of which kind it is.
+KEYS = {
+    **dict.fromkeys(("visible", "lwir", "labels", "list", "form", "night"), str),
+    **dict.fromkeys(("names", "person", "ignore", "drop"), list),
+    "splits": dict,
+}
+KINDS = {str: "a text", list: "a list of texts", dict: "an object of texts"}
 DEFAULTS = {"person": ["person"], "ignore": ["people", "cyclist", "person?", "person?a", "ignored"]}
 NAMED: dict[str, dict[str, Any]] = {
     "kaist": {
@@ -59,6 +64,7 @@ NAMED: dict[str, dict[str, Any]] = {
     },
 }
 PERCENTILES = (0.1, 99.9)  # of the training list's LWIR values, which become 0 and 255
+UNLABELLED = "label them, or leave them out by a list"
 SAMPLED = 200  # frames that these are taken of
 
 
@@ -68,78 +74,67 @@ def open_pairs(data: str, root: Path | None, split: str, errors: Errors = None) 
     Args:
         data: a description's file, or a name in `NAMED`; root: where its paths begin (default: the
             description's folder); split: "train" or "test".
-        errors: takes what is wrong with a frame's images and labels, as in `kaist.annotation_files`;
-            a frame of two sizes is left out then.
+        errors: takes what is wrong with a frame's images and labels, as in `kaist.labels`; a frame of
+            two sizes is left out then.
 
     Raises:
         InputError: something is missing, malformed or contradicts itself.
     """
-    given, source, base = describe(data, root)
-    stands = given.get("splits", {}).get(split, split)
-    paths = {
-        key: given[key].replace("{split}", stands) for key in ("visible", "lwir", "list") if key in given
-    }
-    found = {modality: find_files(base, paths[modality], SUFFIXES) for modality in ("visible", "lwir")}
+    given, source, base = describe(data, root, split)
+    found = {modality: find_files(base, given[modality], SUFFIXES) for modality in ("visible", "lwir")}
     ids = sorted(found["visible"].keys() & found["lwir"].keys())
     if not ids:
-        a, b = (f"{next(iter(found[m]))!r}" for m in ("visible", "lwir"))
+        a, b = (f"{next(iter(files))!r}" for files in found.values())
         problem = f"no visible image ({a}, …) has an LWIR partner ({b}, …)"
         raise InputError(problem, "let the * of both patterns stand for what a pair shares", file=source)
     images = {i: {modality: files[i] for modality, files in found.items()} for i in ids}
-    if "list" in paths:
-        ids = listed(one_file(base, paths["list"]), aliases(images, base))
+    known = aliases(images, base)
+    if "list" in given:
+        ids = listed(one_file(base, given["list"]), known)
     elif alone := found["visible"].keys() ^ found["lwir"].keys():
         print(f"note: {len(alone)} of {len(ids) + len(alone)} frames lack a modality and are left out")
     sizes = {i: size for i in ids if (size := pair_size(images[i], errors))}
-    ids = list(sizes)
-    labels, names = given["labels"].replace("{split}", stands), given.get("names", ())
-    if not labels:
+    if not given["labels"]:  # whichever of KAIST's forms is there
         opened = open_test_annotations(base, ids) if split == "test" else open_annotations(base)
-        rows = {i: (Path(opened.path(i)), opened.read_rows(i)) for i in ids}
-    elif labels.endswith(".json"):
-        path = one_file(base, labels)
-        rows = {i: (path, own) for i, own in coco_rows(path, ids, aliases(images, base)).items()}
+        labels = {i: (Path(opened.path(i)), opened.read_rows(i)) for i in sizes}
+    elif given["labels"].endswith(".json"):
+        labels = coco_rows(one_file(base, given["labels"]), sizes, known, errors)
     else:
-        files = label_files(base, labels, ids, given.get("form", ""), errors)
-        rows = {
-            i: (f[0], read_labels(*f, sizes[i], names, errors)) if f else (base, []) for i, f in files.items()
-        }
+        labels = file_rows(base, given, sizes, errors)
     roles = {name: role for role in ("drop", "ignore", "person") for name in given.get(role, ())}
-    objects = {i: choose_objects(*rows[i], roles, errors) for i in ids}
-    files = {i: {**images[i], "labels": rows[i][0]} for i in ids}
-    return PairSet(source, tuple(ids), files, sizes, objects, given.get("night", ""))
+    objects = {i: choose_objects(*own, roles, errors) for i, own in labels.items()}
+    files = {i: {**images[i], "labels": path} for i, (path, _) in labels.items()}
+    return PairSet(source, tuple(sizes), files, sizes, objects, given.get("night", ""))
 
 
-def describe(data: str, root: Path | None) -> tuple[dict[str, Any], Path, Path]:
-    """A description with its defaults, what it is called, and the folder where its paths begin.
+def describe(data: str, root: Path | None, split: str) -> tuple[dict[str, Any], Path, Path]:
+    """A description of a split, with its defaults; what it is called; the folder where its paths begin.
 
     Raises:
         InputError: there is none, or it holds what no description has.
     """
-    if data in NAMED:
-        if root is None or not root.is_dir():
-            raise InputError(f"{data} needs its folder", "name it by --data-root", file=root)
-        return {**DEFAULTS, **NAMED[data]}, root, root
-    path = Path(data)
-    if not path.is_file():
-        remedy = f"name a description, pairs.json, or one of {', '.join(NAMED)}"
-        raise InputError("no such set of pairs", remedy, file=path)
-    given = load_json(read_text(path), path)
+    path, remedy = Path(data), "see docs/your-data.md"
+    if data in NAMED and (root is None or not root.is_dir()):
+        raise InputError(f"{data} needs its folder", "name it by --data-root", file=root)
+    if data not in NAMED and not path.is_file():
+        known = f"name a description, pairs.json, or one of {', '.join(NAMED)}"
+        raise InputError("no such set of pairs", known, file=path)
+    given = NAMED.get(data) or load_json(read_text(path), path)
     if not isinstance(given, dict) or not {"visible", "lwir", "labels"} <= given.keys():
-        remedy = "see docs/your-data.md"
         raise InputError("a description has at least visible, lwir and labels", remedy, file=path)
     for key, value in given.items():
-        if key not in (known := (*TEXTS, *LISTS, "splits")):
-            near = difflib.get_close_matches(key, known, 1) or [", ".join(known)]
+        if key not in KEYS:
+            near = difflib.get_close_matches(key, KEYS, 1) or [", ".join(KEYS)]
             raise InputError(f"{key!r} is nothing that a description has", f"write {near[0]}", file=path)
-        kind = str if key in TEXTS else list if key in LISTS else dict
-        words = value.values() if kind is dict and isinstance(value, dict) else value
-        if not isinstance(value, kind) or not all(isinstance(word, str) for word in words):
-            kind = {dict: "an object of texts", list: "a list of texts", str: "a text"}[kind]
-            raise InputError(f"{key!r} is not {kind}", "see docs/your-data.md", file=path)
+        words = value.values() if isinstance(value, dict) else value
+        if not isinstance(value, KEYS[key]) or not all(isinstance(word, str) for word in words):
+            raise InputError(f"{key!r} is not {KINDS[KEYS[key]]}", remedy, file=path)
     if given.get("form", FORMS[0]) not in FORMS:
         raise InputError(f"form {given['form']!r} is unknown", f"use {', '.join(FORMS)}", file=path)
-    return {**DEFAULTS, **given}, path, path.parent if root is None else root
+    stands = given.get("splits", {}).get(split, split)
+    places = ("visible", "lwir", "labels", "list")
+    given = given | {key: given[key].replace("{split}", stands) for key in places if key in given}
+    return DEFAULTS | given, root if data in NAMED else path, root or path.parent
 
 
 # ------------------------------------------------------------------- files
@@ -182,14 +177,15 @@ def one_file(base: Path, pattern: str) -> Path:
 
 
 def aliases(images: Mapping[str, Mapping[str, Path]], base: Path) -> dict[str, str]:
-    """What a frame may be called -> its id: the id, its images' paths and names, each without the
-    ending; names that several frames share are left out."""
-    shared: dict[str, set[str]] = {}
+    """What a frame may be called -> its id: the id, and its images' paths from any folder on, without
+    the ending; names that several frames share are left out."""
+    shared: dict[str, set[str]] = defaultdict(set)
     for frame_id, files in images.items():
         for path in files.values():
             below = path.relative_to(base) if path.is_relative_to(base) else path
-            for name in (frame_id, below.with_suffix("").as_posix(), path.stem):
-                shared.setdefault(name, set()).add(frame_id)
+            parts = below.with_suffix("").parts
+            for first in range(len(parts)):
+                shared["/".join(parts[first:])].add(frame_id)
     names = {name: next(iter(ids)) for name, ids in shared.items() if len(ids) == 1}
     return names | {frame_id: frame_id for frame_id in images}
 
@@ -220,53 +216,57 @@ def listed(path: Path, known: Mapping[str, str]) -> list[str]:
     return list(first)
 
 
-def label_files(
-    base: Path, pattern: str, ids: Iterable[str], form: str, errors: Errors
-) -> dict[str, tuple[Path, str] | None]:
-    """Id -> label file and its form; None for a frame without one, in YOLO's form alone.
-
-    Raises:
-        InputError: a frame has no label file.
-    """
-    found = find_files(base, pattern, (".xml", ".XML", ".txt"))
-    forms = {i: (found[i], form or guess_label_form(found[i])) if i in found else None for i in ids}
-    missing = [i for i, file in forms.items() if file is None]
-    if missing and {file[1] for file in forms.values() if file} != {"yolo"}:
-        problem = f"{len(missing)} frames have no label file, {missing[0]} first"
-        refuse(InputError(problem, "label them, or leave them out by a list", file=base / pattern), errors)
-    elif missing:
-        print(f"note: {len(missing)} of {len(forms)} frames have no label file: as YOLO has it, no objects")
-    return forms
-
-
-def coco_rows(path: Path, ids: Iterable[str], known: Mapping[str, str]) -> dict[str, list[ObjectRow]]:
-    """Id -> objects of a COCO JSON, which may hold other frames too.
-
-    Raises:
-        InputError: a frame is not in it, or is there twice.
-    """
-    named: dict[str, str] = {}
-    content = read_coco(path)
-    for exactly in (True, False):  # so that of two splits in one file each has its own
-        for name in content:
-            frame_id = find_id(name, known, exactly)
-            other = named.setdefault(frame_id, name) if frame_id else name
-            if other != name and not exactly and find_id(other, known, True) != frame_id:
-                problem = f"{other} and {name} may both be frame {frame_id}"
-                raise InputError(problem, "write file_name from the description's folder on", file=path)
-    rows = {frame_id: content[name] for frame_id, name in named.items()}
-    if missing := [i for i in ids if i not in rows]:
-        problem = f"{len(missing)} frames are not in it, {missing[0]} first"
-        raise InputError(problem, "label them, or leave them out by a list", file=path)
-    return rows
-
-
 # ------------------------------------------------------------------- what is in them
+
+Labels = dict[str, tuple[Path, list[ObjectRow]]]  # id -> where a frame's objects were read, and they
+
+
+def file_rows(
+    base: Path, given: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]], errors: Errors
+) -> Labels:
+    """The objects of frames of these ids and sizes, of a label file each.
+
+    Raises:
+        InputError: a frame has no label file, in another form than YOLO's; or a file is malformed.
+    """
+    files = find_files(base, given["labels"], (".xml", ".XML", ".txt"))
+    forms = {i: given.get("form") or guess_form(files[i]) for i in sizes if i in files}
+    missing = [i for i in sizes if i not in files]
+    if missing and set(forms.values()) == {"yolo"}:
+        print(f"note: {len(missing)} of {len(sizes)} frames have no label file: as YOLO has it, no objects")
+    elif missing:
+        problem = f"{len(missing)} frames have no label file, {missing[0]} first"
+        refuse(InputError(problem, UNLABELLED, file=base / given["labels"]), errors)
+    names = given.get("names", ())
+    found = {i: (files[i], read_labels(files[i], form, sizes[i], names, errors)) for i, form in forms.items()}
+    return {i: found.get(i, (base, [])) for i in sizes}
+
+
+def coco_rows(path: Path, ids: Iterable[str], known: Mapping[str, str], errors: Errors) -> Labels:
+    """The objects of frames in a COCO JSON, which may hold other frames too.
+
+    Raises:
+        InputError: a frame is not in it, or is there twice; or it is malformed.
+    """
+    content = read_json(path, errors, kaist=False)
+    named: dict[tuple[bool, str | None], list[str]] = defaultdict(list)
+    for name in content:
+        for exactly in (True, False):  # so that of two splits in one file each has its own
+            named[exactly, find_id(name, known, exactly)].append(name)
+    names = {i: named[True, i] or named[False, i] for i in ids}
+    for frame_id, own in names.items():
+        if len(own) > 1:
+            problem = f"{own[0]} and {own[1]} may both be frame {frame_id}"
+            raise InputError(problem, "write file_name from the description's folder on", file=path)
+    if missing := [i for i, own in names.items() if not own]:
+        problem = f"{len(missing)} frames are not in it, {missing[0]} first"
+        refuse(InputError(problem, UNLABELLED, file=path), errors)
+    return {i: (path, content[own[0]] if own else []) for i, own in names.items()}
 
 
 def choose_objects(
     path: Path, rows: Sequence[ObjectRow], roles: Mapping[str, str], errors: Errors
-) -> Objects:
+) -> list[ObjectRow]:
     """The objects that are not dropped; those to learn are called "person", the others are ignored.
 
     Args:
@@ -284,7 +284,7 @@ def choose_objects(
             refuse(InputError(problem, "add it to person, ignore or drop", file=path, line=line), errors)
         elif role != "drop":
             kept.append(row._replace(label="person") if role == "person" else row._replace(ignore=True))
-    return make_objects(kept)
+    return kept
 
 
 def pair_size(pair: Mapping[str, Path], errors: Errors) -> tuple[int, int] | None:
@@ -304,18 +304,30 @@ def pair_size(pair: Mapping[str, Path], errors: Errors) -> tuple[int, int] | Non
         return None
 
 
-def find_lwir_range(pairs: PairSet) -> tuple[float, float]:
+def find_lwir_range(pairs: PairSet, errors: Errors = None) -> tuple[float, float]:
     """Which values of LWIR images of more than 8 bits become 0 and 255; (0, 0) where all have 8.
 
     The percentiles `PERCENTILES` of up to `SAMPLED` of the frames, which are those to train on.
+
+    Args:
+        errors: takes what is wrong with images, as in `kaist.labels`.
+
+    Raises:
+        InputError: an image is broken, or some have 8 bits and others more.
     """
-    step = math.ceil(len(pairs.frames) / SAMPLED)
-    looks = [open_deep(pairs.images[frame_id]["lwir"]) for frame_id in pairs.frames[::step]]
-    if all(pixels is None for pixels in looks):
+    looks = []
+    for frame_id in pairs.frames[:: math.ceil(len(pairs.frames) / SAMPLED)]:
+        try:
+            looks.append(open_deep(pairs.images[frame_id]["lwir"]))
+        except InputError as error:
+            refuse(error, errors)
+    deep = [pixels[::4, ::4].ravel() for pixels in looks if pixels is not None]
+    if not deep:
         return 0.0, 0.0
-    if not all(pixels is not None for pixels in looks):
-        raise InputError("LWIR images of 8 bits and of more are mixed", "scale all alike", file=pairs.source)
-    low, high = np.percentile(np.concatenate([pixels[::4, ::4].ravel() for pixels in looks]), PERCENTILES)
+    if len(deep) < len(looks):
+        problem = "LWIR images of 8 bits and of more are mixed"
+        refuse(InputError(problem, "scale all alike", file=pairs.source), errors)
+    low, high = np.percentile(np.concatenate(deep), PERCENTILES)
     return float(low), float(max(high, low + 1))
 
 

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from kaist.annotations import Annotations, find_annotations, find_file, read_image_list
+from kaist.annotations import (
+    JSON_NAME,
+    PLACES,
+    Annotations,
+    PairSet,
+    find_annotations,
+    find_file,
+    find_form,
+    read_image_list,
+)
+from kaist.files import InputError
 from kaist.frames import Frame
 from kaist.miss_rate import GroundTruth, load_ground_truth
 from kaist.pair_sets import NAMED, find_lwir_range, open_pairs
-from kaist.pairs import PairSet
 
 KAIST = "kaist"  # what DATA says of a KAIST root
 # What is taken from a configuration: by open_training and open_testing.
 TRAIN_SET = ("data", "data_root", "train_list", "annotations", "input_mode")
 TEST_SET = ("data", "data_root", "test_list", "test_annotations", "lwir_range")
+# What a full KAIST is trained and tested on: the constants of its list and annotations, and the lists
+# under their published names, the longest first.
+PARTS = {
+    "train": ("train_list", "annotations", [f"imageSets/train-all-{n}.txt" for n in ("02", "04", "20")]),
+    "test": ("test_list", "test_annotations", ["imageSets/test-all-20.txt"]),
+}
 
 
 def open_training(
@@ -85,3 +101,56 @@ def set_name(data: str) -> str:
 def named_root(data: str, data_root: str | Path) -> Path | None:
     """Where the paths of a set begin: DATA_ROOT for a named one, else its description's own folder."""
     return Path(data_root) if data in NAMED else None
+
+
+# ------------------------------------------------------------------- a full KAIST
+
+
+def find_parts(root: Path, given: Mapping[str, str] = {}, kinds: Iterable[str] = PARTS) -> dict[str, str]:
+    """The constants that train and test on a full KAIST: its root, lists and annotations.
+
+    To test it takes KAIST_annotation.json, to train the first form that annotates every frame of the
+    list.
+
+    Args:
+        given: values of constants that are chosen already.
+        kinds: those of `PARTS` that are wanted.
+
+    Raises:
+        InputError: a part that is not there, by its name.
+    """
+    parts = {"data_root": str(root)}
+    if "train" in kinds and not (root / "images").is_dir():
+        raise InputError("no images/ here", "name the folder that holds KAIST's images/", file=root)
+    for kind in kinds:
+        list_name, annotations_name, lists = PARTS[kind]
+        there = [name for name in lists if (root / name).is_file()]
+        if not there and list_name not in given:
+            remedy = f"put one there, or name a list by --{list_name.replace('_', '-')}"
+            raise InputError(f"no {' and no '.join(lists)} here", remedy, file=root)
+        parts[list_name] = given.get(list_name) or there[0]
+        if annotations_name in given:
+            continue
+        if kind == "train":
+            parts[annotations_name] = complete_form(root, read_image_list(find_file(root, parts[list_name])))
+        elif found := find_form(root, "json"):
+            parts[annotations_name] = str(found[0].relative_to(root))
+        else:
+            problem = f"no {JSON_NAME} here, the improved annotations that papers test on"
+            remedy = "put it there, or choose others by --test-annotations (eval.py: --annotations)"
+            raise InputError(problem, remedy, file=root)
+    return parts
+
+
+def complete_form(root: Path, frame_ids: Sequence[str]) -> str:
+    """The first form of annotations that has a file for every one of these frames."""
+    holds = {}
+    for form, [folder, *_] in PLACES.items():
+        if form != "json":
+            annotations = Annotations(root / folder, form, "lwir")
+            holds[folder] = sum(os.path.exists(annotations.path(frame_id)) for frame_id in frame_ids)
+            if holds[folder] == len(frame_ids):
+                return form
+    found = ", ".join(f"{folder}/ {n}" for folder, n in holds.items())
+    problem = f"no folder annotates all {len(frame_ids)} frames to train on ({found})"
+    raise InputError(problem, "complete one, or name others by --annotations", file=root)

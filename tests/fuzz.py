@@ -38,10 +38,10 @@ import eval as eval_script
 import train
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.config import OneLineParser, read_constants
-from kaist.annotation_files import READERS, read_json
 from kaist.annotations import read_image_list
 from kaist.files import InputError, make_folder, run_script, write_text
 from kaist.images import read_image
+from kaist.labels import read_json, read_labels
 from kaist.results import read_detections
 from tools.faults import Fault, check_file, check_image, check_json
 
@@ -220,7 +220,7 @@ def make_readers() -> dict[str, Reader]:
         return [text.encode() for text in texts]
 
     def annotation(form: str) -> Callable[[Path], None]:
-        return checked(READERS[form], lambda path: check_file(path, form, FRAMES[19])[0])
+        return checked(partial(read_labels, form=form), lambda path: check_file(path, form, FRAMES[19])[0])
 
     def image(modality: str) -> Callable[[Path], None]:
         find_fault = lambda path: isinstance(check_image(path, modality), Fault)  # noqa: E731

@@ -33,6 +33,7 @@ from kaist.annotations import (
     MODALITIES,
     PLACES,
     Annotations,
+    PairSet,
     find_file,
     find_form,
     image_path,
@@ -41,7 +42,6 @@ from kaist.annotations import (
 )
 from kaist.files import InputError, run_script, write_atomically
 from kaist.pair_sets import NAMED, SPLITS, find_lwir_range, open_pairs
-from kaist.pairs import PairSet, rows_of
 from tools.faults import (
     COLOURED,
     FAULTS,
@@ -102,7 +102,7 @@ def conclude(faults: list[Fault], root: Path, out: Path) -> int:
 
 def parse_arguments() -> Namespace:
     """The command line."""
-    kinds = "\n".join(f"  {name:20} {text}" for name, text in FAULTS.items())
+    kinds = "\n".join(f"  {name:20} {text}" for name, (text, _) in FAULTS.items())
     parser = OneLineParser(
         prog="python -m tools.check_data",
         description=__doc__,
@@ -151,18 +151,19 @@ def check_pairs(data: str, root: Path | None, modalities: Sequence[str]) -> tupl
         for frame_id in pairs.frames:
             name, files, size = f"{split} {frame_id}", pairs.images[frame_id], pairs.sizes[frame_id]
             places[name], images[name], sizes[name] = (pairs.source, 0), files, size
-            rows = rows_of(pairs.objects[frame_id])
-            faults += implausible_objects(rows, files["labels"], size, kaist=False)
+            faults += implausible_objects(pairs.objects[frame_id], files["labels"], size, kaist=False)
     shared = {files["visible"] for files in sets["train"].images.values()}
     shared &= {files["visible"] for files in sets["test"].images.values()}
     faults += [Fault("list-overlap", path, 0, "it is both to train and to test") for path in sorted(shared)]
-    every = replace(sets["train"], images=images, sizes=sizes, lwir_range=find_lwir_range(sets["train"]))
+    lwir_range = find_lwir_range(sets["train"], errors)
+    every = replace(sets["train"], images=images, sizes=sizes, lwir_range=lwir_range)
     faults += check_frames(every, places, modalities, [], [])
     grey = [fault for fault in faults if fault.name == "grey-visible"]
     if len(grey) == len(places):
         print("note: all visible images are grey")
         faults = [fault for fault in faults if fault not in grey]
-    return len(places), [*(to_fault(error, error.file or Path(data)) for error in errors), *faults]
+    refused = [to_fault(error, error.file or Path(data)) for error in errors]
+    return len(places), [*dict.fromkeys([*refused, *faults])]  # a broken image may be met twice
 
 
 def check_list(path: Path, frames: dict[str, tuple[Path, int]], disjoint: bool) -> Iterator[Fault]:

@@ -15,46 +15,46 @@ import os
 import shutil
 from argparse import Namespace, RawDescriptionHelpFormatter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from engine.config import OneLineParser
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, JSON_NAME
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, JSON_NAME, PairSet
 from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
 from kaist.images import open_view, rescale
-from kaist.label_formats import class_name, coco_content, scaled, yolo_lines
-from kaist.pair_sets import NAMED, SPLITS, describe, find_lwir_range, kaist_ids, open_pairs
-from kaist.pairs import PairSet
+from kaist.labels import ObjectRow, class_name, coco_content, yolo_text
+from kaist.pair_sets import NAMED, SPLITS, find_lwir_range, kaist_ids, open_pairs
 from tools.faults import LABELS
 
 KAIST_SIZE = (FRAME_WIDTH, FRAME_HEIGHT)
 JPEG_QUALITY = 95  # of frames that are scaled
+FOLDERS = {"visible": "images", "lwir": "lwir"}  # of the images of COCO and YOLO
+LABELS_AT = {"coco": "annotations/{split}.json", "yolo": "labels/{split}"}
 
 
 def main() -> None:
-    """Read the set, then write it; labels last, so that an unfinished one is none."""
+    """Read the set, then write it; its description or lists last, so that an unfinished one is none."""
     arguments = parse_arguments()
-    describe(arguments.data, arguments.data_root)
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
         raise InputError("it holds something already", "choose a new folder by --out", file=arguments.out)
     sets = {split: open_pairs(arguments.data, arguments.data_root, split) for split in arguments.split}
-    check_apart(sets)
-    make_folder(arguments.out)
+    files = [{pair["visible"] for pair in pairs.images.values()} for pairs in sets.values()]
+    if len(files) > 1 and (shared := files[0] & files[1]):
+        problem = f"{len(shared)} frames are both to train and to test"
+        raise InputError(problem, "tell them apart by {split} or lists", file=min(shared))
     if arguments.to == "kaist":
         write_kaist(sets, arguments.out)
         hint = f"--data-root {arguments.out}"
     else:
-        write_images(sets, arguments.out)
-        {"coco": write_coco, "yolo": write_yolo}[arguments.to](sets, arguments.out)
+        write_plain(sets, arguments.to, arguments.out)
         hint = str(arguments.out / "pairs.json")
     for split, pairs in sets.items():
-        n = sum(len(own.labels) for own in pairs.objects.values())
-        people = sum(int(own.is_person.sum()) for own in pairs.objects.values())
-        words = f"{len(pairs.frames)} frames, {people} people to learn, {n - people} objects to ignore"
-        print(f"{split}: {words}")
+        rows = [row for own in pairs.objects.values() for row in own]
+        people = sum(row.label == "person" and not row.ignore for row in rows)
+        words = f"{people} people to learn, {len(rows) - people} objects to ignore"
+        print(f"{split}: {len(pairs.frames)} frames, {words}")
     print(f"written: {hint}")
 
 
@@ -72,26 +72,6 @@ def parse_arguments() -> Namespace:
     return parser.parse_args()
 
 
-def check_apart(sets: dict[str, PairSet]) -> None:
-    """Refuse a set whose frames to train on and to test on are the same, all or some."""
-    files = [{pair["visible"] for pair in pairs.images.values()} for pairs in sets.values()]
-    if len(files) > 1 and (shared := files[0] & files[1]):
-        problem = f"{len(shared)} frames are both to train and to test"
-        raise InputError(problem, "tell them apart by {split} or lists", file=min(shared))
-
-
-# ------------------------------------------------------------------- COCO and YOLO
-
-
-def write_images(sets: dict[str, PairSet], out: Path) -> None:
-    """The images as they are: images/<split>/<id>, visible, and lwir/<split>/<id>."""
-    for split, pairs in sets.items():
-        for frame_id in tqdm(pairs.frames, f"images to {split}", unit="frame", leave=False):
-            for modality, folder in (("visible", "images"), ("lwir", "lwir")):
-                source = pairs.images[frame_id][modality]
-                place_file(source, out / folder / split / f"{frame_id}{source.suffix}")
-
-
 def place_file(source: Path, target: Path) -> None:
     """A file under another name: a hard link where the disk can, else a copy."""
     make_folder(target.parent)
@@ -101,72 +81,67 @@ def place_file(source: Path, target: Path) -> None:
         write_atomically(target, partial(shutil.copyfile, source))
 
 
-def write_coco(sets: dict[str, PairSet], out: Path) -> None:
-    """annotations/<split>.json of each split, and the description."""
-    make_folder(out / "annotations")
+def write_new(path: Path, text: str) -> None:
+    """Write a text file and make its folder."""
+    make_folder(path.parent)
+    write_text(path, text)
+
+
+def write_plain(sets: dict[str, PairSet], form: str, out: Path) -> None:
+    """The images as they are, images/<split>/<id>, visible, and lwir/<split>/<id>; their labels as COCO
+    or YOLO has them; and the pairs.json of both."""
+    every = [row for pairs in sets.values() for own in pairs.objects.values() for row in own]
+    classes = {class_name(row) if form == "yolo" else row.label for row in every}
+    names = ["person", *sorted(classes - {"person"})]
     for split, pairs in sets.items():
-        files = [f"{i}{pairs.images[i]['visible'].suffix}" for i in pairs.frames]
-        sizes, objects = ([column[i] for i in pairs.frames] for column in (pairs.sizes, pairs.objects))
-        write_text(out / f"annotations/{split}.json", json.dumps(coco_content(files, sizes, objects)) + "\n")
-    labels = {label for pairs in sets.values() for own in pairs.objects.values() for label in own.labels}
-    write_description(sets, out, "annotations/{split}.json", sorted(labels - {"person"}), {})
-
-
-def write_yolo(sets: dict[str, PairSet], out: Path) -> None:
-    """labels/<split>/<id>.txt of each frame, data.yaml as Ultralytics reads it, and the description."""
-    every = [own for pairs in sets.values() for own in pairs.objects.values()]
-    labels = {class_name(own, i) for own in every for i in range(len(own.labels))} - {"person"}
-    names = ["person", *sorted(labels)]
-    for split, pairs in sets.items():
-        for frame_id in tqdm(pairs.frames, f"labels to {split}", unit="frame", leave=False):
-            path = out / f"labels/{split}/{frame_id}.txt"
-            make_folder(path.parent)
-            write_text(path, yolo_lines(pairs.objects[frame_id], pairs.sizes[frame_id], names))
-    text = "".join(f"{'val' if split == 'test' else split}: images/{split}\n" for split in sets)
-    write_text(out / "data.yaml", f"path: .\n{text}names: {json.dumps(names)}\n")
-    write_description(sets, out, "labels/{split}", names[1:], {"names": names})
-
-
-def write_description(
-    sets: dict[str, PairSet], out: Path, labels: str, ignored: list[str], more: dict[str, object]
-) -> None:
-    """The pairs.json of what was written."""
-    content = {"visible": "images/{split}", "lwir": "lwir/{split}", "labels": labels, **more}
-    content |= {"person": ["person"], "ignore": ignored}
+        place, images = out / LABELS_AT[form].format(split=split), []
+        for frame_id in tqdm(pairs.frames, split, unit="frame", leave=False):
+            size, rows, files = (of[frame_id] for of in (pairs.sizes, pairs.objects, pairs.images))
+            for modality, folder in FOLDERS.items():
+                name = f"{frame_id}{files[modality].suffix}"
+                place_file(files[modality], out / folder / split / name)
+            images.append((f"{frame_id}{files['visible'].suffix}", size, rows))
+            if form == "yolo":
+                write_new(place / f"{frame_id}.txt", yolo_text(rows, size, names))
+        if form == "coco":
+            write_new(place, json.dumps(coco_content(images)) + "\n")
+    content = {modality: f"{folder}/{{split}}" for modality, folder in FOLDERS.items()}
+    content |= {"labels": LABELS_AT[form], "person": names[:1], "ignore": names[1:]}
+    if form == "yolo":  # with the file that Ultralytics reads
+        content["names"] = names
+        text = "".join(f"{'val' if split == 'test' else split}: images/{split}\n" for split in sets)
+        write_new(out / "data.yaml", f"path: .\n{text}names: {json.dumps(names)}\n")
     if night := next(iter(sets.values())).night:
         content["night"] = night
-    write_text(out / "pairs.json", json.dumps(content, indent=1) + "\n")
-
-
-# ------------------------------------------------------------------- KAIST
+    write_new(out / "pairs.json", json.dumps(content, indent=1) + "\n")
 
 
 def write_kaist(sets: dict[str, PairSet], out: Path) -> None:
-    """images/, imageSets/, names.csv and one KAIST_annotation.json of all frames, at 640x512."""
+    """images/, names.csv, one KAIST_annotation.json of all frames, and imageSets/, at 640x512."""
     named = {split: kaist_ids(pairs, split) for split, pairs in sets.items()}
     deep = find_lwir_range(next(iter(sets.values())))
     if deep[1]:
         print("LWIR of {:g} … {:g} becomes 0 … 255, what lies beyond is clipped".format(*deep))
-    files, objects, rows = [], [], ["frame,split,visible,lwir\n"]
-    with ThreadPoolExecutor() as pool:
-        for split, pairs in sets.items():
-            draw = partial(draw_frame, pairs, named[split], out, deep)
-            for _ in tqdm(pool.map(draw, pairs.frames), split, len(pairs.frames), unit="frame", leave=False):
-                pass
-            for i in pairs.frames:
-                files.append(named[split][i])
-                own = scaled(pairs.objects[i], pairs.sizes[i], KAIST_SIZE)
-                labels = tuple(label if label in LABELS else "__ignore__" for label in own.labels)
-                objects.append(replace(own, labels=labels))
-                rows.append(
-                    f"{named[split][i]},{split},{pairs.images[i]['visible']},{pairs.images[i]['lwir']}\n"
-                )
-    write_text(out / "names.csv", "".join(rows))
-    content = coco_content(files, [KAIST_SIZE] * len(files), objects, "im_name")
-    write_text(out / JSON_NAME, json.dumps(content) + "\n")
-    make_folder(out / "imageSets")
+    images, table = [], ["frame,split,visible,lwir\n"]
+    for split, pairs in sets.items():
+        draw = partial(draw_frame, pairs, named[split], out, deep)
+        with ThreadPoolExecutor() as pool:
+            list(tqdm(pool.map(draw, pairs.frames), split, len(pairs.frames), unit="frame", leave=False))
+        for i, name in named[split].items():
+            images.append((name, KAIST_SIZE, [scale(row, pairs.sizes[i]) for row in pairs.objects[i]]))
+            table.append(f"{name},{split},{pairs.images[i]['visible']},{pairs.images[i]['lwir']}\n")
+    write_new(out / "names.csv", "".join(table))
+    write_new(out / JSON_NAME, json.dumps(coco_content(images, "im_name")) + "\n")
     for split, ids in named.items():
-        write_text(out / f"imageSets/{split}-all.txt", "".join(f"{name}\n" for name in ids.values()))
+        write_new(out / f"imageSets/{split}-all.txt", "".join(f"{name}\n" for name in ids.values()))
+
+
+def scale(row: ObjectRow, size: tuple[int, int]) -> ObjectRow:
+    """An object of a frame of `size` (width, height) as it lies in the frame scaled to KAIST's size, under
+    a label that KAIST has."""
+    label = row.label if row.label in LABELS else "__ignore__"
+    factors = [to / side for to, side in zip(KAIST_SIZE, size, strict=True)] * 2
+    return row._replace(label=label, box=[a * b for a, b in zip(row.box, factors, strict=True)])
 
 
 def draw_frame(

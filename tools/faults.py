@@ -11,77 +11,69 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kaist.annotation_files import READERS, ObjectRow, parse_xml, read_json
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.files import InputError, load_json, read_text
 from kaist.images import open_image, open_view
+from kaist.labels import ObjectRow, json_objects, parse_xml, read_labels
 
+# Name -> what it is, and words by which the message of a reader that finds it is known; the first that fit.
 FAULTS = {
-    "list-empty": "an image list without frames",
-    "list-bad-id": "a line that is not set00/V000/I00000",
-    "list-repeated-id": "a frame listed twice",
-    "list-overlap": "a frame of two lists, of which one is to test what the other taught",
-    "unknown-frame": "a listed frame with neither image nor annotation",
-    "missing-visible": "no visible image",
-    "missing-lwir": "no LWIR image",
-    "misnamed-image": "the image is there under an ending that is not read (.bmp, .webp)",
-    "broken-link": "a link to a file that is not there",
-    "unreadable-file": "a file that may not be read, or that is no file",
-    "empty-file": "a file of 0 bytes",
-    "not-an-image": "content that is no JPEG, PNG or TIFF",
-    "broken-image": "an image that cannot be decoded to its end",
-    "wrong-size": "an image that is not 640x512, or of another size than its pair's",
-    "huge-image": "a size that would fill the memory",
-    "16-bit-image": "an image of 16 bits or floating point, which would be clipped to white",
-    "constant-image": "one colour all over",
-    "grey-visible": "a visible image without colours",
-    "coloured-lwir": "an LWIR image with colours",
-    "swapped-modalities": "visible in the place of LWIR and the reverse",
-    "same-image": "visible and LWIR are the same picture",
-    "copied-image": "the same picture under two frame ids",
-    "missing-annotation": "no annotation",
-    "not-text": "an annotation that is not text",
-    "bad-header": "a text annotation that does not begin with '% bbGt version=3'",
-    "too-few-columns": "a line with too few columns",
-    "not-a-number": "a word where a number belongs",
-    "no-area": "a box without a positive, finite size",
-    "outside-frame": "a box wholly outside of the frame",
-    "leaves-frame": "a box less than half in the frame",
-    "odd-box": "a person or object of an impossible height or shape",
-    "repeated-box": "two objects with the same box",
-    "unknown-label": "a label other than person, people, cyclist and person?",
-    "unknown-occlusion": "an occlusion other than 0, 1 and 2",
-    "unpaired-objects": "visible and LWIR files of the paired form with other objects",
-    "broken-xml": "an XML that cannot be parsed, or is none of KAIST's",
-    "incomplete-object": "an XML or JSON object that lacks its name, box or other fields",
-    "contradicting-file": "a file that says it belongs to another frame or size",
-    "broken-json": "a JSON that cannot be parsed, or is none of KAIST's",
-    "json-repeated-id": "an id or frame that a JSON holds twice",
-    "json-unknown-image": "a JSON object of an image that is not in it",
-}
-# Faults that the readers find, and words of their messages, in the order in which they are looked for.
-MESSAGES = {
-    "huge-image": "exceeds limit|too large to decode",
-    "16-bit-image": "not an 8-bit image",
-    "not-an-image": "cannot identify image",
-    "broken-image": "unreadable image",
-    "list-bad-id": "is not a frame id",
-    "list-repeated-id": "stands in line",
-    "list-empty": "the image list is empty",
-    "not-text": "not a text file",
-    "bad-header": "is not a bbGt header",
-    "wrong-size": "its visible image",
-    "missing-annotation": "have no label file|are not in it",
-    "unknown-label": "the description speaks of|has no name",
-    "too-few-columns": "columns where",
-    "not-a-number": "is not a number|fractions of the frame",
-    "no-area": "with positive size",
-    "unknown-occlusion": "is unknown",
-    "broken-xml": "broken XML|an XML with a DOCTYPE|is no KAIST annotation",
-    "broken-json": "broken JSON|not a (KAIST|COCO) annotation JSON",
-    "json-repeated-id": "is there twice",
-    "json-unknown-image": "which is not in it",
-    "incomplete-object": "an object lacks|annotation ",
+    "list-empty": ("an image list without frames", "the image list is empty"),
+    "list-bad-id": ("a line that is not set00/V000/I00000", "is not a frame id"),
+    "list-repeated-id": ("a frame listed twice", "stands in line"),
+    "list-overlap": ("a frame of two lists, of which one is to test what the other taught", ""),
+    "unknown-frame": ("a listed frame with neither image nor annotation", ""),
+    "missing-visible": ("no visible image", ""),
+    "missing-lwir": ("no LWIR image", ""),
+    "misnamed-image": ("the image is there under an ending that is not read (.bmp, .webp)", ""),
+    "broken-link": ("a link to a file that is not there", ""),
+    "unreadable-file": ("a file that may not be read, or that is no file", ""),
+    "empty-file": ("a file of 0 bytes", ""),
+    "huge-image": ("a size that would fill the memory", "exceeds limit|too large to decode"),
+    "16-bit-image": (
+        "an image of 16 bits or floating point, which would be clipped to white",
+        "not an 8-bit image|of 8 bits and of more|image of 8 bits",
+    ),
+    "not-an-image": ("content that is no JPEG, PNG or TIFF", "cannot identify image"),
+    "broken-image": ("an image that cannot be decoded to its end", "unreadable image|broken image"),
+    "wrong-size": ("an image that is not 640x512, or of another size than its pair's", "its visible image"),
+    "constant-image": ("one colour all over", ""),
+    "grey-visible": ("a visible image without colours", ""),
+    "coloured-lwir": ("an LWIR image with colours", ""),
+    "swapped-modalities": ("visible in the place of LWIR and the reverse", ""),
+    "same-image": ("visible and LWIR are the same picture", ""),
+    "copied-image": ("the same picture under two frame ids", ""),
+    "missing-annotation": ("no annotation", "have no label file|are not in it"),
+    "not-text": ("an annotation that is not text", "not a text file"),
+    "bad-header": ("a text annotation that does not begin with '% bbGt version=3'", "is not a bbGt header"),
+    "too-few-columns": ("a line with too few columns", "columns where"),
+    "not-a-number": ("a word where a number belongs", "is not a number|fractions of the frame"),
+    "no-area": ("a box without a positive, finite size", "with positive size"),
+    "outside-frame": ("a box wholly outside of the frame", ""),
+    "leaves-frame": ("a box less than half in the frame", ""),
+    "odd-box": ("a person or object of an impossible height or shape", ""),
+    "repeated-box": ("two objects with the same box", ""),
+    "unknown-label": (
+        "a label other than person, people, cyclist and person?",
+        "the description speaks of|has no name",
+    ),
+    "unknown-occlusion": ("an occlusion other than 0, 1 and 2", "is unknown"),
+    "unpaired-objects": ("visible and LWIR files of the paired form with other objects", ""),
+    "broken-xml": (
+        "an XML that cannot be parsed, or is none of KAIST's",
+        "broken XML|an XML with a DOCTYPE|is no KAIST annotation",
+    ),
+    "contradicting-file": ("a file that says it belongs to another frame or size", ""),
+    "broken-json": (
+        "a JSON that cannot be parsed, or is none of KAIST's",
+        "broken JSON|not a (KAIST|COCO) annotation JSON",
+    ),
+    "json-repeated-id": ("an id or frame that a JSON holds twice", "is there twice"),
+    "json-unknown-image": ("a JSON object of an image that is not in it", "which is not in it"),
+    "incomplete-object": (
+        "an XML or JSON object that lacks its name, box or other fields",
+        "an object lacks|annotation ",
+    ),
 }
 LABELS = {"person", "people", "cyclist", "person?", "__ignore__"}
 HEIGHTS = (10, 450)  # pixels of a frame 512 high; KAIST's objects have 20 to 309
@@ -159,7 +151,7 @@ def check_image(
 
 def to_fault(error: InputError, path: Path) -> Fault:
     """What a reader refused, under its name."""
-    names = (name for name, words in MESSAGES.items() if re.search(words, error.problem))
+    names = (name for name, (_, words) in FAULTS.items() if words and re.search(words, error.problem))
     return Fault(next(names, "unreadable-file"), path, error.line or 0, error.problem)
 
 
@@ -167,7 +159,7 @@ def check_file(path: Path, form: str, frame_id: str) -> tuple[list[Fault], list[
     """Faults of a frame's annotation in a file of its own, and its objects."""
     errors: list[InputError] = []
     try:
-        rows = READERS[form](path, errors)
+        rows = read_labels(path, form, errors=errors)
         root = parse_xml(path)[0] if form.startswith("xml") else None
     except InputError as error:
         return [to_fault(error, path)], []
@@ -187,13 +179,13 @@ def check_json(path: Path) -> tuple[list[Fault], set[str]]:
     """Faults of a test JSON, and the frames it holds."""
     errors: list[InputError] = []
     try:
-        frames = read_json(path, errors)
+        content = load_json(read_text(path), path)
+        frames = json_objects(content, path, errors)
     except InputError as error:
         return [to_fault(error, path)], set()
     faults = [to_fault(error, path) for error in errors]
     for fault in (fault for rows in frames.values() for fault in implausible_objects(rows, path)):
         faults.append(fault._replace(line=0, problem=f"annotation {fault.line}: {fault.problem}"))
-    content = load_json(read_text(path), path)
     for image in content["images"]:
         size = image.get("width", FRAME_WIDTH), image.get("height", FRAME_HEIGHT)
         if size != (FRAME_WIDTH, FRAME_HEIGHT):

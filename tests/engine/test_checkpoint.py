@@ -8,6 +8,7 @@ import struct
 import warnings
 import zipfile
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ import torch
 from PIL import Image
 
 from engine.checkpoint import load_checkpoint
-from kaist.annotation_files import read_json, read_xml
 from kaist.annotations import image_path, read_image_list
 from kaist.error_sheet import draw_errors
 from kaist.files import MAX_TEXT, InputError
 from kaist.images import open_view, read_image
+from kaist.labels import read_json, read_labels
 from kaist.miss_rate import load_ground_truth
 from kaist.results import Detections, read_detections
 from ssd.pretrained import load_pretrained
@@ -188,6 +189,10 @@ def test_text_of_gigabytes_is_refused_unread(tmp_path):
     path = tmp_path / "result.txt"
     with path.open("wb") as file:
         file.truncate(MAX_TEXT + 1)  # a hole: it takes no room
-    for read in (lambda p: read_detections(p, ["set06/V000/I00000"]), read_json, read_xml, read_image_list):
+    read_xml, read_result = (
+        partial(read_labels, form="xml"),
+        partial(read_detections, frames=["set06/V000/I00000"]),
+    )
+    for read in (read_result, read_json, read_xml, read_image_list):
         with pytest.raises(InputError, match="result.txt: 268 MB, and a text file may have 268"):
             read(path)

@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kaist.annotation_files import json_row
 from kaist.annotations import (
-    find_parts,
     image_path,
     open_annotations,
     open_test_annotations,
@@ -20,8 +18,10 @@ from kaist.annotations import (
     time_of_day,
 )
 from kaist.files import InputError
+from kaist.labels import json_objects
 from kaist.miss_rate import evaluate, load_ground_truth
 from kaist.results import read_detections
+from kaist.sources import find_parts
 
 FRAME = "set06/V001/I00019"
 BBGT = """% bbGt version=3
@@ -261,11 +261,14 @@ SIDES = [None, "4", True, [], {}, float("nan"), 1e9, -1, 0, 10**400]
 )
 def test_a_strange_value_of_a_json_object_is_refused(key, values):
     item = {"category_id": 1, "bbox": [1, 2, 3, 4.5], "occlusion": 1, "ignore": True}
-    names = {1: "person", 2: 7}
-    assert json_row("a.json", names, item, 3)[:4] == ("person", [1, 2, 3, 4.5], 1, True)
+    content = {"images": [{"id": 0, "im_name": FRAME}], "annotations": [item | {"image_id": 0}] * 4}
+    content["categories"] = [{"id": 1, "name": "person"}, {"id": 2, "name": 7}]
+    [rows] = json_objects(content, "a.json", None).values()
+    assert rows[3] == ("person", [1, 2, 3, 4.5], 1, True, 3)
     for value in values:
+        content["annotations"][3] = item | {"image_id": 0, key: value}
         with pytest.raises(InputError, match="a.json: annotation 3 of the list"):
-            json_row("a.json", names, item | {key: value}, 3)
+            json_objects(content, "a.json", None)
 
 
 @pytest.mark.parametrize("form", ["bbgt", "flat", "xml", "paired", "json"])

@@ -8,7 +8,7 @@ from PIL import Image
 
 from kaist.files import InputError
 from kaist.images import open_view
-from kaist.label_formats import coco_content, read_coco, read_labels, yolo_lines
+from kaist.labels import ObjectRow, coco_content, read_json, read_labels, yolo_text
 from kaist.pair_sets import find_lwir_range, kaist_ids, open_pairs
 from tests import pair_trees
 from tests.pair_trees import draw_own, write
@@ -16,7 +16,7 @@ from tests.pair_trees import draw_own, write
 
 def boxes(pairs, frame_id):
     """(label, ignored, xywh) of a frame's objects."""
-    own = pairs.objects[frame_id]
+    own = pairs.read(frame_id)
     rows = zip(own.labels, own.ignore.tolist(), own.boxes.round(3).tolist(), strict=True)
     return [(label, ignored, tuple(box)) for label, ignored, box in rows]
 
@@ -82,7 +82,7 @@ def test_kaist_text_labels_of_an_own_set(tmp_path):
         write(tmp_path / f"text/00{i}.txt", "% bbGt version=3\n")
     pairs = open_pairs(str(path), None, "train")
     assert boxes(pairs, "000") == [("person", False, (20, 30, 20, 50))]
-    assert pairs.objects["000"].occlusion.tolist() == [2] and boxes(pairs, "003") == []
+    assert pairs.read("000").occlusion.tolist() == [2] and boxes(pairs, "003") == []
 
 
 def test_a_list_names_frames_in_many_ways(tmp_path):
@@ -148,7 +148,7 @@ def test_two_files_of_one_frame(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("0 0.5 0.5 0.1", "4 columns where YOLO has 5"),
+        ("0 0.5 0.5 0.1", "4 columns where yolo has 5"),
         ("0 80 60 20 50", "are not fractions of the frame"),
         ("0 0.5 0.5 0 0.1", "is not a box of pixels with positive size"),
         ("0 0.5 x 0.1 0.1", "'x' is not a number"),
@@ -176,20 +176,18 @@ def test_a_coco_json_that_is_none(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("[]")
     with pytest.raises(InputError, match="not a COCO annotation JSON"):
-        read_coco(path)
+        read_json(path, kaist=False)
     content = {"images": [{"id": 1, "file_name": "a.jpg"}], "categories": [{"id": 1, "name": "person"}]}
     crowd = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "iscrowd": 1}
     path.write_text(json.dumps({**content, "annotations": [crowd]}))
-    assert read_coco(path)["a.jpg"][0].ignore
+    assert read_json(path, kaist=False)["a.jpg"][0].ignore
     path.write_text(json.dumps({**content, "annotations": [{**crowd, "bbox": [1, 2, 0, 4]}]}))
     with pytest.raises(InputError, match="annotation 0 of the list: box"):
-        read_coco(path)
+        read_json(path, kaist=False)
 
 
 def test_random_boxes_come_back(tmp_path):
     """Through COCO exactly, through YOLO to its digits."""
-    from kaist.annotation_files import make_objects
-
     rng = np.random.default_rng(7)
     for trial in range(20):
         size = tuple(rng.integers(200, 4000, 2).tolist())
@@ -197,23 +195,19 @@ def test_random_boxes_come_back(tmp_path):
         corner, extent = rng.uniform(-0.2, 0.9, (n, 2)) * size, rng.uniform(0.001, 0.5, (n, 2)) * size
         labels = rng.choice(["person", "people", "dog"], n).tolist()
         rows = [
-            (label, [*c, *e], int(rng.integers(3)), label != "person")
-            for label, c, e in zip(labels, corner, extent, strict=True)
+            ObjectRow(label, [*c, *e], int(rng.integers(3)), label != "person", i)
+            for i, (label, c, e) in enumerate(zip(labels, corner, extent, strict=True))
         ]
-        objects = make_objects(rows)
         path = tmp_path / f"{trial}.json"
-        path.write_text(json.dumps(coco_content(["a"], [size], [objects])))
-        back = make_objects(read_coco(path)["a"])
-        np.testing.assert_array_equal(back.boxes, objects.boxes)
-        assert back.labels == objects.labels
-        np.testing.assert_array_equal(back.occlusion, objects.occlusion)
-        np.testing.assert_array_equal(back.ignore, objects.ignore)
+        path.write_text(json.dumps(coco_content([("a", size, rows)])))
+        assert read_json(path, kaist=False)["a"] == rows
         path = path.with_suffix(".txt")
         names = ["person", "people", "dog"]
-        path.write_text(yolo_lines(objects, size, names))
-        back = make_objects(read_labels(path, "yolo", size, names))
-        assert back.labels == objects.labels
-        np.testing.assert_allclose(back.boxes, objects.boxes, rtol=0, atol=1e-8 * max(size))
+        path.write_text(yolo_text(rows, size, names))
+        back = read_labels(path, "yolo", size, names)
+        assert [row.label for row in back] == labels
+        boxes = [np.reshape([row.box for row in some], (-1, 4)) for some in (back, rows)]
+        np.testing.assert_allclose(*boxes, rtol=0, atol=1e-8 * max(size))
 
 
 def test_lwir_of_16_bits_is_scaled_by_percentiles_of_the_training_frames(tmp_path):
@@ -259,6 +253,6 @@ def test_one_coco_json_for_both_splits(tmp_path):
         pairs = open_pairs(str(path), None, split)
         assert boxes(pairs, "002") == [("person", False, (10 + 50 * s, 20, 30, 40))]
     for image in both["images"]:
-        image["file_name"] = image["file_name"].removeprefix("colour/")
+        image["file_name"] = image["file_name"].replace("colour/", "old-")
     write(tmp_path / "labels/both.json", json.dumps(both))
-    assert "train/000.png and test/000.png may both be frame 000" in refusal(str(path), None, "train")
+    assert "old-train/000.png and old-test/000.png may both be frame 000" in refusal(str(path), None, "train")

@@ -24,7 +24,7 @@ def same(a, b, tolerance):
     """Whether two sets hold the same frames and objects."""
     assert a.frames == b.frames
     for frame_id in a.frames:
-        own, other = a.objects[frame_id], b.objects[frame_id]
+        own, other = a.read(frame_id), b.read(frame_id)
         np.testing.assert_allclose(own.boxes, other.boxes, rtol=0, atol=tolerance)
         np.testing.assert_array_equal(own.is_person, other.is_person)
         assert a.sizes[frame_id] == b.sizes[frame_id]
@@ -69,9 +69,7 @@ def test_kaist_and_back(demo_root, tmp_path, monkeypatch, form):
         same(before, after, 1e-5)
         for frame_id in before.frames:
             if form != "yolo":  # which knows no occlusion
-                np.testing.assert_array_equal(
-                    before.objects[frame_id].occlusion, after.objects[frame_id].occlusion
-                )
+                np.testing.assert_array_equal(before.read(frame_id).occlusion, after.read(frame_id).occlusion)
 
 
 def test_frames_of_any_size_become_a_kaist_root(tmp_path, monkeypatch, capsys):
