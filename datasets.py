@@ -132,7 +132,7 @@ class KaistPairs(Dataset):
 
     def paste(self, rng: np.random.Generator, frame: Frame, pixels: np.ndarray) -> tuple[Frame, np.ndarray]:
         """The frame, by chance with people of another one of the same time of day and size."""
-        donors = self.donors.get((time_of_day(frame.id), frame.size))
+        donors = self.donors.get(self.kind(frame))
         if not donors or rng.random() >= self.augmentation.copy_paste:
             return frame, pixels
         donor = self.frames[rng.choice(donors)]
@@ -147,8 +147,13 @@ class KaistPairs(Dataset):
         found = defaultdict(list)
         for i, frame in enumerate(self.frames):
             if frame.n_people:
-                found[time_of_day(frame.id), frame.size].append(i)
+                found[self.kind(frame)].append(i)
         return found
+
+    def kind(self, frame: Frame) -> tuple[str, tuple[int, int]]:
+        """A frame's time of day, as its set marks it, and its size."""
+        is_marked = isinstance(self.root, PairSet)
+        return (self.root.time_of_day if is_marked else time_of_day)(frame.id), frame.size
 
     def read(self, frame_id: str) -> np.ndarray:
         """A frame's pixels, (h, w, C) uint8, from the cache where there is one."""

@@ -6,6 +6,8 @@ Forms (boxes are x, y, w, h in pixels of the 640x512 frame in all of them, see `
     paired: `annotations_paired/set00/V000/{visible,lwir}/I00000.txt` (AR-CNN's, one file for each
         modality).
     json: `KAIST_annotation.json`, the improved annotations of the test set in one file.
+
+What is missing or malformed is refused by an InputError that names it and its line.
 """
 
 from __future__ import annotations
@@ -58,13 +60,9 @@ def scene(frame_id: str) -> str:
 
 
 def read_image_list(path: str | Path, any_id: bool = False) -> list[str]:
-    """The frame ids of an imageSets file, `set00/V000/I00000` a line; blank lines are skipped.
+    """The frame ids of an imageSets file, `set00/V000/I00000` a line, each once; blank lines are skipped.
 
-    Args:
-        any_id: whether ids of another form are taken too, as sets of pairs have them.
-
-    Raises:
-        InputError: a missing or empty list, a line that is no frame id, a frame listed twice.
+    any_id: whether ids of another form are taken too, as sets of pairs have them.
     """
     return list(list_lines(Path(path), any_id=any_id))
 
@@ -76,19 +74,15 @@ def list_lines(path: Path, errors: Errors = None, any_id: bool = False) -> dict[
         have = f"{path.parent} holds {', '.join(beside)}" if beside else "check the path"
         raise InputError("image list not found", have, file=path)
     lines: dict[str, int] = {}
-    text = read_text(path)
-    for number, line in enumerate(text.splitlines(), 1):
-        frame_id, problem = line.strip(), ""
-        if not frame_id:
-            continue
-        if not any_id and not FRAME_ID.fullmatch(frame_id):
+    for number, text in enumerate(read_text(path).splitlines(), 1):
+        frame_id, problem = text.strip(), ""
+        if frame_id and not any_id and not FRAME_ID.fullmatch(frame_id):
             problem, remedy = f"{frame_id[:60]!r} is not a frame id", "write set00/V000/I00000"
-        elif lines.setdefault(frame_id, number) != number:
-            problem = f"{frame_id} stands in line {lines[frame_id]} already"
-            remedy = "list each frame once"
+        elif frame_id and lines.setdefault(frame_id, number) != number:
+            problem, remedy = f"{frame_id} stands in line {lines[frame_id]} already", "list each frame once"
         if problem:
             refuse(InputError(problem, remedy, file=path, line=number), errors)
-    if not text.strip():
+    if not lines and not errors:
         refuse(InputError("the image list is empty", "list at least one frame", file=path), errors)
     return lines
 
@@ -126,19 +120,11 @@ class LabelledFrames:
         raise NotImplementedError
 
     def read(self, frame_id: str) -> Objects:
-        """The objects of a frame.
-
-        Raises:
-            InputError: the file is missing or malformed.
-        """
+        """The objects of a frame."""
         return make_objects(self.read_rows(frame_id))
 
     def read_all(self, frame_ids: Sequence[str]) -> tuple[Objects, np.ndarray]:
-        """The objects of many frames, one frame after another, and how many each has, (n,) int64.
-
-        Raises:
-            InputError: the first file that is missing or malformed.
-        """
+        """The objects of many frames, one frame after another, and how many each has, (n,) int64."""
         rows = [self.read_rows(frame_id) for frame_id in frame_ids]
         return make_objects([*itertools.chain(*rows)]), np.array([len(own) for own in rows], np.int64)
 
@@ -234,50 +220,41 @@ class Annotations(LabelledFrames):
             raise InputError(problem, "check the file", file=path) from None
 
 
-def open_annotations(source: str | Path, form: str = "auto", modality: str = "lwir") -> Annotations:
+def open_annotations(root: str | Path, where: str = "auto", modality: str = "lwir") -> Annotations:
     """Annotations of a KAIST root, an annotation folder or a JSON file.
 
     Args:
-        source: the root, folder or file.
-        form: which form to read; "auto" takes the first that the root holds, in the order of `PLACES`.
+        where: which: "auto" takes the first form that the root holds, in the order of `PLACES`; else a
+            form, or a path, below the root or any.
         modality: whose boxes to read of the paired form.
-
-    Raises:
-        InputError: nothing of that form is there; the line names what was looked for.
     """
-    source = Path(source)
-    if source.is_file():
-        return Annotations(source, "json", modality)
-    if not source.is_dir():
-        raise InputError("no such folder or file", f"check DATA_ROOT, or {REMEDY}", file=source)
-    if form not in ("auto", *PLACES):
-        raise InputError(f"{form!r} is not a form of annotation", f"use auto, {', '.join(PLACES)} or a path")
-    forms = PLACES if form == "auto" else [form]
-    for kind in forms:
-        found = find_form(source, kind) or [source] * (source.name == PLACES[kind][0])
+    root = Path(root)
+    if where not in ("auto", *PLACES):
+        root, where = find_file(root, where), "auto"
+    if root.is_file():
+        return Annotations(root, "json", modality)
+    if not root.is_dir():
+        problem = f"no such folder or file, and no form of annotation ({', '.join(PLACES)})"
+        raise InputError(problem, f"check DATA_ROOT, or {REMEDY}", file=root)
+    forms = PLACES if where == "auto" else [where]
+    for form in forms:
+        found = find_form(root, form) or [root] * (root.name == PLACES[form][0])
         if found:
-            return Annotations(found[0], kind, modality)
-    if form == "auto" and (kind := guess_folder(source)):
-        return Annotations(source, kind, modality)
-    looked_for = ", ".join(place for kind in forms for place in PLACES[kind])
-    raise InputError(f"no annotations here; looked for {looked_for}", REMEDY, file=source)
+            return Annotations(found[0], form, modality)
+    if where == "auto" and (form := guess_folder(root)):
+        return Annotations(root, form, modality)
+    looked_for = ", ".join(place for form in forms for place in PLACES[form])
+    raise InputError(f"no annotations here; looked for {looked_for}", REMEDY, file=root)
 
 
-def open_test_annotations(source: str | Path, frame_ids: Sequence[str] | None) -> Annotations:
-    """Annotations to evaluate on, of a KAIST root, an annotation folder or a JSON file.
-
-    A root's KAIST_annotation.json is preferred if it has every frame of the list, because it holds
-    the improved annotations that papers evaluate on; else the root's other forms, as in `auto`.
-
-    Args:
-        frame_ids: the frames to evaluate; None takes the JSON's own.
-    """
-    source = Path(source)
-    if find_form(source, "json"):
-        improved = open_annotations(source, "json")
+def open_test_annotations(root: str | Path, frame_ids: Sequence[str] | None) -> Annotations:
+    """Annotations to evaluate on: a root's KAIST_annotation.json if it has every frame of the list (None:
+    its own are meant), because papers evaluate on these improved ones; else as `open_annotations`."""
+    if find_form(Path(root), "json"):
+        improved = open_annotations(root, "json")
         if frame_ids is None or set(frame_ids) <= set(improved.frames):
             return improved
-    return open_annotations(source)
+    return open_annotations(root)
 
 
 def find_form(root: Path, form: str) -> list[Path]:
@@ -297,10 +274,3 @@ def guess_folder(folder: Path) -> str | None:
     if first.suffix == ".xml":
         return "xml"
     return "paired" if first.parent.name in ("visible", "lwir") else "bbgt"
-
-
-def find_annotations(root: Path, where: str, modality: str) -> Annotations:
-    """Annotations named by a constant: "auto", a form within the root, or a path."""
-    if where in ("auto", *PLACES):
-        return open_annotations(root, where, modality)
-    return open_annotations(find_file(root, where), "auto", modality)

@@ -121,11 +121,7 @@ def cache_frames(
 
 
 def frame_shape(root: Path | PairSet, frame_ids: Sequence[str]) -> tuple[int, int]:
-    """Height and width of all frames of a list.
-
-    Raises:
-        InputError: they are of several sizes.
-    """
+    """Height and width of all frames of a list; several sizes are refused."""
     if not isinstance(root, PairSet):
         return FRAME_HEIGHT, FRAME_WIDTH
     sizes = {root.sizes[frame_id] for frame_id in frame_ids}
@@ -136,11 +132,7 @@ def frame_shape(root: Path | PairSet, frame_ids: Sequence[str]) -> tuple[int, in
 
 
 def fingerprint(paths: Iterable[str | Path]) -> tuple[str, str]:
-    """Which files (a hash of their paths), and their state (of their sizes and times of change).
-
-    Raises:
-        OSError: a file, its `filename`, is not there.
-    """
+    """Which files (a hash of their paths), and their state (of their sizes and times of change)."""
     names, states = hashlib.sha256(), hashlib.sha256()
     here = os.getcwd()
     for path in paths:

@@ -1,4 +1,8 @@
-"""KAIST's images as pixels: headers looked at, modalities decoded and joined, frames cached."""
+"""KAIST's images as pixels: headers looked at, modalities decoded and joined.
+
+An image that is missing, unreadable, broken, larger than `MAX_PIXELS` or too deep is refused by an
+InputError that names it.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +35,7 @@ VIEWS_LEFT = {
 def check_images(root: Path | PairSet, frame_ids: Sequence[str], input_mode: str, without: str = "") -> None:
     """Look at every image's header: it exists and is an 8-bit image. One line tells of other sizes.
 
-    Args:
-        without: a modality that is not needed.
-
-    Raises:
-        InputError: for the first image that is missing, unreadable or not of 8 bits.
+    without: a modality that is not needed.
     """
     if isinstance(root, PairSet):
         return  # every header of a set of pairs was looked at when it was opened
@@ -52,12 +52,6 @@ def image_size(path: Path, deep: bool = False) -> tuple[int, int]:
     """Width and height that an image's header declares.
 
     The usual 8-bit JPEG is looked at here, in a third of Pillow's time; there are 50,000 of them.
-
-    Args:
-        deep: as of `open_image`.
-
-    Raises:
-        InputError: as of `open_image`.
     """
     with contextlib.suppress(OSError):
         check_file(path)
@@ -74,14 +68,7 @@ def image_size(path: Path, deep: bool = False) -> tuple[int, int]:
 
 
 def open_image(path: Path, deep: bool = False) -> Image.Image:
-    """Open an image without decoding it.
-
-    Args:
-        deep: whether one channel of more than 8 bits is taken too.
-
-    Raises:
-        InputError: it is missing, unreadable, beyond `MAX_PIXELS`, or has more than 8 bits a channel.
-    """
+    """Open an image without decoding it; deep: whether one channel of more than 8 bits is taken too."""
     from PIL import Image
 
     try:
@@ -109,12 +96,8 @@ def open_image(path: Path, deep: bool = False) -> Image.Image:
 def open_view(path: Path, modality: str, lwir_range: Sequence[float] = (0, 0)) -> Image.Image:
     """Decode an image of any size: visible as RGB, LWIR as one channel of 8 bits.
 
-    Args:
-        lwir_range: of LWIR of more than 8 bits the values that become 0 and 255; what lies beyond is
-            clipped. (0, 0): there is none.
-
-    Raises:
-        InputError: it is missing, broken, too large or too deep, or of 8 bits where others have more.
+    lwir_range: of LWIR of more than 8 bits the values that become 0 and 255; what lies beyond is clipped.
+    (0, 0): it has 8 bits.
     """
     from PIL import Image
 
@@ -134,11 +117,7 @@ def open_view(path: Path, modality: str, lwir_range: Sequence[float] = (0, 0)) -
 
 
 def open_deep(path: Path) -> np.ndarray | None:
-    """The values of an image of one channel of more than 8 bits, (h, w) float32; None if it has 8.
-
-    Raises:
-        InputError: it is missing, broken or too large.
-    """
+    """The values of an image of one channel of more than 8 bits, (h, w) float32; None if it has 8."""
     with open_image(path, deep=True) as image, naming_broken(path):
         return np.asarray(image, np.float32) if image.mode[0] in "IF" else None
 
@@ -191,9 +170,8 @@ def read_frame(
 ) -> np.ndarray:
     """The modalities of one frame side by side: (h, w, C) uint8, visible first; KAIST's are (512, 640, C).
 
-    Args:
-        without: a modality that is blanked instead of read, or a key of `VIEWS_LEFT`.
-        filler: (4,) uint8, the blanks' colour.
+    without: a modality that is blanked instead of read, or a key of `VIEWS_LEFT`; filler: (4,) uint8, the
+    blanks' colour.
     """
     modalities = MODALITIES[input_mode]
     if without in modalities or len(modalities) == 1:

@@ -8,8 +8,8 @@ Forms of one frame's file; a row's box is x, y, w, h in pixels from the upper le
     cvc14: `x y w h 1 0 …` a line, x and y the box's centre; all are persons.
 A JSON file holds many frames: KAIST's test annotations, or COCO's.
 
-What cannot be used is refused with its line. Readers that are given a list `errors` put it there and
-go on.
+What cannot be used is refused by an InputError with its line. Readers that are given a list `errors` put
+it there and go on.
 """
 
 from __future__ import annotations
@@ -128,9 +128,6 @@ def read_labels(
     Args:
         form: one of `COLUMNS`, xml or xml-sanitized; size: width and height of the frame, for YOLO;
             names: of YOLO's class numbers, which name themselves where there are none.
-
-    Raises:
-        InputError: the file is malformed.
     """
     if form.startswith("xml"):
         root, lines = parse_xml(path)
@@ -161,11 +158,8 @@ def read_rows(
     errors: Errors,
     place: str = "",
 ) -> list[ObjectRow]:
-    """The rows that `read` makes of numbered items.
-
-    Args:
-        place: says where an item is that is refused, by its number; "": that is its line.
-    """
+    """The rows that `read` makes of numbered items. place: says where a refused one is, by its number;
+    "": that is its line."""
     rows = []
     for number, item in items:
         try:
@@ -206,9 +200,7 @@ def cvc14_row(fields: list[str], number: int) -> ObjectRow:
 def parse_xml(path: Path) -> tuple[ElementTree.Element, list[int]]:
     """The root of one XML file, and the line on which each of its objects begins.
 
-    Raises:
-        InputError: it cannot be parsed, is another kind of XML, or has a DOCTYPE, whose entities
-            could grow without bound.
+    A DOCTYPE is refused, because its entities could grow without bound.
     """
     parser, builder, lines = expat.ParserCreate(), ElementTree.TreeBuilder(), []
 
@@ -266,12 +258,8 @@ def read_json(path: Path, errors: Errors = None, kaist: bool = True) -> dict[str
 def json_objects(content: Any, path: Path, errors: Errors, kaist: bool = True) -> dict[str, list[ObjectRow]]:
     """An image's name -> its objects, of a JSON's content. An object's label is its category's name.
 
-    Args:
-        kaist: whether each image's im_name is a KAIST frame's id, and each object has an occlusion and
-            an ignore flag; else names are file_name or im_name, and a crowd is ignored.
-
-    Raises:
-        InputError: it is no such JSON, or an object is malformed; the line tells which.
+    kaist: whether each image's im_name is a KAIST frame's id, and each object has an occlusion and an
+    ignore flag; else names are file_name or im_name, and a crowd is ignored.
     """
     frames: dict[Any, str] = {}
     objects: dict[str, list[ObjectRow]] = {}
@@ -342,8 +330,7 @@ def coco_content(
 ) -> dict[str, Any]:
     """What a COCO JSON of images (name, (width, height), objects) holds; boxes are written as they are.
 
-    Args:
-        name_key: what an image's name is called: "im_name" in KAIST's, where occlusion always stands.
+    name_key: what an image's name is called: "im_name" in KAIST's, where occlusion always stands.
     """
     images = list(images)
     every = [row for _, _, rows in images for row in rows]

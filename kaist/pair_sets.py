@@ -1,7 +1,8 @@
 """Sets of visible and LWIR pairs other than KAIST, by one small description: see docs/your-data.md.
 
 A description is a JSON file, `pairs.json`, or a name in `NAMED`. A frame's id is what the * of its
-images' pattern stand for, or its path below their folder without the ending.
+images' pattern stand for, or its path below their folder without the ending. What is missing, malformed or
+contradicts itself is refused by an InputError that names it and its line.
 """
 
 from __future__ import annotations
@@ -76,9 +77,6 @@ def open_pairs(data: str, root: Path | None, split: str, errors: Errors = None) 
             description's folder); split: "train" or "test".
         errors: takes what is wrong with a frame's images and labels, as in `kaist.labels`; a frame of
             two sizes is left out then.
-
-    Raises:
-        InputError: something is missing, malformed or contradicts itself.
     """
     given, source, base = describe(data, root, split)
     found = {modality: find_files(base, given[modality], SUFFIXES) for modality in ("visible", "lwir")}
@@ -108,11 +106,7 @@ def open_pairs(data: str, root: Path | None, split: str, errors: Errors = None) 
 
 
 def describe(data: str, root: Path | None, split: str) -> tuple[dict[str, Any], Path, Path]:
-    """A description of a split, with its defaults; what it is called; the folder where its paths begin.
-
-    Raises:
-        InputError: there is none, or it holds what no description has.
-    """
+    """A description of a split, with its defaults; what it is called; the folder where its paths begin."""
     path, remedy = Path(data), "see docs/your-data.md"
     if data in NAMED and (root is None or not root.is_dir()):
         raise InputError(f"{data} needs its folder", "name it by --data-root", file=root)
@@ -141,11 +135,7 @@ def describe(data: str, root: Path | None, split: str) -> tuple[dict[str, Any], 
 
 
 def find_files(base: Path, pattern: str, endings: Sequence[str]) -> dict[str, Path]:
-    """Id -> file, of a folder with all below it, or of a pattern of which each * is within a name.
-
-    Raises:
-        InputError: there is none, or one frame has two.
-    """
+    """Id -> file, of a folder with all below it, or of a pattern of which each * is within a name."""
     parts = (base / pattern).parts
     n_plain = next((i for i, part in enumerate(parts) if "*" in part), len(parts))
     head, below = Path(*parts[:n_plain]), "/".join(parts[n_plain:])
@@ -198,11 +188,7 @@ def find_id(name: str, known: Mapping[str, str], exactly: bool = False) -> str |
 
 
 def listed(path: Path, known: Mapping[str, str]) -> list[str]:
-    """The ids of a list's frames.
-
-    Raises:
-        InputError: a frame without both images, one listed twice, or none at all.
-    """
+    """The ids of a list's frames; each has both images and is listed once."""
     first: dict[str, int] = {}
     for name, number in list_lines(path, any_id=True).items():
         frame_id = find_id(name, known)
@@ -224,11 +210,8 @@ Labels = dict[str, tuple[Path, list[ObjectRow]]]  # id -> where a frame's object
 def file_rows(
     base: Path, given: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]], errors: Errors
 ) -> Labels:
-    """The objects of frames of these ids and sizes, of a label file each.
-
-    Raises:
-        InputError: a frame has no label file, in another form than YOLO's; or a file is malformed.
-    """
+    """The objects of frames of these ids and sizes, of a label file each; in YOLO's form alone a frame may
+    have none."""
     files = find_files(base, given["labels"], (".xml", ".XML", ".txt"))
     forms = {i: given.get("form") or guess_form(files[i]) for i in sizes if i in files}
     missing = [i for i in sizes if i not in files]
@@ -243,11 +226,7 @@ def file_rows(
 
 
 def coco_rows(path: Path, ids: Iterable[str], known: Mapping[str, str], errors: Errors) -> Labels:
-    """The objects of frames in a COCO JSON, which may hold other frames too.
-
-    Raises:
-        InputError: a frame is not in it, or is there twice; or it is malformed.
-    """
+    """The objects of frames in a COCO JSON, each once; it may hold other frames too."""
     content = read_json(path, errors, kaist=False)
     named: dict[tuple[bool, str | None], list[str]] = defaultdict(list)
     for name in content:
@@ -269,11 +248,7 @@ def choose_objects(
 ) -> list[ObjectRow]:
     """The objects that are not dropped; those to learn are called "person", the others are ignored.
 
-    Args:
-        path: where they were read; roles: class -> "person", "ignore" or "drop".
-
-    Raises:
-        InputError: a class that the description does not speak of.
+    path: where they were read; roles: class -> "person", "ignore" or "drop".
     """
     kept = []
     for row in rows:
@@ -288,11 +263,7 @@ def choose_objects(
 
 
 def pair_size(pair: Mapping[str, Path], errors: Errors) -> tuple[int, int] | None:
-    """Width and height of a pair's images; None if they were refused.
-
-    Raises:
-        InputError: they differ, or an image cannot be read.
-    """
+    """Width and height of a pair's images, which have to agree; None if they were refused."""
     try:
         visible, lwir = image_size(pair["visible"]), image_size(pair["lwir"], deep=True)
         if visible == lwir:
@@ -307,13 +278,8 @@ def pair_size(pair: Mapping[str, Path], errors: Errors) -> tuple[int, int] | Non
 def find_lwir_range(pairs: PairSet, errors: Errors = None) -> tuple[float, float]:
     """Which values of LWIR images of more than 8 bits become 0 and 255; (0, 0) where all have 8.
 
-    The percentiles `PERCENTILES` of up to `SAMPLED` of the frames, which are those to train on.
-
-    Args:
-        errors: takes what is wrong with images, as in `kaist.labels`.
-
-    Raises:
-        InputError: an image is broken, or some have 8 bits and others more.
+    The percentiles `PERCENTILES` of up to `SAMPLED` of the frames, which are those to train on. Some of 8
+    bits and others of more are refused.
     """
     looks = []
     for frame_id in pairs.frames[:: math.ceil(len(pairs.frames) / SAMPLED)]:

@@ -12,9 +12,9 @@ from kaist.annotations import (
     PLACES,
     Annotations,
     PairSet,
-    find_annotations,
     find_file,
     find_form,
+    open_annotations,
     read_image_list,
 )
 from kaist.files import InputError
@@ -43,9 +43,6 @@ def open_training(
         data: DATA, "kaist", another name in `pair_sets.NAMED`, or the path of a description.
         data_root, train_list, annotations, input_mode: the constants. Of a KAIST root's paired
             annotations the visible boxes are read for visible input alone.
-
-    Raises:
-        InputError: something is missing or malformed.
     """
     if data != KAIST:
         pairs = open_pairs(data, named_root(data, data_root), "train")
@@ -55,7 +52,7 @@ def open_training(
         return pairs, list(pairs.frames), pairs
     root, modality = Path(data_root), "visible" if input_mode == "visible" else "lwir"
     frame_ids = read_image_list(find_file(root, train_list))
-    return root, frame_ids, find_annotations(root, annotations, modality)
+    return root, frame_ids, open_annotations(root, annotations, modality)
 
 
 def open_testing(
@@ -80,7 +77,7 @@ def open_testing(
 
     root = open_root(data_root)
     frame_ids = read_image_list(find_file(root, test_list))
-    where = root if test_annotations == "auto" else find_annotations(root, test_annotations, "lwir")
+    where = root if test_annotations == "auto" else open_annotations(root, test_annotations, "lwir")
     return root, load_ground_truth(where, frame_ids)
 
 
@@ -110,14 +107,9 @@ def find_parts(root: Path, given: Mapping[str, str] = {}, kinds: Iterable[str] =
     """The constants that train and test on a full KAIST: its root, lists and annotations.
 
     To test it takes KAIST_annotation.json, to train the first form that annotates every frame of the
-    list.
+    list. A part that is not there is refused by its name.
 
-    Args:
-        given: values of constants that are chosen already.
-        kinds: those of `PARTS` that are wanted.
-
-    Raises:
-        InputError: a part that is not there, by its name.
+    given: values of constants that are chosen already; kinds: those of `PARTS` that are wanted.
     """
     parts = {"data_root": str(root)}
     if "train" in kinds and not (root / "images").is_dir():

@@ -6,13 +6,14 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 import detect
 import eval as eval_script
 import train
-from datasets import KaistPairs
+from datasets import DeviceLoader, KaistPairs, batch_loader
 from engine.checkpoint import load_checkpoint
-from kaist.annotations import find_annotations, read_image_list
+from kaist.annotations import open_annotations, read_image_list
 from kaist.files import InputError
 from kaist.frame_cache import cache_frames
 from kaist.frames import load_frames
@@ -62,7 +63,7 @@ def test_kaist_by_a_description_gives_the_samples_of_its_root(demo_root, tmp_pat
     pairs = open_pairs(str(tmp_path / "pairs.json"), None, "train")
     ids = read_image_list(demo_root / "imageSets/train-all.txt")
     how = {"min_height": 12, "margin": 5}
-    theirs = load_frames(ids, find_annotations(demo_root, "bbgt", "lwir"), **how)
+    theirs = load_frames(ids, open_annotations(demo_root, "bbgt", "lwir"), **how)
     ours = load_frames(list(pairs.frames), pairs, **how)
     keys = [(epoch, i) for epoch in (0, 1) for i in range(len(ids))]
     for options in (None, Augmentation(copy_paste=0.5)):
@@ -93,6 +94,45 @@ def test_boxes_follow_the_pixels_of_frames_of_any_size(tmp_path):
                     assert inside.mean() > lwir.mean() and (inside != around).float().mean() > 0.9
                     found += 1
         assert found > 10
+
+
+def test_people_are_pasted_from_frames_of_the_same_time_of_day(tmp_path):
+    """As the description marks it, by whatever names."""
+    pairs = open_pairs(str(pair_trees.draw_own(tmp_path, n=8, night="00[4-7]")), None, "train")
+    frames = load_frames(list(pairs.frames), pairs, min_height=0, margin=0)
+    options = {"input_mode": "early", "input_size": (300, 300), "filler": FILLER, "seed": 3}
+    how = Augmentation(copy_paste=1.0)
+    dataset, looked_at = KaistPairs(pairs, frames, augmentation=how, masks_follow=True, **options), []
+    dataset.read = lambda frame_id: looked_at.append(frame_id) or KaistPairs.read(dataset, frame_id)
+    donors = set()
+    for key in [(epoch, i) for epoch in range(4) for i in range(8)]:
+        looked_at.clear()
+        dataset[key]
+        frame_id, donor = looked_at
+        assert (frame_id < "004") == (donor < "004")
+        donors.add(donor)
+    assert len(donors) > 5
+
+
+def test_the_device_loader_makes_the_workers_batches_of_frames_of_any_size(tmp_path):
+    for size in ((200, 160), (161, 321)):
+        pairs = open_pairs(str(pair_trees.draw_own(tmp_path / f"{size[0]}", size=size)), None, "train")
+        frames = load_frames(list(pairs.frames), pairs, min_height=0, margin=0)
+        cache = cache_frames(tmp_path / "cache", pairs, pairs.frames, "early")
+        options = {"input_mode": "early", "input_size": (300, 300), "filler": FILLER, "seed": 3}
+        how = {"augmentation": Augmentation(zoom_out=2.0), "masks_follow": True, "cache": cache}
+        dataset = KaistPairs(pairs, frames, **how, **options)
+        both = {"batch_size": 4, "workers": 0, "map_sizes": [(38, 38), (19, 19)]}
+        workers = batch_loader(dataset, shuffle=True, pin_memory=False, **both)
+        device = DeviceLoader(dataset, device=torch.device("cpu"), **both)
+        for epoch in range(3):
+            for a, b in zip(workers.epoch(epoch), device.epoch(epoch), strict=True):
+                n = a.labels.shape[1]
+                assert a.frame_ids == b.frame_ids and a.labels.any()
+                assert torch.equal(a.boxes, b.boxes[:, :n]) and torch.equal(a.labels, b.labels[:, :n])
+                assert all(map(torch.equal, a.masks, b.masks)) and a.images.shape == b.images.shape
+                gap = (a.images.float() - b.images.float()).abs().flatten(1).mean(1)
+                assert gap.max() < 1  # grey levels
 
 
 def test_borders_and_subsets_are_those_of_the_set(tmp_path):

@@ -24,8 +24,8 @@ from kaist.annotations import (
     FRAME_HEIGHT,
     FRAME_WIDTH,
     Annotations,
-    find_annotations,
     find_file,
+    open_annotations,
     read_image_list,
 )
 from kaist.demo import open_root
@@ -97,7 +97,7 @@ def read_persons(arguments: Namespace) -> tuple[np.ndarray, np.ndarray]:
     root = Path(arguments.data_root)
     if not Path(arguments.annotations).exists():
         root = open_root(find_folder(root))
-    annotations = find_annotations(root, arguments.annotations, "lwir")
+    annotations = open_annotations(root, arguments.annotations, "lwir")
     if arguments.image_list == "all":
         frame_ids = annotated_frames(annotations)
     else:

@@ -20,7 +20,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 import torch
 
 from datasets import AUGMENTATION, Batch, Collate, KaistPairs
-from kaist.annotations import find_annotations, find_file, read_image_list
+from kaist.annotations import find_file, open_annotations, read_image_list
 from kaist.demo import open_root
 from kaist.frames import BOTH, LWIR, VISIBLE, Frame, load_frames, video_of
 from kaist.images import check_images
@@ -53,7 +53,7 @@ def main() -> None:
     root = open_root(find_folder(config.data_root))
     frame_ids = read_image_list(find_file(root, config.image_list))
     order = torch.randperm(len(frame_ids), generator=torch.manual_seed(config.seed))
-    annotations = find_annotations(root, config.annotations, "lwir")
+    annotations = open_annotations(root, config.annotations, "lwir")
     how = {"min_height": 12, "margin": 5, "learn": config.learn, "pairs": config.input_mode == "early"}
     frames = load_frames([frame_ids[i] for i in order], annotations, **how)
     frames = of_many_videos([frame for frame in frames if frame.n_people])[: config.samples]

@@ -95,6 +95,22 @@ def test_a_list_names_frames_in_many_ways(tmp_path):
     assert "train.txt:2: '009' is no frame that has both images" in refusal(str(path), None, "train")
 
 
+@pytest.mark.parametrize("form", ["yolo", "coco"])
+def test_paths_begin_at_the_descriptions_folder_from_any_working_directory(tmp_path, monkeypatch, form):
+    draw_own(tmp_path / "sets/mine", form, list="{split}.txt")
+    write(tmp_path / "sets/mine/train.txt", "002\n000\n")
+    for folder, name in (
+        ("sets/mine", "pairs.json"),
+        ("sets", "mine/pairs.json"),
+        ("a/b", "../../sets/mine/pairs.json"),
+    ):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        pairs = open_pairs(name, None, "train")
+        assert pairs.frames == ("002", "000") and boxes(pairs, "000")[0][2] == (20, 30, 20, 50)
+        assert open_view(pairs.images["002"]["lwir"], "lwir").size == (160, 120)
+
+
 def test_a_yolo_frame_without_labels_has_no_objects_and_others_are_refused(tmp_path, capsys):
     path = draw_own(tmp_path / "yolo")
     (tmp_path / "yolo/labels/train/002.txt").unlink()

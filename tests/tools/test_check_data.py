@@ -305,6 +305,26 @@ def test_grey_visible_images_of_a_whole_set_are_a_note(tmp_path, monkeypatch, ca
     assert "note: all visible images are grey" in capsys.readouterr().out
 
 
+def test_faults_of_images_of_16_bits(tmp_path, monkeypatch):
+    """Each once, and the check goes on."""
+    root = tmp_path / "set"
+    path = pair_trees.draw_own(root, "voc", deep=True)
+    broken = root / "thermal/train/001.png"
+    broken.write_bytes(broken.read_bytes()[:-2000])
+    (root / "labels/test/003.xml").unlink()
+    code, found = check_pairs(path, tmp_path, monkeypatch)
+    assert code == 1 and found == {("broken-image", "001.png"), ("missing-annotation", "test")}
+    assert len((tmp_path / "found.csv").read_text().splitlines()) == 3
+    Image.fromarray(np.arange(160 * 120, dtype=np.uint8).reshape(120, 160)).save(
+        root / "thermal/train/002.png"
+    )
+    _, found = check_pairs(path, tmp_path, monkeypatch)
+    assert found - {("missing-annotation", "test")} == {
+        ("broken-image", "001.png"),
+        ("16-bit-image", "pairs.json"),
+    }
+
+
 def test_faults_of_a_set_of_pairs(tmp_path, monkeypatch):
     """All at once, each under its name and file."""
     root = tmp_path / "set"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kaist.annotations import find_annotations, image_path, read_image_list
+from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.files import InputError
 from kaist.images import check_images, read_frame
 from kaist.pair_sets import open_pairs
@@ -84,7 +84,7 @@ def test_frames_of_any_size_become_a_kaist_root(tmp_path, monkeypatch, capsys):
     assert ids == [f"set00/V000/I0000{i}" for i in range(4)]
     assert read_image_list(root / "imageSets/test-all.txt")[0] == "set06/V000/I00000"
     check_images(root, ids, "early")
-    objects = find_annotations(root, "auto", "lwir").read(ids[1])
+    objects = open_annotations(root, "auto", "lwir").read(ids[1])
     factor = np.array([640 / 160, 512 / 120] * 2)
     np.testing.assert_allclose(objects.boxes, np.array([(25, 30, 20, 50), (80, 40, 16, 40)]) * factor)
     assert objects.is_person.tolist() == [True, False]
