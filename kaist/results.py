@@ -104,24 +104,21 @@ def read_detections(path: str | Path, frames: Sequence[str]) -> Detections:
     companion = frames_path(path)
     named = read_image_list(companion, any_id=True) if companion.exists() else frames
     rows, places, others, taken_for = parse_json(text, path, named) if is_json else parse_text(text, path)
-
-    def refuse(bad: np.ndarray, problem: str, remedy: str) -> None:
+    base = 0 if is_json else 1
+    ids = rows[:, 0] - base
+    counting = f"ids of {'JSON' if is_json else 'text'} files count from {base} along the image list the "
+    counting += "detector ran on; name it with --image-list"
+    no_frame = f"image_id is not one of {base} to {base + len(named) - 1}"
+    for bad, problem, remedy in (
+        (~np.isfinite(rows).all(axis=1), "a value is not finite", "correct the row"),
+        ((rows[:, 3:5] < 0).any(axis=1), "width or height is negative", "correct the row"),
+        ((ids != np.floor(ids)) | (ids < 0) | (ids >= len(named)), no_frame, counting),
+    ):
         if bad.any():
             row = int(np.argmax(bad))
             line = entry_line(text, places[row]) if is_json else places[row] + 1
             values = ",".join(f"{value:g}" for value in rows[row])
             raise InputError(f"{problem}: {values}", remedy, file=path, line=line)
-
-    refuse(~np.isfinite(rows).all(axis=1), "a value is not finite", "correct the row")
-    refuse((rows[:, 3:5] < 0).any(axis=1), "width or height is negative", "correct the row")
-    base = 0 if is_json else 1
-    ids = rows[:, 0] - base
-    refuse(
-        (ids != np.floor(ids)) | (ids < 0) | (ids >= len(named)),
-        f"image_id is not one of {base} to {base + len(named) - 1}",
-        f"ids of {'JSON' if is_json else 'text'} files count from {base} along the image list "
-        "the detector ran on; name it with --image-list",
-    )
     detections = Detections(ids.astype(np.int64), rows[:, 1:5], rows[:, 5], others, ids=taken_for)
     if named is frames:
         return detections
@@ -192,26 +189,25 @@ def parse_json(text: str, path: Path, frames: Sequence[str]) -> tuple[np.ndarray
     if content and isinstance(content[0], dict) and isinstance(content[0].get("image_id"), str):
         numbers = {name: i for i, frame in enumerate(frames) for name in (frame, frame.replace("/", "_"))}
         taken_for = "its image ids are frame ids"
-    rows, places = [], []
+    rows, places, problem = [], [], ""
     for place, entry in enumerate(content):
         try:
-            if to_float(entry["category_id"]) == PEDESTRIAN:
-                x, y, w, h = entry["bbox"]
-                image_id = entry["image_id"]
-                if numbers:
-                    name = str(image_id)[:60]
-                    if name not in numbers:
-                        problem, line = f"image_id {name!r} is no frame of the list", entry_line(text, place)
-                        remedy = "name the detector's list with --image-list"
-                        raise InputError(problem, remedy, file=path, line=line)
-                    image_id = numbers[name]
-                values = image_id, x, y, w, h, entry["score"]
-                rows.append([to_float(value) for value in values])
-                places.append(place)
+            if to_float(entry["category_id"]) != PEDESTRIAN:
+                continue
+            (x, y, w, h), image_id = entry["bbox"], entry["image_id"]
+            if numbers and str(image_id) not in numbers:
+                problem = f"image_id {str(image_id)[:60]!r} is no frame of the list"
+                remedy = "name the detector's list with --image-list"
+                break
+            image_id = numbers[image_id] if numbers else image_id
+            rows.append([to_float(value) for value in (image_id, x, y, w, h, entry["score"])])
+            places.append(place)
         except (KeyError, TypeError, ValueError, OverflowError):
-            problem, line = f"{str(entry)[:80]} is no detection", entry_line(text, place)
+            problem = f"{str(entry)[:80]} is no detection"
             remedy = "write image_id, category_id, bbox [x, y, w, h] and score as numbers"
-            raise InputError(problem, remedy, file=path, line=line) from None
+            break
+    if problem:
+        raise InputError(problem, remedy, file=path, line=entry_line(text, place))
     others = len(content) - len(rows)
     return np.array(rows, np.float64).reshape(-1, 6), places, others, taken_for if content else ""
 
