@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 import struct
@@ -197,6 +198,25 @@ def test_an_onnx_file_is_what_pytorch_is(run, capsys, demo_root):
         for i in range(n):
             alone, pixels, gap = export.difference(got[i, : got_counts[i]], boxes[i, : counts[i]].numpy())
             assert alone <= 4 and pixels < 0.05 and gap < 1e-3
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
+def test_a_compiled_package_is_what_pytorch_is(run, capsys, demo_root):
+    """By the page's command and its program, as they stand."""
+    command = re.search(r"^python -m tools.export (.* --format pt2.*)$", PAGE, re.MULTILINE)
+    run(*command[1].split()[2:], "--no-flip", "--min-score", "0.55")
+    assert "6 frames: boxes are " in capsys.readouterr().out
+    for modality in ("visible", "lwir"):
+        shutil.copy(demo_root / f"images/set06/V000/{modality}/I00000.jpg", f"{modality}.jpg")
+    found = {}
+    exec(PROGRAMS[1], found)
+    assert capsys.readouterr().out == "person\n"
+    model, _ = make(*EARLY)
+    with torch.inference_mode():
+        wanted, n = Deployable(model, **SETTINGS)(found["visible"][None], found["lwir"][None, :, :, None])
+    own = found["boxes"][0, : found["count"][0]].numpy()
+    alone, pixels, gap = export.difference(own, wanted[0, : n[0]].numpy())
+    assert len(own) > 5 and alone <= 4 and pixels < 0.05 and gap < 1e-3
 
 
 def test_flags_are_refused_in_a_line(run, monkeypatch):
