@@ -200,6 +200,7 @@ def test_an_onnx_file_is_what_pytorch_is(run, capsys, demo_root):
             assert alone <= 4 and pixels < 0.05 and gap < 1e-3
 
 
+@needs_onnx  # not for it: half a minute of compiling, where the extras of deployment are wanted at all
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 def test_a_compiled_package_is_what_pytorch_is(run, capsys, demo_root):
     """By the page's command and its program, as they stand."""
