@@ -39,6 +39,7 @@ from ssd.augment import (
     Transform,
     frame_mean,
     paste_people,
+    roughen,
     sample_transform,
     whole_frame,
 )
@@ -117,7 +118,10 @@ class KaistPairs(Dataset):
         except InputError as error:
             return BadFrame(frame.id, error)
         sample = self.draw(rng, frame, frame_mean(pixels))
-        return sample._replace(image=sample.image.apply(pixels))
+        image = sample.image.apply(pixels)
+        if self.augmentation is not None and rng.random() < self.augmentation.jitter:
+            image = roughen(rng, image)
+        return sample._replace(image=image)
 
     def draw(self, rng: np.random.Generator, frame: Frame, mean: np.ndarray) -> Sample:
         """A sample of a frame with this mean colour, its image still a Transform."""

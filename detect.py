@@ -81,6 +81,7 @@ def main() -> None:
     from PIL import ImageShow
 
     from engine.checkpoint import choose_checkpoint
+    from kaist.demo import drawings_note
     from kaist.images import join_modalities, open_view, to_array
     from kaist.picture import draw_pair, save_animation, save_sheet
     from utils import choose_device, choose_precision, detect_image, open_network
@@ -88,6 +89,8 @@ def main() -> None:
     device = choose_device(arguments.device)
     path = choose_checkpoint(arguments.checkpoint, find_folder(CHECKPOINTS))
     model, config, _ = open_network(path, device, arguments.experiment, min_score=arguments.min_score)
+    if note := drawings_note(config.data_root):
+        print(note)
     precision = choose_precision(arguments.precision or config.precision, device)
     wanted = MODALITIES[config.input_mode]
     detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")

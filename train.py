@@ -111,6 +111,7 @@ CROP_ASPECT = (0.8, 1.2)  # smallest and largest width / height of a crop, in th
 MIN_INPUT_HEIGHT = 10.0  # persons that end up lower are ignored, pixels of the network's input
 HUE_SATURATION = True  # distort hue and saturation of the visible image
 LWIR_JITTER = True  # distort brightness and contrast of the LWIR image
+JITTER = 0.0  # share of the samples distorted beyond SSD: colours, LWIR's gain and offset, blur, noise
 COPY_PASTE = 0.5  # share of the frames into which people of other frames are pasted
 MODALITY_DROPOUT = 0.0  # share of the samples that see one modality alone, the other blanked
 CROP_APART = 0.0  # share of the samples whose modalities are cropped each by a window of its own
@@ -280,11 +281,10 @@ def print_banner(
     run: Run, frames: list[Frame], source: Path, test_set: GroundTruth, model: nn.Module, where: str
 ) -> None:
     """What is about to be trained, in five lines, and what is unusual about it."""
-    config, root = run.config, Path(run.config.data_root)
+    config, people = run.config, sum(frame.n_people for frame in frames)
     for note in run.notes:
         print(note)
-    people = sum(frame.n_people for frame in frames)
-    lists = (find_file(root, name) for name in (config.train_list, config.test_list))
+    lists = (find_file(Path(config.data_root), name) for name in (config.train_list, config.test_list))
     learned, tested = lists if config.data == KAIST else ("train", "test")
     print(describe(config, __file__))
     print(f"train: {len(frames)} frames, {people} people to learn ({learned}, {source})")

@@ -136,7 +136,7 @@ def unpickling_problem(error: Exception) -> str:
 
 
 def choose_checkpoint(named: Path | None, runs: Path) -> Path:
-    """The checkpoint named, the `last.pt` of a run's folder named, or the newest finished run's.
+    """The checkpoint named, the `last.pt` of a run named or of its folder, or the newest finished run's.
 
     Without a finished run it is the newest of all. A run that is not finished is told.
 
@@ -144,6 +144,7 @@ def choose_checkpoint(named: Path | None, runs: Path) -> Path:
         InputError: there is no run to choose.
     """
     path = named or newest_checkpoint(runs)
+    path = path if path.exists() or not (runs / path).is_dir() else runs / path
     path = path / LAST if path.is_dir() else path
     run = read_run(path.parent) if path.name in (LAST, PREVIOUS) else None
     if run and not run["finished"]:

@@ -50,7 +50,8 @@ CHOICES = {
 # The smallest and the largest value of constants that are numbers.
 BELOW_1 = math.nextafter(1.0, 0.0)
 RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("copy_paste", "modality_dropout", "mirror_apart", "crop_apart", "shift_left"), (0, 1)),
+    **dict.fromkeys(("jitter", "copy_paste", "modality_dropout"), (0, 1)),
+    **dict.fromkeys(("mirror_apart", "crop_apart", "shift_left"), (0, 1)),
     **dict.fromkeys(("pixel_mean", "min_score", "nms_iou"), (0, 1)),
     **dict.fromkeys(("ema_decay", "validation", "seg_person_share"), (0, BELOW_1)),
     **dict.fromkeys(("min_height", "margin"), (0, 10**4)),
@@ -170,7 +171,8 @@ def read_config(script: str, argv: list[str] | None = None) -> Namespace:
     values |= {name: from_root(values[name]) for name in PATHS if values[name]}
     values |= flags
     if values["experiment"]:
-        values |= resolve_row(values["experiment"]) | flags
+        row = resolve_row(values["experiment"])
+        values |= row | {name: from_root(row[name]) for name in PATHS if name in row} | flags
     check_config(values)
     return limit_workers(Namespace(**values))
 
@@ -202,7 +204,7 @@ def resolve_row(name: str) -> dict[str, Any]:
         problem = f"the lab book has no experiment {name!r}"
         raise InputError(problem, f"choose one of {', '.join(EXPERIMENTS)}")
     row = EXPERIMENTS[name]
-    if unknown := row.change.keys() - BASE.keys():
+    if unknown := row.change.keys() - BASE.keys() - {"data_root"}:
         problem = f"row {name} changes {', '.join(unknown)}, which no recipe has"
         raise InputError(problem, "correct the row in engine/experiments.py")
     return (resolve_row(row.based_on) if row.based_on else BASE) | row.change

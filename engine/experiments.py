@@ -19,7 +19,7 @@ BASE = (
     | dict(optimizer="sgd", lr=1e-3, bias_lr_factor=2.0, weight_decay=5e-4, ema_decay=0.0)
     | dict(schedule="constant", batch_size=8, epochs=122, validation=0.1)
     | dict(augment=False, zoom_out=4.0, crop_aspect=(0.4, 1.6), min_input_height=0.0)
-    | dict(hue_saturation=True, lwir_jitter=True, copy_paste=0.0, modality_dropout=0.0)
+    | dict(hue_saturation=True, lwir_jitter=True, jitter=0.0, copy_paste=0.0, modality_dropout=0.0)
     | dict(mirror_apart=0.0, crop_apart=0.0, shift_left=0.0)
     | dict(learn="person", min_height=12.0, margin=5.0)
     | dict(eval_every=5, min_score=0.2, nms_iou=0.5, max_boxes=200, test_flip=False)
@@ -226,5 +226,12 @@ EXPERIMENTS = {
         | dict(schedule="cosine", batch_size=4, epochs=14, zoom_out=1.0, copy_paste=0.5)
         | dict(eval_every=7, min_score=0.01, nms_iou=0.45, test_flip=True),
         "not of the log: a narrow network on both modalities for the demo set",
+    ),
+    "streets": Row(
+        "demo",
+        dict(data_root="data/streets", input_size=(320, 384), batch_size=8, epochs=11, eval_every=11)
+        | dict(ema_decay=0.999, zoom_out=1.5, crop_aspect=(0.75, 1.33), jitter=0.8, copy_paste=0.0)
+        | dict(modality_dropout=0.3),
+        "not of the log: drawn streets alone, as varied as can be, to find real people (docs/streets.md)",
     ),
 }

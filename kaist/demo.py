@@ -19,6 +19,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -27,17 +28,31 @@ from pathlib import Path
 import numpy as np
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
-from kaist.files import InputError, run_script, stale_files
-from kaist.street import FOCAL, ROAD, SCENE_WIDTH, Canvas, Figure, Street, build_street, draw_figure, paint
+from kaist.files import InputError, make_folder, run_script, stale_files, write_text
+from kaist.street import (
+    FOCAL,
+    PARTS,
+    ROAD,
+    SCENE_WIDTH,
+    Canvas,
+    Figure,
+    Street,
+    build_street,
+    draw_figure,
+    paint,
+)
+from kaist.streets import ROOTS, World, draw_frame
 
 ROOT, SHIFTED_ROOT = Path("data/demo"), Path("data/demo-shifted")
 MAX_ASIDE = 10  # pixels to either side that a shifted video's visible camera looks aside
 TRAIN_FRAMES, TEST_FRAMES = 480, 180  # over set00-05 and over set06-11
-SEED = 4  # of every random choice
+STREETS_TRAIN, STREETS_TEST = 3600, 240  # the same of the streets set
+SEED, STREETS_SEED = 4, 20  # of every random choice
+# What a network of the row "streets" found of the people in real frames: docs/streets.md.
+REAL_PEOPLE = "how many real people it finds has not been measured yet (docs/streets.md)"
 FRAMES_PER_VIDEO = 8  # a second lies between two of them
 CROWD_SIZES = (1, 2, 3, 4, 5, 6, 8, 11)  # people in a frame that is not empty,
 CROWD_SHARES = (0.33, 0.27, 0.17, 0.09, 0.06, 0.04, 0.03, 0.01)  # and how often
-PARTS = ("skin", "hair", "top", "bottom", "shoe", "cloth", "metal", "tyre")  # of a figure, bicycle
 KINDS, KIND_SHARES = ("person", "people", "cyclist", "person?"), (0.85, 0.05, 0.05, 0.05)
 EMPTY_AND_HEIGHT = ((0.34, 55), (0.08, 62))  # test, train: share of empty frames; median in pixels
 
@@ -210,7 +225,7 @@ def draw_video(
 def write_index(root: Path, marks: dict[str, list]) -> None:
     """Writes imageSets/ and, for the test frames, KAIST_annotation.json like the real one."""
     lists = {"train-all": (0, 6), "test-day": (6, 9), "test-night": (9, 12), "test-all": (6, 12)}
-    (root / "imageSets").mkdir()
+    (root / "imageSets").mkdir(exist_ok=True)
     for name, (first, stop) in lists.items():
         frames = [frame for frame in marks if first <= int(frame[3:5]) < stop]
         (root / "imageSets" / f"{name}.txt").write_text("\n".join(frames) + "\n")
@@ -225,7 +240,7 @@ def write_index(root: Path, marks: dict[str, list]) -> None:
     categories = [{"id": 0, "name": "__ignore__"}, {"id": 1, "name": "person"}]
     info = {"dataset": "demo set in KAIST's layout, drawn by demo_data.py"}
     content = dict(info=info, images=images, annotations=annotations, categories=categories)
-    (root / "KAIST_annotation.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_text(root / "KAIST_annotation.json", json.dumps(content, indent=1) + "\n")
 
 
 def draw_demo(
@@ -285,6 +300,73 @@ def draw_demo(
         raise InputError(problem, "make room or name another root", file=root) from error
 
 
+def draw_streets(
+    root: Path,
+    *,
+    train_frames: int = STREETS_TRAIN,
+    test_frames: int = STREETS_TEST,
+    seed: int = STREETS_SEED,
+    progress: bool = True,
+    workers: int | None = None,
+) -> None:
+    """Draws a set at `root`, or what it lacks; the same seed gives the same bytes.
+
+    Args:
+        root: a folder that is absent, or holds this set half drawn.
+        train_frames, test_frames: frames over set00-05 and over set06-11, at least one a set.
+        seed: of every random choice.
+        progress: whether to say how long it will take, and to show a bar.
+        workers: processes, one a processor by default; the pictures do not depend on it.
+
+    Raises:
+        InputError: root holds something else or cannot be written, or there are too few frames.
+    """
+    from tqdm import tqdm
+
+    world = ROOTS.get(root.name, World())
+    if min(train_frames, test_frames) < 6:
+        raise InputError("each of the streets' 12 sets needs a frame", "ask for 6 or more")
+    recipe, note = f"seed {seed}, {world}\n", root / "recipe.txt"
+    held = note.read_text(encoding="utf-8") if note.exists() else ""
+    if root.exists() and held != recipe and any(root.iterdir()):
+        raise InputError("the place is taken by other files", "remove it or name another", file=root)
+    counts = [(train_frames if k < 6 else test_frames) // 6 for k in range(12)]
+    jobs = [(set_id, number) for set_id, count in enumerate(counts) for number in range(count)]
+    workers, draw = workers or os.cpu_count() or 1, partial(draw_frame, root, world, seed)
+    try:
+        make_folder(root)
+        write_text(note, recipe)
+        start = time.monotonic()
+        for job in jobs[:4]:
+            draw(*job)
+        minutes = (time.monotonic() - start) / 4 * len(jobs) / workers / 60
+        if progress:
+            print(f"drawing {len(jobs)} frames at {root}: about {minutes:.0f} minutes in {workers} processes")
+        with (
+            ProcessPoolExecutor(workers, initializer=begin_drawing) as pool,
+            tqdm(total=len(jobs), desc="streets", unit="frame", disable=not progress) as bar,
+        ):
+            for _ in pool.map(draw, *zip(*jobs, strict=True), chunksize=4):
+                bar.update()
+        write_lists(root, [draw(*job) for job in jobs])  # all are there: these are their names
+    except OSError as error:
+        problem = f"the streets set cannot be written ({error.strerror or error})"
+        raise InputError(problem, "make room or name another root", file=root) from error
+
+
+def write_lists(root: Path, ids: list[str]) -> None:
+    """Writes imageSets/ and KAIST_annotation.json, and a list of every fourth training frame."""
+    marks = {}
+    for frame_id in ids:
+        lines = (root / "annotations" / f"{frame_id}.txt").read_text().splitlines()[1:]
+        rows = [line.split() for line in lines]
+        marks[frame_id] = [(row[0], tuple(map(int, row[1:5])), int(row[5])) for row in rows]
+    quarter = [frame_id for frame_id in ids if frame_id[:5] < "set06"][::4]
+    make_folder(root / "imageSets")
+    write_text(root / "imageSets" / "train-quarter.txt", "\n".join(quarter) + "\n")
+    write_index(root, marks)
+
+
 def begin_drawing() -> None:
     """In a drawing process: leave Ctrl-C to its parent, and end with it, even if that is killed."""
 
@@ -297,8 +379,12 @@ def begin_drawing() -> None:
 
 
 def ensure_demo(root: Path) -> None:
-    """Draws the demo set, shifted at `SHIFTED_ROOT`, in its default size unless `root` holds one already."""
-    if not (root / "KAIST_annotation.json").is_file():
+    """Draws the set that belongs at `root` in its default size unless `root` holds one already."""
+    if (root / "KAIST_annotation.json").is_file():
+        return
+    if root.name in ROOTS:
+        draw_streets(root)
+    else:
         shifted = root.name == SHIFTED_ROOT.name
         draw_demo(root, train_frames=TRAIN_FRAMES, test_frames=TEST_FRAMES, shifted=shifted)
 
@@ -309,13 +395,20 @@ def open_root(name: str | Path) -> Path:
     Raises:
         InputError: any other folder that is not there.
     """
-    root, own = Path(name), [Path(__file__).parents[1] / place for place in (ROOT, SHIFTED_ROOT)]
+    places = (ROOT, SHIFTED_ROOT, *(ROOT.with_name(place) for place in ROOTS))
+    root, own = Path(name), [Path(__file__).parents[1] / place for place in places]
     if Path(os.path.abspath(root)) in own:
         ensure_demo(root)
     elif not root.is_dir():
         remedy = f"set DATA_ROOT (--data-root) to KAIST's folder, or to {own[0]} for a drawn one"
         raise InputError("no such folder", remedy, file=root)
     return root
+
+
+def drawings_note(data_root: str | Path) -> str:
+    """What to know of a network that was trained at `data_root`, where that is the streets set; else ""."""
+    drawn = "note: this network has seen drawings alone, and no photograph; "
+    return drawn + REAL_PEOPLE if Path(data_root).name in ROOTS else ""
 
 
 def main() -> None:

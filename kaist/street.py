@@ -50,6 +50,7 @@ MATERIALS = {
     "shoe": ("#1e1c1c #d2d0cc #563a2a", (82, 96), (56, 72)),
 }
 
+PARTS = ("skin", "hair", "top", "bottom", "shoe", "cloth", "metal", "tyre")  # of a figure, bicycle
 LIT = (255, 214, 140), (238, 240, 255), (255, 170, 80), (140, 255, 190)  # nothing else is above 240
 
 
@@ -174,9 +175,6 @@ class Camera:
         return [self.see(*corner) for corner in corners]
 
 
-# ------------------------------------------------------------------------------ people
-
-
 @dataclass
 class Figure:
     """Someone in the street, the same in every frame of the video but for place and gait."""
@@ -192,6 +190,7 @@ class Figure:
     bare: bool  # arms
     bag: bool
     paints: dict[str, Paint]
+    coat: float = 0.0  # how far it hangs below the hips, body heights
 
 
 def draw_figure(figure: Figure, camera: Camera) -> Sprite:
@@ -249,6 +248,9 @@ def draw_figure(figure: Figure, camera: Camera) -> Sprite:
     half = (neck_x, neck_y, 0.6 * chest), (neck_x, neck_y - 0.05, chest), low
     left, right = ([(x + sign * wide, y) for x, y, wide in half] for sign in (-1, 1))
     canvas.polygon(left + right[::-1], paints["top"])
+    if figure.coat:
+        hem = [(hip_x + sign * 1.3 * waist, hip_y - figure.coat) for sign in (1, -1)]
+        canvas.polygon([left[-1], right[-1], *hem], paints["top"])
     if figure.bag:
         canvas.ellipse((neck_x - 0.1 * broad * side, neck_y - 0.13), 0.06, 0.1, paints["cloth"])
     arm(1, 1.0)

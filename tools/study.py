@@ -94,6 +94,21 @@ STUDIES = {
         small={"data_root": str(demo.SHIFTED_ROOT), "input_size": (256, 320), "min_input_height": 6.0}
         | {"optimizer": "adam", "lr": 1e-3, "schedule": None},
     ),
+    "streets": Study(
+        "What lets a network that has seen drawings alone find people?",
+        "streets",
+        {
+            "without crowds": ("streets", {"data_root": "data/streets-without-crowds"}),
+            "without haze and blur": ("streets", {"data_root": "data/streets-without-haze"}),
+            "without jitter": ("streets", {"jitter": 0.0}),
+            "visible alone": ("streets", {"input_mode": "visible", "modality_dropout": 0.0}),
+            "LWIR alone": ("streets", {"input_mode": "lwir", "modality_dropout": 0.0}),
+            "a quarter of the frames": ("streets", {"train_list": "imageSets/train-quarter.txt"}),
+            "twice the width": ("streets", {"width": 0.5}),
+        },
+        seeds=3,
+        small=dict.fromkeys(SMALL),
+    ),
     "kaist": Study(
         "What does each row reach as the lab book has it, at full size?",
         "26b",
@@ -162,7 +177,7 @@ def plan(study: Study, folder: Path, seeds: int, more: list[str]) -> list[StudyR
     runs = []
     for seed in range(seeds):
         for arm, (row, changes) in (rows(study.baseline) | study.arms).items():
-            changed = "".join(f"-{key}-{show(value)}" for key, value in changes.items())
+            changed = "".join(f"-{key}-{show(value).split('/')[-1]}" for key, value in changes.items())
             name = f"row{row}{changed}-seed{seed}"
             values = SMALL | study.small | changes | {"seed": seed}
             flags = as_flags({key: value for key, value in values.items() if value is not None})

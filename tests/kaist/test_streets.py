@@ -1,0 +1,150 @@
+"""The streets set: the same bytes however it is drawn, labels that fit what is drawn, stated ranges."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kaist import demo, streets
+from kaist.files import InputError
+
+NUMBERS = {"train_frames": 12, "test_frames": 6, "progress": False}
+
+
+def digests(root: Path) -> dict[str, str]:
+    """Path below root -> hash, of every file."""
+    files = (path for path in sorted(root.rglob("*")) if path.is_file())
+    return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set of 18 frames, drawn in one process."""
+    place = tmp_path_factory.mktemp("drawn") / "streets"
+    demo.draw_streets(place, workers=1, **NUMBERS)
+    return place
+
+
+def test_the_bytes_are_the_seeds_in_any_number_of_processes_and_in_two_goes(root, tmp_path):
+    half = tmp_path / "streets"
+    for set_id, number in ((0, 1), (7, 0)):
+        streets.draw_frame(half, streets.World(), demo.STREETS_SEED, set_id, number)
+    (half / "recipe.txt").write_text((root / "recipe.txt").read_text())
+    kept = half / "images/set00/V000/lwir/I00001.jpg"
+    before = kept.stat().st_mtime_ns
+    demo.draw_streets(half, workers=3, **NUMBERS)
+    assert digests(half) == digests(root)
+    assert kept.stat().st_mtime_ns == before, "a frame that was there is not drawn again"
+
+
+def test_lists_name_what_is_there(root):
+    train = (root / "imageSets/train-all.txt").read_text().split()
+    assert len(train) == 12 and (root / "imageSets/train-quarter.txt").read_text().split() == train[::4]
+    content = json.loads((root / "KAIST_annotation.json").read_text())
+    assert [image["im_name"] for image in content["images"]] == [
+        f"set{k:02}/V000/I00000" for k in range(6, 12)
+    ]
+    for frame_id in train:
+        video, name = frame_id.rsplit("/", 1)
+        assert (root / "images" / video / "lwir" / f"{name}.jpg").is_file()
+        assert (root / "annotations" / f"{frame_id}.txt").read_text().startswith("% bbGt version=3\n")
+
+
+def test_a_place_with_other_files_is_left_alone(root, tmp_path):
+    other = tmp_path / "streets"
+    other.mkdir()
+    (other / "mine.txt").write_text("mine")
+    for place, seed in ((other, demo.STREETS_SEED), (root, 5)):
+        before = digests(place)
+        with pytest.raises(InputError, match="taken"):
+            demo.draw_streets(place, seed=seed, **NUMBERS)
+        assert digests(place) == before
+
+
+class Alone(streets.Painter):
+    """Draws what it is told to, and nothing else."""
+
+    told: tuple = ()
+
+    def places(self):
+        return list(self.told)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("x", [-6.2, 0.4, 3.0])
+def test_a_box_is_around_its_person(seed, x):
+    """The pixels of LWIR that differ from the street without them, and the margin that annotators leave."""
+    empty, full = Alone(seed, 0, 0, streets.World()), Alone(seed, 0, 0, streets.World())
+    full.told = ((14.0, "person", x),)
+    (without, none), (scene, marks) = empty.compose(), full.compose()
+    assert not none and len(marks) == 1
+    label, (left, top, w, h), occlusion = marks[0]
+    assert (label, occlusion) == ("person", 0)
+    rows, columns = np.nonzero(abs(scene - without)[..., 3] > 2)
+    tight = np.array((columns.min(), rows.min(), columns.max() + 1, rows.max() + 1))
+    outward = (tight - (left, top, left + w, top + h)) * (1, 1, -1, -1)
+    assert (outward >= -2).all() and (outward <= 2 + 0.06 * h + 0.1 * h * (tight % 640 == 0)).all()
+    assert left >= 0 and left + w <= 640
+
+
+def test_who_is_hidden_is_told():
+    """Someone right behind another is ignored; half behind, they are occluded."""
+    painter = Alone(1, 0, 0, streets.World())
+    painter.told = ((14.0, "person", 0.0), (13.0, "person", 0.0))
+    marks = painter.compose()[1]
+    assert [mark[0] for mark in marks][-1] == "person" and marks[-1][2] == 0
+    assert len(marks) == 1 or marks[0][0] == "person?" or marks[0][2] > 0
+
+
+def test_statistics_are_in_the_stated_ranges():
+    """Of 24 frames: LWIR's grey levels, heights, places of feet and shapes, as docs/streets.md has them."""
+    marks, means, deviations, counts = [], [], [], []
+    for number in range(4):
+        for set_id in range(6):
+            painter = streets.Painter(3, set_id, number, streets.World())
+            scene, own = painter.compose()
+            visible, lwir = painter.expose(scene)
+            assert visible.shape == (512, 640, 3) and lwir.shape == (512, 640)
+            assert visible.dtype == lwir.dtype == np.uint8
+            means.append(lwir.mean())
+            deviations.append(lwir.std())
+            counts.append(len(own))
+            marks += own
+    assert min(means) > 8 and max(means) < 80 and 25 < np.median(means) < 50
+    assert min(deviations) > 3 and max(deviations) < 35 and 9 < np.median(deviations) < 24
+    assert {mark[0] for mark in marks} <= {"person", "person?", "cyclist"}
+    x, y, w, h = np.array([box for label, box, hidden in marks if label == "person" and not hidden]).T
+    inside = (x > 5) & (x + w < 635) & (y + h < 507)
+    assert h.min() > 25 and 50 < np.median(h) < 110
+    assert 0.33 < np.median((w / h)[inside]) < 0.5
+    feet = (y + h - 1.06 * h)[inside]
+    assert 195 < np.median(feet) < 225 and feet.std() < 25
+    boxes = np.array([mark[1] for mark in marks])
+    assert boxes.min() >= 0 and (boxes[:, 0] + boxes[:, 2]).max() <= 640
+    assert (boxes[:, 1] + boxes[:, 3]).max() <= 512
+    assert 2 < np.mean(counts) < 9
+
+
+def test_worlds_differ_in_training_and_share_their_test_list():
+    """Without crowds there are fewer people; the test frames of all sets are the same."""
+    few, many = (
+        sum(kind != "" for number in range(200) for _, kind, _ in painter(number).places())
+        for painter in (
+            lambda n, w=w: streets.Painter(0, 0, n, w) for w in (streets.World(False), streets.World())
+        )
+    )
+    assert 1.4 * few < many
+    plain, full = (
+        streets.Painter(0, 9, 0, w).compose() for w in (streets.World(False, False), streets.World())
+    )
+    assert np.array_equal(plain[0], full[0]) and plain[1] == full[1]
+
+
+def test_the_note_is_of_drawn_sets_alone():
+    assert "drawings alone" in demo.drawings_note("/somewhere/data/streets")
+    assert demo.drawings_note("data/streets-without-haze")
+    assert not demo.drawings_note("data/demo") and not demo.drawings_note("/data/kaist")
