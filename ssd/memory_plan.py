@@ -1,115 +1,33 @@
 """The memory that a training step takes on CUDA, planned by fake tensors: no GPU is needed.
 
-A fake tensor has shape, dtype and device, and no values. A step on fake tensors of `cuda:0` makes
-and drops the tensors that a real one would, and their bytes are counted as they come and go.
+A fake tensor has shape and dtype, and no values. A step on fake tensors makes and drops the tensors that
+a real one would, and their bytes are counted as they come and go. The fakes are a CPU's, because
+autograd asks for a driver where there are any of CUDA; the losses are those that CUDA takes.
 """
 
 from __future__ import annotations
 
 import copy
-import heapq
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from engine.optim import make_optimizer
 
-CUDA = torch.device("cuda", 0)
 OBJECTS = 16  # of a frame in the plan
+BATCHES = (16, 32)  # between which memory grows by the frame; in smaller ones the optimiser's step takes most
 BLOCK = 512  # bytes: CUDA's allocator gives whole blocks
 ROOM = 1.5e9  # bytes that the plan leaves to CUDA's context, the convolutions' workspaces and gaps
-# Kernels without a fake counterpart; they change their arguments and return nothing.
-FUSED = (torch.ops.aten._fused_sgd_.default, torch.ops.aten._fused_adam_.default)
 
 
-@contextmanager
-def fake_cuda() -> Iterator[None]:
-    """Within, new tensors are fake, on `cuda:0` where that is asked for, and autocast takes bf16.
-
-    Autocast would ask the driver, which need not be there.
-    """
-    from unittest.mock import patch
-
-    from torch._subclasses.fake_tensor import FakeTensorMode  # here: few runs need it, and it takes a while
-
-    missing = "torch.cuda.amp.common.amp_definitely_not_available"
-    with (
-        patch(missing, lambda: False),
-        patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
-        FakeTensorMode(allow_non_fake_inputs=True),
-    ):
-        yield
-
-
-def on_fake_cuda(module: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers are fake ones on `cuda:0`; nothing is allocated."""
-    fake: dict[int, Any] = {}
-    for tensor in (*module.parameters(), *module.buffers()):
-        new = torch.empty_like(tensor, device=CUDA, requires_grad=False)
-        is_parameter = isinstance(tensor, nn.Parameter)
-        fake[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-    return copy.deepcopy(module, fake)
-
-
-@torch.no_grad()
-def backward(losses: list[Tensor]) -> None:
-    """`losses.pop().backward()`, node by node: autograd's own engine asks for a driver.
-
-    A node, and what it has saved, goes when nobody else holds it. The gradients of parameters are
-    set, not added to.
-    """
-    root = losses.pop().grad_fn
-    received: dict[Any, dict[int, Tensor]] = {root: {0: torch.ones((), device=CUDA)}}
-    queue, root = [(0, 0, root)], None
-    while queue:
-        node = heapq.heappop(queue)[2]
-        own = received.pop(node)
-        if hasattr(node, "variable"):
-            node.variable.grad = own[0]
-            continue
-        run = getattr(node, "apply", node)  # of a Function written in Python, and of all others
-        out = run(*(own.pop(i, None) for i in range(len(node._input_metadata))))
-        out = out if isinstance(out, tuple) else (out,)
-        for (above, i), gradient in zip(node.next_functions, out, strict=True):
-            if above is None or gradient is None:
-                continue
-            if above not in received:
-                received[above] = {}
-                # The later a node was made, the earlier its turn; parameters wait for all of their share.
-                turn = 1 if hasattr(above, "variable") else -above._sequence_nr()
-                heapq.heappush(queue, (turn, id(above), above))
-            wanted = above._input_metadata[i]  # as the engine does: broadcast sizes are summed up
-            gradient = gradient.sum_to_size(wanted.shape).to(wanted.dtype)
-            known = received[above].get(i)
-            received[above][i] = gradient if known is None else known + gradient
-        node = run = own = out = gradient = above = known = None
-
-
-class FusedKernels(TorchDispatchMode):
-    """Has the fused optimisers' kernels, which cannot be traced, do nothing on one device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        if func in FUSED:
-            check_one_device(args)
-            return None
-        return func(*args, **(kwargs or {}))
-
-
-def check_one_device(arguments: Any) -> None:
-    """Raises RuntimeError where tensors are not all on one device."""
-    devices = {t.device for t in tree_leaves(arguments) if isinstance(t, Tensor)}
-    if len(devices) > 1:
-        raise RuntimeError(f"tensors of two devices: {devices}")
-
-
-class LiveBytes(FusedKernels):
+class LiveBytes(TorchDispatchMode):
     """Counts the bytes of the tensors that are made within and not yet gone.
 
     Attributes:
@@ -122,25 +40,21 @@ class LiveBytes(FusedKernels):
         self.known = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+        out = func(*args, **(kwargs or {}))
         before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 if storage not in self.known and id(storage) not in before:
-                    self.add(storage)
+                    self.known[storage] = size = -(-storage.nbytes() // BLOCK) * BLOCK
+                    self.count(size)
+                    weakref.finalize(storage, self.count, -size)
         return out
 
-    def add(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage until it goes."""
-        size = -(-storage.nbytes() // BLOCK) * BLOCK
-        self.known[storage] = size
+    def count(self, size: int) -> None:
+        """Bytes that have come, or, below zero, gone."""
         self.now += size
         self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self.remove, size)
-
-    def remove(self, size: int) -> None:
-        self.now -= size
 
 
 class MemoryPlan(NamedTuple):
@@ -152,7 +66,7 @@ class MemoryPlan(NamedTuple):
     per_frame: int
 
     def step(self, n: int) -> int:
-        """What training with batches of n frames takes."""
+        """What training with batches of n frames takes; of few frames, it may be more."""
         return self.weights + self.fixed + n * self.per_frame
 
     def largest_batch(self, memory: float) -> int:
@@ -167,9 +81,10 @@ def plan_memory(model: nn.Module, criterion: nn.Module, optimizer: str, precisio
         model: a `Detector` on any device, "meta" included; criterion: its `Criterion`.
         optimizer: "sgd" or "adam"; precision: of the convolutions.
     """
-    one, two = (added_bytes(model, criterion, optimizer, precision, n) for n in (1, 2))
+    few, many = (added_bytes(model, criterion, optimizer, precision, n) for n in BATCHES)
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    return MemoryPlan(weights, 2 * one - two, two - one)
+    per_frame = (many - few) // (BATCHES[1] - BATCHES[0])
+    return MemoryPlan(weights, many - BATCHES[1] * per_frame, per_frame)
 
 
 def plan_batch(
@@ -193,20 +108,38 @@ def plan_batch(
 def added_bytes(
     model: nn.Module, criterion: nn.Module, optimizer: str, precision: torch.dtype, n: int
 ) -> int:
-    """The peak of what the first training step on n frames adds to the weights."""
-    with fake_cuda():
-        model, criterion = on_fake_cuda(model).train(), on_fake_cuda(criterion)
+    """The peak of what a training step on n frames adds to the weights, an earlier one's gradients and the
+    optimiser's state included."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # here: few runs need it, and it takes a while
+
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
+        model, criterion = as_fake(model).train(), as_fake(criterion)
+        if hasattr(criterion.multibox, "static"):
+            criterion.multibox.sparse = criterion.multibox.static
         learner = make_optimizer(model, criterion, name=optimizer, lr=1e-3, bias_lr_factor=1, weight_decay=0)
         with LiveBytes() as live:
-            images = torch.empty(n, model.mean.shape[1], *model.size, dtype=torch.uint8, device=CUDA)
-            boxes = torch.empty(n, OBJECTS, 4, device=CUDA)
-            labels = torch.empty(n, OBJECTS, dtype=torch.int64, device=CUDA)
+            for parameter in (*model.parameters(), *criterion.parameters()):
+                parameter.grad = torch.empty_like(parameter)
+            learner.step()
+            images = torch.empty(n, model.mean.shape[1], *model.size, dtype=torch.uint8)
+            boxes, labels = torch.empty(n, OBJECTS, 4), torch.empty(n, OBJECTS, dtype=torch.int64)
             sizes = (model.grids[i][:2] for i in model.infused_maps)
-            masks = [torch.empty(n, *size, dtype=torch.int64, device=CUDA) for size in sizes]
-            with torch.autocast("cuda", torch.bfloat16, enabled=precision != torch.float32):
+            masks = [torch.empty(n, *size, dtype=torch.int64) for size in sizes]
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision != torch.float32):
                 predictions = model(images)
-            losses = [criterion(predictions, boxes, labels, masks)[0]]
+            loss = criterion(predictions, boxes, labels, masks)[0]
             del predictions
-            backward(losses)
+            learner.zero_grad()
+            loss.backward()
             learner.step()
         return live.peak
+
+
+def as_fake(module: nn.Module) -> nn.Module:
+    """A copy whose parameters and buffers are a CPU's fake tensors; nothing is allocated."""
+    fake: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        new = torch.empty_like(tensor, device="cpu", requires_grad=False)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        fake[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+    return copy.deepcopy(module, fake)

@@ -31,10 +31,9 @@ from engine.optim import GuardedStep, make_optimizer, update_ema
 from model import INPUT_CHANNELS, make_network
 from pseudo_gt import box_masks, choose_range
 from ssd import boxes as ssd_boxes
-from ssd import memory_plan
 from ssd.device_augment import TransformBatch
 from ssd.losses import TERMS, Criterion
-from ssd.memory_plan import CUDA, FusedKernels, backward, fake_cuda, on_fake_cuda
+from tests.fake_cuda import CUDA, FusedKernels, backward, fake_cuda, on_fake_cuda
 from utils import autocast, margin_histogram, predict
 
 N, M = 2, 8
@@ -250,9 +249,8 @@ def test_convolutions_that_autocast_misses_are_found():
 # ------------------------------------------------------------------------ the walk through the graph
 
 
-def test_backward_is_autograds(monkeypatch):
+def test_backward_is_autograds():
     """Its walk, on a CPU and with values, gives the gradients that the engine gives."""
-    monkeypatch.setattr(memory_plan, "CUDA", torch.device("cpu"))
     config = configuration("29", input_size=(257, 257))
     torch.manual_seed(0)
     model = make_network(**model_arguments(config)).train()
@@ -264,6 +262,6 @@ def test_backward_is_autograds(monkeypatch):
     parameters = [*model.parameters(), *criterion.parameters()]
     loss = criterion(model(images), boxes, labels, masks)[0]
     theirs = torch.autograd.grad(loss, parameters, retain_graph=True)
-    backward([loss])
+    backward([loss], torch.device("cpu"))
     for parameter, gradient in zip(parameters, theirs, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
