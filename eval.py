@@ -43,6 +43,7 @@ OUT = "miss_rate.png"  # the curves; png, jpg or pdf
 COMPARISON = "comparison.png"  # the figure of --compare
 ERRORS = "errors.png"  # the sheet of --show-errors
 DEVICE = "auto"  # auto, cpu, cuda, mps
+COMPILE = "off"  # torch.compile for a checkpoint's network: on, off
 SUBSETS = ("day", "night", "campus", "road", "downtown")
 MOST_ERRORS = 1000  # on one sheet
 SURE = 0.3  # score from which a network means a person
@@ -118,6 +119,8 @@ def parse_arguments() -> Namespace:
     whose = "the checkpoint is its author's file of this row's network (docs/published.md)"
     group.add_argument("--experiment", default="", metavar="ROW", help=whose)
     group.add_argument("--device", default=DEVICE, help="auto, cpu, cuda, mps (%(default)s)")
+    pays = "torch.compile it first, which pays for long lists (%(default)s)"
+    group.add_argument("--compile", choices=("on", "off"), default=COMPILE, help=pays)
     add = parser.add_argument_group("numbers and pictures").add_argument
     add("--all-setups", action="store_true", help="also print the nine setups and the scenes")
     add("--bootstrap", type=int, default=0, metavar="N", help="95%% intervals from N resamples")
@@ -242,7 +245,7 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     # Here, because result files are evaluated without torch.
     from datasets import TESTING, test_loader
     from engine.checkpoint import choose_checkpoint
-    from utils import choose_device, choose_precision, detect_frames, open_network
+    from utils import choose_device, choose_precision, compile_model, detect_frames, open_network
 
     path = choose_checkpoint(arguments.checkpoint, find_folder(CHECKPOINTS))
     device = choose_device(arguments.device)
@@ -261,7 +264,8 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     loader = test_loader(root, test_set, without=arguments.blackout, **settings)
     precision = choose_precision(config.precision, device)
     detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")
-    detections, masks = detect_frames(model, loader, precision, **detection)
+    network = compile_model(model, arguments.compile, device)
+    detections, masks = detect_frames(network, loader, precision, **detection)
     if masks:
         print("masks: " + ", ".join(f"{name} {value:.3f}" for name, value in masks.items()))
     sure = np.bincount(detections.frame[detections.scores >= SURE])

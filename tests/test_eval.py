@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib.figure
 import numpy as np
 import pytest
+import torch
 
 import eval as eval_script
 import train
@@ -301,3 +302,22 @@ def test_result_files_get_names_that_tell_them_apart(run, tmp_path, capsys, demo
     assert "\na_detections " in said and "\nb_detections " in said
     truth = load_ground_truth(demo_root, frames)
     assert len(read_detections(tmp_path / "a/detections.txt", truth.frames).scores) == 1
+
+
+def test_a_network_is_compiled_where_that_is_asked_for(run, save, monkeypatch):
+    """Traced without the kernels' generator, which takes minutes, it finds what it finds as it is."""
+    compiled, compile_by = [], torch.compile
+
+    def trace(model, **_):
+        compiled.append(model)
+        return compile_by(model, backend="aot_eager", dynamic=False)
+
+    monkeypatch.setattr(torch, "compile", trace)
+    path, scores = save("--no-test-flip"), []
+    for choice in ("off", "on"):
+        run("--checkpoint", path, "--compile", choice)
+        [result] = path.parent.glob("detections*[0-9t].txt")
+        scores.append(np.sort(np.loadtxt(result, delimiter=",", ndmin=2)[:, 5]))
+        result.unlink()
+    assert len(compiled) == 1
+    np.testing.assert_allclose(*scores, atol=1e-3)
