@@ -12,12 +12,12 @@ from engine.loader import EpochBatches
 from kaist.annotations import open_annotations, read_image_list
 from kaist.frame_cache import cache_frames
 from kaist.frames import load_frames
-from model import INPUT_CHANNELS, SSD300
+from model import INPUT_CHANNELS
 from pseudo_gt import MapRange
 from ssd.augment import Augmentation, mean_colour
 from ssd.device_augment import TransformBatch, resize_weights
 from ssd.losses import IGNORE
-from tools.workloads import MODEL
+from tools.workloads import plain_config, row_network
 
 MAPS = [(38, 38), (19, 19)]
 
@@ -108,7 +108,7 @@ def test_a_batch_is_split_by_rank(dataset, monkeypatch):
 
 
 def test_masks_leave_out_who_is_out_of_range(dataset):
-    priors = SSD300(**(MODEL | {"width": 0.01})).map_priors()
+    priors = row_network(plain_config(width=0.01))[0].map_priors()
     plain, ours = loaders(dataset(), map_range=MapRange(priors, [0, 1], IGNORE))
     check(plain.epoch(0), ours.epoch(0))
     kept, _ = loaders(dataset())

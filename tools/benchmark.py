@@ -1,15 +1,15 @@
-"""How fast this project is on this machine, against torchvision doing the same.
+"""How fast this project is on this machine, against torchvision doing the same; and all of a GPU.
 
     python -m tools.benchmark --quick                 # under three minutes on two cores
-    python -m tools.benchmark --only loss detect      # some rows
-    python -m tools.benchmark --device cuda           # the rows of a GPU
+    python -m tools.benchmark --only loss detect      # some lines
+    python -m tools.benchmark --device cuda           # the same on a GPU
     python -m tools.benchmark --rows                  # detection by every row of the lab book
     python -m tools.benchmark --rows 41 42            # by some, beside row 26
     python -m tools.benchmark --memory-plan           # what a GPU's memory holds; needs no GPU
     python -m tools.benchmark --device cuda --report out/  # is it right, how fast is it, in 8 minutes
 
-A row is two functions that do the same work, run in turns; the table shows the medians. The
-references are torchvision's SSD300 and augmentation, and a metric that loops over the frames.
+Functions that do the same work run in turns, and medians are compared. The references are
+torchvision's SSD300 and augmentation, and the usual SSD loss.
 """
 
 from __future__ import annotations
@@ -17,228 +17,150 @@ from __future__ import annotations
 import itertools
 import os
 import platform
-import statistics
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from torchvision.ops import box_convert
 
-from datasets import Collate, DeviceLoader
 from engine.config import OneLineParser, resolve_row
 from engine.experiments import EXPERIMENTS
-from kaist.annotations import image_path
-from kaist.demo import draw_demo
 from kaist.files import run_script
-from kaist.frame_cache import FrameCache, cache_frames
-from kaist.frames import Frame
-from kaist.miss_rate import SETUPS, evaluate, load_ground_truth
+from kaist.miss_rate import evaluate, load_ground_truth
 from kaist.results import read_detections
-from ssd.boxes import Predictions, detect
-from ssd.losses import MultiBoxLoss
 from ssd.memory_plan import plan_memory
 from tools import gpu_report, workloads
-from tools.gpu_parts import FULL, TINY
-from tools.isolated import STATUS, Subprocess, added_memory
-from tools.workloads import LIMITS, MAPS, our_model, our_step
-from utils import choose_device, choose_precision
+from tools.timing import (
+    HEADER,
+    STATUS,
+    TINY,
+    Line,
+    Scale,
+    Setting,
+    Subprocess,
+    added_memory,
+    at_least,
+    at_most,
+    time_in_turns,
+)
+from tools.workloads import (
+    bare_step,
+    loss_step,
+    our_detection,
+    our_samples,
+    plain_config,
+    repeated_step,
+    row_image,
+    row_network,
+)
+from utils import choose_device, choose_precision, tune_malloc
 
 REPORT_MINUTES = 7.5  # that --report takes at most, its last part aside
 CARDS = (8, 16, 24, 80, 140)  # GB of memory of the GPUs that --memory-plan knows
+BENCHMARKS = ("loss", "detect", "sample", "image", "step", "evaluation", "memory")  # of --only
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-@dataclass(frozen=True)
-class Bench:
-    """What every row needs: the device and its precision, a folder, and how long to measure.
+# ------------------------------------------------------------------------------ beside others
 
-    seconds, rounds: of measuring a row, at least.
+
+class Pair(NamedTuple):
+    """The same work done by ours and by theirs: what makes them of a Setting, and its other arguments.
+
+    aim: how many times faster ours has to be.
     """
 
-    device: torch.device
-    precision: torch.dtype
-    folder: Path
-    quick: bool
-    seconds: float
-    rounds: int = 3
+    what: str
+    aim: float
+    ours: tuple
+    theirs: tuple
+    name: str = "torchvision"
 
-    @property
-    def on_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    def demo(self, train_frames: int = 16) -> tuple[Path, list[Frame]]:
-        """A small demo set of so many training frames, and those that have people."""
-        root = self.folder / f"demo-{train_frames}"
-        if not root.exists():
-            draw_demo(root, train_frames=train_frames, test_frames=6, progress=False)
-        return root, workloads.people_frames(root)
+    def line(self, setting: Setting) -> Line:
+        """Both timed in turns, on a CPU in a process each: the allocator's settings of ours (see
+        `tune_malloc`) are not for its rivals."""
+        run = (lambda make, *arguments: make(*arguments)) if setting.on_gpu else Subprocess
+        functions = run(tuned, setting, *self.ours), run(self.theirs[0], setting, *self.theirs[1:])
+        ours, theirs = (timing.seconds for timing in time_in_turns(setting, *functions))
+        note = f"{1e3 * ours:.4g} ms, {self.name}: {1e3 * theirs:.4g} ms"
+        return at_least(self.what, theirs / ours, "times faster", self.aim, note)
 
 
-def table_row(*cells: str, passed: bool | None = None) -> str:
-    """A row of the table: work, ours, reference, ratio and target, and whether that is reached."""
-    verdict = {None: "", True: "met", False: "missed"}[passed]
-    return f"| {' | '.join([*cells, *[''] * (5 - len(cells)), verdict])} |"
+def tuned(setting: Setting, make: Callable, *arguments: object) -> Callable:
+    """make(…) where the C library keeps freed memory, as in train.py, eval.py and detect.py."""
+    tune_malloc()
+    return make(setting, *arguments)
 
 
-def speedup_row(work: str, ours: float, reference: float, target: float, name: str = "torchvision") -> str:
-    """A row of two times in milliseconds; the target is how many times faster ours has to be."""
-    times, ratio = (f"{ours:.4g} ms", f"{name}: {reference:.4g} ms"), reference / ours
-    return table_row(work, *times, f"{ratio:.3g}x faster", f">= {target:g}x", passed=ratio >= target)
+def pairs_of(setting: Setting) -> Iterator[tuple[str, Pair]]:
+    """What is compared, and its name for --only."""
+    for people, aim in ((3, 6.0), (20, 4.0)):
+        what = f"multibox loss and gradient, batch 32, {people} people"
+        yield "loss", Pair(what, aim, (loss_step, people, True), (loss_step, people, False), "usual SSD loss")
+    for candidates, mean, aim in (("6,046", -3.6, 1.1), ("136", -8.94, 2.0)):
+        what = f"decode + NMS, batch 8, {candidates} candidates each"
+        yield "detect", Pair(what, aim, (our_detection, mean), (workloads.torchvision_detection, mean))
+    for what, aim, cached in (("from JPEG pairs", 7, False), ("from the frame cache", 14, True)):
+        what = f"training samples {what}, one thread"
+        yield "sample", Pair(what, aim, (our_samples, cached), (workloads.recipe_samples,), "the v2 recipe")
+    plain, visible, n = plain_config(), plain_config(input_mode="visible"), setting.scale.batch
+    for precision in dict.fromkeys([setting.precision, torch.float32]):
+        name, usual, fast = NAMES[precision], "torchvision, fp32", precision == torch.bfloat16
+        ours = row_image, visible, precision
+        what = f"one image, file to boxes, {name}"
+        yield "image", Pair(what, 2.2 if fast else 1.2, ours, (workloads.torchvision_image,), usual)
+        ours, bare = (repeated_step, plain, precision), (tuned, bare_step, plain, precision)
+        what = f"training step with masks, batch {n}, {name}"
+        yield "step", Pair(what, 2.5 if fast else 1.1, ours, (workloads.torchvision_step,), usual)
+        yield "step", Pair(f"{what}, beside its convolutions alone", 0.95, ours, bare, "convolutions")
 
 
-def ratio_row(work: str, ours: str, reference: str, ratio: float, target: float) -> str:
-    """A row in which ours has to stay below a share of the reference."""
-    return table_row(work, ours, reference, f"{ratio:.3g} of it", f"<= {target:g}", passed=ratio <= target)
+def measured_lines(setting: Setting, names: Container[str]) -> Iterator[Line]:
+    """What is measured of these names."""
+    for name, pair in pairs_of(setting):
+        if name in names:
+            yield pair.line(setting)
+    if "evaluation" in names:
+        yield from time_evaluation(setting)
+    if "memory" in names and not setting.on_gpu and STATUS.exists():
+        yield compare_memory(setting)
 
 
-def time_once(function: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call, until the device is done with it."""
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
+def time_evaluation(setting: Setting) -> Iterator[Line]:
+    """Nine setups of a drawn result file, reading it included, or, where KAIST_REFERENCE is, of KAIST's own,
+    reading its people too."""
+    paths, root = [setting.folder / "drawn_result.txt"], os.environ.get("KAIST_REFERENCE")
+    read = partial(workloads.random_result, paths[0], 2252)
+    if root:
+        read = partial(load_ground_truth, Path(root, "annotations/KAIST_annotation.json"))
+        paths = sorted(Path(root, "results").glob("*_result.*"))
+    drawn = read()
+    for path in paths:
+
+        def ours(path: Path = path) -> None:
+            people = read() if root else drawn
+            evaluate(people, read_detections(path, people.frames))
+
+        [timing] = time_in_turns(setting, ours)
+        what = f"evaluation, 9 setups, 2,252 frames, {path.name}"
+        yield Line(what, 1e3 * timing.seconds, "ms", timing.spread)
 
 
-def interleave(bench: Bench, *functions: Callable[[], object]) -> list[float]:
-    """Median milliseconds of each function: a warm-up, then rounds in turns."""
-    for function in functions:
-        time_once(function, bench.device)
-    end = time.perf_counter() + bench.seconds
-    rounds: list[list[float]] = []
-    while len(rounds) < bench.rounds or time.perf_counter() < end:
-        rounds.append([time_once(function, bench.device) for function in functions])
-    return [statistics.median(times) for times in zip(*rounds, strict=True)]
+def compare_memory(setting: Setting) -> Line:
+    """Peak memory that a step adds on a CPU, each in a process of its own."""
+    ours = Subprocess(tuned, setting, added_memory, repeated_step, plain_config(), setting.precision)
+    theirs = Subprocess(added_memory, setting, workloads.torchvision_step)
+    mine, reference = (held() / 2**20 for held in (ours, theirs))
+    note = f"{mine:.0f} MiB, torchvision: {reference:.0f} MiB"
+    what = f"memory added by a step of batch {setting.scale.batch}"
+    return at_most(what, mine / reference, "of torchvision's", 0.8, note)
 
 
-def start(bench: Bench, make: Callable[..., Callable], *arguments: object) -> Callable:
-    """make(device, …), on a CPU in a process of its own: the allocator's settings of ours (see
-    `tune_malloc`) are not for its rivals."""
-    if bench.on_gpu:
-        return make(bench.device, *arguments)
-    theirs = make.__name__.startswith("torchvision")
-    return Subprocess(*([make] if theirs else [workloads.with_malloc_tuning, make]), bench.device, *arguments)
-
-
-# ------------------------------------------------------------------------------ training
-
-
-def bench_step(bench: Bench) -> Iterator[str]:
-    """The whole training step, and how much of it is not convolution."""
-    n = 32 if bench.on_gpu else 2 if bench.quick else 8
-    reference = start(bench, workloads.torchvision_step, n)
-    for precision in dict.fromkeys([bench.precision, torch.float32]):
-        name, target = ("bf16", 2.5) if precision == torch.bfloat16 else ("fp32", 1.1)
-        steps = [start(bench, make, precision, n) for make in (our_step, workloads.bare_step)]
-        ours, bare, theirs = interleave(bench, *steps, reference)
-        speed = f" ({1e3 * n / ours:.0f} images/s)" if bench.on_gpu else ""
-        yield speedup_row(f"training step with masks, batch {n}, {name}{speed}", ours, theirs, target)
-        times = f"{ours:.4g} ms", f"bare convolutions: {bare:.4g} ms"
-        yield ratio_row(f"all of the step that is not convolution, {name}", *times, ours / bare, 1.05)
-
-
-def bench_training(bench: Bench) -> Iterator[str]:
-    """Training on a GPU, data included."""
-    if bench.on_gpu:
-        yield from training_rows(bench, n=32, width=1.0, n_frames=256, workers=8)
-
-
-def training_rows(bench: Bench, n: int, width: float, n_frames: int, workers: int) -> Iterator[str]:
-    """Images a second from the frame cache to the updated weights, the share of what the bare
-    convolutions reach, and what the parts take by themselves."""
-    root, frames = bench.demo(n_frames)
-    cache = cache_frames(bench.folder / "cache", root, [frame.id for frame in frames], "early")
-    pairs = workloads.row_pairs(root, frames, workloads.row_config("26", input_mode="early"), cache)
-    loader = DeviceLoader(pairs, batch_size=n, workers=workers, map_sizes=MAPS, device=bench.device)
-    batches = (batch for epoch in itertools.count() for batch in loader.epoch(epoch))
-    batch, model = next(batches), our_model(bench.device, width=width).train()
-    predictions, loss = model(batch.images), workloads.our_loss(model)
-    loss(predictions, batch).backward(retain_graph=True)
-    optimizer = torch.optim.SGD(model.parameters(), 1e-6, fused=bench.on_gpu)
-    step, bare, *parts = interleave(
-        bench,
-        our_step(bench.device, bench.precision, n, batches, width),
-        workloads.bare_step(bench.device, bench.precision, n, width),
-        lambda: next(batches),
-        lambda: torch.autograd.grad(loss(predictions, batch), [*predictions[:2], *predictions.seg]),
-        optimizer.step,
-    )
-    speeds = [f"{1e3 * n / step:.0f} images/s", f"bare convolutions: {1e3 * n / bare:.0f} images/s"]
-    ratio = bare / step
-    cells = f"training end to end, batch {n}", *speeds, f"{ratio:.2f} of it", ">= 0.46"
-    yield table_row(*cells, passed=ratio >= 0.46)
-    for name, value in zip(("data and augmentation", "losses", "update"), parts, strict=True):
-        cells = f"{value:.3g} ms", f"step: {step:.4g} ms", f"{value / step:.3f} of it"
-        yield table_row(f"{name} alone", *cells)
-
-
-def bench_memory(bench: Bench) -> Iterator[str]:
-    """Peak memory that a step of batch 8 adds on a CPU, each in a process of its own."""
-    if not (bench.quick or bench.on_gpu) and STATUS.exists():
-        ours = workloads.with_malloc_tuning, added_memory, our_step, bench.device, bench.precision, 8
-        theirs = added_memory, workloads.torchvision_step, bench.device, 8
-        mine, reference = (Subprocess(*step)() / 2**20 for step in (ours, theirs))
-        sizes = f"{mine:.0f} MB", f"torchvision: {reference:.0f} MB"
-        yield ratio_row("memory added by a batch-8 step", *sizes, mine / reference, 0.8)
-
-
-def bench_loss(bench: Bench) -> Iterator[str]:
-    """The multibox loss, forward and backward, for a batch of 32."""
-    priors = our_model(bench.device, width=0.01).priors
-    ours = MultiBoxLoss(priors, loc_loss="smooth_l1", loc_reduction="sum")
-    for people, target in ((3, 6.0), (20, 4.0)):
-        objects = workloads.random_objects(32, people, bench.device)
-        predictions = workloads.random_predictions(32, 0.0, bench.device)
-        predictions = Predictions(*(x.requires_grad_() for x in predictions[:2]), [])
-        theirs = workloads.plain_loss(predictions, *objects, priors)
-
-        def gradient(loss: Callable, predictions: Predictions = predictions) -> object:
-            return torch.autograd.grad(loss(), predictions[:2])
-
-        losses = (lambda p=predictions, o=objects: sum(ours(p, *o))), theirs
-        times = interleave(bench, *(partial(gradient, loss) for loss in losses))
-        work = f"multibox loss and gradient, batch 32, {people} people"
-        yield speedup_row(work, *times, 20 if bench.on_gpu else target, "plain SSD loss")
-
-
-# ------------------------------------------------------------------------------ detection
-
-
-def bench_detect(bench: Bench) -> Iterator[str]:
-    """Decoding and NMS of a batch of 8 down to 200 boxes."""
-    priors, ssd = our_model(bench.device, width=0.01).priors, workloads.torchvision_ssd(bench.device)
-    anchors = [300 * box_convert(priors, "cxcywh", "xyxy")] * 8
-    for mean, target in ((-3.6, 1.1), (-8.94, 2.0)):
-        predictions = workloads.random_predictions(8, mean, bench.device)
-        candidates = torch.sigmoid(predictions.conf[..., 1] - predictions.conf[..., 0]) >= 0.01
-        outputs = {"bbox_regression": predictions.loc, "cls_logits": predictions.conf}
-        ours = partial(detect, predictions, priors, **LIMITS)
-        theirs = partial(ssd.postprocess_detections, outputs, anchors, [(300, 300)] * 8)
-        work = f"decode + NMS, batch 8, {candidates.sum() // 8} candidates each"
-        yield speedup_row(work, *interleave(bench, ours, theirs), target)
-
-
-def bench_image(bench: Bench) -> Iterator[str]:
-    """One visible image's file to boxes."""
-    root, frames = bench.demo()
-    path = image_path(root, frames[0].id, "visible")
-    reference = start(bench, workloads.torchvision_image, path)
-    for precision in dict.fromkeys([bench.precision, torch.float32]):
-        name, target = ("bf16", 2.2) if precision == torch.bfloat16 else ("fp32", 1.2)
-        times = interleave(bench, start(bench, workloads.our_image, precision, path), reference)
-        yield speedup_row(f"one image, file to boxes, {name}", *times, target, "torchvision fp32")
-
-
-def row_detector(bench: Bench, name: str, width: float = 1.0) -> Callable[[], object]:
-    """Detection by a row's network with random weights, of which few priors say person."""
-    root, frames = bench.demo()
-    config = workloads.row_config(name, width=width)
-    return workloads.row_image(config, bench.device, bench.precision, root, frames[0])
+# ------------------------------------------------------------------------------ rows of the lab book
 
 
 def network_words(row: dict) -> list[str]:
@@ -265,11 +187,12 @@ def memory_rows() -> Iterator[str]:
         changes += [f"width {row['width']:g}"] * (row["width"] < 1)
         return [*network_words(row), f"masks {maps}", row["optimizer"], *changes]
 
+    yield "| rows | network | weights | a step | a frame | batch in |\n|---|---|---|---|---|---|"
     for text, names in rows_by(EXPERIMENTS, words).items():
         config = workloads.row_config(names[0])
         with torch.device("meta"):
-            model, criterion = workloads.row_network(config)
-        for precision, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+            model, criterion = row_network(config)
+        for precision, name in NAMES.items():
             plan = plan_memory(model, criterion, config.optimizer, precision)
             if config.ema_decay:
                 plan = plan._replace(fixed=plan.fixed + plan.weights)
@@ -278,98 +201,48 @@ def memory_rows() -> Iterator[str]:
             yield f"| {', '.join(names)} | {text}, {name} | {' | '.join(sizes)} | {fits} |"
 
 
-def detect_rows(bench: Bench, rows: list[str]) -> Iterator[str]:
+def detect_rows(setting: Setting, rows: list[str]) -> Iterator[str]:
     """Lines of a table: one image or pair, files to boxes, by the networks of some rows at full width, or
     of all, against row 26's. Rows that differ in training alone share a line."""
+    yield "| rows | network | detect | of row 26 |\n|---|---|---|---|"
     chosen = dict.fromkeys(["26", *rows]) if rows else EXPERIMENTS
     networks = rows_by(chosen, lambda row: [*network_words(row), *["test flip"] * row["test_flip"]])
-    times = interleave(bench, *(row_detector(bench, names[0]) for names in networks.values()))
-    [reference] = [t for t, names in zip(times, networks.values(), strict=True) if "26" in names]
-    for (network, names), value in zip(networks.items(), times, strict=True):
-        yield f"| {', '.join(names)} | {network} | {value:.4g} ms | {value / reference:.2f} |"
-
-
-# ------------------------------------------------------------------------------ data
-
-
-def bench_sample(bench: Bench) -> Iterator[str]:
-    """One augmented training sample, from files and from the frame cache, on one thread."""
-    root, frames = bench.demo()
-    cache = cache_frames(bench.folder / "cache", root, [frame.id for frame in frames], "early")
-    collate, theirs, epochs = Collate(MAPS), workloads.torchvision_sample(root), itertools.count()
-    config = workloads.row_config("26", input_mode="early")
-
-    def ours(cache: FrameCache | None) -> Callable[[], object]:
-        pairs = workloads.row_pairs(root, frames, config, cache)
-        return lambda: collate([pairs[epoch, i] for epoch in [next(epochs)] for i in range(len(frames))])
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    times = interleave(bench, ours(None), ours(cache), lambda: [theirs(frame) for frame in frames])
-    torch.set_num_threads(threads)
-    files, cached, reference = (value / len(frames) for value in times)
-    yield speedup_row("training sample from JPEG pair, one thread", files, reference, 7, "v2 recipe")
-    yield speedup_row("training sample from frame cache", cached, reference, 14, "v2 recipe")
-
-
-def bench_evaluation(bench: Bench) -> Iterator[str]:
-    """Reading a result file and all nine setups; KAIST's real ones where KAIST_REFERENCE is."""
-    work, path = "evaluation, 9 setups, 2,252 frames", bench.folder / "result.txt"
-    if "KAIST_REFERENCE" in os.environ:
-        reference = Path(os.environ["KAIST_REFERENCE"])
-        people = load_ground_truth(reference / "annotations/KAIST_annotation.json")
-        path = reference / "results/MSDS-RCNN_result.txt"
-        work += f", {path.stem}"
-    else:
-        people = workloads.random_result(path, 2252)
-
-    def ours() -> list[float]:
-        results = evaluate(people, read_detections(path, people.frames))
-        return [results[name].miss_rate for name in SETUPS]
-
-    plain = partial(workloads.plain_miss_rates, path, people, SETUPS)
-    assert np.allclose(ours(), [*plain().values()])
-    yield speedup_row(work, *interleave(bench, ours, plain), 30, "frame by frame")
-
-
-BENCHMARKS = {
-    "loss": bench_loss,
-    "detect": bench_detect,
-    "sample": bench_sample,
-    "evaluation": bench_evaluation,
-    "image": bench_image,
-    "step": bench_step,
-    "training": bench_training,
-    "memory": bench_memory,
-}
+    configs = (workloads.row_config(names[0], width=setting.scale.speed_width) for names in networks.values())
+    detectors = (row_image(setting, config, setting.precision) for config in configs)
+    timings = time_in_turns(setting, *detectors)
+    timed = [(*item, timing.seconds) for item, timing in zip(networks.items(), timings, strict=True)]
+    [reference] = [seconds for _, names, seconds in timed if "26" in names]
+    for network, names, seconds in timed:
+        yield f"| {', '.join(names)} | {network} | {1e3 * seconds:.4g} ms | {seconds / reference:.2f} |"
 
 
 # ------------------------------------------------------------------------------ the script
 
 
 def main() -> None:
-    """Print the machine, and the table row by row."""
+    """Print the machine, and the table line by line."""
     arguments = parse_arguments()
     device = choose_device(arguments.device)
     precision = choose_precision("auto", device)
     torch.manual_seed(0)
     machine = describe_machine(device, precision)
+    on_gpu, seconds = device.type == "cuda", 2.0 if arguments.quick else 8.0
+    scale = Scale(seconds, batch=32 if on_gpu else 2 if arguments.quick else 8, drawn=16)
     if arguments.report:
-        scale = FULL if device.type == "cuda" else TINY
-        gpu_report.write_report(arguments.report, device, machine, 60 * REPORT_MINUTES, scale)
-        return
-    print(machine, end="\n\n")
+        scale = Scale() if on_gpu else TINY
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(device, precision, Path(folder), arguments.quick, 2.0 if arguments.quick else 8.0)
+        setting = Setting(device, precision, Path(folder), scale)
+        if arguments.report:
+            gpu_report.write_report(arguments.report, setting, machine, time.time() + 60 * REPORT_MINUTES)
+            return
+        print(machine, end="\n\n")
         if arguments.rows is not None:
-            print("| rows | network | detect | of row 26 |\n|---|---|---|---|")
-            lines = detect_rows(bench, arguments.rows)
+            lines = detect_rows(setting, arguments.rows)
         elif arguments.memory_plan:
-            print("| rows | network | weights | a step | a frame | batch in |\n|---|---|---|---|---|---|")
             lines = memory_rows()
         else:
-            print("| work | ours | reference | ratio | target | |\n|---|---|---|---|---|---|")
-            lines = (row for name in arguments.only or BENCHMARKS for row in BENCHMARKS[name](bench))
+            measured = measured_lines(setting, arguments.only or BENCHMARKS)
+            lines = itertools.chain([HEADER], (line.row() for line in measured))
         for line in lines:
             print(line, flush=True)
 

@@ -1,131 +1,354 @@
 """All that is to be known of this project on a GPU, in one go: is it right, and how fast is it.
 
 `python -m tools.benchmark --device cuda --report out/` runs this. Nothing is read from a network;
-frames are drawn. The parts (tools/gpu_parts.py) run one after the other in a process beside this one.
-One that fails, or takes too long, leaves its last line in the report, and the next goes on, in a new
-process because the GPU's state may be lost. What does not fit into the time is said to be left out.
+frames are drawn. A part is a generator of lines. The parts run one after the other, each in a process of
+its own, because one that fails may lose the GPU's state. One that fails, or takes too long, leaves its last
+line in the report, and the next goes on. What does not fit into the time is said to be left out.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-import signal
-import tempfile
+import subprocess
+import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch._dynamo
+from torch import Tensor
 
-from kaist.demo import draw_demo
+from datasets import DeviceLoader, batch_loader
+from engine.checkpoint import load_checkpoint
+from engine.config import ROOT
+from engine.loader import BatchLoader
 from kaist.files import make_folder
-from tools import gpu_parts
-from tools.gpu_parts import Line, Scale, Setting
-from utils import choose_device
+from kaist.images import read_frame
+from ssd.boxes import detect
+from ssd.memory_plan import plan_memory
+from tools import workloads
+from tools.timing import HEADER, Line, Setting, Subprocess, at_least, at_most, time_in_turns
+from tools.workloads import LIMITS, Step, plain_config, row_batch, row_config, row_maps
+from utils import choose_device, compile_model, detect_frames, detect_image, predict
+
+CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
+
+
+def allow_tf32(on: bool) -> None:
+    """Whether products and convolutions in fp32 are TF32 ones from here on."""
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
+
+
+# ------------------------------------------------------------------------------ is it right
+
+
+def check_losses(setting: Setting) -> Iterator[Line]:
+    """Loss terms and gradient of one batch in fp32 against the CPU's, row by row."""
+    allow_tf32(False)
+    for row in setting.scale.rows:
+        config, results = row_config(row, width=setting.scale.width), []
+        for device in (CPU, setting.device):
+            torch.manual_seed(0)
+            step = Step(config, device, FP32)
+            losses = step.losses(row_batch(config, 2).to(device))
+            losses[0].backward()
+            gradients = [p.grad.flatten().cpu() for p in step.parameters]
+            results.append((losses.detach().cpu(), torch.cat(gradients)))
+        (loss, gradient), (own_loss, own_gradient) = results
+        note = f"loss {loss[0]:.6f}, on the device {own_loss[0]:.6f}"
+        yield at_most(f"row {row}: loss terms", distance(own_loss, loss), "of their length", 1e-4, note)
+        yield at_most(f"row {row}: gradient", distance(own_gradient, gradient), "of its length", 1e-4)
+
+
+def check_loader(setting: Setting) -> Iterator[Line]:
+    """Batches made on the device against the workers': boxes, labels and masks equal, pixels near."""
+    config = row_config("demo", width=setting.scale.width, copy_paste=0.0)  # of one frame, as the device
+    both = []
+    for kind in ("workers", "device"):
+        loader = row_loader(setting, config, kind, n=4)
+        both.append([batch for epoch in range(2) for batch in loader.epoch(epoch)])
+    unequal, grey = 0, []
+    for a, b in zip(*both, strict=True):
+        n = min(a.labels.shape[1], b.labels.shape[1])
+        same = [(a.boxes[:, :n], b.boxes[:, :n]), (a.labels[:, :n], b.labels[:, :n])]
+        same += zip(a.masks, b.masks, strict=True)
+        unequal += sum(not torch.equal(x.cpu(), y.cpu()) for x, y in same)
+        grey += (a.images.float().cpu() - b.images.float().cpu()).abs().flatten(1).mean(1).tolist()
+    yield at_most("boxes, labels and masks that differ", unequal, "tensors", 0)
+    yield at_most("mean difference of a sample's pixels", max(grey), "grey levels", 1)
+
+
+def check_detections(setting: Setting) -> Iterator[Line]:
+    """Decoding and NMS of the same predictions, and a network's detections in fp32, against the CPU's."""
+    allow_tf32(False)
+    both, priors = (CPU, setting.device), workloads.row_network(plain_config(width=0.01))[0].priors
+    for mean in (-3.6, -8.94):
+        predictions = (workloads.random_predictions(8, mean, device) for device in both)
+        found = [detect(p, priors.to(p.loc.device), **LIMITS) for p in predictions]
+        yield at_most(f"boxes that differ, {len(found[0][0][0])} an image", unequal_boxes(*found), "boxes", 0)
+    config, (root, drawn) = row_config("40", width=setting.scale.width), setting.demo()
+    frames = [read_frame(root, frame.id, config.input_mode) for frame in drawn[:4]]
+    scores = []
+    for device in both:
+        torch.manual_seed(0)
+        model = workloads.row_network(config)[0].eval().to(device)
+        found = (detect_image(model, frame, FP32, test_flip=True, **LIMITS) for frame in frames)
+        scores.append(np.concatenate([own for _, own in found]))
+    ours, theirs = scores
+    yield at_most("a network's detections: more or fewer", abs(len(ours) - len(theirs)), "boxes", 0)
+    if len(ours) == len(theirs):
+        yield at_most("their scores", abs(ours - theirs).max(), "apart", 1e-4)
+
+
+def check_resume(setting: Setting) -> Iterator[Line]:
+    """Two runs of train.py with --deterministic, one of them ended by SIGTERM and started again."""
+    whole, cut = train(setting, "whole"), setting.folder / "runs" / "cut"
+    with subprocess.Popen(train_command(setting, "cut"), stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not (cut / "log.csv").exists():
+            time.sleep(0.01)
+        process.terminate()
+    ended = not (cut / "miss_rate.json").exists()
+    yield Line("the run was ended after its first epoch", ended, "", "", "1", ended)
+    unequal = unequal_weights(whole, train(setting, "cut"))
+    yield at_most("tensors of weights that differ, bit for bit", unequal, "tensors", 0)
+    if unequal:  # whose fault is it?
+        again = unequal_weights(whole, train(setting, "again"))
+        yield at_most("the same of two runs that nobody ended", again, "tensors", 0)
+
+
+def check_torchrun(setting: Setting) -> Iterator[Line]:
+    """train.py under torchrun with one process: the losses of the run without it."""
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
+    runs = train(setting, "whole"), train(setting, "torchrun", *launcher)
+    whole, under = (load_checkpoint(run / "last.pt")["history"][-1]["loss"] for run in runs)
+    yield at_most("loss apart after the last epoch", abs(whole / under - 1), "of it", 1e-6)
+
+
+def train_command(setting: Setting, name: str, *launcher: str) -> list[str]:
+    """How a run of train.py is started, and gone on with."""
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), "--data-root", str(setting.demo()[0])]
+    command += [
+        "--checkpoints",
+        str(setting.folder / "runs"),
+        "--name",
+        name,
+        "--device",
+        str(setting.device),
+    ]
+    return [*command, "--deterministic", "--epochs", "12", "--eval-every", "12", *setting.scale.train]
+
+
+def train(setting: Setting, name: str, *launcher: str) -> Path:
+    """The folder of a run of train.py, which is finished if it is not.
+
+    Raises:
+        RuntimeError: it has failed; its last line.
+    """
+    folder = setting.folder / "runs" / name
+    if not (folder / "miss_rate.json").exists():
+        command = train_command(setting, name, *launcher)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise RuntimeError(f"train.py ended with {done.returncode}: {done.stdout.splitlines()[-1]}")
+    return folder
+
+
+def unequal_weights(*runs: Path) -> int:
+    """How many tensors of two runs' weights are not the same bit for bit."""
+    ours, theirs = (load_checkpoint(run / "last.pt")["model"] for run in runs)
+    return sum(not torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    """How far apart two vectors are, as a share of the second one's length."""
+    return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
+
+
+def unequal_boxes(ours: list[tuple[Tensor, Tensor]], theirs: list[tuple[Tensor, Tensor]]) -> int:
+    """How many boxes of two devices' images differ by more than rounding."""
+    n = 0
+    for (a, _), (b, _) in zip(ours, theirs, strict=True):
+        same = min(len(a), len(b))
+        apart = (a[:same].cpu() - b[:same].cpu()).abs().amax(1) > 1e-5
+        n += int(apart.sum()) + max(len(a), len(b)) - same
+    return n
+
+
+# ------------------------------------------------------------------------------ how fast is it
+
+
+def speed_network(setting: Setting) -> Iterator[Line]:
+    """Steps of row 26 without data: eager, compiled and with CUDA graphs; precisions; memory format."""
+    config, n = row_config("26", width=setting.scale.speed_width), setting.scale.batch
+    bare = workloads.bare_step(setting, config, BF16, setting.scale.compiled)
+    yield rate_line(setting, "bare convolutions, bf16", bare, n)
+    for mode in setting.scale.modes:
+        yield step_line(setting, f"row 26, bf16, COMPILE {mode}", Step(config, setting.device, BF16, mode), n)
+    contiguous = Step(config, setting.device, BF16)
+    contiguous.model.to(memory_format=torch.contiguous_format)
+    yield step_line(setting, "row 26, bf16, eager, not channels_last", contiguous, n)
+    for on, name in ((True, "tf32"), (False, "fp32")):
+        allow_tf32(on)
+        yield step_line(setting, f"row 26, {name}, eager", Step(config, setting.device, FP32), n)
+
+
+def speed_rows(setting: Setting) -> Iterator[Line]:
+    """Compiled steps of the largest networks in bf16."""
+    for row, n, aim in (("42", 8, 400), ("41", 12, 0), ("40", 32, 0)):
+        config, mode = row_config(row, width=setting.scale.speed_width), setting.scale.compiled
+        step = Step(config, setting.device, BF16, mode)
+        line = step_line(setting, f"row {row}, bf16, COMPILE {mode}", step, min(n, setting.scale.batch))
+        yield at_least(line.what, line.value, line.unit, aim, line.note) if aim else line
+
+
+def speed_batches(setting: Setting) -> Iterator[Line]:
+    """Eager steps of row 26 in bf16 by batch size, and the memory that they take against the plan."""
+    config, step = row_config("26", width=setting.scale.speed_width), None
+    for n in setting.scale.batches:
+        held, step = torch.cuda.memory_allocated() if setting.on_gpu else 0, None
+        step = Step(config, setting.device, BF16)
+        yield step_line(setting, "row 26, bf16, eager", step, n)
+        if setting.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+            step(row_batch(config, n).to(setting.device))
+            taken = torch.cuda.max_memory_allocated() - held
+            plan = plan_memory(step.model, step.criterion, config.optimizer, BF16)
+            yield Line(f"memory, batch {n}", taken / 2**20, "MiB", f"planned {plan.step(n) / 2**20:.0f} MiB")
+
+
+def speed_training(setting: Setting) -> Iterator[Line]:
+    """Row 26 end to end from the cache: batches made on the device, and by workers."""
+    config, n = row_config("26", width=setting.scale.speed_width), setting.scale.batch
+    step = Step(config, setting.device, BF16, setting.scale.compiled)
+    alone = partial(step, row_batch(config, n).to(setting.device))
+    for kind in ("device", "workers"):
+        loader = row_loader(setting, config, kind, n, repeat=n)
+        batches = (batch.to(setting.device) for epoch in itertools.count() for batch in loader.epoch(epoch))
+        whole, bare = time_in_turns(setting, lambda b=batches: step(next(b)), alone)
+        what = f"row 26 end to end, batch {n}, bf16, batches by {kind}"
+        if kind == "workers":
+            yield Line(what, n / whole.seconds, "images/s", whole.spread)
+            continue
+        yield at_least(what, n / whole.seconds, "images/s", 2000, f"{whole.spread}; then 3,000")
+        yield at_most("its step with data", whole.seconds / bare.seconds, "of that without", 1.05)
+
+
+def speed_image(setting: Setting) -> Iterator[Line]:
+    """One pair, from its files to boxes."""
+    for row in ("26", "40", "42"):
+        config = row_config(row, width=setting.scale.speed_width)
+        [timing] = time_in_turns(setting, workloads.row_image(setting, config, BF16))
+        yield Line(f"row {row}: one frame, files to boxes", 1e3 * timing.seconds, "ms", timing.spread)
+
+
+def speed_evaluation(setting: Setting) -> Iterator[Line]:
+    """The whole test list by row 26, images read from files."""
+    config = row_config("26", width=setting.scale.speed_width, augment=False)
+    model = workloads.row_detector(config, setting.device)
+    pairs = workloads.row_pairs(setting, config, cached=False, repeat=setting.scale.frames)
+    pairs.frames[setting.scale.frames :] = []
+    how = {"batch_size": min(64, len(pairs)), "workers": setting.scale.workers, "pin_memory": setting.on_gpu}
+    loader = batch_loader(pairs, map_sizes=row_maps(config), shuffle=False, **how)
+    images = next(iter(loader.epoch(0))).images.to(setting.device)
+    for mode in dict.fromkeys(("off", setting.scale.compiled)):
+        network = compile_model(model, mode, setting.device)
+        forward = torch.inference_mode()(partial(predict, network, images, BF16, False))
+        yield rate_line(setting, f"forward pass, COMPILE {mode}", forward, len(images))
+        detect_frames(network, loader, BF16, **LIMITS)  # workers start, kernels are chosen
+        start = time.perf_counter()
+        detect_frames(network, loader, BF16, **LIMITS)
+        taken = time.perf_counter() - start
+        yield at_most(f"{len(pairs)} frames, files to boxes, COMPILE {mode}", taken, "s", 3.0)
+
+
+def rate_line(setting: Setting, what: str, function: Callable[[], object], n: int) -> Line:
+    """The images a second of calls that work on n frames each."""
+    [timing] = time_in_turns(setting, function)
+    return Line(f"{what}, batch {n}", n / timing.seconds, "images/s", timing.spread)
+
+
+def step_line(setting: Setting, what: str, step: Step, n: int) -> Line:
+    """The images a second of steps on one batch of n frames."""
+    return rate_line(setting, what, partial(step, row_batch(step.config, n).to(setting.device)), n)
+
+
+def row_loader(
+    setting: Setting, config: Namespace, kind: str, n: int, repeat: int = 1
+) -> BatchLoader | DeviceLoader:
+    """A training loader from the cache, by "workers" or "device", of the drawn frames so many times over."""
+    pairs = workloads.row_pairs(setting, config, cached=True, repeat=repeat)
+    settings = {"batch_size": n, "workers": setting.scale.workers, "map_sizes": row_maps(config)}
+    if kind == "device":
+        return DeviceLoader(pairs, device=setting.device, **settings)
+    return batch_loader(pairs, shuffle=True, pin_memory=setting.on_gpu, **settings)
+
+
+# ------------------------------------------------------------------------------ the report
 
 # Name -> function, and the seconds that it may take. What matters most comes first.
 PARTS: dict[str, tuple[Callable[[Setting], Iterator[Line]], float]] = {
-    "losses": (gpu_parts.check_losses, 90),
-    "loader": (gpu_parts.check_loader, 40),
-    "detections": (gpu_parts.check_detections, 40),
-    "training": (gpu_parts.speed_training, 100),
-    "network": (gpu_parts.speed_network, 120),
-    "evaluation": (gpu_parts.speed_evaluation, 80),
-    "rows": (gpu_parts.speed_rows, 150),
-    "resume": (gpu_parts.check_resume, 120),
-    "batches": (gpu_parts.speed_batches, 60),
-    "image": (gpu_parts.speed_image, 40),
-    "torchrun": (gpu_parts.check_torchrun, 60),
+    "losses": (check_losses, 90),
+    "loader": (check_loader, 40),
+    "detections": (check_detections, 40),
+    "training": (speed_training, 100),
+    "network": (speed_network, 120),
+    "evaluation": (speed_evaluation, 80),
+    "rows": (speed_rows, 150),
+    "resume": (check_resume, 120),
+    "batches": (speed_batches, 60),
+    "image": (speed_image, 40),
+    "torchrun": (check_torchrun, 60),
 }
 
 
-def write_report(out: Path, device: torch.device, machine: str, budget: float, scale: Scale) -> None:
+def write_report(out: Path, setting: Setting, machine: str, deadline: float) -> None:
     """Run the parts and write `report.json` and `report.md`, anew after each of them.
 
     Args:
-        machine: one line on it; budget: seconds for everything.
+        machine: one line on it; deadline: the time() at which no further part begins.
     """
-    start, done = time.time(), {}
+    begun, done = time.time(), {}
     make_folder(out)
-    with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(device, scale, Path(folder), start + budget)
-        draw_demo(setting.root, train_frames=scale.drawn, test_frames=6, progress=False)
-        for name, part in run_parts(setting, list(PARTS)):
-            done[name] = part
-            pages = {"machine": machine, "seconds": round(time.time() - start), "parts": done}
-            (out / "report.json").write_text(json.dumps(pages, indent=1), encoding="utf-8")
-            (out / "report.md").write_text(as_page(pages), encoding="utf-8")
-            print(f"{name}: {part['error'] or str(len(part['lines'])) + ' lines'}, {part['seconds']:.0f} s")
+    setting.demo()
+    for name, part in run_parts(setting, list(PARTS), deadline):
+        done[name] = part
+        pages = {"machine": machine, "seconds": round(time.time() - begun), "parts": done}
+        (out / "report.json").write_text(json.dumps(pages, indent=1), encoding="utf-8")
+        (out / "report.md").write_text(as_page(pages), encoding="utf-8")
+        print(f"{name}: {part['error'] or str(len(part['lines'])) + ' lines'}, {part['seconds']:.0f} s")
     print(f"report: {out / 'report.md'}")
 
 
-def run_parts(setting: Setting, names: list[str]) -> Iterator[tuple[str, dict]]:
+def run_parts(setting: Setting, names: list[str], deadline: float) -> Iterator[tuple[str, dict]]:
     """Each part's name and what came of it: lines, seconds, and the error that ended it, or ""."""
-    process, context = None, get_context("spawn")
-    try:
-        for name in names:
-            limit = min(PARTS[name][1] * setting.scale.patience, setting.deadline - time.time())
-            lines, error, start = [], "left out: the time was up", time.time()
-            if limit > 5:
-                if process is None:
-                    pipe, theirs = context.Pipe()
-                    process = context.Process(target=serve_parts, args=(theirs, setting))
-                    process.start()
-                    theirs.close()
-                pipe.send(name)
-                lines, error = receive(pipe, start + limit)
-            if error and process:  # its GPU's state may be lost
-                end(process)
-                process = None
-            yield name, {"lines": lines, "error": error, "seconds": time.time() - start}
-    finally:
-        if process:
-            end(process)
+    begin = partial(Subprocess, part_lines, setting)
+    following = begin(names[0])
+    for name, after in zip(names, [*names[1:], None], strict=True):
+        part, following = following, after and begin(after)  # which imports torch meanwhile
+        start, lines, error = time.time(), [], "left out: the time was up"
+        until = min(start + PARTS[name][1] * setting.scale.patience, deadline)
+        if until > start + 5:
+            try:
+                while line := part(max(0.0, until - time.time())):
+                    lines.append(line._asdict())
+                error = ""
+            except (RuntimeError, TimeoutError) as problem:
+                error = str(problem)
+        part.end()
+        yield name, {"lines": lines, "error": error, "seconds": time.time() - start}
 
 
-def end(process: BaseProcess) -> None:
-    """End a process and those that it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()  # it may have no group of its own yet
-    process.join()
-
-
-def receive(pipe: Connection, until: float) -> tuple[list[dict], str]:
-    """A part's lines and its error, or ""."""
-    lines = []
-    with suppress(EOFError, ConnectionError):
-        while pipe.poll(max(0.0, until - time.time())):
-            kind, content = pipe.recv()
-            if kind == "line":
-                lines.append(content)
-            else:
-                return lines, content
-        return lines, "it took longer than it may"
-    return lines, "its process died"
-
-
-def serve_parts(pipe: Connection, setting: Setting) -> None:
-    """Run the parts that are asked for, and send their lines as they come."""
-    os.setsid()  # so that what it starts ends with it
+def part_lines(setting: Setting, name: str) -> Callable[[], Line | None]:
+    """A function that gives the part's next line, None after the last."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     choose_device(str(setting.device))
-    with suppress(EOFError):
-        while True:
-            name, error = pipe.recv(), ""
-            torch._dynamo.reset()  # a part's graphs are its own
-            try:
-                for line in PARTS[name][0](setting):
-                    pipe.send(("line", line._asdict()))
-            except Exception as problem:  # whatever it is, the other parts can do without
-                error = f"{type(problem).__name__}: {problem}".strip().splitlines()[0][:300]
-            pipe.send(("end", error))
+    return partial(next, PARTS[name][0](setting), None)
 
 
 def as_page(report: dict) -> str:
@@ -134,10 +357,6 @@ def as_page(report: dict) -> str:
     for name, part in report["parts"].items():
         page += [f"## {name}", "", PARTS[name][0].__doc__.splitlines()[0], ""]
         if part["lines"]:
-            page += ["| what | value | unit | aim | | |", "|---|---|---|---|---|---|"]
-        for line in map(Line._make, (line.values() for line in part["lines"])):
-            verdict = {None: "", True: "met", False: "**missed**"}[line.met]
-            cells = (line.what, f"{line.value:.4g}", line.unit, line.aim, verdict, line.note)
-            page.append(f"| {' | '.join(cells)} |")
-        page += [""] * bool(part["lines"]) + [f"**Failed:** {part['error']}", ""] * bool(part["error"])
+            page += [HEADER, *(Line(**line).row() for line in part["lines"]), ""]
+        page += [f"**Failed:** {part['error']}", ""] * bool(part["error"])
     return "\n".join(page)

@@ -1,11 +1,12 @@
-"""What tools/benchmark.py times: this project's steps and torchvision's, on drawn inputs."""
+"""What is measured: a row's training step, detection and samples, the same by others, and drawn inputs."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -19,114 +20,25 @@ from torchvision.models.detection.ssd import SSD, ssd300_vgg16
 from torchvision.ops import box_convert, box_iou
 from torchvision.transforms import v2
 
-from datasets import AUGMENTATION, PAIRS, Batch, KaistPairs
+from datasets import AUGMENTATION, PAIRS, Batch, Collate, KaistPairs
 from engine.config import ROOT, model_arguments, pick, read_constants, resolve_row
 from engine.optim import GuardedStep, make_optimizer, update_ema
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path, open_annotations, read_image_list
-from kaist.frame_cache import FrameCache
-from kaist.frames import Frame, load_frames
-from kaist.images import read_frame, read_image
-from kaist.miss_rate import FPPI_POINTS, GroundTruth, Setup
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
+from kaist.frame_cache import cache_frames
+from kaist.frames import Frame
+from kaist.images import read_frame
+from kaist.miss_rate import GroundTruth
 from kaist.results import Detections, write_detections
-from model import INPUT_CHANNELS, SSD300, make_network
+from model import INPUT_CHANNELS, make_network
 from pseudo_gt import box_masks
 from ssd.augment import Augmentation, mean_colour
-from ssd.boxes import Predictions, encode
+from ssd.boxes import Predictions, detect, encode
 from ssd.layers import Detector
-from ssd.losses import TERMS, Criterion, MultiBoxLoss, SegmentationLoss
-from utils import autocast, compile_model, detect_image, tune_malloc
+from ssd.losses import TERMS, Criterion
+from tools.timing import Setting
+from utils import autocast, compile_model, detect_image
 
-MODEL = {"input_mode": "early", "batch_norm": False, "width": 1.0, "prior_set": "ssd300", "size": (300, 300)}
-MODEL |= {"infusion": (1, 1, 0, 0, 0, 0), "infusion_conv": False}
 LIMITS = {"min_score": 0.01, "nms_iou": 0.45, "max_boxes": 200}  # of detection, as in training
-MAPS = [(38, 38), (19, 19)]  # of which there are masks
-
-
-def with_malloc_tuning(make: Callable, *arguments: object) -> Callable:
-    """make(…) where the C library keeps freed memory, as in train.py, eval.py and detect.py."""
-    tune_malloc()
-    return make(*arguments)
-
-
-# ------------------------------------------------------------------------------ this project's
-
-
-def our_model(device: torch.device, **changes: object) -> SSD300:
-    """A network of MODEL's arguments, but for some."""
-    return SSD300(**(MODEL | changes)).to(device, memory_format=torch.channels_last)
-
-
-def our_step(
-    device: torch.device,
-    precision: torch.dtype,
-    n: int,
-    batches: Iterator[Batch] | None = None,
-    width: float = 1.0,
-) -> Callable[[], None]:
-    """A training step with masks, as train.py makes it, on the next of the batches or, without
-    any, again and again on n frames of 3 people."""
-    model = our_model(device, width=width).train()
-    if batches is None:
-        images = torch.randint(256, (n, 4, 300, 300), dtype=torch.uint8, device=device)
-        boxes, labels = random_objects(n, 3, device)
-        batches = itertools.repeat(Batch(images, boxes, labels, box_masks(boxes, labels, MAPS), []))
-    loss, on_gpu = our_loss(model), device.type == "cuda"
-    optimizer = torch.optim.SGD(model.parameters(), 1e-6, momentum=0.9, fused=on_gpu)
-    network = torch.compile(model, dynamic=False) if on_gpu else model
-
-    def step() -> None:
-        batch = next(batches)
-        with autocast(device, precision):
-            predictions = network(batch.images)
-        total = loss(predictions, batch)
-        optimizer.zero_grad()
-        total.backward()
-        optimizer.step()
-
-    return step
-
-
-def our_loss(model: SSD300) -> Callable[[Predictions, Batch], Tensor]:
-    """The total of a training step's losses."""
-    multibox = MultiBoxLoss(model.priors, loc_loss="smooth_l1", loc_reduction="sum")
-    segmentation = SegmentationLoss(len(MAPS), cells="mean", maps="sum")
-
-    def loss(predictions: Predictions, batch: Batch) -> Tensor:
-        boxes = sum(multibox(predictions, batch.boxes, batch.labels))
-        return boxes + segmentation(predictions.seg, batch.masks)[0]
-
-    return loss
-
-
-def bare_step(device: torch.device, precision: torch.dtype, n: int, width: float = 1.0) -> Callable[[], None]:
-    """The same network's convolutions, ReLUs and pools, forward and backward, and nothing else."""
-    model = our_model(device, width=width)
-    model.conv4_3_norm = nn.Identity()
-    images = torch.randn(n, 4, 300, 300, device=device).to(memory_format=torch.channels_last)
-    heads = [*model.loc_heads, *model.conf_heads, *model.seg_heads]
-    gradients: list[Tensor] = []
-
-    def outputs() -> list[Tensor]:
-        maps = model.feature_maps(images)
-        return [head(x) for head, x in zip(heads, [*maps, *maps, *maps[: len(MAPS)]], strict=True)]
-
-    if device.type == "cuda":
-        outputs = torch.compile(outputs)
-
-    def step() -> None:
-        model.zero_grad()
-        with autocast(device, precision):
-            out = outputs()
-        gradients[:] = gradients or [torch.randn_like(x) for x in out]
-        torch.autograd.backward(out, gradients)
-
-    return step
-
-
-def our_image(device: torch.device, precision: torch.dtype, path: Path) -> Callable[[], object]:
-    """Detection in a visible image's file, as detect.py makes it."""
-    model = our_model(device, input_mode="visible").eval()
-    return lambda: detect_image(model, read_image(path, "visible"), precision, **LIMITS)
 
 
 # ------------------------------------------------------------------------------ a row's
@@ -138,18 +50,18 @@ def row_config(row: str, **changes: object) -> Namespace:
     return Namespace(**(constants | resolve_row(row) | changes))
 
 
+def plain_config(**changes: object) -> Namespace:
+    """Row 26 as near to the usual SSD300 as it can be: no BatchNorm, SGD, the paper's loss, and two maps
+    with masks."""
+    usual = {"batch_norm": False, "optimizer": "sgd", "loc_reduction": "sum", "infusion": (1, 1, 0, 0, 0, 0)}
+    return row_config("26", **{"input_mode": "early", **usual, **LIMITS, **changes})
+
+
 def row_network(config: Namespace) -> tuple[Detector, Criterion]:
     """A row's untrained network and its losses, made where torch makes tensors."""
     model = make_network(**model_arguments(config))
     heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
     return model, Criterion(*heads, **pick(config, *TERMS))
-
-
-def row_maps(config: Namespace) -> list[tuple[int, int]]:
-    """(height, width) of the feature maps that have masks."""
-    with torch.device("meta"):
-        model = make_network(**model_arguments(config))
-    return [model.grids[i] for i in model.infused_maps]
 
 
 class Step:
@@ -197,14 +109,56 @@ def row_batch(config: Namespace, n: int) -> Batch:
     return Batch(images, boxes, labels, box_masks(boxes, labels, row_maps(config)), ["frame"] * n)
 
 
-def row_image(
-    config: Namespace, device: torch.device, precision: torch.dtype, root: Path, frame: Frame
-) -> Callable[[], object]:
+def row_maps(config: Namespace) -> list[tuple[int, int]]:
+    """(height, width) of the feature maps that have masks."""
+    with torch.device("meta"):
+        model = row_network(config)[0]
+    return [model.grids[i] for i in model.infused_maps]
+
+
+def repeated_step(
+    setting: Setting, config: Namespace, precision: torch.dtype, mode: str = "auto"
+) -> Callable[[], None]:
+    """A row's training step, again and again on the same frames."""
+    batch = row_batch(config, setting.scale.batch).to(setting.device)
+    return partial(Step(config, setting.device, precision, mode), batch)
+
+
+def bare_step(
+    setting: Setting, config: Namespace, precision: torch.dtype, mode: str = "auto"
+) -> Callable[[], None]:
+    """A row's convolutions, ReLUs and pools, forward and backward, and nothing else."""
+    model = row_network(config)[0].to(setting.device, memory_format=torch.channels_last)
+    model.conv4_3_norm = nn.Identity()
+    images = row_batch(config, setting.scale.batch).images.to(setting.device)
+    images = images.float().to(memory_format=torch.channels_last)
+    heads = [*model.loc_heads, *model.conf_heads, *model.seg_heads]
+    gradients: list[Tensor] = []
+
+    def outputs() -> list[Tensor]:
+        maps = model.feature_maps(images)
+        of_heads = [*maps, *maps, *(maps[i] for i in model.infused_maps)]
+        return [head(x) for head, x in zip(heads, of_heads, strict=True)]
+
+    network = compile_model(outputs, mode, setting.device)
+
+    def step() -> None:
+        model.zero_grad()
+        with autocast(setting.device, precision):
+            out = network()
+        gradients[:] = gradients or [torch.randn_like(x) for x in out]
+        torch.autograd.backward(out, gradients)
+
+    return step
+
+
+def row_image(setting: Setting, config: Namespace, precision: torch.dtype) -> Callable[[], object]:
     """Detection by a row's network in a frame, from its files, with the row's limits."""
-    model, settings = row_detector(config, device), pick(config, "test_flip", *LIMITS)
+    model, settings = row_detector(config, setting.device), pick(config, "test_flip", *LIMITS)
+    root, frames = setting.demo()
 
     def run() -> object:
-        pixels = read_frame(root, frame.id, config.input_mode)
+        pixels = read_frame(root, frames[0].id, config.input_mode)
         return detect_image(model, pixels, precision, **settings)
 
     return run
@@ -218,34 +172,65 @@ def row_detector(config: Namespace, device: torch.device) -> Detector:
     return model
 
 
-def people_frames(root: Path) -> list[Frame]:
-    """The training frames of a KAIST root that hold people."""
-    ids = read_image_list(root / "imageSets/train-all.txt")
-    frames = load_frames(ids, open_annotations(root), min_height=12, margin=5)
-    return [frame for frame in frames if (frame.labels == 1).any()]
-
-
-def row_pairs(
-    root: Path, frames: list[Frame], config: Namespace, cache: FrameCache | None = None
-) -> KaistPairs:
-    """A row's samples of a KAIST root, augmented if it says so, from its files or a frame cache."""
+def row_pairs(setting: Setting, config: Namespace, cached: bool, repeat: int = 1) -> KaistPairs:
+    """A row's samples of the demo set's frames, so many times over, augmented if the row says so."""
+    root, frames = setting.demo()
+    ids, cache = [frame.id for frame in frames], None
+    if cached:
+        cache = cache_frames(setting.folder / "cache", root, ids, config.input_mode)
     filler = mean_colour(INPUT_CHANNELS[config.input_mode])
     options = Augmentation(**pick(config, *AUGMENTATION)) if config.augment else None
-    return KaistPairs(root, frames, filler=filler, augmentation=options, cache=cache, **pick(config, *PAIRS))
+    settings = {"filler": filler, "augmentation": options, "cache": cache, **pick(config, *PAIRS)}
+    return KaistPairs(root, frames * repeat, **settings)
 
 
-# ------------------------------------------------------------------------------ torchvision's
+# ------------------------------------------------------------------------------ parts of the usual SSD300's
 
 
-def torchvision_ssd(device: torch.device) -> SSD:
-    """SSD300 for persons, in fp32, untrained."""
+def loss_step(setting: Setting, people: int, ours: bool) -> Callable[[], object]:
+    """The multibox loss of 32 frames of so many people, and its gradient: ours, or the usual one."""
+    model, criterion = row_network(plain_config(width=0.01))
+    multibox, priors = criterion.to(setting.device).multibox, model.priors.to(setting.device)
+    predictions, objects = (
+        random_predictions(32, 0.0, setting.device),
+        random_objects(32, people, setting.device),
+    )
+    leaves = [x.requires_grad_() for x in predictions[:2]]
+    loss = (lambda *inputs: sum(multibox(*inputs))) if ours else partial(usual_loss, priors)
+    return lambda: torch.autograd.grad(loss(predictions, *objects), leaves)
+
+
+def our_detection(setting: Setting, mean: float) -> Callable[[], object]:
+    """Decoding and NMS of 8 images down to 200 boxes, of predictions as of `random_predictions`."""
+    priors = row_network(plain_config(width=0.01))[0].priors.to(setting.device)
+    return partial(detect, random_predictions(8, mean, setting.device), priors, **LIMITS)
+
+
+def our_samples(setting: Setting, cached: bool) -> Callable[[], object]:
+    """A batch of augmented samples, each time others, on one thread."""
+    torch.set_num_threads(1)
+    pairs, collate, epochs = (
+        row_pairs(setting, plain_config(), cached),
+        Collate(row_maps(plain_config())),
+        count(),
+    )
+    return lambda: collate([pairs[epoch, i] for epoch in [next(epochs)] for i in range(len(pairs))])
+
+
+# ------------------------------------------------------------------------------ others'
+
+
+def torchvision_ssd(setting: Setting) -> SSD:
+    """SSD300 for persons, in fp32, untrained, of which few priors say person, as of a trained one."""
     network = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2, score_thresh=0.01)
-    return network.to(device)
+    for head in network.head.classification_head.module_list:
+        head.bias.data.view(-1, 2)[:, 1] = -4.0
+    return network.to(setting.device)
 
 
-def torchvision_step(device: torch.device, n: int) -> Callable[[], None]:
+def torchvision_step(setting: Setting) -> Callable[[], None]:
     """A training step, without masks."""
-    model = torchvision_ssd(device).train()
+    n, device, model = setting.scale.batch, setting.device, torchvision_ssd(setting).train()
     images = list(torch.rand(n, 3, 300, 300, device=device))
     labels = torch.ones(3, dtype=torch.int64, device=device)
     targets = [{"boxes": b[:3] * 300, "labels": labels} for b in random_objects(n, 3, device)[0]]
@@ -260,46 +245,28 @@ def torchvision_step(device: torch.device, n: int) -> Callable[[], None]:
     return step
 
 
-def plain_loss(predictions: Predictions, boxes: Tensor, labels: Tensor, priors: Tensor) -> Callable:
-    """A function that matches image by image, and gives the sum of both losses of all images at once, as
-    the usual SSD code does; ignored objects are left out."""
-    corners = box_convert(priors, "cxcywh", "xyxy")
-    people = [b[x == 1] for b, x in zip(boxes, labels, strict=True)]
-
-    def loss() -> Tensor:
-        target = torch.zeros(len(boxes), len(priors), dtype=torch.int64, device=boxes.device)
-        matched = boxes.new_zeros(len(boxes), len(priors), 4)
-        for i, own in enumerate(people):
-            iou = box_iou(own, corners)
-            overlap, person = iou.max(0)
-            best = iou.argmax(1)
-            person[best] = torch.arange(len(own), device=boxes.device)
-            overlap[best] = 1.0
-            target[i] = overlap >= 0.5
-            matched[i] = own[person]
-        positive = target > 0
-        offsets = encode(
-            box_convert(matched[positive], "xyxy", "cxcywh"), priors.expand_as(matched)[positive]
-        )
-        loc = F.smooth_l1_loss(predictions.loc[positive], offsets, reduction="sum")
-        entropy = F.cross_entropy(predictions.conf.flatten(0, 1), target.flatten(), reduction="none")
-        entropy = entropy.view_as(target)
-        hardest = entropy.masked_fill(positive, 0).sort(1, descending=True).values
-        rank = torch.arange(len(priors), device=boxes.device)
-        mined = rank < 3 * positive.sum(1, keepdim=True)
-        return (loc + entropy[positive].sum() + hardest[mined].sum()) / positive.sum()
-
-    return loss
+def torchvision_image(setting: Setting) -> Callable[[], object]:
+    """Detection in a visible image's file."""
+    model, (root, frames) = torchvision_ssd(setting).eval(), setting.demo()
+    path = image_path(root, frames[0].id, "visible")
+    read = lambda: decode_image(path, ImageReadMode.RGB).to(setting.device) / 255  # noqa: E731
+    return torch.inference_mode()(lambda: model([read()]))
 
 
-def torchvision_image(device: torch.device, path: Path) -> Callable[[], object]:
-    """Detection in an image's file."""
-    model = torchvision_ssd(device).eval()
-    return torch.inference_mode()(lambda: model([decode_image(path, ImageReadMode.RGB).to(device) / 255]))
+def torchvision_detection(setting: Setting, mean: float) -> Callable[[], object]:
+    """Decoding and NMS of 8 images down to 200 boxes, of predictions as of `random_predictions`."""
+    ssd, predictions = torchvision_ssd(setting), random_predictions(8, mean, setting.device)
+    priors = row_network(plain_config(width=0.01))[0].priors.to(setting.device)
+    anchors = [300 * box_convert(priors, "cxcywh", "xyxy")] * 8
+    outputs = {"bbox_regression": predictions.loc, "cls_logits": predictions.conf}
+    return lambda: ssd.postprocess_detections(outputs, anchors, [(300, 300)] * 8)
 
 
-def torchvision_sample(root: Path) -> Callable[[Frame], tuple]:
-    """The SSD recipe on a pair: zoom-out on a canvas, crop, flip, resize; and our masks."""
+def recipe_samples(setting: Setting) -> Callable[[], list[tuple]]:
+    """A batch of torchvision's SSD recipe on pairs (zoom-out on a canvas, crop, flip, resize) and our masks,
+    on one thread."""
+    torch.set_num_threads(1)
+    root, frames = setting.demo()
     transform = v2.Compose(
         [
             v2.RandomPhotometricDistort(),
@@ -318,9 +285,35 @@ def torchvision_sample(root: Path) -> Callable[[Frame], tuple]:
         boxes = tv_tensors.BoundingBoxes(frame.boxes_px, format="XYXY", canvas_size=size)
         visible, lwir, target = transform(*pair, {"boxes": boxes, "labels": torch.from_numpy(frame.labels)})
         boxes = (target["boxes"] / 300)[None]
-        return torch.cat([visible, lwir[:1]]), boxes, box_masks(boxes, target["labels"][None], MAPS)
+        masks = box_masks(boxes, target["labels"][None], [(38, 38), (19, 19)])
+        return torch.cat([visible, lwir[:1]]), boxes, masks
 
-    return sample
+    return lambda: [sample(frame) for frame in frames]
+
+
+def usual_loss(priors: Tensor, predictions: Predictions, boxes: Tensor, labels: Tensor) -> Tensor:
+    """The sum of both losses of all images at once, matched image by image, as the usual SSD code does;
+    ignored objects are left out."""
+    corners = box_convert(priors, "cxcywh", "xyxy")
+    target = torch.zeros(len(boxes), len(priors), dtype=torch.int64, device=boxes.device)
+    matched = boxes.new_zeros(len(boxes), len(priors), 4)
+    for i, own in enumerate(b[x == 1] for b, x in zip(boxes, labels, strict=True)):
+        iou = box_iou(own, corners)
+        overlap, person = iou.max(0)
+        best = iou.argmax(1)
+        person[best] = torch.arange(len(own), device=boxes.device)
+        overlap[best] = 1.0
+        target[i] = overlap >= 0.5
+        matched[i] = own[person]
+    positive = target > 0
+    offsets = encode(box_convert(matched[positive], "xyxy", "cxcywh"), priors.expand_as(matched)[positive])
+    loc = F.smooth_l1_loss(predictions.loc[positive], offsets, reduction="sum")
+    entropy = F.cross_entropy(predictions.conf.flatten(0, 1), target.flatten(), reduction="none")
+    entropy = entropy.view_as(target)
+    hardest = entropy.masked_fill(positive, 0).sort(1, descending=True).values
+    rank = torch.arange(len(priors), device=boxes.device)
+    mined = rank < 3 * positive.sum(1, keepdim=True)
+    return (loc + entropy[positive].sum() + hardest[mined].sum()) / positive.sum()
 
 
 # ------------------------------------------------------------------------------ inputs
@@ -357,55 +350,3 @@ def random_result(path: Path, n_frames: int) -> GroundTruth:
     found = (found + rng.normal(0, 3, found.shape)).clip(1)
     write_detections(path, Detections(np.tile(frame, 3), found, rng.random(len(found)).round(6)), ids)
     return GroundTruth(ids, frame, boxes, occlusion, rng.random(len(boxes)) < 0.2)
-
-
-# ------------------------------------------------------------------------------ the metric, plainly
-
-
-def plain_miss_rates(path: Path, ground_truth: GroundTruth, setups: dict[str, Setup]) -> dict[str, float]:
-    """Read a text result file and evaluate it frame by frame, for each setup anew."""
-    rows: list[list[list[float]]] = [[] for _ in ground_truth.frames]
-    for line in path.read_text().splitlines():
-        image_id, *row = map(float, line.split(","))
-        rows[int(image_id) - 1].append(row)
-    rates = {}
-    x, y, w, h = ground_truth.boxes.T
-    inside = (x >= 5) & (y >= 5) & (x + w <= FRAME_WIDTH - 5) & (y + h <= FRAME_HEIGHT - 5)
-    for name, setup in setups.items():
-        low, high = setup.heights
-        counts = inside & ~ground_truth.ignore & (low <= h) & (h <= high)
-        counts &= np.isin(ground_truth.occlusion, setup.occlusion)
-        people: list[list[tuple]] = [[] for _ in ground_truth.frames]
-        for i, box, positive in zip(ground_truth.frame, ground_truth.boxes.tolist(), counts, strict=True):
-            people[i].append((box, positive))
-        frames = np.flatnonzero(ground_truth.in_subset(setup.subset))
-        n_people = sum(positive for i in frames for _, positive in people[i])
-        hits = sorted(
-            (hit for i in frames for hit in match_frame(rows[i], people[i])), key=lambda hit: -hit[0]
-        )
-        found = np.array([hit for _, hit in hits], dtype=bool)
-        fppi, recall = np.cumsum(~found) / len(frames), np.cumsum(found) / n_people
-        reached = [max(recall[fppi <= point], default=0.0) for point in FPPI_POINTS]
-        rates[name] = float(np.exp(np.log(np.maximum(1 - np.array(reached), 1e-10)).mean()))
-    return rates
-
-
-def match_frame(rows: list[list[float]], objects: list[tuple[list[float], bool]]) -> list[tuple[float, bool]]:
-    """(score, found a person) of one frame's detections, without those that are ignored."""
-    results, taken = [], set()
-    for *box, score in sorted(rows, key=lambda row: -row[-1]):
-        best, chosen, ignored = 0.5, None, False
-        x, y, w, h = box
-        for k, ((u, v, s, t), positive) in enumerate(objects):
-            width, height = min(x + w, u + s) - max(x, u), min(y + h, v + t) - max(y, v)
-            shared = width * height if width > 0 and height > 0 else 0.0
-            if not positive:
-                ignored |= shared / (w * h) >= 0.5
-            elif k not in taken and shared / (w * h + s * t - shared) >= best:
-                best, chosen = shared / (w * h + s * t - shared), k
-        if chosen is not None:
-            taken.add(chosen)
-            results.append((score, True))
-        elif not ignored:
-            results.append((score, False))
-    return results

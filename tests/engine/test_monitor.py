@@ -8,8 +8,7 @@ import torch
 from engine.monitor import READ_BACK_STEPS, StepMonitor
 from engine.optim import GuardedStep, make_optimizer, update
 from kaist.files import InputError
-from model import SSD300
-from tools.workloads import MODEL
+from tools.workloads import plain_config, row_network
 
 SETTINGS = {"lr": 1e-3, "bias_lr_factor": 2.0, "weight_decay": 1e-5}
 
@@ -123,7 +122,7 @@ def fused(optimizer):
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_a_step_that_is_not_finite_moves_nothing(name, on_gpu):
-    model = SSD300(**(MODEL | {"width": 0.01}))
+    model = row_network(plain_config(width=0.01))[0]
     optimizer = make_optimizer(model, torch.nn.Identity(), name=name, **SETTINGS)
     if on_gpu:
         fused(optimizer)
@@ -150,7 +149,7 @@ def test_a_step_that_is_not_finite_moves_nothing(name, on_gpu):
 
 def test_a_state_keeps_to_the_kernels_of_its_device():
     """A run of a GPU goes on on a CPU, and the other way round."""
-    model = SSD300(**(MODEL | {"width": 0.01}))
+    model = row_network(plain_config(width=0.01))[0]
     theirs, ours = (make_optimizer(model, torch.nn.Identity(), name="adam", **SETTINGS) for _ in range(2))
     fused(theirs)
     ours.load_state_dict(theirs.state_dict())

@@ -4,68 +4,92 @@ import operator
 import os
 import platform
 import sys
-from dataclasses import replace
+import time
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from kaist.annotations import open_annotations, read_image_list
 from kaist.files import InputError
-from kaist.frames import load_frames
-from kaist.miss_rate import SETUPS, evaluate
-from kaist.results import read_detections
 from ssd.losses import MultiBoxLoss
-from tools import benchmark
-from tools.isolated import STATUS, Subprocess, added_memory
-from tools.workloads import (
-    our_model,
-    plain_loss,
-    plain_miss_rates,
-    random_predictions,
-    random_result,
-    torchvision_sample,
-)
+from tools import benchmark, timing, workloads
+from tools.timing import STATUS, Scale, Setting, Subprocess, added_memory, at_least, at_most, time_in_turns
+from tools.workloads import plain_config, row_config, row_network
 from utils import tune_malloc
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def setting(tmp_path):
+    return Setting(CPU, torch.float32, tmp_path, Scale(seconds=0.0, batch=2, drawn=8))
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments])
+    benchmark.main()
 
 
 def test_the_script_prints_a_table(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--quick", "--only", "evaluation"])
-    bench_evaluation = benchmark.bench_evaluation
-
-    def short(bench):
-        return bench_evaluation(replace(bench, seconds=0.0, rounds=1))
-
-    monkeypatch.setattr(benchmark, "BENCHMARKS", {"evaluation": short})
-    benchmark.main()
-    machine, _, header, _, row = capsys.readouterr().out.splitlines()
+    monkeypatch.delenv("KAIST_REFERENCE", raising=False)
+    monkeypatch.setattr(timing, "TURNS", 1)
+    monkeypatch.setattr(benchmark, "Subprocess", lambda make, *arguments: make(*arguments))
+    monkeypatch.setattr(benchmark, "Scale", lambda *_, **__: Scale(seconds=0.0, batch=2, drawn=8))
+    run(monkeypatch, "--quick", "--only", "loss", "evaluation")
+    machine, _, header, _, *rows = capsys.readouterr().out.splitlines()
     assert "float32" in machine or "bfloat16" in machine
-    assert header.count("|") == row.count("|") == 7 and "x faster" in row
+    assert [row.split(",")[0] for row in rows] == ["| multibox loss and gradient"] * 2 + ["| evaluation"]
+    assert all(header.count("|") == row.count("|") == 7 for row in rows)
+    assert "times faster | >= 6" in rows[0] and " ms, usual SSD loss: " in rows[0]
+
+
+def test_the_script_prints_what_fits_into_a_gpu(monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, "EXPERIMENTS", ["demo"])
+    run(monkeypatch, "--memory-plan")
+    *_, bf16, fp32 = capsys.readouterr().out.splitlines()
+    assert bf16.startswith("| demo | early, 300x300") and "bf16" in bf16 and "fp32" in fp32
+    largest = [
+        [int(part.split("GB: ")[1]) for part in row.strip("| ").split(", ")[-5:]] for row in (bf16, fp32)
+    ]
+    assert all(few > more > 0 for few, more in zip(*largest, strict=True))
+    assert largest[0] == sorted(largest[0])
 
 
 def test_script_refuses_what_it_does_not_know(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--only", "nonsense"])
     with pytest.raises(InputError, match="nonsense"):
-        benchmark.parse_arguments()
+        run(monkeypatch, "--only", "nonsense")
 
 
-def test_rounds_go_in_turns():
+@pytest.mark.timing
+def test_turns_are_taken_in_turns(setting):
     calls = []
-    bench = benchmark.Bench(torch.device("cpu"), torch.float32, Path(), quick=True, seconds=0.0)
-    times = benchmark.interleave(bench, lambda: calls.append("a"), lambda: calls.append("b"))
-    assert calls == ["a", "b"] * 4 and len(times) == 2
+    timings = time_in_turns(setting, lambda: calls.append("a"), lambda: calls.append("b"))
+    assert calls == ["a", "b"] * 4 and len(timings) == 2
+    assert timings[0].seconds > 0 and timings[0].spread.endswith("% in time")
 
 
-def test_a_subprocess_that_dies_is_not_waited_for(tmp_path, capfd):
+def test_lines_say_whether_the_aim_is_met():
+    assert at_least("w", 2000, "images/s", 2000).met and not at_least("w", 1999, "images/s", 2000).met
+    assert at_most("w", 1e-4, "", 1e-4).met and not at_most("w", 2e-4, "", 1e-4).met
+    assert not at_most("w", float("nan"), "", 1e-4).met
+    assert (
+        at_least("w", 2.0, "times faster", 2.5, "n").row()
+        == "| w | 2 | times faster | >= 2.5 | **missed** | n |"
+    )
+
+
+@pytest.mark.timing
+def test_a_subprocess_says_what_went_wrong_and_is_not_waited_for(tmp_path):
     names = Subprocess(partial, os.listdir, tmp_path / "folder")
+    with pytest.raises(RuntimeError, match=f"FileNotFoundError: .*{tmp_path}/folder"):
+        names()
     (tmp_path / "folder").mkdir()
     assert names() == []
-    (tmp_path / "folder").rmdir()
-    with pytest.raises((EOFError, ConnectionError)):
+    with pytest.raises(TimeoutError):
+        Subprocess(partial, time.sleep, 60)(0.0)
+    names.end()
+    with pytest.raises(RuntimeError, match="its process died"):
         names()
-    assert f"{tmp_path}/folder" in capfd.readouterr().err
 
 
 def new_pages(n: int) -> int:
@@ -102,58 +126,43 @@ def test_freed_memory_is_kept(monkeypatch):
 @pytest.mark.skipif(not STATUS.exists(), reason="Linux alone tells what a process holds")
 def test_added_memory_is_the_functions_own():
     held = torch.ones(600 * 2**20, dtype=torch.uint8)  # by the parent, of which it knows nothing
-    add = Subprocess(added_memory, partial, operator.mul, b"x", 100 * 2**20)
+    add = Subprocess(added_memory, b"x", partial(partial, operator.mul), 100 * 2**20)
     assert 99 * 2**20 < add() < 200 * 2**20
     del held
 
 
-def test_rows_say_whether_the_target_is_met():
-    assert benchmark.speedup_row("w", 2.0, 5.0, 2.5).endswith(
-        "| torchvision: 5 ms | 2.5x faster | >= 2.5x | met |"
-    )
-    assert benchmark.speedup_row("w", 2.0, 4.9, 2.5).endswith("| missed |")
-    assert benchmark.ratio_row("w", "1", "2", 0.8, 0.8) == "| w | 1 | 2 | 0.8 of it | <= 0.8 | met |"
-
-
-def test_training_is_timed_from_the_cache_to_the_weights(tmp_path):
-    bench = benchmark.Bench(torch.device("cpu"), torch.float32, tmp_path, quick=True, seconds=0.0, rounds=1)
-    first, *rows = benchmark.training_rows(bench, n=2, width=0.01, n_frames=8, workers=0)
-    assert first.count("images/s") == 2
-    assert [row.split(" alone")[0] for row in rows] == ["| data and augmentation", "| losses", "| update"]
-
-
 @pytest.mark.parametrize("name", ["26", "42"])
-def test_rows_of_the_lab_book_detect(tmp_path, name):
-    bench = benchmark.Bench(torch.device("cpu"), torch.float32, tmp_path, quick=True, seconds=0.0, rounds=1)
-    boxes, scores = benchmark.row_detector(bench, name, width=0.03)()
+def test_rows_of_the_lab_book_detect(setting, name):
+    boxes, scores = workloads.row_image(setting, row_config(name, width=0.03), torch.float32)()
     assert boxes.shape == (len(scores), 4)
 
 
-def test_plain_miss_rates_agree(tmp_path):
-    path = tmp_path / "result.txt"
-    people = random_result(path, 200)
-    plain = plain_miss_rates(path, people, SETUPS)
-    ours = evaluate(people, read_detections(path, people.frames))
-    assert len({round(rate, 6) for rate in plain.values()}) > 3
-    for name in SETUPS:
-        assert np.isclose(ours[name].miss_rate, plain[name], rtol=0, atol=1e-12)
+@pytest.mark.parametrize("work", ["loss", "detect", "sample"])
+def test_what_is_compared_is_the_same_work(setting, work):
+    """Each pair's functions run, and are of the same batch."""
+    for name, pair in benchmark.pairs_of(setting):
+        if name == work:
+            ours, theirs = (make(setting, *arguments)() for make, *arguments in (pair.ours, pair.theirs))
+            if work == "loss":
+                assert [x.shape for x in ours] == [x.shape for x in theirs]
+            else:
+                n = len(ours[0].images) if work == "sample" else len(ours)
+                assert n == len(theirs)
 
 
 def test_plain_loss_is_ours_where_no_two_people_want_a_prior():
-    priors = our_model(torch.device("cpu"), width=0.01).priors
+    priors = row_network(plain_config(width=0.01))[0].priors
     pair, one = [[0.11, 0.12, 0.31, 0.58], [0.6, 0.3, 0.83, 0.91]], [[0.4, 0.2, 0.51, 0.43], [0.0] * 4]
     boxes = torch.tensor([pair, one])
     labels = torch.tensor([[1, 1], [1, 0]])
-    predictions = random_predictions(2, 0.0, torch.device("cpu"))
+    predictions = workloads.random_predictions(2, 0.0, CPU)
     ours = MultiBoxLoss(priors, loc_loss="smooth_l1", loc_reduction="sum")(predictions, boxes, labels)
-    assert torch.allclose(sum(ours), plain_loss(predictions, boxes, labels, priors)(), rtol=1e-5)
+    assert torch.allclose(sum(ours), workloads.usual_loss(priors, predictions, boxes, labels), rtol=1e-5)
 
 
-def test_recipe_gives_what_our_samples_hold(demo_root):
-    ids = read_image_list(demo_root / "imageSets/train-all.txt")
-    frames = load_frames(ids, open_annotations(demo_root), min_height=12, margin=5)
+def test_recipe_gives_what_our_samples_hold(setting):
     torch.manual_seed(0)
-    image, boxes, masks = torchvision_sample(demo_root)(frames[0])
-    assert image.shape == (4, 300, 300) and image.dtype == torch.uint8
-    assert boxes.shape[::2] == (1, 4) and (boxes >= 0).all() and (boxes <= 1).all()
-    assert [tuple(mask.shape) for mask in masks] == [(1, 38, 38), (1, 19, 19)]
+    for image, boxes, masks in workloads.recipe_samples(setting)():
+        assert image.shape == (4, 300, 300) and image.dtype == torch.uint8
+        assert boxes.shape[::2] == (1, 4) and (boxes >= 0).all() and (boxes <= 1).all()
+        assert [tuple(mask.shape) for mask in masks] == [(1, 38, 38), (1, 19, 19)]
