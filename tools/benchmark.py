@@ -59,7 +59,7 @@ from tools.workloads import (
 )
 from utils import choose_device, choose_precision, tune_malloc
 
-REPORT_MINUTES = 7.5  # that --report takes at most, its last part aside
+REPORT_MINUTES = 7.5  # that --report takes at most on a GPU, its last part aside
 CARDS = (8, 16, 24, 80, 140)  # GB of memory of the GPUs that --memory-plan knows
 BENCHMARKS = ("loss", "detect", "sample", "image", "step", "evaluation", "memory")  # of --only
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -233,7 +233,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(device, precision, Path(folder), scale)
         if arguments.report:
-            gpu_report.write_report(arguments.report, setting, machine, time.time() + 60 * REPORT_MINUTES)
+            gpu_report.write_report(
+                arguments.report, setting, machine, time.time() + 60 * REPORT_MINUTES * scale.patience
+            )
             return
         print(machine, end="\n\n")
         if arguments.rows is not None:
