@@ -109,7 +109,8 @@ def check_detections(setting: Setting) -> Iterator[Line]:
 def check_resume(setting: Setting) -> Iterator[Line]:
     """Two runs of train.py with --deterministic, one of them ended by SIGTERM and started again."""
     whole, cut = train(setting, "whole"), setting.folder / "runs" / "cut"
-    with subprocess.Popen(train_command(setting, "cut"), stdout=subprocess.DEVNULL) as process:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(train_command(setting, "cut"), **quiet) as process:
         while process.poll() is None and not (cut / "log.csv").exists():
             time.sleep(0.01)
         process.terminate()
