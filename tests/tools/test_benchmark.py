@@ -20,9 +20,10 @@ from utils import tune_malloc
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def setting(tmp_path):
-    return Setting(CPU, torch.float32, tmp_path, Scale(seconds=0.0, batch=2, drawn=8))
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    scale = Scale(seconds=0.0, batch=2, drawn=8)
+    return Setting(CPU, torch.float32, tmp_path_factory.mktemp("benchmark"), scale)
 
 
 def run(monkeypatch, *arguments):
