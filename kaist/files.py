@@ -66,11 +66,9 @@ def check_file(path: Path) -> int:
 
 
 def read_text(path: Path) -> str:
-    """A text file's content, UTF-8 whatever the locale.
+    """A text file's content, UTF-8 whatever the locale; as of `check_file`.
 
-    Raises:
-        OSError: there is no such file.
-        InputError: it is not text, or more than memory may hold (then it is not read).
+    What is no text, or more than memory may hold (then it is not read), is an InputError too.
     """
     size = check_file(path)
     if size > MAX_TEXT:
@@ -97,11 +95,7 @@ def load_json(text: str, path: Path) -> Any:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, if they are not there.
-
-    Raises:
-        InputError: it cannot be made there.
-    """
+    """Make a folder and those above it, if they are not there; an InputError says where it cannot be."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

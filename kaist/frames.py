@@ -10,7 +10,6 @@ import numpy as np
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations, PairSet, time_of_day
 from kaist.files import InputError
-from kaist.labels import Objects
 from kaist.miss_rate import GroundTruth
 
 VISIBLE, LWIR, BOTH = 1, 2, 3  # bits: in which modality's image an object is seen
@@ -66,12 +65,6 @@ def label_objects(
     return np.where(is_person & (h >= min_height) & inside, 1, -1).astype(np.int64)
 
 
-def is_learned(objects: Objects, learn: str) -> np.ndarray:
-    """(n,) bool: which objects a key of `LEARNED` names, but for those flagged to be ignored."""
-    names = LEARNED[learn]
-    return np.array([not names or label in names for label in objects.labels], bool) & ~objects.ignore
-
-
 def load_frames(
     frame_ids: list[str],
     annotations: Annotations | PairSet,
@@ -93,7 +86,8 @@ def load_frames(
         visible, lwir = (load_frames(frame_ids, source, **how) for source in sources)
         return [pair_frame(*frames) for frames in zip(visible, lwir, strict=True)]
     objects, counts = annotations.read_all(frame_ids)
-    sizes, learned = annotations.sizes_of(frame_ids), is_learned(objects, learn)
+    sizes, names = annotations.sizes_of(frame_ids), LEARNED[learn]
+    learned = np.array([not names or label in names for label in objects.labels], bool) & ~objects.ignore
     labels = label_objects(objects.boxes, learned, min_height, margin, sizes.repeat(counts, 0))
     return split_objects(frame_ids, objects.boxes, labels, counts, sizes)
 

@@ -68,35 +68,31 @@ def main() -> int:
     named = str(root) in NAMED and (arguments.data_root or not root.is_dir())
     if named or root.is_file():
         n_frames, faults = check_pairs(str(root), arguments.data_root, modalities)
-        print(f"{n_frames} frames, {' and '.join(modalities)}; {root}")
-        return conclude(faults, arguments.data_root or root.parent, out)
-    if not root.is_dir():
-        raise InputError("no such folder", "name another, or make it first", file=root)
-    lists = [find_file(root, name) for name in arguments.list or ()]
-    lists = lists or sorted((root / "imageSets").glob("*.txt"))
-    if not lists:
-        raise InputError("no image lists here", "name some by --list", file=root / "imageSets")
-    forms, jsons = find_annotations(root, arguments.annotations)
-    frames: dict[str, tuple[Path, int]] = {}  # frame id -> the list and line that name it first
-    faults = [fault for path in lists for fault in check_list(path, frames, bool(arguments.list))]
-    faults += check_frames(root, frames, modalities, forms, jsons)
-    sources = ", ".join(dict.fromkeys([*(form.form for form in forms), *(path.name for path in jsons)]))
-    print(f"{len(frames)} frames of {len(lists)} lists, {' and '.join(modalities)}; annotations {sources}")
-    code = conclude(faults, root, out)
-    n_missing = sum(fault.name == "missing-visible" for fault in faults)
-    if n_missing > len(frames) / 3:
-        print(f"{n_missing} of {len(frames)} visible images are missing: --input-mode lwir needs none")
-    return code
-
-
-def conclude(faults: list[Fault], root: Path, out: Path) -> int:
-    """Print and write what was found; returns the exit code."""
+        of, where, base = "", root, arguments.data_root or root.parent
+    else:
+        if not root.is_dir():
+            raise InputError("no such folder", "name another, or make it first", file=root)
+        lists = [find_file(root, name) for name in arguments.list or ()]
+        lists = lists or sorted((root / "imageSets").glob("*.txt"))
+        if not lists:
+            raise InputError("no image lists here", "name some by --list", file=root / "imageSets")
+        forms, jsons = find_annotations(root, arguments.annotations)
+        frames: dict[str, tuple[Path, int]] = {}  # frame id -> the list and line that name it first
+        faults = [fault for path in lists for fault in check_list(path, frames, bool(arguments.list))]
+        faults += check_frames(root, frames, modalities, forms, jsons)
+        sources = dict.fromkeys([*(form.form for form in forms), *(path.name for path in jsons)])
+        n_frames, of, base = len(frames), f" of {len(lists)} lists", root
+        where = f"annotations {', '.join(sources)}"
+    print(f"{n_frames} frames{of}, {' and '.join(modalities)}; {where}")
     if not faults:
         out.unlink(missing_ok=True)  # of an earlier check
         print("no fault found")
         return 0
     write_atomically(out, lambda path: write_faults(faults, path))
-    print(f"{table(faults, root)}\nall of them: {out}")
+    print(f"{table(faults, base)}\nall of them: {out}")
+    n_missing = sum(fault.name == "missing-visible" for fault in faults)
+    if n_missing > n_frames / 3:
+        print(f"{n_missing} of {n_frames} visible images are missing: --input-mode lwir needs none")
     return 1
 
 

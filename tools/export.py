@@ -95,9 +95,11 @@ def main() -> None:
     found = compare(run, plain, map(split_frame, read()))
     if arguments.evaluate:
         how = {**settings, "test_flip": config.test_flip}
-        own = [detect_image(model, frame, torch.float32, **how) for frame in read()]
-        scores = [score(str(path), test_set, join_frames(own))]
-        scores.append(score(str(out), test_set, join_frames(map(to_xywh, found))))
+        plainly = [detect_image(model, frame, torch.float32, **how) for frame in read()]
+        scores = [score(str(path), test_set, join_frames(plainly))]
+        corners = (own.astype(np.float64) for own in found)
+        boxes = ((np.hstack([own[:, :2], own[:, 2:4] - own[:, :2]]), own[:, 4]) for own in corners)
+        scores.append(score(str(out), test_set, join_frames(boxes)))
         print(headline_table(scores))
 
 
@@ -287,12 +289,6 @@ def difference(found: np.ndarray, wanted: np.ndarray) -> tuple[int, float, float
     n_alone = np.count_nonzero(~paired) + np.count_nonzero(distance.min(0) > 1)
     score_gaps = gaps[np.arange(len(found)), partner, 4]
     return n_alone, nearest[paired].max(initial=0), score_gaps[paired].max(initial=0)
-
-
-def to_xywh(found: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (k, 4) float64 xywh and scores (k,) of rows (k, 5), see `rows`."""
-    found = found.astype(np.float64)
-    return np.hstack([found[:, :2], found[:, 2:4] - found[:, :2]]), found[:, 4]
 
 
 if __name__ == "__main__":
