@@ -267,15 +267,17 @@ class Transform:
     def apply(self, pixels: np.ndarray) -> Tensor:
         """The network's input (C, *size) uint8 of a frame's pixels (h, w, C) uint8: cut out, resized once
         (antialiased), distorted, placed on the filler and mirrored."""
-        image = torch.from_numpy(self.filler).view(-1, 1, 1).repeat(1, *self.size)
+        height, width = self.size
+        image = torch.from_numpy(self.filler).view(-1, 1, 1).repeat(1, height, width)
         for crop, part in zip(self.crops, self.parts(), strict=True):
             (x0, y0, x1, y1), (left, top, right, bottom), flip = crop
             cut = torch.from_numpy(pixels[y0:y1, x0:x1, part]).permute(2, 0, 1).unsqueeze(0)
             how = {"mode": "bilinear", "antialias": True, "align_corners": False}
             resized = F.interpolate(cut, (bottom - top, right - left), **how)[0]
             resized = distort(resized, self.matrix[part, part], self.offset[part])
+            if flip:
+                left, right, resized = width - right, width - left, resized.flip(2)
             image[part, top:bottom, left:right] = resized
-            image[part] = image[part].flip(2) if flip else image[part]
         return image
 
     def parts(self) -> list[slice]:
