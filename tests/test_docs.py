@@ -113,7 +113,7 @@ def test_commands_exist_and_know_their_flags(page):
         unknown = set(given) - flags(module)
         assert not unknown, f"{' '.join(words)}: no flag {', '.join(unknown)}"
         for flag, value in zip(arguments, arguments[1:], strict=False):
-            if flag == "--experiment" and value not in ("50",):  # the example row that is added
+            if flag == "--experiment" and value not in ("51",):  # the example row that is added
                 assert value in EXPERIMENTS, f"{' '.join(words)}: no such row"
 
 
@@ -203,13 +203,13 @@ def test_the_example_row_can_be_trained(monkeypatch):
     """The row that the README adds to the lab book."""
     text = next(text for language, text in fences(PROJECT / "README.md") if language == "python")
     row = eval(f"{{{text}}}", {"Row": Row})
-    assert row.keys() == {"50"}
+    assert row.keys() == {"51"}
     assert not row.keys() & EXPERIMENTS.keys()  # it is an example of a row that is not there
     monkeypatch.setattr(config, "EXPERIMENTS", EXPERIMENTS | row)
-    resolved, parent = config.resolve_row("50"), config.resolve_row("40")
+    resolved, parent = config.resolve_row("51"), config.resolve_row("40")
     changed = {key for key in parent if parent[key] != resolved[key]}
     assert changed == {"batch_size", "ema_decay"}
-    assert "50" in config.lab_book()
+    assert "51" in config.lab_book()
 
 
 def miniature(folder, monkeypatch):
