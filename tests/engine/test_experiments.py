@@ -127,7 +127,9 @@ def test_every_row_makes_a_step(row, demo_root, tmp_path, monkeypatch):
     with pytest.raises(Stepped) as stepped:
         train.main()
     run, losses = stepped.value.args
-    maps = [f"seg_map{i + 1}" for i, infused in enumerate(resolve_row(row)["infusion"]) if infused]
+    infusion = resolve_row(row)["infusion"]
+    maps = [f"seg_map{i + 1}" for i, infused in enumerate(infusion) if infused]
+    maps += ["seg_map7", "seg_map8"] * (infusion[0] == 2)  # visible's and LWIR's stream
     assert run.terms == ("loss", "loc", "conf", "seg", *maps) and len(losses) == len(run.terms)
     assert losses[0] > 0 and losses.isfinite().all() and (losses[4:] > 0).all()
     start = load_checkpoint(Path("custom/last.pt"))["model"]
