@@ -1,6 +1,8 @@
 """The memory plan: its count by hand, and held against what a CPU's allocator says of a real step."""
 
+import re
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +59,14 @@ def test_the_plan_grows_by_what_frames_take_not_by_the_optimiser():
     plan = plan_memory(model, criterion, "adam", torch.bfloat16)
     planned = plan.step(64) - plan.weights
     assert planned == pytest.approx(added_bytes(model, criterion, "adam", torch.bfloat16, 64), rel=0.02)
+
+
+def test_the_page_says_what_is_planned():
+    """The line of docs/speed.md on row 26 in bf16."""
+    page = (Path(__file__).parents[2] / "docs/speed.md").read_text(encoding="utf-8")
+    [said] = re.findall(r"^\| 26: .*, bf16 \| (\d+) MiB \| (\d+) MiB \| (\d+) MiB \|", page, re.M)
+    plan = plan_memory(*row_network(row_config("26")), "adam", torch.bfloat16)
+    assert [round(value / 2**20) for value in plan] == pytest.approx([*map(int, said)], rel=0.03)
 
 
 def measured_bytes(model, criterion, n):
