@@ -68,26 +68,30 @@ NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # ------------------------------------------------------------------------------ beside others
 
 
-class Pair(NamedTuple):
-    """The same work done by ours and by theirs: what makes them of a Setting, and its other arguments.
-
-    aim: how many times faster ours has to be.
-    """
+class Peer(NamedTuple):
+    """Who does the same work as ours: what makes its function, see `compare`, its name, and how many times
+    faster ours has to be; what: the work."""
 
     what: str
     aim: float
-    ours: tuple
-    theirs: tuple
+    make: tuple
     name: str = "torchvision"
 
-    def line(self, setting: Setting) -> Line:
-        """Both timed in turns, on a CPU in a process each: the allocator's settings of ours (see
-        `tune_malloc`) are not for its rivals."""
-        run = (lambda make, *arguments: make(*arguments)) if setting.on_gpu else Subprocess
-        functions = run(tuned, setting, *self.ours), run(self.theirs[0], setting, *self.theirs[1:])
-        ours, theirs = (timing.seconds for timing in time_in_turns(setting, *functions))
-        note = f"{1e3 * ours:.4g} ms, {self.name}: {1e3 * theirs:.4g} ms"
-        return at_least(self.what, theirs / ours, "times faster", self.aim, note)
+
+def compare(setting: Setting, ours: tuple, *peers: Peer) -> Iterator[Line]:
+    """Ours and others timed in turns, on a CPU in a process each: the allocator's settings of ours (see
+    `tune_malloc`) are not for its rivals.
+
+    Args:
+        ours: (make, …): make(setting, …) gives the function, as of the peers.
+    """
+    run = (lambda make, *arguments: make(*arguments)) if setting.on_gpu else Subprocess
+    makers = [(tuned, *ours), *(peer.make for peer in peers)]
+    timings = time_in_turns(setting, *(run(make, setting, *more) for make, *more in makers))
+    own, *others = (timing.seconds for timing in timings)
+    for peer, other in zip(peers, others, strict=True):
+        note = f"{1e3 * own:.4g} ms, {peer.name}: {1e3 * other:.4g} ms"
+        yield at_least(peer.what, other / own, "times faster", peer.aim, note)
 
 
 def tuned(setting: Setting, make: Callable, *arguments: object) -> Callable:
@@ -96,34 +100,38 @@ def tuned(setting: Setting, make: Callable, *arguments: object) -> Callable:
     return make(setting, *arguments)
 
 
-def pairs_of(setting: Setting) -> Iterator[tuple[str, Pair]]:
-    """What is compared, and its name for --only."""
+def compared(setting: Setting) -> Iterator[tuple[str, tuple]]:
+    """What is compared, ours and its peers, and its name for --only."""
     for people, aim in ((3, 6.0), (20, 4.0)):
         what = f"multibox loss and gradient, batch 32, {people} people"
-        yield "loss", Pair(what, aim, (loss_step, people, True), (loss_step, people, False), "usual SSD loss")
+        yield (
+            "loss",
+            ((loss_step, people, True), Peer(what, aim, (loss_step, people, False), "usual SSD loss")),
+        )
     for candidates, mean, aim in (("6,046", -3.6, 1.1), ("136", -8.94, 2.0)):
         what = f"decode + NMS, batch 8, {candidates} candidates each"
-        yield "detect", Pair(what, aim, (our_detection, mean), (workloads.torchvision_detection, mean))
-    for what, aim, cached in (("from JPEG pairs", 7, False), ("from the frame cache", 14, True)):
-        what = f"training samples {what}, one thread"
-        yield "sample", Pair(what, aim, (our_samples, cached), (workloads.recipe_samples,), "the v2 recipe")
+        yield "detect", ((our_detection, mean), Peer(what, aim, (workloads.torchvision_detection, mean)))
+    for source, aim, cached in (("JPEG pairs", 7, False), ("the frame cache", 14, True)):
+        recipe = Peer(f"samples from {source}, one thread", aim, (workloads.recipe_samples,), "the v2 recipe")
+        yield "sample", ((our_samples, cached), recipe)
     plain, visible, n = plain_config(), plain_config(input_mode="visible"), setting.scale.batch
     for precision in dict.fromkeys([setting.precision, torch.float32]):
         name, usual, fast = NAMES[precision], "torchvision, fp32", precision == torch.bfloat16
-        ours = row_image, visible, precision
         what = f"one image, file to boxes, {name}"
-        yield "image", Pair(what, 2.2 if fast else 1.2, ours, (workloads.torchvision_image,), usual)
-        ours, bare = (repeated_step, plain, precision), (tuned, bare_step, plain, precision)
+        theirs = Peer(what, 2.2 if fast else 1.2, (workloads.torchvision_image,), usual)
+        yield "image", ((row_image, visible, precision), theirs)
         what = f"training step with masks, batch {n}, {name}"
-        yield "step", Pair(what, 2.5 if fast else 1.1, ours, (workloads.torchvision_step,), usual)
-        yield "step", Pair(f"{what}, beside its convolutions alone", 0.95, ours, bare, "convolutions")
+        theirs = Peer(what, 2.5 if fast else 1.1, (workloads.torchvision_step,), usual)
+        bare = tuned, bare_step, plain, precision
+        bare = Peer(f"{what}, beside its convolutions alone", 0.95, bare, "convolutions")
+        yield "step", ((repeated_step, plain, precision), theirs, bare)
 
 
 def measured_lines(setting: Setting, names: Container[str]) -> Iterator[Line]:
     """What is measured of these names."""
-    for name, pair in pairs_of(setting):
+    for name, arguments in compared(setting):
         if name in names:
-            yield pair.line(setting)
+            yield from compare(setting, *arguments)
     if "evaluation" in names:
         yield from time_evaluation(setting)
     if "memory" in names and not setting.on_gpu and STATUS.exists():

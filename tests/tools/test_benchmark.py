@@ -140,15 +140,13 @@ def test_rows_of_the_lab_book_detect(setting, name):
 
 @pytest.mark.parametrize("work", ["loss", "detect", "sample"])
 def test_what_is_compared_is_the_same_work(setting, work):
-    """Each pair's functions run, and are of the same batch."""
-    for name, pair in benchmark.pairs_of(setting):
-        if name == work:
-            ours, theirs = (make(setting, *arguments)() for make, *arguments in (pair.ours, pair.theirs))
-            if work == "loss":
-                assert [x.shape for x in ours] == [x.shape for x in theirs]
-            else:
-                n = len(ours[0].images) if work == "sample" else len(ours)
-                assert n == len(theirs)
+    """Ours and its peer's run, and are of the same batch."""
+    for name, (ours, peer) in (item for item in benchmark.compared(setting) if item[0] == work):
+        ours, theirs = (make(setting, *arguments)() for make, *arguments in (ours, peer.make))
+        if name == "loss":
+            assert [x.shape for x in ours] == [x.shape for x in theirs]
+        else:
+            assert len(ours[0].images if name == "sample" else ours) == len(theirs)
 
 
 def test_plain_loss_is_ours_where_no_two_people_want_a_prior():
