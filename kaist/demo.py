@@ -342,6 +342,7 @@ def draw_streets(
         minutes = (time.monotonic() - start) / 4 * len(jobs) / workers / 60
         if progress:
             print(f"drawing {len(jobs)} frames at {root}: about {minutes:.0f} minutes in {workers} processes")
+            print("the row streets then trains on them for about an hour on two cores")
         with (
             ProcessPoolExecutor(workers, initializer=begin_drawing) as pool,
             tqdm(total=len(jobs), desc="streets", unit="frame", disable=not progress) as bar,

@@ -221,6 +221,19 @@ def test_untrained_and_broken_networks_are_told(run, found, tmp_path, capsys, ch
     assert "warning: 1 tensors of these weights are not finite" in capsys.readouterr().out
 
 
+def test_a_run_is_named_and_one_of_drawings_is_told(run, found, tmp_path, checkpoint, capsys):
+    """`--checkpoint streets` is the run of that name; its network has seen no photograph."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["config"] |= {"data_root": "data/streets"}
+    (tmp_path / "checkpoints" / "streets").mkdir(parents=True)
+    save_checkpoint(tmp_path / "checkpoints" / "streets" / "last.pt", content)
+    named = "--visible", draw(tmp_path / "a.png"), "--lwir", draw(tmp_path / "b.png", mode="L")
+    run(*named, weights="streets")
+    assert "seen drawings alone" in capsys.readouterr().out
+    run(*named)
+    assert "seen drawings alone" not in capsys.readouterr().out
+
+
 def test_annotations_at_hand_are_drawn(demo_root, run, found):
     run(demo_root / "images/set06/V000/visible/I00000.jpg")
     with Image.open(Path("detections", pictures()[0])) as with_annotations:
