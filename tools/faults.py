@@ -184,8 +184,7 @@ def check_json(path: Path) -> tuple[list[Fault], set[str]]:
     except InputError as error:
         return [to_fault(error, path)], set()
     faults = [to_fault(error, path) for error in errors]
-    for fault in (fault for rows in frames.values() for fault in implausible_objects(rows, path)):
-        faults.append(fault._replace(line=0, problem=f"annotation {fault.line}: {fault.problem}"))
+    faults += [fault for rows in frames.values() for fault in implausible_objects(rows, path)]
     for image in content["images"]:
         size = image.get("width", FRAME_WIDTH), image.get("height", FRAME_HEIGHT)
         if size != (FRAME_WIDTH, FRAME_HEIGHT):
@@ -205,20 +204,20 @@ def implausible_objects(
 ) -> Iterator[Fault]:
     """What is odd about well-formed objects of one frame of (width, height); kaist: and of their labels."""
     lowest, highest = (limit * size[1] / FRAME_HEIGHT for limit in HEIGHTS)
-    boxes = set()
-    for label, (x, y, w, h), _, _, line in rows:
-        words = f"{label} x={x:g} y={y:g} w={w:g} h={h:g}"
-        if kaist and label not in LABELS:
-            yield Fault("unknown-label", path, line, f"{label[:40]!r} is no label of KAIST")
-        width = min(x + w, size[0]) - max(x, 0)
-        height = min(y + h, size[1]) - max(y, 0)
-        if width <= 0 or height <= 0:
-            yield Fault("outside-frame", path, line, words)
-        elif width * height < 0.5 * w * h:
-            yield Fault("leaves-frame", path, line, words)
+    boxes, in_json = set(), path.suffix == ".json"
+    for label, (x, y, w, h), _, _, number in rows:
+        width = max(min(x + w, size[0]) - max(x, 0), 0)
+        height = max(min(y + h, size[1]) - max(y, 0), 0)
         low, high = PERSON_ASPECTS if label == "person" else ASPECTS
-        if not (low <= w / h <= high and lowest <= h <= highest):
-            yield Fault("odd-box", path, line, words)
-        if (x, y, w, h) in boxes:
-            yield Fault("repeated-box", path, line, words)
+        odd = {
+            "unknown-label": kaist and label not in LABELS,
+            "outside-frame": not width * height,
+            "leaves-frame": 0 < width * height < 0.5 * w * h,
+            "odd-box": not (low <= w / h <= high and lowest <= h <= highest),
+            "repeated-box": (x, y, w, h) in boxes,
+        }
         boxes.add((x, y, w, h))
+        words = f"annotation {number}: " * in_json + f"{label[:40]} x={x:g} y={y:g} w={w:g} h={h:g}"
+        yield from (
+            Fault(name, path, 0 if in_json else number, words) for name, is_so in odd.items() if is_so
+        )

@@ -305,6 +305,23 @@ def test_grey_visible_images_of_a_whole_set_are_a_note(tmp_path, monkeypatch, ca
     assert "note: all visible images are grey" in capsys.readouterr().out
 
 
+def test_odd_boxes_of_a_set_of_pairs_have_their_line_or_number(tmp_path, monkeypatch):
+    for form, place in (("voc", "002.xml:2"), ("coco", "train.json:0")):
+        root = tmp_path / form
+        path = pair_trees.draw_own(root, form)
+        text = pair_trees.voc((160, 120), [("person", (150, 20, 40, 90), 0)])
+        if form == "voc":
+            (root / "labels/train/002.xml").write_text(text)
+        else:
+            content = json.loads((root / "labels/train.json").read_text())
+            content["annotations"][3]["bbox"] = [150, 20, 40, 90]
+            (root / "labels/train.json").write_text(json.dumps(content))
+        check_pairs(path, tmp_path, monkeypatch)
+        [row] = list(csv.reader((tmp_path / "found.csv").open()))[1:]
+        assert (row[0], f"{Path(row[1]).name}:{row[2]}") == ("leaves-frame", place)
+        assert row[3].startswith("person x=150" if form == "voc" else "annotation 3: ")
+
+
 def test_faults_of_images_of_16_bits(tmp_path, monkeypatch):
     """Each once, and the check goes on."""
     root = tmp_path / "set"
