@@ -104,8 +104,8 @@ class SSD300(Detector):
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         """The six maps the heads read, finest first: 38, 19, 10, 5, 3, 1 for a 300x300 input."""
         conv4_3 = self.to_conv4_3(x)
-        maps = map_chain(self.conv6_7(self.to_conv5_3(conv4_3)), self.extras)
-        return [self.conv4_3_norm(conv4_3), *maps]
+        finest = self.conv4_3_norm(conv4_3)  # first: the order decides how gradients round
+        return [finest, *map_chain(self.conv6_7(self.to_conv5_3(conv4_3)), self.extras)]
 
 
 class HalfwayFusion(nn.Module):
