@@ -318,8 +318,8 @@ def training_loader(
         barrier()
         dataset = dataclasses.replace(dataset, cache=cache_frames(*wanted, check=False))
     on_gpu = device.type == "cuda"
-    pasted = dataset.augmentation is not None and dataset.augmentation.copy_paste > 0
-    conflict = device_loader_conflict(cache, pasted)
+    options = dataset.augmentation or Augmentation()
+    conflict = device_loader_conflict(cache, options.copy_paste > 0, options.jitter > 0)
     if on_gpu and cache and conflict and is_main_process():
         print(f"batches are made by workers, not on the device: {conflict}")
     if loader == "device" or (loader == "auto" and on_gpu and not conflict):

@@ -259,7 +259,8 @@ def conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if values[constant] != value:
             yield constant, f"NETWORK = {network} needs {constant.upper()} = {value}"
     if values.get("loader") == "device":
-        reason = device_loader_conflict(values["cache"], values["augment"] and values["copy_paste"] > 0)
+        shares = [values["augment"] and values.get(name, 0) > 0 for name in ("copy_paste", "jitter")]
+        reason = device_loader_conflict(values["cache"], *shares)
         if reason:
             yield "loader", reason
     low, high = values.get("crop_aspect", (0, 1))
@@ -287,12 +288,14 @@ def limit_workers(config: Namespace) -> Namespace:
     return config
 
 
-def device_loader_conflict(cache: str, copy_paste: bool) -> str:
+def device_loader_conflict(cache: str, copy_paste: bool, jitter: bool) -> str:
     """What keeps batches from being made on the device; nothing: ""."""
     if not cache:
         return "it needs a folder for decoded frames: set CACHE"
     if copy_paste:
         return "it cannot paste people: set COPY_PASTE = 0"
+    if jitter:
+        return "it cannot blur: set JITTER = 0"
     return ""
 
 

@@ -164,6 +164,7 @@ def test_nothing_waits_for_a_value_on_the_device(dataset):
 
 
 def test_what_keeps_batches_off_the_device_is_said():
-    assert not device_loader_conflict("folder", copy_paste=False)
-    assert "CACHE" in device_loader_conflict("", copy_paste=False)
-    assert "COPY_PASTE" in device_loader_conflict("folder", copy_paste=True)
+    assert not device_loader_conflict("folder", copy_paste=False, jitter=False)
+    assert "CACHE" in device_loader_conflict("", copy_paste=False, jitter=False)
+    assert "COPY_PASTE" in device_loader_conflict("folder", copy_paste=True, jitter=False)
+    assert "JITTER" in device_loader_conflict("folder", copy_paste=False, jitter=True)

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,13 @@ def test_flags_win_over_rows_and_rows_over_constants():
     assert config.epochs == 100 and config.width == 1.0  # the row's
     assert config.data_root == defaults()["data_root"]  # no row speaks of it
     assert train.configure(["--no-augment"]).augment is False
+
+
+def test_the_row_streets_names_its_set_and_flags_win(monkeypatch, tmp_path):
+    own = Path(train.__file__).parent / "data" / "streets"
+    monkeypatch.chdir(tmp_path)
+    assert Path(train.configure(["--experiment", "streets"]).data_root).resolve() == own.resolve()
+    assert train.configure(["--experiment", "streets", "--data-root", "mine"]).data_root == "mine"
 
 
 @pytest.mark.parametrize(

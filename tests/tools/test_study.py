@@ -123,6 +123,20 @@ def test_the_kaist_study_leaves_rows_as_they_are(tmp_path):
         assert {key: getattr(run.config, key) for key in row} == row
 
 
+def test_the_streets_are_ablated_one_thing_at_a_time(tmp_path):
+    baseline, *runs = study.plan(study.STUDIES["streets"], tmp_path, 1, [])
+    assert len(runs) == 7 and len({run.folder for run in runs}) == 7
+    for run in runs:
+        changed = {key for key, value in vars(baseline.config).items() if getattr(run.config, key) != value}
+        assert changed - {"name", "modality_dropout"} in (
+            {"data_root"},
+            {"jitter"},
+            {"input_mode"},
+            {"train_list"},
+            {"width"},
+        )
+
+
 def test_small_studies_keep_what_the_question_is_about():
     runs = study.plan(study.STUDIES["beyond"], Path("none"), 1, [])
     schedules = {run.arm: run.config.schedule for run in runs}
