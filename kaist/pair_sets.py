@@ -175,7 +175,7 @@ def aliases(images: Mapping[str, Mapping[str, Path]], base: Path) -> dict[str, s
             below = path.relative_to(base) if path.is_relative_to(base) else path
             parts = below.with_suffix("").parts
             for first in range(len(parts)):
-                shared["/".join(parts[first:])].add(frame_id)
+                shared[PurePosixPath(*parts[first:]).as_posix()].add(frame_id)
     names = {name: next(iter(ids)) for name, ids in shared.items() if len(ids) == 1}
     return names | {frame_id: frame_id for frame_id in images}
 
@@ -282,7 +282,7 @@ def find_lwir_range(pairs: PairSet, errors: Errors = None) -> tuple[float, float
     bits and others of more are refused.
     """
     looks = []
-    for frame_id in pairs.frames[:: math.ceil(len(pairs.frames) / SAMPLED)]:
+    for frame_id in pairs.frames[:: math.ceil(len(pairs.frames) / SAMPLED) or 1]:
         try:
             looks.append(open_deep(pairs.images[frame_id]["lwir"]))
         except InputError as error:

@@ -155,7 +155,7 @@ def check_pairs(data: str, root: Path | None, modalities: Sequence[str]) -> tupl
     every = replace(sets["train"], images=images, sizes=sizes, lwir_range=lwir_range)
     faults += check_frames(every, places, modalities, [], [])
     grey = [fault for fault in faults if fault.name == "grey-visible"]
-    if len(grey) == len(places):
+    if grey and len(grey) == len(places):
         print("note: all visible images are grey")
         faults = [fault for fault in faults if fault not in grey]
     refused = [to_fault(error, error.file or Path(data)) for error in errors]

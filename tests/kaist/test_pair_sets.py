@@ -95,6 +95,18 @@ def test_a_list_names_frames_in_many_ways(tmp_path):
     assert "train.txt:2: '009' is no frame that has both images" in refusal(str(path), None, "train")
 
 
+def test_a_list_names_images_by_the_paths_of_a_description_that_lies_elsewhere(tmp_path):
+    for video in ("a", "b"):
+        draw_own(tmp_path / "images" / video, n=1)
+    names = {"visible": "colour", "lwir": "thermal", "labels": "labels"}
+    content = {key: str(tmp_path / "images/*" / name / "train/*.*") for key, name in names.items()}
+    content |= {"names": ["person", "rider", "dog"], "ignore": ["rider", "dog"], "list": "{split}.txt"}
+    write(tmp_path / "own/pairs.json", json.dumps(content))
+    lines = (f"{tmp_path}/images/{video}/colour/train/000.png\n" for video in ("b", "a"))
+    write(tmp_path / "own/train.txt", "".join(lines))
+    assert open_pairs(str(tmp_path / "own/pairs.json"), None, "train").frames == ("b/000", "a/000")
+
+
 @pytest.mark.parametrize("form", ["yolo", "coco"])
 def test_paths_begin_at_the_descriptions_folder_from_any_working_directory(tmp_path, monkeypatch, form):
     draw_own(tmp_path / "sets/mine", form, list="{split}.txt")
@@ -199,6 +211,16 @@ def test_a_coco_json_that_is_none(tmp_path):
     assert read_json(path, kaist=False)["a.jpg"][0].ignore
     path.write_text(json.dumps({**content, "annotations": [{**crowd, "bbox": [1, 2, 0, 4]}]}))
     with pytest.raises(InputError, match="annotation 0 of the list: box"):
+        read_json(path, kaist=False)
+    path.write_text(json.dumps({**content, "images": content["images"] * 2, "annotations": []}))
+    with pytest.raises(
+        InputError, match="image 1 or its name a.jpg is there twice; give each an id and a name"
+    ):
+        read_json(path, kaist=False)
+    path.write_text(json.dumps({**content, "annotations": [{**crowd, "image_id": 9}]}))
+    with pytest.raises(
+        InputError, match="annotation 0 is of image 9, which is not in it; correct its image_id"
+    ):
         read_json(path, kaist=False)
 
 

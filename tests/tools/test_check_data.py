@@ -299,6 +299,14 @@ def test_a_sound_set_of_pairs_has_no_fault(tmp_path, monkeypatch, capsys, form):
     assert "8 frames, visible and lwir" in capsys.readouterr().out
 
 
+def test_a_set_of_which_no_image_can_be_used_is_reported(tmp_path, monkeypatch, capsys):
+    path = pair_trees.draw_own(tmp_path / "set", n=1)
+    for split in ("train", "test"):
+        Image.new("L", (20, 10)).save(tmp_path / "set/thermal" / split / "000.png")
+    assert check_pairs(path, tmp_path, monkeypatch) == (1, {("wrong-size", "000.png")})
+    assert "note: " not in capsys.readouterr().out
+
+
 def test_grey_visible_images_of_a_whole_set_are_a_note(tmp_path, monkeypatch, capsys):
     root = pair_trees.draw_cvc14(tmp_path / "set")
     assert check_pairs("cvc14", tmp_path, monkeypatch, "--data-root", root) == (0, set())
