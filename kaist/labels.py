@@ -238,7 +238,8 @@ def xml_row(item: ElementTree.Element, number: int) -> ObjectRow:
         None if box is None else box.findtext(side) for side in (*"xywh", "xmin", "ymin", "xmax", "ymax")
     ]
     if not label or (None in sides[:4] and None in sides[4:]):
-        raise InputError("an object lacks its name or one of bndbox's x, y, w, h", "add it")
+        sides = "a side of its bndbox (x, y, w, h, or xmin, ymin, xmax, ymax)"
+        raise InputError(f"an object lacks its name or {sides}", "add it")
     if None in sides[4:]:
         occlusion = parse_number(item.findtext("occlusion", "0"))
         return ObjectRow(label, [*map(parse_number, sides[:4])], occlusion, number=number)
@@ -270,8 +271,8 @@ def json_objects(content: Any, path: Path, errors: Errors, kaist: bool = True) -
             if kaist and not FRAME_ID.fullmatch(name):
                 raise ValueError(f"im_name {name!r} is no frame id")
             if number in frames or name in objects:
-                problem = f"image {number} or im_name {name} is there twice"
-                refuse(InputError(problem, JSON_REMEDY, file=path), errors)
+                problem = f"image {number} or {'im_name' if kaist else 'file_name'} {name} is there twice"
+                refuse(InputError(problem, "give each an id and a name of its own", file=path), errors)
             frames[number], objects[name] = name, []
         names, items = {c["id"]: c["name"] for c in content["categories"]}, content["annotations"]
         if not kaist:
@@ -283,7 +284,7 @@ def json_objects(content: Any, path: Path, errors: Errors, kaist: bool = True) -
                 objects[frames[image_id]].append(row)
             else:
                 problem = f"annotation {row.number} is of image {image_id}, which is not in it"
-                refuse(InputError(problem, JSON_REMEDY, file=path), errors)
+                refuse(InputError(problem, "correct its image_id, or add the image", file=path), errors)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         form = "KAIST" if kaist else "COCO"
         problem = f"not a {form} annotation JSON ({type(error).__name__}: {error})"

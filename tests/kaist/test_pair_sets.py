@@ -214,7 +214,7 @@ def test_a_coco_json_that_is_none(tmp_path):
         read_json(path, kaist=False)
     path.write_text(json.dumps({**content, "images": content["images"] * 2, "annotations": []}))
     with pytest.raises(
-        InputError, match="image 1 or its name a.jpg is there twice; give each an id and a name"
+        InputError, match="image 1 or file_name a.jpg is there twice; give each an id and a name"
     ):
         read_json(path, kaist=False)
     path.write_text(json.dumps({**content, "annotations": [{**crowd, "image_id": 9}]}))
