@@ -114,8 +114,7 @@ def added_bytes(
 
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
         model, criterion = as_fake(model).train(), as_fake(criterion)
-        if hasattr(criterion.multibox, "static"):
-            criterion.multibox.sparse = criterion.multibox.static
+        criterion.multibox.sparse = criterion.multibox.static
         learner = make_optimizer(model, criterion, name=optimizer, lr=1e-3, bias_lr_factor=1, weight_decay=0)
         with LiveBytes() as live:
             for parameter in (*model.parameters(), *criterion.parameters()):

@@ -137,7 +137,8 @@ def bare_step(
 
     def outputs() -> list[Tensor]:
         maps = model.feature_maps(images)
-        of_heads = [*maps, *maps, *(maps[i] for i in model.infused_maps)]
+        fused = maps[: len(model.map_sizes)]
+        of_heads = [*fused, *fused, *(maps[i] for i in model.infused_maps)]
         return [head(x) for head, x in zip(heads, of_heads, strict=True)]
 
     network = compile_model(outputs, mode, setting.device)
