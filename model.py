@@ -131,7 +131,7 @@ class HalfwayFusion(nn.Module):
 
     def start_from_mean(self) -> None:
         """Let the join be the streams' mean, so that pretrained layers after it see what they know."""
-        half = torch.eye(self.join[0].out_channels) / 2
+        half = torch.eye(self.join[0].out_channels, device="cpu") / 2
         self.join[0].weight.data.copy_(torch.cat([half, half], dim=1)[..., None, None])
 
 

@@ -143,10 +143,12 @@ def make_grids(size: tuple[int, int], centres: str, network: str = "ssd300") -> 
 def make_priors(grids: list[Grid], shapes: list[list[tuple[float, float]]]) -> Tensor:
     """(P, 4) float32 cxcywh priors as fractions of the input; 2,740 of SSD300's 8,732 cross its border."""
     priors = []
+    cpu = torch.device("cpu")  # whatever the context: on "meta" the arithmetic would import torch._dynamo
     for (h, w, dy, dx, _), map_shapes in zip(grids, shapes, strict=True):
-        rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        places = torch.arange(h, device=cpu), torch.arange(w, device=cpu)
+        rows, columns = torch.meshgrid(*places, indexing="ij")
         centres = torch.stack([(columns + 0.5) * dx, (rows + 0.5) * dy], dim=-1)
-        wh = torch.tensor(map_shapes).expand(h, w, -1, 2)
+        wh = torch.tensor(map_shapes, device=cpu).expand(h, w, -1, 2)
         centres = centres.unsqueeze(2).expand_as(wh)
         priors.append(torch.cat([centres, wh], dim=-1).reshape(-1, 4))
     return torch.cat(priors)

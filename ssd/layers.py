@@ -72,7 +72,7 @@ class Detector(nn.Module):
         self.apply(init_convolution)
         # conv4_3's features arrive 20 times longer than others: start from small predictions.
         for head in (*self.loc_heads, *self.conf_heads):
-            nn.init.normal_(head.weight, std=0.01)
+            init_small(head)
         # Last, so that networks of one seed start alike whatever is infused.
         self.infused_maps = [i for i, infused in enumerate(infusion) if infused]
         if infusion[0] == 2:
@@ -83,12 +83,12 @@ class Detector(nn.Module):
         self.seg_heads = nn.ModuleList(infusion_head(widths[i], infusion_conv) for i in self.infused_maps)
         self.seg_heads.apply(init_convolution)
         for head in self.seg_heads:
-            nn.init.normal_(head[-1].weight, std=0.01)
+            init_small(head[-1])
 
     def add_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Make the buffers by which images are normalised, from shares of 255 a channel."""
         for name, values in (("mean", mean), ("std", std)):
-            buffer = torch.tensor(values).view(1, -1, 1, 1) * 255
+            buffer = torch.tensor(values, device="cpu").view(1, -1, 1, 1) * 255
             self.register_buffer(name, buffer, persistent=False)
 
     def filler(self) -> np.ndarray:
@@ -168,11 +168,20 @@ def infusion_head(width: int, with_conv: bool) -> nn.Sequential:
 
 
 def init_convolution(module: nn.Module) -> None:
-    """He initialisation for convolutions, biases zero; other modules are left alone."""
-    if isinstance(module, nn.Conv2d):
+    """He initialisation for convolutions, biases zero; other modules are left alone.
+
+    So are shapes alone, on "meta": normal numbers there would import torch._dynamo, a second and more.
+    """
+    if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def init_small(head: nn.Conv2d) -> None:
+    """Normal weights of spread 0.01; on "meta" nothing, as in `init_convolution`."""
+    if not head.weight.is_meta:
+        nn.init.normal_(head.weight, std=0.01)
 
 
 def flatten_heads(heads: nn.ModuleList, maps: list[Tensor], values: int) -> Tensor:

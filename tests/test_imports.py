@@ -108,8 +108,16 @@ def test_sizes():
     assert sum(lines.values()) <= 15_100
 
 
-def test_no_command_waits_for_torchvision():
-    """Its models and operators take two seconds to import, and are needed by few runs."""
-    script = "import sys, train, eval, detect; print([m for m in sys.modules if 'torchvision' in m])"
+def test_no_command_waits_for_torchvision_or_dynamo():
+    """Torchvision's models and torch's compiler take two seconds each to import; few runs need them."""
+    script = """
+import sys, train, eval, detect
+arguments = {"input_mode": "halfway", "batch_norm": True, "width": 0.03, "prior_set": "ssd300"}
+arguments |= {"size": (300, 300), "infusion": (1, 1, 0, 0, 0, 0), "infusion_conv": True}
+from model import build_model, make_network
+weights = make_network(**arguments).state_dict()
+build_model({"model_args": arguments, "model": weights})
+print([m for m in sys.modules if "torchvision" in m or "_dynamo" in m])
+"""
     done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
