@@ -82,7 +82,8 @@ def open_image(path: Path, deep: bool = False) -> Image.Image:
     except InputError:
         raise
     except Exception as error:  # whatever Pillow meets in broken data, or a size beyond reason
-        raise InputError(f"unreadable image ({error})", "copy it again", file=path) from None
+        remedy = "copy it again, or save it as PNG, JPEG or TIFF"
+        raise InputError(f"unreadable image ({error})", remedy, file=path) from None
     too_deep = not deep if image.mode[0] in "IF" else ";16" in str(image.tile)
     if not too_deep and image.width * image.height <= MAX_PIXELS:
         return image

@@ -117,7 +117,7 @@ arguments |= {"size": (300, 300), "infusion": (1, 1, 0, 0, 0, 0), "infusion_conv
 from model import build_model, make_network
 weights = make_network(**arguments).state_dict()
 build_model({"model_args": arguments, "model": weights})
-print([m for m in sys.modules if "torchvision" in m or "_dynamo" in m])
+print([m for m in ("torchvision", "torch._dynamo") if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stderr
