@@ -41,7 +41,7 @@ from kaist.street import (
     draw_figure,
     paint,
 )
-from kaist.streets import ROOTS, World, draw_frame
+from kaist.streets import ROOTS, World, draw_frame, frame_id
 
 ROOT, SHIFTED_ROOT = Path("data/demo"), Path("data/demo-shifted")
 MAX_ASIDE = 10  # pixels to either side that a shifted video's visible camera looks aside
@@ -328,10 +328,13 @@ def draw_streets(
         raise InputError("each of the streets' 12 sets needs a frame", "ask for 6 or more")
     recipe, note = f"seed {seed}, {world}\n", root / "recipe.txt"
     held = note.read_text(encoding="utf-8") if note.exists() else ""
-    if root.exists() and held != recipe and any(root.iterdir()):
+    if root.is_file() or (root.is_dir() and held != recipe and any(root.iterdir())):
         raise InputError("the place is taken by other files", "remove it or name another", file=root)
     counts = [(train_frames if k < 6 else test_frames) // 6 for k in range(12)]
-    jobs = [(set_id, number) for set_id, count in enumerate(counts) for number in range(count)]
+    frames = [(set_id, number) for set_id, count in enumerate(counts) for number in range(count)]
+    ids = [frame_id(*frame) for frame in frames]
+    drawn = [(root / "annotations" / f"{own}.txt").exists() for own in ids]
+    jobs = [frame for frame, is_there in zip(frames, drawn, strict=True) if not is_there]
     workers, draw = workers or os.cpu_count() or 1, partial(draw_frame, root, world, seed)
     try:
         make_folder(root)
@@ -347,9 +350,10 @@ def draw_streets(
             ProcessPoolExecutor(workers, initializer=begin_drawing) as pool,
             tqdm(total=len(jobs), desc="streets", unit="frame", disable=not progress) as bar,
         ):
-            for _ in pool.map(draw, *zip(*jobs, strict=True), chunksize=4):
+            bar.update(min(4, len(jobs)))
+            for _ in pool.map(draw, *zip(*jobs[4:], strict=True), chunksize=4):
                 bar.update()
-        write_lists(root, [draw(*job) for job in jobs])  # all are there: these are their names
+        write_lists(root, ids)
     except OSError as error:
         problem = f"the streets set cannot be written ({error.strerror or error})"
         raise InputError(problem, "make room or name another root", file=root) from error
@@ -358,11 +362,11 @@ def draw_streets(
 def write_lists(root: Path, ids: list[str]) -> None:
     """Writes imageSets/ and KAIST_annotation.json, and a list of every fourth training frame."""
     marks = {}
-    for frame_id in ids:
-        lines = (root / "annotations" / f"{frame_id}.txt").read_text().splitlines()[1:]
+    for own in ids:
+        lines = (root / "annotations" / f"{own}.txt").read_text().splitlines()[1:]
         rows = [line.split() for line in lines]
-        marks[frame_id] = [(row[0], tuple(map(int, row[1:5])), int(row[5])) for row in rows]
-    quarter = [frame_id for frame_id in ids if frame_id[:5] < "set06"][::4]
+        marks[own] = [(row[0], tuple(map(int, row[1:5])), int(row[5])) for row in rows]
+    quarter = [own for own in ids if own < "set06"][::4]
     make_folder(root / "imageSets")
     write_text(root / "imageSets" / "train-quarter.txt", "\n".join(quarter) + "\n")
     write_index(root, marks)

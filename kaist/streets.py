@@ -3,7 +3,7 @@
 docs/streets.md tells what is varied, over which ranges, and why. Sets 06 to 11, the test list, have fainter
 people, and more of what is not one.
 
-A frame depends on (seed, set, number) alone. One that is there already is kept.
+A frame depends on (seed, set, number) alone.
 """
 
 from __future__ import annotations
@@ -372,20 +372,23 @@ def box_with_margin(solid: np.ndarray, left: int, top: int) -> tuple[int, ...]:
     return tuple(map(int, (left, top, right - left, bottom - top)))
 
 
-def draw_frame(root: Path, world: World, seed: int, set_id: int, number: int) -> str:
-    """Draws and writes a frame unless its annotations, which come last, are there; returns its id."""
+def frame_id(set_id: int, number: int) -> str:
+    """The id of a set's frame."""
+    return f"set{set_id:02}/V{number // FRAMES_PER_VIDEO:03}/I{number % FRAMES_PER_VIDEO:05}"
+
+
+def draw_frame(root: Path, world: World, seed: int, set_id: int, number: int) -> None:
+    """Draws and writes a frame; its annotations come last."""
     from PIL import Image
 
-    folder, name = f"set{set_id:02}/V{number // FRAMES_PER_VIDEO:03}", f"I{number % FRAMES_PER_VIDEO:05}"
+    painter = Painter(seed, set_id, number, world)
+    scene, marks = painter.compose()
+    folder, name = frame_id(set_id, number).rsplit("/", 1)
+    for kind, pixels in zip(("visible", "lwir"), painter.expose(scene), strict=True):
+        place, quality = root / "images" / folder / kind, int(painter.rng.integers(70, 96))
+        make_folder(place)
+        Image.fromarray(pixels).save(place / f"{name}.jpg", quality=quality)
     text = root / "annotations" / folder / f"{name}.txt"
-    if not text.exists():
-        painter = Painter(seed, set_id, number, world)
-        scene, marks = painter.compose()
-        for kind, pixels in zip(("visible", "lwir"), painter.expose(scene), strict=True):
-            place, quality = root / "images" / folder / kind, int(painter.rng.integers(70, 96))
-            make_folder(place)
-            Image.fromarray(pixels).save(place / f"{name}.jpg", quality=quality)
-        make_folder(text.parent)
-        lines = [f"{label} {' '.join(map(str, box))} {hidden} 0 0 0 0 0 0" for label, box, hidden in marks]
-        write_text(text, "\n".join(["% bbGt version=3", *lines]) + "\n")
-    return f"{folder}/{name}"
+    make_folder(text.parent)
+    lines = [f"{label} {' '.join(map(str, box))} {hidden} 0 0 0 0 0 0" for label, box, hidden in marks]
+    write_text(text, "\n".join(["% bbGt version=3", *lines]) + "\n")

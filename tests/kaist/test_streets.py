@@ -29,14 +29,15 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_the_bytes_are_the_seeds_in_any_number_of_processes_and_in_two_goes(root, tmp_path):
+def test_the_bytes_are_the_seeds_in_any_number_of_processes_and_in_two_goes(root, tmp_path, capsys):
     half = tmp_path / "streets"
     for set_id, number in ((0, 1), (7, 0)):
         streets.draw_frame(half, streets.World(), demo.STREETS_SEED, set_id, number)
     (half / "recipe.txt").write_text((root / "recipe.txt").read_text())
     kept = half / "images/set00/V000/lwir/I00001.jpg"
     before = kept.stat().st_mtime_ns
-    demo.draw_streets(half, workers=3, **NUMBERS)
+    demo.draw_streets(half, workers=3, **NUMBERS | {"progress": True})
+    assert "drawing 16 frames" in capsys.readouterr().out
     assert digests(half) == digests(root)
     assert kept.stat().st_mtime_ns == before, "a frame that was there is not drawn again"
 
@@ -63,6 +64,8 @@ def test_a_place_with_other_files_is_left_alone(root, tmp_path):
         with pytest.raises(InputError, match="taken"):
             demo.draw_streets(place, seed=seed, **NUMBERS)
         assert digests(place) == before
+    with pytest.raises(InputError, match="taken"):
+        demo.draw_streets(other / "mine.txt", **NUMBERS)
 
 
 class Alone(streets.Painter):
