@@ -153,11 +153,6 @@ def to_array(view: Image.Image) -> np.ndarray:
     return np.atleast_3d(np.array(view))
 
 
-def read_image(path: Path, modality: str) -> np.ndarray:
-    """Decode one image: visible as (512, 640, 3), LWIR as (512, 640, 1), uint8."""
-    return to_array(rescale(open_view(path, modality)))
-
-
 def join_modalities(images: dict[str, np.ndarray], input_mode: str, filler: np.ndarray) -> np.ndarray:
     """(h, w, C) uint8, visible first; a modality that `images` lacks is `filler` (4,) alone."""
     height, width, _ = next(iter(images.values())).shape

@@ -32,7 +32,7 @@ from kaist.results import Detections, write_detections
 from model import INPUT_CHANNELS, make_network
 from pseudo_gt import box_masks
 from ssd.augment import Augmentation, mean_colour
-from ssd.boxes import Predictions, detect, encode
+from ssd.boxes import Grid, Predictions, detect, encode
 from ssd.layers import Detector
 from ssd.losses import TERMS, Criterion
 from tools.timing import Setting
@@ -109,8 +109,8 @@ def row_batch(config: Namespace, n: int) -> Batch:
     return Batch(images, boxes, labels, box_masks(boxes, labels, row_maps(config)), ["frame"] * n)
 
 
-def row_maps(config: Namespace) -> list[tuple[int, int]]:
-    """(height, width) of the feature maps that have masks."""
+def row_maps(config: Namespace) -> list[Grid]:
+    """The cells of the feature maps that have masks."""
     with torch.device("meta"):
         model = row_network(config)[0]
     return [model.grids[i] for i in model.infused_maps]
