@@ -44,6 +44,7 @@ from kaist.street import (
 from kaist.streets import ROOTS, World, draw_frame, frame_id
 
 ROOT, SHIFTED_ROOT = Path("data/demo"), Path("data/demo-shifted")
+STREETS_ROOTS = tuple(ROOT.with_name(place) for place in ROOTS)
 MAX_ASIDE = 10  # pixels to either side that a shifted video's visible camera looks aside
 TRAIN_FRAMES, TEST_FRAMES = 480, 180  # over set00-05 and over set06-11
 STREETS_TRAIN, STREETS_TEST = 3600, 240  # the same of the streets set
@@ -400,8 +401,7 @@ def open_root(name: str | Path) -> Path:
     Raises:
         InputError: any other folder that is not there.
     """
-    places = (ROOT, SHIFTED_ROOT, *(ROOT.with_name(place) for place in ROOTS))
-    root, own = Path(name), [Path(__file__).parents[1] / place for place in places]
+    root, own = Path(name), [Path(__file__).parents[1] / p for p in (ROOT, SHIFTED_ROOT, *STREETS_ROOTS)]
     if Path(os.path.abspath(root)) in own:
         ensure_demo(root)
     elif not root.is_dir():
@@ -412,8 +412,9 @@ def open_root(name: str | Path) -> Path:
 
 def drawings_note(data_root: str | Path) -> str:
     """What to know of a network that was trained at `data_root`, where that is the streets set; else ""."""
-    drawn = "note: this network has seen drawings alone, and no photograph; "
-    return drawn + REAL_PEOPLE if Path(data_root).name in ROOTS else ""
+    if Path(*Path(data_root).parts[-2:]) not in STREETS_ROOTS:
+        return ""
+    return f"note: this network has seen drawings alone, and no photograph; {REAL_PEOPLE}"
 
 
 def main() -> None:
