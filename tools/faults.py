@@ -124,14 +124,15 @@ def check_image(
     size: tuple[int, int] = (FRAME_WIDTH, FRAME_HEIGHT),
     lwir_range: tuple[float, float] = (0.0, 0.0),
 ) -> Fault | ImageStats:
-    """What is wrong with one image, or how it looks; size: its width and height, if all is well."""
+    """What is wrong with one image, or how it looks; size: its width and height, if all is well; lwir_range:
+    as of `open_view`."""
     if fault := unreadable(path, f"missing-{modality}"):
         return fault
+    deep = modality == "lwir" and lwir_range[0] < lwir_range[1]
     try:
-        with open_image(path, deep=lwir_range[1] > 0) as image:
+        with open_image(path, deep) as image:
             if image.size != size:
                 return Fault("wrong-size", path, 0, "{}x{}, not {}x{}".format(*image.size, *size))
-            deep = image.mode[0] in "IF"
             pixels = None if deep else np.asarray(image.convert("RGB"))
         if deep:
             pixels = np.asarray(open_view(path, modality, lwir_range).convert("RGB"))

@@ -347,6 +347,7 @@ def test_faults_of_images_of_16_bits(tmp_path, monkeypatch):
     assert found - {("missing-annotation", "test")} == {
         ("broken-image", "001.png"),
         ("16-bit-image", "pairs.json"),
+        ("16-bit-image", "002.png"),
     }
 
 
