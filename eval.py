@@ -27,6 +27,7 @@ import numpy as np
 
 from engine.config import OneLineParser, find_folder, limit_workers, pick
 from engine.curves import compare_runs, tell_apart
+from engine.history import find_run
 from kaist.annotations import MODALITIES, PairSet, read_image_list
 from kaist.bootstrap import MOST_RESAMPLES
 from kaist.files import InputError, run_script
@@ -54,7 +55,8 @@ def main() -> None:
     """Evaluate result files, a checkpoint's network, or finished runs."""
     arguments = parse_arguments()
     if arguments.compare:
-        compare_runs(arguments.compare, arguments.bootstrap, arguments.out or Path(COMPARISON))
+        runs = [find_run(path, find_folder(CHECKPOINTS)) for path in arguments.compare]
+        compare_runs(runs, arguments.bootstrap, arguments.out or Path(COMPARISON))
         return
     found = read_result_files(arguments) if arguments.detections else evaluate_checkpoint(arguments)
     print(f"people of {found[0].test_set.source}")
@@ -98,7 +100,7 @@ def parse_arguments() -> Namespace:
     add = parser.add_mutually_exclusive_group().add_argument
     add("--detections", nargs="+", type=Path, metavar="FILE", help="result files, text or COCO's JSON")
     add("--checkpoint", type=Path, help="a checkpoint or a run's folder (default: the newest finished run)")
-    add("--compare", nargs="+", type=Path, metavar="RUN", help="folders of finished runs")
+    add("--compare", nargs="+", type=Path, metavar="RUN", help="finished runs, by folder or name")
     add = parser.add_argument_group("frames and people").add_argument
     where = "KAIST_annotation.json, an annotation folder or a KAIST root"
     add("--annotations", type=Path, default=ANNOTATIONS or None, help=where)

@@ -132,8 +132,10 @@ def open_network(
     config, epoch = checkpoint_config(checkpoint, path, **changes), checkpoint.get("epoch")
     print(f"weights of {path}" + ("" if epoch is None else f", epoch {epoch} of {config.epochs}"))
     model = build_model(checkpoint).to(device, memory_format=torch.channels_last).eval()
-    if broken := sum(not value.sum().isfinite() for value in model.state_dict().values()):
-        print(f"warning: {broken} tensors of these weights are not finite: what they find means nothing")
+    finite = [bool(value.sum().isfinite()) for value in model.state_dict().values()]
+    if not all(finite):
+        broken = f"{finite.count(False)} of {len(finite)} tensors"
+        print(f"warning: these weights are not finite ({broken}): what they find means nothing")
     return model, config, epoch
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.history import read_run
+from engine.history import find_run, read_run
 from kaist.files import InputError, write_atomically
 
 CHECKPOINT_FORMAT = "sds-ssd-kaist-1"
@@ -143,8 +143,7 @@ def choose_checkpoint(named: Path | None, runs: Path) -> Path:
     Raises:
         InputError: there is no run to choose.
     """
-    path = named or newest_checkpoint(runs)
-    path = path if path.exists() or not (runs / path).is_dir() else runs / path
+    path = find_run(named or newest_checkpoint(runs), runs)
     path = path / LAST if path.is_dir() else path
     run = read_run(path.parent) if path.name in (LAST, PREVIOUS) else None
     if run and not run["finished"]:

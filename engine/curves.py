@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,7 +88,13 @@ def plot_epochs(panel: Axes, log: Log, names: dict[str, str], form: str = "", **
         points = [(row["epoch"], row[key]) for row in log if has(row, key)]
         if points:
             label = f"{name} {form.format(points[-1][1])}".strip()
-            panel.plot(*zip(*points, strict=True), marker="o", markersize=4, label=label, **style)
+            line = {
+                "marker": "o",
+                "markersize": 4,
+                "clip_on": False,
+                "label": label,
+            }  # whole at the border too
+            panel.plot(*zip(*points, strict=True), **line, **style)
     panel.set(xlabel="epoch")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     panel.grid(alpha=0.3)
@@ -173,7 +180,7 @@ def draw_runs(scores: Sequence[Scores], logs: Sequence[Log], path: Path, form: s
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(15, 2 + max(3.0, 0.6 * len(scores))), layout="constrained")
+    figure = Figure(figsize=(15, 2.5 + max(3.0, 0.8 * len(scores))), layout="constrained")
     losses, rates, final = figure.subplots(1, 3, width_ratios=(1, 1, 0.8))
     rows = []
     for i, (s, log) in enumerate(zip(scores, logs, strict=True)):
@@ -183,19 +190,22 @@ def draw_runs(scores: Sequence[Scores], logs: Sequence[Log], path: Path, form: s
             plot_epochs(losses, log, {term: s.name}, color=colour, linestyle=style, linewidth=width)
         plot_epochs(rates, log, {"miss_rate": s.name}, color=colour)
         final.plot(interval(s.samples[ALL]), [i, i], color=colour, linewidth=2)
-        final.plot(result.miss_rate, i, "o", color=colour)
+        final.plot(result.miss_rate, i, "o", color=colour, clip_on=False)
         rate = f"{percent(result.miss_rate)} {show_interval(s.samples[ALL])}"
-        rows.append(f"{s.name}\n{rate}\nrecall {percent(result.recall)}")
+        name = textwrap.fill(s.name.replace("-", "- "), 28).replace("- ", "-")  # broken where a part ends
+        rows.append(f"{name}\n{rate}\nrecall {percent(result.recall)}")
     best = min(scores, key=lambda s: s.official[ALL].miss_rate)
     lowest = f"{best.name} ends lowest, {percent(best.official[ALL].miss_rate)}%"
+    figure.suptitle(lowest, fontsize=14, fontweight="bold")
     losses.set(title="training loss and its terms", ylim=(0, None))
-    rates.set(title=f"miss rate, Reasonable\n{lowest}", ylim=(0, 1))
+    rates.set(title="miss rate, Reasonable", ylim=(0, 1))
     final.set(title="final miss rate, 95% interval", xlim=(0, 1), ylim=(len(scores) - 0.5, -0.5))
     final.set_yticks(range(len(scores)), rows)
     final.grid(axis="x", alpha=0.3)
     for axis in (rates.yaxis, final.xaxis):
         axis.set_major_formatter("{x:.0%}")
     terms = [Line2D([], [], color="black", linestyle=style, label=term) for term, style in STYLES.items()]
-    for panel, lines in ((losses, terms), (rates, rates.lines[:])):
-        panel.legend(handles=lines, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    losses.legend(handles=terms, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    rates.legend().remove()
+    figure.legend(handles=rates.lines[:], loc="outside lower center", ncols=2)
     figure.savefig(path, format=form, dpi=110)

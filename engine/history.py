@@ -39,6 +39,11 @@ def saved_constants(folder: Path) -> dict[str, Any]:
     return config
 
 
+def find_run(named: Path, runs: Path) -> Path:
+    """A path as named, or the folder of the run of that name in `runs`."""
+    return named if named.exists() or not (runs / named).is_dir() else runs / named
+
+
 def read_run(folder: Path) -> dict[str, Any] | None:
     """What is known of a run: its config, completed epochs, log rows and whether it is finished.
 

@@ -28,6 +28,7 @@ from engine.distributed import any_process, broadcast_object, is_main_process, w
 from engine.history import saved_constants
 from engine.lock import lock_folder
 from kaist.files import InputError, make_folder, write_atomically, write_text
+from kaist.report import percent
 from kaist.sources import KAIST
 
 DAMAGED = "damaged.pt"  # a last.pt that turned out not to be whole
@@ -324,7 +325,7 @@ class Run:
 
     def epoch_line(self, row: dict[str, float]) -> str:
         """One line on an epoch that was evaluated."""
-        rates = " / ".join(f"{100 * row[name]:.2f}" for name in RATES)
+        rates = " / ".join(percent(row[name]) for name in RATES)
         masks = [f"{value:.2f}" for name, value in row.items() if name.startswith(("ap_", "iou_"))]
         said = f", masks {' '.join(masks)}" if masks else ""
         return (

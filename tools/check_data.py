@@ -81,7 +81,7 @@ def main() -> int:
         faults = [fault for path in lists for fault in check_list(path, frames, bool(arguments.list))]
         faults += check_frames(root, frames, modalities, forms, jsons)
         sources = dict.fromkeys([*(form.form for form in forms), *(path.name for path in jsons)])
-        n_frames, of, base = len(frames), f" of {len(lists)} lists", root
+        n_frames, of, base = len(frames), f" of {len(lists)} list{'s' * (len(lists) != 1)}", root
         where = f"annotations {', '.join(sources)}"
     print(f"{n_frames} frames{of}, {' and '.join(modalities)}; {where}")
     if not faults:

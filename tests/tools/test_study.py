@@ -61,6 +61,9 @@ def test_runs_are_compared_in_one_table_and_one_figure(runs, monkeypatch, capsys
     said = capsys.readouterr().out
     assert "\na " in said and "\nb " in said and said.count("95%: all [") == 2
     assert "minus" in said and out.stat().st_size > 10_000
+    monkeypatch.setattr(eval_script, "CHECKPOINTS", str(runs))
+    compare(monkeypatch, "a", "b", "--bootstrap", "50", "--out", out)
+    assert "\nb " in capsys.readouterr().out
 
 
 def test_runs_that_cannot_be_compared_are_named(runs, monkeypatch, tmp_path):
