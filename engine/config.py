@@ -281,9 +281,9 @@ def limit_workers(config: Namespace) -> Namespace:
     cores = os.cpu_count() or 1
     most = max(8, 4 * cores)
     if config.workers > most:
-        print(
-            f"note: WORKERS = {config.workers} are more than {cores} cores have a use for: {most} are started"
-        )
+        note = f"note: WORKERS = {config.workers} are more than {cores} cores have a use for"
+        if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first one prints
+            print(f"{note}: {most} are started")
         config.workers = most
     return config
 

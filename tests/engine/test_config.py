@@ -290,6 +290,9 @@ def test_no_more_workers_are_started_than_the_cores_have_a_use_for(asked, starte
     said = capsys.readouterr().out
     assert (said == "") == (asked == started)
     assert asked == started or "WORKERS = 256 are more than 2 cores have a use for: 8 are started" in said
+    monkeypatch.setenv("RANK", "1")
+    assert train.configure(["--workers", str(asked)]).workers == started
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("missing", ["input_mode", "data_root", "test_list", "device", "batch_size"])
