@@ -11,7 +11,6 @@ paired annotations, each modality's boxes, instead of those of LWIR alone. All e
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -28,7 +27,7 @@ from pathlib import Path
 import numpy as np
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
-from kaist.files import InputError, make_folder, run_script, stale_files, write_text
+from kaist.files import InputError, OneLineParser, make_folder, run_script, stale_files, write_text
 from kaist.street import (
     FOCAL,
     PARTS,
@@ -419,7 +418,7 @@ def drawings_note(data_root: str | Path) -> str:
 
 def main() -> None:
     """Draws the demo set where the command line says."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--root", type=Path, default=ROOT, help="a folder that is absent or empty")
     parser.add_argument("--train-frames", type=int, default=TRAIN_FRAMES)
     parser.add_argument("--test-frames", type=int, default=TEST_FRAMES)

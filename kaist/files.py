@@ -172,7 +172,16 @@ class PrintAction(argparse.Action):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose refusal is one InputError instead of a usage screen."""
+    """An argument parser whose refusal is one InputError instead of a usage screen.
+
+    A script of a package is named by the command that starts it.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        script = Path(sys.argv[0])
+        package = script.parent.name
+        prog = f"python -m {package}.{script.stem}" if package in ("tools", "kaist") else None
+        super().__init__(**{"prog": prog, **settings})
 
     def error(self, message: str) -> None:
         """Refuse a command line; of an unknown flag the nearest known one is named."""

@@ -112,8 +112,9 @@ def find_parts(root: Path, given: Mapping[str, str] = {}, kinds: Iterable[str] =
     given: values of constants that are chosen already; kinds: those of `PARTS` that are wanted.
     """
     parts = {"data_root": str(root)}
-    if "train" in kinds and not (root / "images").is_dir():
-        raise InputError("no images/ here", "name the folder that holds KAIST's images/", file=root)
+    if not root.is_dir() or ("train" in kinds and not (root / "images").is_dir()):
+        problem = "no images/ here" if root.is_dir() else "no such folder"
+        raise InputError(problem, "name the folder that holds KAIST's images/", file=root)
     for kind in kinds:
         list_name, annotations_name, lists = PARTS[kind]
         there = [name for name in lists if (root / name).is_file()]

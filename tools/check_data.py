@@ -100,10 +100,7 @@ def parse_arguments() -> Namespace:
     """The command line."""
     kinds = "\n".join(f"  {name:20} {text}" for name, (text, _) in FAULTS.items())
     parser = OneLineParser(
-        prog="python -m tools.check_data",
-        description=__doc__,
-        formatter_class=RawDescriptionHelpFormatter,
-        epilog=f"faults:\n{kinds}",
+        description=__doc__, formatter_class=RawDescriptionHelpFormatter, epilog=f"faults:\n{kinds}"
     )
     add = parser.add_argument
     others = f"a set of pairs other than KAIST: its description, pairs.json, or {', '.join(NAMED)}"

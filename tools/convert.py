@@ -60,9 +60,7 @@ def main() -> None:
 
 def parse_arguments() -> Namespace:
     """The command line."""
-    parser = OneLineParser(
-        prog="python -m tools.convert", description=__doc__, formatter_class=RawDescriptionHelpFormatter
-    )
+    parser = OneLineParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("data", metavar="SET", help=f"a description, pairs.json, or {', '.join(NAMED)}")
     add("--data-root", type=Path, metavar="FOLDER", help="where the set's paths begin")

@@ -54,7 +54,7 @@ PARTS = {
 
 def main() -> None:
     """Evaluate the files and write the page and its figure."""
-    parser = OneLineParser(prog="python -m tools.leaderboard", description=__doc__.splitlines()[0])
+    parser = OneLineParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("folders", nargs="+", type=Path, help="folders of result files")
     add("--annotations", type=Path, required=True, help="KAIST_annotation.json")

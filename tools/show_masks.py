@@ -89,7 +89,7 @@ def draw_masks(batch: Batch, path: Path) -> None:
 
     panels = {"visible": ([0, 1, 2], VISIBLE), "LWIR": ([3], LWIR)}
     if batch.images.shape[1] != 4:
-        panels = {"image": ([0] if batch.images.shape[1] == 1 else [0, 1, 2], BOTH)}
+        panels = {"LWIR": ([0], BOTH)} if batch.images.shape[1] == 1 else {"visible": ([0, 1, 2], BOTH)}
     colours = {-1: "tab:red", VISIBLE: "deepskyblue", LWIR: "orange", BOTH: "limegreen"}  # of labels
     of_cells = {"ignored, neither of these": "tab:red", "background": "0.85", "person": "limegreen"}
     cells = ListedColormap([*of_cells.values()])

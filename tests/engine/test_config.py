@@ -314,5 +314,5 @@ def test_a_full_kaist_fills_what_is_not_given(demo_root, tmp_path):
     given = ["--test-list", "mine.txt", "--test-annotations", "auto"]
     config = train.configure(["--kaist", str(root), *given])
     assert (config.test_list, config.test_annotations) == ("mine.txt", "auto")
-    with pytest.raises(InputError, match="nowhere: no images/ here"):
+    with pytest.raises(InputError, match="nowhere: no such folder"):
         train.configure(["--kaist", str(tmp_path / "nowhere")])
