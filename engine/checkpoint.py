@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.history import find_run, read_run
+from engine.history import LAST, find_run, read_run
 from kaist.files import InputError, write_atomically
 
 CHECKPOINT_FORMAT = "sds-ssd-kaist-1"
-LAST, PREVIOUS = "last.pt", "previous.pt"  # a run's newest checkpoint, and the one before it
+PREVIOUS = "previous.pt"  # a run's newest checkpoint but one
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 from kaist.files import InputError, load_json, read_text
 
+LAST = "last.pt"  # a run's newest checkpoint
+
 
 def read_log(folder: Path) -> list[dict[str, float]]:
     """The rows of a run's log.csv, one for each completed epoch; an empty cell is NaN.
@@ -70,7 +72,8 @@ def runs_table(folder: str | Path, differences: Callable[[dict[str, Any]], str])
     for path, run in found:
         rates = [100 * row["miss_rate"] for row in run["log"] if row.get("miss_rate", -1) >= 0]
         state = "finished" if run["finished"] else "unfinished"
-        changed = path.stat().st_mtime  # whatever a run writes is renamed into its folder
+        trained = path / LAST if (path / LAST).exists() else path  # an evaluation writes in the folder too
+        changed = trained.stat().st_mtime
         row = str(run["config"].get("experiment") or "demo")
         done = f"{len(run['log'])}/{run['epochs']}"
         best = f"{min(rates):.2f}" if rates else "–"

@@ -19,11 +19,13 @@ def make_run(folder, config='{"epochs": 2}', log="epoch,miss_rate\n1,0.5\n2,0.25
 
 
 def test_runs_are_listed_newest_first(tmp_path):
-    make_run(tmp_path / "old")
+    last = make_run(tmp_path / "old") / "last.pt"
+    last.touch()
     half = make_run(tmp_path / "new", '{"epochs": 3, "experiment": "26"}', "epoch,miss_rate\n1,0.5\n2,\n")
     for path in (half, *half.iterdir()):
         os.utime(path, (2e9, 2e9))
     os.symlink("nowhere", tmp_path / "old/link")
+    os.utime(tmp_path / "old", (3e9, 3e9))  # as by an evaluation
     _, _, first, second = runs_table(tmp_path, differences).splitlines()
     assert first.split()[:5] == ["new", "26", "2/3", "unfinished", "50.00"]
     assert "EPOCHS 3" in first  # a run from before DATA was a constant
