@@ -35,7 +35,7 @@ def on_fake_cuda(module):
     """A copy whose parameters and buffers are fake ones on `cuda:0`; nothing is allocated."""
     fake = {}
     for tensor in (*module.parameters(), *module.buffers()):
-        new = torch.empty_like(tensor, device=CUDA, requires_grad=False)
+        new = torch.empty_like(tensor.to("meta"), device=CUDA, requires_grad=False)  # priors are on the CPU
         is_parameter = isinstance(tensor, nn.Parameter)
         fake[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
     return copy.deepcopy(module, fake)
