@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 from engine.config import describe, model_arguments, pick, read_config, run_name
@@ -18,11 +19,12 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds: --h
     check_flags(lambda: read_config(__file__))
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import datasets
 from engine import distributed
+from engine.captured import capture_steps
 from engine.loader import BatchLoader
 from engine.monitor import MAX_NONFINITE_STEPS, StepMonitor
 from engine.optim import RATES, GuardedStep, lr_factor, make_optimizer, set_lr, update_ema
@@ -64,7 +66,7 @@ MAX_BAD_FRAMES = 10  # frames that may turn unreadable under way and are left ou
 # -------- machine
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
-COMPILE = "auto"  # torch.compile for the network: on, off, graphs (CUDA graphs too), or auto: on CUDA
+COMPILE = "auto"  # on CUDA off, graphs (steps are recorded), on (and compiled), auto (on); else on or off
 DETERMINISTIC = False  # torch's deterministic algorithms; see docs/robustness.md
 WORKERS = 2  # loader processes
 START_METHOD = "auto"  # how they start: fork, spawn, forkserver, or auto: as Python does here
@@ -173,7 +175,9 @@ def main() -> None:
     parts = {"model": ema, "optimizer": optimizer, "criterion": criterion}
     run.restore(parts if ema is model else {**parts, "raw_model": model})
     network = compile_model(distributed.wrap_ddp(model), config.compile, device)
-    tested = compile_model(ema, config.compile.replace("graphs", "on"), device)  # whose results are kept
+    take_step = make_step(network, model, criterion, optimizer, precision)
+    take_step = capture_steps(take_step, optimizer, config.compile, device)
+    tested = compile_model(ema, config.compile, device)
 
     # Epochs. `with run` saves on Ctrl-C, SIGTERM and a failing loader; the same command goes on.
     if distributed.is_main_process():
@@ -183,7 +187,7 @@ def main() -> None:
     detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip") | {"watch": run.until_stopped}
     with run:
         for epoch in range(run.epoch, config.epochs):
-            train_epoch(run, network, model, ema, criterion, optimizer, train_loader, device, precision)
+            train_epoch(run, take_step, model, ema, optimizer, train_loader)
             distributed.average_statistics(model)  # of processes on CPUs; one evaluation is shared by all
             distributed.average_statistics(ema)
             scores = criterion.learned_weights()
@@ -200,27 +204,52 @@ def main() -> None:
     distributed.close_distributed()
 
 
-def train_epoch(
-    run: Run,
+def make_step(
     network: nn.Module,
     model: nn.Module,
-    ema: nn.Module,
     criterion: Criterion,
     optimizer: torch.optim.Optimizer,
-    loader: BatchLoader,
-    device: torch.device,
     precision: torch.dtype,
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    """A function that trains on a batch's images, boxes, labels and masks; `network` is `model`, wrapped.
+
+    It returns the loss terms, (2, terms), averaged over the processes and of this one, and whether they
+    and the gradient are finite.
+    """
+    guarded_step = GuardedStep(model, optimizer)
+
+    def step(images: Tensor, boxes: Tensor, labels: Tensor, *masks: Tensor) -> tuple[Tensor, Tensor]:
+        guarded_step.begin()
+        with autocast(images.device, precision):
+            predictions = network(images)  # loc (N, P, 4), conf (N, P, 2), seg (N, 2, h, w) a map
+        losses = criterion(predictions, boxes, labels, masks)  # (terms,), total first
+        optimizer.zero_grad()
+        losses[0].backward()
+        distributed.average_gradients(criterion)
+        mean_losses = distributed.all_reduce_mean(losses.detach())
+        finite = guarded_step(mean_losses)  # moves nothing where a loss or gradient is not finite
+        return torch.stack([mean_losses, losses.detach()]), finite
+
+    return step
+
+
+def train_epoch(
+    run: Run,
+    take_step: Callable[..., tuple[Tensor, Tensor]],
+    model: nn.Module,
+    ema: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: BatchLoader,
 ) -> None:
-    """The rest of the run's epoch, step by step; `network` is `model`, wrapped.
+    """The rest of the run's epoch, step by step; take_step is from `make_step`.
 
     Raises:
         InputError: too many losses or gradients in a row are not finite. What the step saw is in the
             run's folder, and `last.pt` is from before. Or more than MAX_BAD_FRAMES frames cannot be
             read any more.
     """
-    network.train()
+    model.train()
     config, total_steps = run.config, len(loader) * run.config.epochs
-    guarded_step = GuardedStep(model, optimizer)
     batches = tqdm(
         loader.epoch(run.epoch, skip=run.step),
         initial=run.step,
@@ -234,17 +263,10 @@ def train_epoch(
         for step, batch in monitor.steps(batches):
             step += run.epoch * len(loader)
             set_lr(optimizer, config.lr * lr_factor(config.schedule, config.epochs, step, total_steps))
-            batch = batch.to(device)
-            with autocast(device, precision):
-                predictions = network(batch.images)  # loc (N, P, 4), conf (N, P, 2), seg (N, 2, h, w) a map
-            losses = criterion(predictions, batch.boxes, batch.labels, batch.masks)  # (terms,), total first
-            optimizer.zero_grad()
-            losses[0].backward()
-            distributed.average_gradients(criterion)
-            mean_losses = distributed.all_reduce_mean(losses.detach())
-            finite = guarded_step(mean_losses)  # moves nothing where a loss or gradient is not finite
+            batch = batch.to(model.priors.device)
+            losses, finite = take_step(batch.images, batch.boxes, batch.labels, *batch.masks)
             update_ema(ema, model, config.ema_decay, step)
-            monitor.add(torch.stack([mean_losses, losses.detach()]), finite, batch.frame_ids)
+            monitor.add(losses, finite, batch.frame_ids)
             run.show_progress(batches, total_steps)
 
 

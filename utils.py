@@ -99,14 +99,9 @@ def make_deterministic() -> None:
 
 
 def compile_model(model: nn.Module, choice: str, device: torch.device) -> nn.Module:
-    """The network as COMPILE has it: by torch.compile ("on", and "auto" on CUDA) or as it is.
-
-    "graphs" also captures CUDA graphs, by which the host starts a step's kernels all at once. What the
-    network has returned is then overwritten by its next call.
-    """
-    if choice == "off" or (choice == "auto" and device.type != "cuda"):
-        return model
-    return torch.compile(model, dynamic=False, mode="reduce-overhead" if choice == "graphs" else None)
+    """The network as COMPILE has it: by torch.compile ("on", and "auto" on CUDA) or as it is."""
+    compiles = choice == "on" or (choice == "auto" and device.type == "cuda")
+    return torch.compile(model, dynamic=False) if compiles else model
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

@@ -71,8 +71,8 @@ def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
 class GuardedStep:
     """An optimiser's step that is not taken where a loss or the gradient is not finite.
 
-    BatchNorm's statistics, which have moved in the forward pass, then go back to what they were
-    after the last good step. The host does not look at a value, so that a GPU is never waited for.
+    BatchNorm's statistics, which move in the forward pass, then go back to what they were before it.
+    The host does not look at a value, so that a GPU is never waited for.
 
     Args:
         network: whose BatchNorm statistics are guarded; optimizer: from `make_optimizer`.
@@ -82,7 +82,12 @@ class GuardedStep:
         self.optimizer = optimizer
         norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
-        self.good = [buffer.clone() for buffer in self.statistics]
+        self.before = [buffer.clone() for buffer in self.statistics]
+
+    def begin(self) -> None:
+        """To be called before the forward pass."""
+        for before, buffer in zip(self.before, self.statistics, strict=True):
+            before.copy_(buffer)
 
     def __call__(self, losses: Tensor) -> Tensor:
         """Take the step after backward; returns whether it was finite, a bool scalar.
@@ -92,9 +97,8 @@ class GuardedStep:
         """
         finite = losses.isfinite().all() & gradient_norm(self.optimizer).isfinite()
         update(self.optimizer, finite)
-        for buffer, good in zip(self.statistics, self.good, strict=True):
-            good.copy_(torch.where(finite, buffer, good))
-            buffer.copy_(good)
+        for buffer, before in zip(self.statistics, self.before, strict=True):
+            buffer.copy_(torch.where(finite, buffer, before))
         return finite
 
 

@@ -121,6 +121,7 @@ def training_step(config, precision, model, criterion):
         optimizer.step()  # there is a momentum from now on
     optimizer.zero_grad()
     with Watch() as watch:
+        guarded_step.begin()
         with autocast(CUDA, precision):
             predictions = model(batch.images)
         losses = criterion(predictions, batch.boxes, batch.labels, batch.masks)

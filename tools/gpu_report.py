@@ -30,6 +30,7 @@ from datasets import DeviceLoader, batch_loader
 from engine.checkpoint import load_checkpoint
 from engine.config import ROOT
 from engine.loader import BatchLoader
+from engine.optim import set_lr
 from kaist.files import make_folder
 from kaist.images import read_frame
 from ssd.boxes import detect
@@ -39,6 +40,7 @@ from tools.timing import HEADER, Line, Setting, Subprocess, at_least, at_most, t
 from tools.workloads import LIMITS, Step, plain_config, row_batch, row_config, row_maps
 from utils import choose_device, compile_model, detect_frames, detect_image, predict
 
+SHARE = 4  # cores of a part that runs beside others
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
 
@@ -52,21 +54,53 @@ def allow_tf32(on: bool) -> None:
 
 
 def check_losses(setting: Setting) -> Iterator[Line]:
-    """Loss terms and gradient of one batch in fp32 against the CPU's, row by row."""
+    """Loss terms in fp32 and the gradient in fp64 of one batch against the CPU's in fp64, row by row.
+
+    In fp32 rounding decides on which side of zero some units of a ReLU are, and which negatives are mined:
+    two CPU kernels' gradients are apart by a thousandth and more. In fp64 no such unit is left.
+    """
     allow_tf32(False)
+    torch.backends.cudnn.benchmark = False
     for row in setting.scale.rows:
-        config, results = row_config(row, width=setting.scale.width), []
-        for device in (CPU, setting.device):
-            torch.manual_seed(0)
-            step = Step(config, device, FP32)
-            losses = step.losses(row_batch(config, 2).to(device))
-            losses[0].backward()
-            gradients = [p.grad.flatten().cpu() for p in step.parameters]
-            results.append((losses.detach().cpu(), torch.cat(gradients)))
-        (loss, gradient), (own_loss, own_gradient) = results
+        config = row_config(row, width=setting.scale.width)
+        loss, gradient = loss_and_gradient(config, CPU, torch.float64)
+        own_loss, gradient_fp32 = loss_and_gradient(config, setting.device, torch.float32)
+        _, own_gradient = loss_and_gradient(config, setting.device, torch.float64)
         note = f"loss {loss[0]:.6f}, on the device {own_loss[0]:.6f}"
         yield at_most(f"row {row}: loss terms", distance(own_loss, loss), "of their length", 1e-4, note)
-        yield at_most(f"row {row}: gradient", distance(own_gradient, gradient), "of its length", 1e-4)
+        note = f"in fp32 {distance(gradient_fp32, gradient):.1e}"
+        yield at_most(f"row {row}: gradient", distance(own_gradient, gradient), "of its length", 1e-4, note)
+
+
+def loss_and_gradient(config: Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Loss terms and gradient of a row's first batch, in float64 on the CPU; computed in `dtype`."""
+    torch.manual_seed(0)
+    step, batch = Step(config, device, FP32), row_batch(config, 2).to(device)
+    for module in (step.model, step.criterion):
+        module.to(dtype)
+    losses = step.losses(batch._replace(boxes=batch.boxes.to(dtype)))
+    losses[0].backward()
+    gradient = torch.cat([p.grad.flatten() for p in step.parameters])
+    return losses.detach().cpu().double(), gradient.cpu().double()
+
+
+def check_captured(setting: Setting) -> Iterator[Line]:
+    """Ten steps replayed from a CUDA graph against ten that are not: their losses."""
+    for row in ("demo", "42"):
+        config, runs = row_config(row, width=setting.scale.width), []
+        batches = [row_batch(config, n).to(setting.device) for n in (2, 2, 2, 2, 2, 3, 2, 2, 2, 2)]
+        for mode in ("off", "graphs"):
+            torch.manual_seed(0)
+            step = Step(config, setting.device, FP32, mode)
+            losses = []
+            for i, batch in enumerate(batches):
+                set_lr(step.optimizer, 1e-3 / (1 + i))
+                losses.append(step(batch)[0].cpu())
+            runs.append(torch.stack(losses))
+        apart = distance(*runs)
+        yield at_most(
+            f"row {row}: loss of ten steps", apart, "of its length", 1e-4, f"the last {runs[1][-1]:.6f}"
+        )
 
 
 def check_loader(setting: Setting) -> Iterator[Line]:
@@ -322,6 +356,7 @@ CHECKS = {
     "losses": Part(check_losses, 150),
     "loader": Part(check_loader, 100),
     "detections": Part(check_detections, 100),
+    "captured": Part(check_captured, 100),
     "resume": Part(check_resume, 150),
     "torchrun": Part(check_torchrun, 150),
     **{f"compiled {row}": Part(check_compiled, 150, (row,)) for row in ("26", "40", "41", "42")},
@@ -385,6 +420,9 @@ def run_part(setting: Setting, process: Subprocess, name: str, deadline: float) 
 def part_lines(setting: Setting, name: str) -> Callable[[], Line | None]:
     """A function that gives the part's next line, None after the last."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if name in CHECKS and setting.on_gpu:  # they share the cores, also with the runs that they start
+        os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(SHARE)
+        torch.set_num_threads(SHARE)
     choose_device(str(setting.device))
     part = (CHECKS | SPEEDS)[name]
     return partial(next, part.lines(setting, *part.arguments), None)

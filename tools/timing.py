@@ -45,9 +45,9 @@ class Scale:
     batches: tuple[int, ...] = (8, 16, 64, 128, 256)  # of the steps whose memory is looked at
     frames: int = 2252  # of the test list
     workers: int = 8  # of the loaders
-    modes: tuple[str, ...] = ("off", "on", "graphs")  # that COMPILE is compared at
+    modes: tuple[str, ...] = ("off", "graphs", "on")  # that COMPILE is compared at
     compiled: str = "on"  # what COMPILE says in all else
-    train: tuple[str, ...] = ("--compile", "off", "--workers", "4")  # flags of train.py's runs
+    train: tuple[str, ...] = ("--compile", "graphs", "--workers", "2")  # flags of train.py's runs
     patience: float = 1.0  # times the seconds that a part may take
 
 

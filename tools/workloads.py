@@ -21,8 +21,9 @@ from torchvision.ops import box_convert, box_iou
 from torchvision.transforms import v2
 
 from datasets import AUGMENTATION, PAIRS, Batch, Collate, KaistPairs
+from engine.captured import capture_steps
 from engine.config import ROOT, model_arguments, pick, read_constants, resolve_row
-from engine.optim import GuardedStep, make_optimizer, update_ema
+from engine.optim import make_optimizer, update_ema
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
 from kaist.frame_cache import cache_frames
 from kaist.frames import Frame
@@ -36,6 +37,7 @@ from ssd.boxes import Grid, Predictions, detect, encode
 from ssd.layers import Detector
 from ssd.losses import TERMS, Criterion
 from tools.timing import Setting
+from train import make_step
 from utils import autocast, compile_model, detect_image
 
 LIMITS = {"min_score": 0.01, "nms_iou": 0.45, "max_boxes": 200}  # of detection, as in training
@@ -78,8 +80,9 @@ class Step:
         rates = pick(config, "bias_lr_factor", "weight_decay")
         self.optimizer = make_optimizer(model, self.criterion, name=config.optimizer, lr=1e-6, **rates)
         self.ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else model
-        self.guarded_step = GuardedStep(model, self.optimizer)
         self.model, self.network = model.train(), compile_model(model, mode, device)
+        step = make_step(self.network, model, self.criterion, self.optimizer, precision)
+        self.take = capture_steps(step, self.optimizer, mode, device)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -91,13 +94,12 @@ class Step:
             predictions = self.network(batch.images)
         return self.criterion(predictions, batch.boxes, batch.labels, batch.masks)
 
-    def __call__(self, batch: Batch) -> None:
-        losses = self.losses(batch)
-        self.optimizer.zero_grad()
-        losses[0].backward()
-        self.guarded_step(losses.detach())
+    def __call__(self, batch: Batch) -> Tensor:
+        """Take a step; returns the loss terms, (terms,), total first."""
+        losses, _ = self.take(batch.images, batch.boxes, batch.labels, *batch.masks)
         update_ema(self.ema, self.model, self.config.ema_decay, self.taken)
         self.taken += 1
+        return losses[0]
 
 
 def row_batch(config: Namespace, n: int) -> Batch:

@@ -164,6 +164,7 @@ def test_batch_norm_forgets_a_step_that_is_not_finite():
     guarded_step = GuardedStep(model, optimizer)
     states = []
     for value in (1.0, float("nan"), 2.0):
+        guarded_step.begin()
         loss = model(torch.randn(4, 1, 3, 3) * value).square().mean()
         optimizer.zero_grad()
         loss.backward()
