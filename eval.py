@@ -266,7 +266,7 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     loader = test_loader(root, test_set, without=arguments.blackout, **settings)
     precision = choose_precision(config.precision, device)
     detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")
-    network = compile_model(model, arguments.compile, device)
+    network = compile_model(model, arguments.compile)
     detections, masks = detect_frames(network, loader, precision, **detection)
     if masks:
         print("masks: " + ", ".join(f"{name} {value:.3f}" for name, value in masks.items()))

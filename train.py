@@ -9,29 +9,29 @@ from __future__ import annotations
 
 import copy
 from argparse import Namespace
-from collections.abc import Callable
 from pathlib import Path
 
 from engine.config import describe, model_arguments, pick, read_config, run_name
-from kaist.files import InputError, check_flags, run_script
+from kaist.files import check_flags, run_script
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and typos answer at once
     check_flags(lambda: read_config(__file__))
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 
 import datasets
 from engine import distributed
-from engine.captured import capture_steps
+from engine.captured import Step, capture_steps
 from engine.loader import BatchLoader
 from engine.monitor import MAX_NONFINITE_STEPS, StepMonitor
 from engine.optim import RATES, GuardedStep, lr_factor, make_optimizer, set_lr, update_ema
 from engine.run import Run
 from kaist import demo
-from kaist.annotations import Annotations, PairSet, find_file
-from kaist.frames import Frame, hold_out_videos, list_videos, load_frames
+from kaist.annotations import PairSet, find_file
+from kaist.frames import FRAMES, Frame, list_videos, split_frames
 from kaist.images import check_images
 from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth
 from kaist.report import count_people, headline, report
@@ -66,7 +66,7 @@ MAX_BAD_FRAMES = 10  # frames that may turn unreadable under way and are left ou
 # -------- machine
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
-COMPILE = "auto"  # on CUDA off, graphs (steps are recorded), on (and compiled), auto (on); else on or off
+COMPILE = "auto"  # off; graphs: steps are recorded on CUDA; on: torch.compile, and graphs; auto: graphs
 DETERMINISTIC = False  # torch's deterministic algorithms; see docs/robustness.md
 WORKERS = 2  # loader processes
 START_METHOD = "auto"  # how they start: fork, spawn, forkserver, or auto: as Python does here
@@ -151,7 +151,9 @@ def main() -> None:
     distributed.barrier()
     root, ids, annotations = open_training(**pick(config, *TRAIN_SET))
     config.lwir_range = root.lwir_range if isinstance(root, PairSet) else (0.0, 0.0)
-    frames, held_out = read_training_frames(config, root, ids, annotations)
+    check_images(root, ids, config.input_mode)
+    paired = config.network != "ssd300" or config.crop_apart + config.mirror_apart > 0  # a box a modality
+    frames, held_out = split_frames(ids, annotations, pairs=paired, **pick(config, *FRAMES))
     run.notes += [f"the epoch is chosen on videos held out: {list_videos(held_out)}"] if held_out else []
     test_root, test_set = open_testing(**pick(config, *TEST_SET))
     run.notes += shared_note(root, frames, test_set)
@@ -174,10 +176,10 @@ def main() -> None:
     run.terms, run.planned_batch = criterion.terms, plan_batch(model, criterion, optimizer, precision)
     parts = {"model": ema, "optimizer": optimizer, "criterion": criterion}
     run.restore(parts if ema is model else {**parts, "raw_model": model})
-    network = compile_model(distributed.wrap_ddp(model), config.compile, device)
+    network = compile_model(distributed.wrap_ddp(model), config.compile)
     take_step = make_step(network, model, criterion, optimizer, precision)
     take_step = capture_steps(take_step, optimizer, config.compile, device)
-    tested = compile_model(ema, config.compile, device)
+    tested = compile_model(ema, config.compile)
 
     # Epochs. `with run` saves on Ctrl-C, SIGTERM and a failing loader; the same command goes on.
     if distributed.is_main_process():
@@ -205,12 +207,8 @@ def main() -> None:
 
 
 def make_step(
-    network: nn.Module,
-    model: nn.Module,
-    criterion: Criterion,
-    optimizer: torch.optim.Optimizer,
-    precision: torch.dtype,
-) -> Callable[..., tuple[Tensor, Tensor]]:
+    network: nn.Module, model: nn.Module, criterion: Criterion, optimizer: Optimizer, precision: torch.dtype
+) -> Step:
     """A function that trains on a batch's images, boxes, labels and masks; `network` is `model`, wrapped.
 
     It returns the loss terms, (2, terms), averaged over the processes and of this one, and whether they
@@ -234,12 +232,7 @@ def make_step(
 
 
 def train_epoch(
-    run: Run,
-    take_step: Callable[..., tuple[Tensor, Tensor]],
-    model: nn.Module,
-    ema: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    loader: BatchLoader,
+    run: Run, take_step: Step, model: nn.Module, ema: nn.Module, optimizer: Optimizer, loader: BatchLoader
 ) -> None:
     """The rest of the run's epoch, step by step; take_step is from `make_step`.
 
@@ -281,22 +274,6 @@ def configure(argv: list[str] | None = None) -> Namespace:
         model = make_network(**model_arguments(config))
     check_pretrained(config.pretrained, model, width=config.width, batch_norm=config.batch_norm)
     return config
-
-
-def read_training_frames(
-    config: Namespace, root: Path | PairSet, frame_ids: list[str], annotations: Annotations | PairSet
-) -> tuple[list[Frame], list[str]]:
-    """The frames to train on, and the ids of those held out for validation (maybe none)."""
-    check_images(root, frame_ids, config.input_mode)
-    held_out = hold_out_videos(frame_ids, config.validation, config.seed)
-    pairs = config.network != "ssd300" or config.crop_apart + config.mirror_apart > 0
-    frames = load_frames(frame_ids, annotations, pairs=pairs, **pick(config, "min_height", "margin", "learn"))
-    kept = [frame for frame in frames if frame.id not in held_out]
-    if not any(frame.n_people for frame in kept):
-        problem = "no frame of the training list holds a person to learn"
-        remedy = "check TRAIN_LIST, VALIDATION, ANNOTATIONS, LEARN and MIN_HEIGHT"
-        raise InputError(problem, remedy, file=annotations.source)
-    return kept, list(held_out)
 
 
 def print_banner(

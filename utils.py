@@ -98,10 +98,9 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def compile_model(model: nn.Module, choice: str, device: torch.device) -> nn.Module:
-    """The network as COMPILE has it: by torch.compile ("on", and "auto" on CUDA) or as it is."""
-    compiles = choice == "on" or (choice == "auto" and device.type == "cuda")
-    return torch.compile(model, dynamic=False) if compiles else model
+def compile_model(model: nn.Module, choice: str) -> nn.Module:
+    """The network as COMPILE has it: by torch.compile ("on") or as it is."""
+    return torch.compile(model, dynamic=False) if choice == "on" else model
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:

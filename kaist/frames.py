@@ -12,6 +12,8 @@ from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations, PairSet, t
 from kaist.files import InputError
 from kaist.miss_rate import GroundTruth
 
+# What `split_frames` takes from a configuration.
+FRAMES = ("validation", "seed", "min_height", "margin", "learn")
 VISIBLE, LWIR, BOTH = 1, 2, 3  # bits: in which modality's image an object is seen
 # Whom LEARN names: the words that annotations call them by, () for any.
 LEARNED = {"person": ("person",), "people": ("person", "person?", "people"), "all": ()}
@@ -163,3 +165,23 @@ def hold_out_videos(frame_ids: Sequence[str], share: float, seed: int) -> dict[s
         problem = f"VALIDATION = {share:g} holds out whole videos, and the list has one of day and of night"
         raise InputError(problem, "list more videos, or set VALIDATION = 0")
     return dict.fromkeys(frame_id for frame_id in frame_ids if video_of(frame_id) in held_out)
+
+
+def split_frames(
+    frame_ids: list[str], annotations: Annotations | PairSet, *, validation: float, seed: int, **how: object
+) -> tuple[list[Frame], list[str]]:
+    """The frames to train on, and the ids of those held out for validation (maybe none).
+
+    Args:
+        validation, seed: the share and the seed of `hold_out_videos`; how: as of `load_frames`.
+
+    Raises:
+        InputError: no frame to train on holds a person to learn.
+    """
+    held_out = hold_out_videos(frame_ids, validation, seed)
+    frames = [frame for frame in load_frames(frame_ids, annotations, **how) if frame.id not in held_out]
+    if not any(frame.n_people for frame in frames):
+        problem = "no frame of the training list holds a person to learn"
+        remedy = "check TRAIN_LIST, VALIDATION, ANNOTATIONS, LEARN and MIN_HEIGHT"
+        raise InputError(problem, remedy, file=annotations.source)
+    return frames, list(held_out)

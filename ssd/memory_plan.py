@@ -24,7 +24,8 @@ from engine.optim import make_optimizer
 OBJECTS = 16  # of a frame in the plan
 BATCHES = (16, 32)  # between which memory grows by the frame; in smaller ones the optimiser's step takes most
 BLOCK = 512  # bytes: CUDA's allocator gives whole blocks
-ROOM = 1.5e9  # bytes that the plan leaves to CUDA's context, the convolutions' workspaces and gaps
+ROOM = 1.5e9  # bytes that the plan leaves to CUDA's context and the convolutions' workspaces
+SPARE = 1.3  # what recorded steps took over the plan and `ROOM` on an H100, at most (docs/speed.md)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -70,8 +71,8 @@ class MemoryPlan(NamedTuple):
         return self.weights + self.fixed + n * self.per_frame
 
     def largest_batch(self, memory: float) -> int:
-        """The largest batch that fits into so many bytes, `ROOM` left free; 0 if none does."""
-        return max(0, int((memory - ROOM - self.weights - self.fixed) // self.per_frame))
+        """The largest batch that fits into so many bytes, `ROOM` and `SPARE` left free; 0 if none does."""
+        return max(0, int(((memory - ROOM) / SPARE - self.weights - self.fixed) // self.per_frame))
 
 
 def plan_memory(model: nn.Module, criterion: nn.Module, optimizer: str, precision: torch.dtype) -> MemoryPlan:

@@ -1,10 +1,9 @@
 """All that is to be known of this project on a GPU, in one go: is it right, and how fast is it.
 
 `python -m tools.benchmark --device cuda --report out/` runs this. Nothing is read from a network;
-frames are drawn. A part is a generator of lines, and runs in a process of its own, because one that fails
-may lose the GPU's state. Those that compare values run all at once, and then those that measure time, one
-after the other. One that fails, or takes too long, leaves its last line in the report, and the others go
-on. What does not fit into the time is said to be left out.
+frames are drawn. A part is a generator of lines. The parts run one after the other, each in a process of
+its own, because one that fails may lose the GPU's state. One that fails, or takes too long, leaves its last
+line in the report, and the next goes on. What does not fit into the time is said to be left out.
 """
 
 from __future__ import annotations
@@ -17,10 +16,8 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +37,6 @@ from tools.timing import HEADER, Line, Setting, Subprocess, at_least, at_most, t
 from tools.workloads import LIMITS, Step, plain_config, row_batch, row_config, row_maps
 from utils import choose_device, compile_model, detect_frames, detect_image, predict
 
-SHARE = 4  # cores of a part that runs beside others
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
 
@@ -86,7 +82,7 @@ def loss_and_gradient(config: Namespace, device: torch.device, dtype: torch.dtyp
 
 def check_captured(setting: Setting) -> Iterator[Line]:
     """Ten steps replayed from a CUDA graph against ten that are not: their losses."""
-    for row in ("demo", "42"):
+    for row in ("demo", "26"):
         config, runs = row_config(row, width=setting.scale.width), []
         batches = [row_batch(config, n).to(setting.device) for n in (2, 2, 2, 2, 2, 3, 2, 2, 2, 2)]
         for mode in ("off", "graphs"):
@@ -163,17 +159,9 @@ def check_resume(setting: Setting) -> Iterator[Line]:
 def check_torchrun(setting: Setting) -> Iterator[Line]:
     """train.py under torchrun with one process: the losses of the run without it."""
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
-    runs = train(setting, "alone"), train(setting, "torchrun", *launcher)
+    runs = train(setting, "whole"), train(setting, "torchrun", *launcher)
     whole, under = (load_checkpoint(run / "last.pt")["history"][-1]["loss"] for run in runs)
     yield at_most("loss apart after the last epoch", abs(whole / under - 1), "of it", 1e-6)
-
-
-def check_compiled(setting: Setting, row: str) -> Iterator[Line]:
-    """Rows compile. What was compiled is kept on the disk, for the parts that measure."""
-    config, start = row_config(row, width=setting.scale.speed_width), time.perf_counter()
-    step, n = Step(config, setting.device, BF16, setting.scale.compiled), batch_size(setting, row)
-    step(row_batch(config, n).to(setting.device))
-    yield Line(f"row {row}: compiled, and a first step of batch {n}", time.perf_counter() - start, "s")
 
 
 def train_command(setting: Setting, name: str, *launcher: str) -> list[str]:
@@ -302,8 +290,8 @@ def speed_evaluation(setting: Setting) -> Iterator[Line]:
     how = {"batch_size": min(64, len(pairs)), "workers": setting.scale.workers, "pin_memory": setting.on_gpu}
     loader = batch_loader(pairs, map_sizes=row_maps(config), shuffle=False, **how)
     images = next(iter(loader.epoch(0))).images.to(setting.device)
-    for mode in dict.fromkeys(("off", setting.scale.compiled)):
-        network = compile_model(model, mode, setting.device)
+    for mode in dict.fromkeys((setting.scale.modes[0], setting.scale.modes[-1])):
+        network = compile_model(model, mode)
         forward = torch.inference_mode()(partial(predict, network, images, BF16, False))
         yield rate_line(setting, f"forward pass, COMPILE {mode}", forward, len(images))
         detect_frames(network, loader, BF16, **LIMITS)  # workers start, kernels are chosen
@@ -343,31 +331,20 @@ def row_loader(
 # ------------------------------------------------------------------------------ the report
 
 
-class Part(NamedTuple):
-    """A function of a setting and arguments that yields lines, and the seconds that it may take."""
-
-    lines: Callable[..., Iterator[Line]]
-    seconds: float
-    arguments: tuple[str, ...] = ()
-
-
-# Those that compare values run all at once, those that measure time one after the other.
-CHECKS = {
-    "losses": Part(check_losses, 150),
-    "loader": Part(check_loader, 100),
-    "detections": Part(check_detections, 100),
-    "captured": Part(check_captured, 100),
-    "resume": Part(check_resume, 150),
-    "torchrun": Part(check_torchrun, 150),
-    **{f"compiled {row}": Part(check_compiled, 150, (row,)) for row in ("26", "40", "41", "42")},
-}
-SPEEDS = {
-    "training": Part(speed_training, 100),
-    "network": Part(speed_network, 120),
-    "evaluation": Part(speed_evaluation, 80),
-    "rows": Part(speed_rows, 150),
-    "batches": Part(speed_batches, 60),
-    "image": Part(speed_image, 40),
+# Name -> function, and the seconds that it may take. What matters most comes first.
+PARTS: dict[str, tuple[Callable[[Setting], Iterator[Line]], float]] = {
+    "captured": (check_captured, 70),
+    "losses": (check_losses, 90),
+    "loader": (check_loader, 40),
+    "detections": (check_detections, 40),
+    "training": (speed_training, 80),
+    "network": (speed_network, 150),
+    "rows": (speed_rows, 90),
+    "evaluation": (speed_evaluation, 80),
+    "resume": (check_resume, 120),
+    "batches": (speed_batches, 60),
+    "image": (speed_image, 40),
+    "torchrun": (check_torchrun, 60),
 }
 
 
@@ -380,59 +357,46 @@ def write_report(out: Path, setting: Setting, machine: str, deadline: float) -> 
     begun, done = time.time(), {}
     make_folder(out)
     setting.demo()
-    for name, part in run_parts(setting, deadline):
+    for name, part in run_parts(setting, list(PARTS), deadline):
         done[name] = part
         pages = {"machine": machine, "seconds": round(time.time() - begun), "parts": done}
         (out / "report.json").write_text(json.dumps(pages, indent=1), encoding="utf-8")
         (out / "report.md").write_text(as_page(pages), encoding="utf-8")
-        print(
-            f"{name}: {part['error'] or str(len(part['lines'])) + ' lines'}, {part['seconds']:.0f} s",
-            flush=True,
-        )
+        print(f"{name}: {part['error'] or str(len(part['lines'])) + ' lines'}, {part['seconds']:.0f} s")
     print(f"report: {out / 'report.md'}")
 
 
-def run_parts(setting: Setting, deadline: float) -> Iterator[tuple[str, dict]]:
+def run_parts(setting: Setting, names: list[str], deadline: float) -> Iterator[tuple[str, dict]]:
     """Each part's name and what came of it: lines, seconds, and the error that ended it, or ""."""
-    processes = {name: Subprocess(part_lines, setting, name) for name in CHECKS | SPEEDS}  # they import torch
-    run = lambda name: run_part(setting, processes[name], name, deadline)  # noqa: E731
-    with ThreadPoolExecutor(len(CHECKS) if setting.on_gpu else 1) as pool:
-        yield from zip(CHECKS, pool.map(run, CHECKS), strict=True)
-    for name in SPEEDS:
-        yield name, run(name)
-
-
-def run_part(setting: Setting, process: Subprocess, name: str, deadline: float) -> dict:
-    """What came of one part."""
-    start, lines, error = time.time(), [], "left out: the time was up"
-    until = min(start + (CHECKS | SPEEDS)[name].seconds * setting.scale.patience, deadline)
-    if until > start + 5:
-        try:
-            while line := process(max(0.0, until - time.time())):
-                lines.append(line._asdict())
-            error = ""
-        except (RuntimeError, TimeoutError) as problem:
-            error = str(problem)
-    process.end()
-    return {"lines": lines, "error": error, "seconds": time.time() - start}
+    begin = partial(Subprocess, part_lines, setting)
+    following = begin(names[0])
+    for name, after in zip(names, [*names[1:], None], strict=True):
+        part, following = following, after and begin(after)  # which imports torch meanwhile
+        start, lines, error = time.time(), [], "left out: the time was up"
+        until = min(start + PARTS[name][1] * setting.scale.patience, deadline)
+        if until > start + 5:
+            try:
+                while line := part(max(0.0, until - time.time())):
+                    lines.append(line._asdict())
+                error = ""
+            except (RuntimeError, TimeoutError) as problem:
+                error = str(problem)
+        part.end()
+        yield name, {"lines": lines, "error": error, "seconds": time.time() - start}
 
 
 def part_lines(setting: Setting, name: str) -> Callable[[], Line | None]:
     """A function that gives the part's next line, None after the last."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    if name in CHECKS and setting.on_gpu:  # they share the cores, also with the runs that they start
-        os.environ["OMP_NUM_THREADS"] = os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = str(SHARE)
-        torch.set_num_threads(SHARE)
     choose_device(str(setting.device))
-    part = (CHECKS | SPEEDS)[name]
-    return partial(next, part.lines(setting, *part.arguments), None)
+    return partial(next, PARTS[name][0](setting), None)
 
 
 def as_page(report: dict) -> str:
     """The report as a page."""
     page = [f"# {report['machine']}", "", f"{report['seconds']} s in all.", ""]
     for name, part in report["parts"].items():
-        page += [f"## {name}", "", (CHECKS | SPEEDS)[name].lines.__doc__.splitlines()[0], ""]
+        page += [f"## {name}", "", PARTS[name][0].__doc__.splitlines()[0], ""]
         if part["lines"]:
             page += [HEADER, *(Line(**line).row() for line in part["lines"]), ""]
         page += [f"**Failed:** {part['error']}", ""] * bool(part["error"])

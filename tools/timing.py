@@ -39,14 +39,14 @@ class Scale:
     seconds: float = 1.0  # that a measurement takes
     batch: int = 32  # frames of a step
     drawn: int = 128  # training frames of the demo set
-    width: float = 0.25  # of the networks whose values are compared
+    width: float = 0.125  # of the networks whose values are compared
     speed_width: float = 1.0  # of those that are timed
     rows: tuple[str, ...] = EVERY_KIND  # whose losses are compared
     batches: tuple[int, ...] = (8, 16, 64, 128, 256)  # of the steps whose memory is looked at
     frames: int = 2252  # of the test list
     workers: int = 8  # of the loaders
     modes: tuple[str, ...] = ("off", "graphs", "on")  # that COMPILE is compared at
-    compiled: str = "on"  # what COMPILE says in all else
+    compiled: str = "graphs"  # what COMPILE says in all else
     train: tuple[str, ...] = ("--compile", "graphs", "--workers", "2")  # flags of train.py's runs
     patience: float = 1.0  # times the seconds that a part may take
 

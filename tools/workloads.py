@@ -80,7 +80,7 @@ class Step:
         rates = pick(config, "bias_lr_factor", "weight_decay")
         self.optimizer = make_optimizer(model, self.criterion, name=config.optimizer, lr=1e-6, **rates)
         self.ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else model
-        self.model, self.network = model.train(), compile_model(model, mode, device)
+        self.model, self.network = model.train(), compile_model(model, mode)
         step = make_step(self.network, model, self.criterion, self.optimizer, precision)
         self.take = capture_steps(step, self.optimizer, mode, device)
 
@@ -143,7 +143,7 @@ def bare_step(
         of_heads = [*fused, *fused, *(maps[i] for i in model.infused_maps)]
         return [head(x) for head, x in zip(heads, of_heads, strict=True)]
 
-    network = compile_model(outputs, mode, setting.device)
+    network = compile_model(outputs, mode)
 
     def step() -> None:
         model.zero_grad()

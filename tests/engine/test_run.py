@@ -22,6 +22,7 @@ from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.config import pick
 from engine.run import load_state
 from kaist.files import InputError
+from kaist.frames import FRAMES, split_frames
 from kaist.sources import TRAIN_SET, open_training
 from pseudo_gt import choose_range
 from ssd.augment import Augmentation, mean_colour
@@ -386,7 +387,8 @@ def test_workers_end_with_their_run_and_their_death_is_told(nursery, data, tmp_p
 
 def loader_of(config):
     """The training batches that train.py makes of a configuration."""
-    frames, _ = train.read_training_frames(config, *open_training(**pick(config, *TRAIN_SET)))
+    _, ids, annotations = open_training(**pick(config, *TRAIN_SET))
+    frames, _ = split_frames(ids, annotations, **pick(config, *FRAMES))
     model = train.make_network(**train.model_arguments(config))
     options = Augmentation(**pick(config, *datasets.AUGMENTATION))
     keywords = pick(config, *datasets.PAIRS)

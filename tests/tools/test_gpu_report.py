@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 # Not the others: starts of train.py, and steps of 512x640 pixels, take minutes here.
-QUICK = ("losses", "loader", "detections", "training", "network", "evaluation")
+QUICK = ("captured", "losses", "loader", "detections", "training", "network", "evaluation")
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,7 @@ def report(tmp_path_factory):
     out = tmp_path_factory.mktemp("report") / "out"
     scale = replace(TINY, rows=("29", "42", "none"), frames=2)
     with pytest.MonkeyPatch.context() as patch:
-        for group in ("CHECKS", "SPEEDS"):
-            parts = getattr(gpu_report, group)
-            patch.setattr(gpu_report, group, {name: parts[name] for name in QUICK if name in parts})
+        patch.setattr(gpu_report, "PARTS", {name: gpu_report.PARTS[name] for name in QUICK})
         setting = Setting(CPU, torch.float32, out.parent / "drawn", scale)
         gpu_report.write_report(out, setting, "a CPU as a GPU", time.time() + 10_000)
     return out
@@ -39,7 +37,7 @@ def test_parts_run_and_one_fails_alone(report):
     assert list(errors) == ["losses"] and "'none'" in errors["losses"]
     # What it had found before is there: two lines of each row that there is.
     assert len(parts["losses"]["lines"]) == 4 and all(part["lines"] for part in parts.values())
-    for name in ("losses", "loader", "detections"):
+    for name in ("captured", "losses", "loader", "detections"):
         assert all(line["met"] for line in parts[name]["lines"]), name
 
 
@@ -53,7 +51,7 @@ def test_the_page_says_it_all(report):
 @pytest.mark.timing
 def test_what_the_time_does_not_reach_is_left_out(tmp_path):
     setting = Setting(CPU, torch.float32, tmp_path, TINY)
-    for _, part in gpu_report.run_parts(setting, time.time()):
+    for _, part in gpu_report.run_parts(setting, ["losses", "image"], time.time()):
         assert part["error"].startswith("left out") and not part["lines"]
 
 
