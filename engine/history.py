@@ -42,8 +42,9 @@ def saved_constants(folder: Path) -> dict[str, Any]:
 
 
 def find_run(named: Path, runs: Path) -> Path:
-    """A path as named, or the folder of the run of that name in `runs`."""
-    return named if named.exists() or not (runs / named).is_dir() else runs / named
+    """A path as named, or in `runs` the folder of the run of that name, else the checkpoint NAME.pt."""
+    places = (named, runs / named, runs / f"{named}.pt")
+    return next((place for place in places if place.exists()), named)
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:

@@ -222,14 +222,17 @@ def test_untrained_and_broken_networks_are_told(run, found, tmp_path, capsys, ch
 
 
 def test_a_run_is_named_and_one_of_drawings_is_told(run, found, tmp_path, checkpoint, capsys):
-    """`--checkpoint streets` is the run of that name; its network has seen no photograph."""
+    """`--checkpoint streets` is the file of that name, or the run; its network has seen no photograph."""
     content = torch.load(checkpoint, weights_only=True)
     content["config"] |= {"data_root": "data/streets"}
-    (tmp_path / "checkpoints" / "streets").mkdir(parents=True)
-    save_checkpoint(tmp_path / "checkpoints" / "streets" / "last.pt", content)
     named = "--visible", draw(tmp_path / "a.png"), "--lwir", draw(tmp_path / "b.png", mode="L")
-    run(*named, weights="streets")
-    assert "seen drawings alone" in capsys.readouterr().out
+    for place in ("streets.pt", "streets/last.pt"):  # a run of one's own goes before the file
+        file = Path("checkpoints", place)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_checkpoint(file, content)
+        run(*named, weights="streets")
+        said = capsys.readouterr().out
+        assert "seen drawings alone" in said and f"weights of {file}" in said.replace(f"{tmp_path}/", "")
     run(*named)
     assert "seen drawings alone" not in capsys.readouterr().out
 
