@@ -60,9 +60,9 @@ class CapturedStep:
         groups = self.optimizer.param_groups
         self.inputs = [tensor.clone() for tensor in inputs]
         self.rates = [torch.full((), group["lr"], device=inputs[0].device) for group in groups]
-        as_they_were = [(group["lr"], group.get("capturable", False)) for group in groups]
+        as_they_were = [dict(group) for group in groups]
         for group, rate in zip(groups, self.rates, strict=True):
-            group["lr"], group["capturable"] = rate, True
+            group.update(lr=rate, capturable=True)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # a graph has memory of its own
         graph = torch.cuda.CUDAGraph()
@@ -70,8 +70,9 @@ class CapturedStep:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.outputs = self.step(*self.inputs)
         finally:
-            for group, (lr, capturable) in zip(groups, as_they_were, strict=True):
-                group["lr"], group["capturable"] = lr, capturable
+            for group, before in zip(groups, as_they_were, strict=True):
+                group.clear()
+                group.update(before)
         self.graph = graph
 
     def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
