@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import datasets
 from engine import distributed
-from engine.captured import Step, capture_steps
+from engine.captured import CapturedStep, Step, capture_steps
 from engine.loader import BatchLoader
 from engine.monitor import MAX_NONFINITE_STEPS, StepMonitor
 from engine.optim import RATES, GuardedStep, lr_factor, make_optimizer, set_lr, update_ema
@@ -184,6 +184,7 @@ def main() -> None:
     # Epochs. `with run` saves on Ctrl-C, SIGTERM and a failing loader; the same command goes on.
     if distributed.is_main_process():
         where = f"{device} in {str(precision).removeprefix('torch.')}"
+        where += ", steps recorded as a CUDA graph" * isinstance(take_step, CapturedStep)
         print_banner(run, frames, annotations.source, test_set, model, where)
     detections = None
     detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip") | {"watch": run.until_stopped}
