@@ -89,7 +89,7 @@ STUDIES = {
     "past": Study(
         "What is there past INSANet, where the cameras are not quite aligned?",
         "42",
-        rows("41 43 44 45 46 47 49") | {"48, batch 8": ("48", {"batch_size": 8, "lr": 4e-3})},
+        rows("41 43 44 45 46 47 49 50") | {"48, batch 8": ("48", {"batch_size": 8, "lr": 4e-3})},
         seeds=5,
         small={"data_root": str(demo.SHIFTED_ROOT), "input_size": (192, 256), "min_input_height": 5.0}
         | {"optimizer": "adam", "batch_size": 4, "epochs": 4, "eval_every": 4},
