@@ -1,4 +1,4 @@
-"""KAIST pairs as batches: augmented samples, and loaders for the CPU and for a device.
+"""KAIST pairs as batches: augmented samples, and their loaders.
 
 Every random choice for a sample comes from a generator keyed by (seed, epoch, frame index), so
 any number of workers gives the same samples.
@@ -12,9 +12,9 @@ if __name__ == "__main__":
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,9 +23,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from engine.config import device_loader_conflict
 from engine.distributed import barrier, is_main_process
-from engine.loader import BadFrame, BatchLoader, items_of, prefetch, share_memory
+from engine.loader import BadFrame, BatchLoader, share_memory
 from kaist.annotations import PairSet, time_of_day
 from kaist.files import InputError
 from kaist.frame_cache import FrameCache, cache_frames
@@ -36,19 +35,17 @@ from pseudo_gt import MapRange, box_masks
 from ssd.augment import (
     MAX_PASTED,
     Augmentation,
-    Transform,
     frame_mean,
     paste_people,
     roughen,
     sample_transform,
     whole_frame,
 )
-from ssd.device_augment import DeviceFrames, TransformBatch, send
 
 # What is taken from a configuration: by KaistPairs, Augmentation, training_loader and test_loader.
 PAIRS = ("input_mode", "input_size", "masks_follow", "seed")
 AUGMENTATION = tuple(field.name for field in dataclasses.fields(Augmentation))
-TRAINING = ("batch_size", "workers", "start_method", "cache", "loader", "max_bad_frames")
+TRAINING = ("batch_size", "workers", "start_method", "cache", "max_bad_frames")
 TESTING = ("input_mode", "input_size", "min_height", "margin", "batch_size", "workers", "start_method")
 
 # ------------------------------------------------------------------------- samples
@@ -57,12 +54,12 @@ TESTING = ("input_mode", "input_size", "min_height", "margin", "batch_size", "wo
 class Sample(NamedTuple):
     """One frame as the network sees it; boxes are (n, 4) xyxy fractions of the input.
 
-    image: (C, H, W) uint8, or the Transform that makes it of the frame's pixels.
+    image: (C, H, W) uint8.
     mask_boxes, mask_labels: what the masks are drawn from: the boxes, or those of the unaugmented
     frame where masks do not follow the augmentation.
     """
 
-    image: Tensor | Transform
+    image: Tensor
     boxes: np.ndarray
     labels: np.ndarray
     mask_boxes: np.ndarray
@@ -86,8 +83,6 @@ class KaistPairs(Dataset):
     seed: key of all random choices, together with epoch and frame index.
     cache: decoded frames of this input, read instead of the images.
     without: a modality that is blanked instead of read.
-    means: (F, C) mean colours of the cache's frames. Then no pixel is looked at, and the samples'
-        images are Transforms.
     """
 
     root: Path | PairSet
@@ -101,7 +96,6 @@ class KaistPairs(Dataset):
     seed: int
     cache: FrameCache | None = None
     without: str = ""
-    means: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -109,30 +103,24 @@ class KaistPairs(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Sample | BadFrame:
         frame = self.frames[key[1]]
         rng = np.random.default_rng((self.seed, *key))
-        if self.means is not None:
-            return self.draw(rng, frame, self.means[self.cache.rows[frame.id]])
+        options = self.augmentation
         try:
             pixels = self.read(frame.id)
-            if self.augmentation is not None and self.augmentation.copy_paste:
+            if options is not None and options.copy_paste:
                 frame, pixels = self.paste(rng, frame, pixels)
         except InputError as error:
             return BadFrame(frame.id, error)
-        sample = self.draw(rng, frame, frame_mean(pixels))
-        image = sample.image.apply(pixels)
-        if self.augmentation is not None and rng.random() < self.augmentation.jitter:
+        whole = transform = whole_frame(pixels.shape[2], self.input_size, frame.size)
+        if options is not None:
+            how = (options, self.input_size, self.filler, frame.size)
+            transform = sample_transform(rng, frame.people, frame_mean(pixels), *how)
+        image = transform.apply(pixels)
+        if options is not None and rng.random() < options.jitter:
             image = roughen(rng, image)
-        return sample._replace(image=image)
-
-    def draw(self, rng: np.random.Generator, frame: Frame, mean: np.ndarray) -> Sample:
-        """A sample of a frame with this mean colour, its image still a Transform."""
-        whole = transform = whole_frame(len(mean), self.input_size, frame.size)
-        if self.augmentation is not None:
-            how = (self.augmentation, self.input_size, self.filler, frame.size)
-            transform = sample_transform(rng, frame.people, mean, *how)
         annotated = (frame.boxes_px, frame.labels, frame.seen)
         objects = transform.move(*annotated)
         mask_objects = objects if self.masks_follow else whole.move(*annotated)
-        return Sample(transform, *objects, *mask_objects, frame.id)
+        return Sample(image, *objects, *mask_objects, frame.id)
 
     def paste(self, rng: np.random.Generator, frame: Frame, pixels: np.ndarray) -> tuple[Frame, np.ndarray]:
         """The frame, by chance with people of another one of the same time of day and size."""
@@ -195,14 +183,9 @@ def max_objects(dataset: KaistPairs) -> int:
     return max(8, math.ceil(most / 8) * 8)
 
 
-def pad_objects(samples: Sequence[Sample], pad_to: int) -> list[Tensor]:
-    """Boxes (N, M, 4), labels (N, M), mask boxes and mask labels of a batch, filled with zeros: M is the
-    largest number of objects but at least `pad_to`."""
-    return [pad(arrays, pad_to) for arrays in zip(*(sample[1:5] for sample in samples), strict=True)]
-
-
 def pad(arrays: Sequence[np.ndarray], pad_to: int) -> Tensor:
-    """One of `pad_objects`."""
+    """Arrays (n_i, …) of N frames as a tensor (N, M, …), filled with zeros: M is the largest n_i, but at
+    least `pad_to`."""
     shape = (len(arrays), max(pad_to, *map(len, arrays)), *arrays[0].shape[1:])
     padded = np.zeros(shape, arrays[0].dtype)
     for row, array in zip(padded, arrays, strict=True):
@@ -229,7 +212,8 @@ class Collate:
         samples = [item for item in items if isinstance(item, Sample)]
         if not samples:
             return None, bad
-        boxes, labels, *mask_objects = pad_objects(samples, self.pad_to)
+        arrays = zip(*(sample[1:5] for sample in samples), strict=True)
+        boxes, labels, *mask_objects = (pad(own, self.pad_to) for own in arrays)
         masks = box_masks(*mask_objects, self.map_sizes, self.map_range)
         images = torch.stack([sample.image for sample in samples])
         if problem := share_memory([images, boxes, labels, *masks]):
@@ -237,79 +221,16 @@ class Collate:
         return Batch(images, boxes, labels, masks, [sample.frame_id for sample in samples]), bad
 
 
-class DeviceLoader(BatchLoader):
-    """Batches of a data set with a cache, made on a device, whose frames are shuffled.
-
-    Every batch has the same shapes. While the device works on one, the host draws the next.
-
-    Args:
-        dataset: with a cache, and without copy-paste, whose pixels are of two frames.
-        map_sizes, map_range: as in `Collate`.
-        settings: batch_size, workers and start_method, as in `BatchLoader`.
-    """
-
-    def __init__(
-        self,
-        dataset: KaistPairs,
-        *,
-        map_sizes: list[tuple],
-        map_range: MapRange | None = None,
-        device: torch.device,
-        **settings: Any,
-    ) -> None:
-        self.size = dataset.input_size
-        self.map_sizes = map_sizes
-        self.map_range = map_range and map_range.to(device)
-        self.device = device
-        self.filler = torch.from_numpy(dataset.filler).to(device)
-        self.frames = DeviceFrames(dataset.cache, device)
-        collate = partial(collate_transforms, rows=dataset.cache.rows, pad_to=max_objects(dataset))
-        drawn = dataclasses.replace(dataset, means=self.frames.means)
-        super().__init__(drawn, collate, shuffle=True, pin_memory=False, **settings)
-
-    def epoch(self, epoch: int, skip: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch, on the device, without the first `skip`."""
-        self.batches.epoch, self.batches.skip = epoch, skip
-        for ids, frames, transforms, objects in prefetch(map(self.send, items_of(self.loader)), self.device):
-            images = transforms.apply(frames, self.size, self.filler)
-            boxes, labels, *mask_objects = objects
-            yield Batch(images, boxes, labels, box_masks(*mask_objects, self.map_sizes, self.map_range), ids)
-
-    def send(self, drawn: tuple) -> tuple[list[str], Tensor, TransformBatch, list[Tensor]]:
-        """Start to copy what `collate_transforms` gave, and the frames, to the device."""
-        ids, rows, transforms, objects = drawn
-        objects = [send(tensor, self.device) for tensor in objects]
-        return ids, self.frames.take(rows), transforms.to(self.device), objects
-
-
-def collate_transforms(
-    samples: list[Sample], rows: dict[str, int], pad_to: int
-) -> tuple[list[str], Tensor, TransformBatch, list[Tensor]]:
-    """Frame ids, their rows in the cache, transforms, and padded objects of a batch."""
-    ids = [sample.frame_id for sample in samples]
-    transforms = TransformBatch.stack([sample.image for sample in samples])
-    return ids, torch.tensor([rows[i] for i in ids]), transforms, pad_objects(samples, pad_to)
-
-
 # ------------------------------------------------------------------------- loaders
 
 
-def training_loader(
-    dataset: KaistPairs,
-    *,
-    device: torch.device,
-    cache: str = "",
-    loader: str = "auto",
-    max_bad_frames: int = 0,
-    **settings: Any,
-) -> BatchLoader:
+def training_loader(dataset: KaistPairs, *, cache: str, max_bad_frames: int, **settings: Any) -> BatchLoader:
     """Shuffled batches with masks.
 
     Args:
         cache: folder for decoded frames, "" for none.
-        loader: who makes batches: "workers", "device", or "auto": a GPU where it can.
         max_bad_frames: those that may turn out to be unreadable, as in `BatchLoader`.
-        settings: as of `DeviceLoader`.
+        settings: as of `batch_loader`.
     """
     if cache:
         wanted = (cache, dataset.root, [frame.id for frame in dataset.frames], dataset.input_mode)
@@ -317,24 +238,13 @@ def training_loader(
             cache_frames(*wanted)
         barrier()
         dataset = dataclasses.replace(dataset, cache=cache_frames(*wanted, check=False))
-    on_gpu = device.type == "cuda"
-    options = dataset.augmentation or Augmentation()
-    conflict = device_loader_conflict(cache, options.copy_paste > 0, options.jitter > 0)
-    if on_gpu and cache and conflict and is_main_process():
-        print(f"batches are made by workers, not on the device: {conflict}")
-    if loader == "device" or (loader == "auto" and on_gpu and not conflict):
-        device_loader = DeviceLoader(dataset, device=device, **settings)
-        if is_main_process():
-            print(device_loader.frames)
-        return device_loader
-    return batch_loader(dataset, shuffle=True, pin_memory=on_gpu, max_bad=max_bad_frames, **settings)
+    return batch_loader(dataset, shuffle=True, max_bad=max_bad_frames, **settings)
 
 
 def test_loader(
     root: Path | PairSet,
     ground_truth: GroundTruth,
     *,
-    device: torch.device,
     input_mode: str,
     input_size: tuple[int, int],
     filler: np.ndarray,
@@ -348,24 +258,29 @@ def test_loader(
     Args:
         min_height, margin: whom the masks ignore, as in `label_objects`.
         without: a modality that is blanked.
-        settings: batch_size, workers, start_method and map_sizes as of `DeviceLoader`.
+        settings: as of `batch_loader`.
     """
     frames = frames_of(ground_truth, min_height, margin)
     check_images(root, [frame.id for frame in frames], input_mode, without)
     how = {"input_mode": input_mode, "input_size": input_size, "filler": filler, "without": without}
     dataset = KaistPairs(root, frames, augmentation=None, masks_follow=True, seed=0, **how)
-    return batch_loader(dataset, shuffle=False, pin_memory=device.type == "cuda", **settings)
+    return batch_loader(dataset, shuffle=False, **settings)
 
 
 def batch_loader(
     dataset: KaistPairs,
     *,
+    device: torch.device,
     map_sizes: list[tuple],
     map_range: MapRange | None = None,
-    pin_memory: bool,
     **settings: Any,
 ) -> BatchLoader:
-    """A BatchLoader of pairs; map_sizes and map_range as in `Collate`, settings as of `BatchLoader`."""
+    """Batches of pairs, on the host, for a device.
+
+    Args:
+        map_sizes, map_range: as in `Collate`; settings: as of `BatchLoader`.
+    """
+    on_gpu = device.type == "cuda"
     # A GPU wants shapes that stay; a CPU nothing to do for padding.
-    collate = Collate(map_sizes, map_range, max_objects(dataset) if pin_memory else 1)
-    return BatchLoader(dataset, collate, pin_memory=pin_memory, **settings)
+    collate = Collate(map_sizes, map_range, max_objects(dataset) if on_gpu else 1)
+    return BatchLoader(dataset, collate, pin_memory=on_gpu, **settings)

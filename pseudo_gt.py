@@ -5,7 +5,7 @@ from __future__ import annotations
 if __name__ == "__main__":
     raise SystemExit("it draws nothing itself any more: python -m tools.show_masks")
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -49,10 +49,6 @@ class MapRange:
     maps: list[int]
     outside: int
 
-    def to(self, device: torch.device) -> MapRange:
-        """The same with its priors on a device."""
-        return replace(self, priors=[priors.to(device) for priors in self.priors])
-
     def labels(self, boxes: Tensor, labels: Tensor) -> list[Tensor]:
         """(N, M) labels for each wanted map, of boxes and labels as `box_masks` takes them."""
         from torchvision.ops import box_convert, box_iou  # here, because it takes two seconds
@@ -75,7 +71,8 @@ def choose_range(out_of_range: str, priors: list[Tensor], maps: list[int]) -> Ma
     if out_of_range == "keep":
         return None
     maps = [i if i < len(priors) else 0 for i in maps]
-    return MapRange(priors, maps, {"background": 0, "ignore": -1}[out_of_range]).to(torch.device("cpu"))
+    priors = [own.cpu() for own in priors]  # masks are made there
+    return MapRange(priors, maps, {"background": 0, "ignore": -1}[out_of_range])
 
 
 def one_map(

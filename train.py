@@ -68,10 +68,9 @@ DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # of the convolutions: fp32, bf16, or auto: bf16 where the machine has it
 COMPILE = "auto"  # off; graphs: steps are recorded on CUDA; on: torch.compile, and graphs; auto: graphs
 DETERMINISTIC = False  # torch's deterministic algorithms; see docs/robustness.md
-WORKERS = 2  # loader processes
+WORKERS = 2  # loader processes, which make the batches
 START_METHOD = "auto"  # how they start: fork, spawn, forkserver, or auto: as Python does here
 CACHE = ""  # folder for decoded training frames (1.31 MB a pair), read instead of the JPEGs
-LOADER = "auto"  # who makes batches: workers, device (needs CACHE), or auto: a GPU if it can
 # -------- model
 NETWORK = "ssd300"  # ssd300, mlpd, insanet (both: INPUT_MODE halfway, BATCH_NORM, L1 loss, mean)
 INPUT_MODE = "early"  # lwir, visible, mean (of both), early (4 channels), halfway (two streams)

@@ -40,7 +40,6 @@ CHOICES = {
     "loc_reduction": ("mean", "sum"),
     "optimizer": ("sgd", "adam"),
     "schedule": ("constant", "step", "step-mlpd", "cosine"),
-    "loader": ("auto", "workers", "device"),
     "compile": ("auto", "on", "graphs", "off"),
     "precision": ("auto", "fp32", "bf16"),
     "on_nonfinite": ("stop", "skip"),
@@ -85,7 +84,7 @@ MULTISPECTRAL = {"input_mode": "halfway", "batch_norm": True, "loc_loss": "l1", 
 # Constants that may differ between a run and its continuation: they change no number.
 MACHINE_CONSTANTS = (
     *("experiment", "checkpoints", "name", "device", "workers", "cache", "start_method"),
-    *("lwir_range", "save_minutes", "deterministic", "loader", "compile", "on_nonfinite", "max_bad_frames"),
+    *("lwir_range", "save_minutes", "deterministic", "compile", "on_nonfinite", "max_bad_frames"),
 )
 PATHS = ("data_root", "checkpoints", "cache")  # constants that name a folder
 # What a run from before a constant was added had.
@@ -258,11 +257,6 @@ def conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for constant, value in MULTISPECTRAL.items() if network != "ssd300" else ():
         if values[constant] != value:
             yield constant, f"NETWORK = {network} needs {constant.upper()} = {value}"
-    if values.get("loader") == "device":
-        shares = [values["augment"] and values.get(name, 0) > 0 for name in ("copy_paste", "jitter")]
-        reason = device_loader_conflict(values["cache"], *shares)
-        if reason:
-            yield "loader", reason
     low, high = values.get("crop_aspect", (0, 1))
     if not low < high:
         yield "crop_aspect", "write the smallest and the largest, with a range between them"
@@ -286,17 +280,6 @@ def limit_workers(config: Namespace) -> Namespace:
             print(f"{note}: {most} are started")
         config.workers = most
     return config
-
-
-def device_loader_conflict(cache: str, copy_paste: bool, jitter: bool) -> str:
-    """What keeps batches from being made on the device; nothing: ""."""
-    if not cache:
-        return "it needs a folder for decoded frames: set CACHE"
-    if copy_paste:
-        return "it cannot paste people: set COPY_PASTE = 0"
-    if jitter:
-        return "it cannot blur: set JITTER = 0"
-    return ""
 
 
 def refuse(name: str, value: Any, remedy: str) -> None:

@@ -7,12 +7,10 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from tqdm import tqdm
@@ -21,18 +19,8 @@ from engine.distributed import any_process, gather, is_main_process, rank, world
 from kaist.files import InputError
 
 
-def worker_settings(workers: int, start_method: str) -> dict[str, Any]:
-    """What a DataLoader is told of its processes; "auto" starts them as Python does here."""
-    return {
-        "num_workers": workers,
-        "persistent_workers": workers > 0,
-        "multiprocessing_context": start_method if workers and start_method != "auto" else None,
-        "worker_init_fn": begin_worker,
-    }
-
-
 def items_of(loader: DataLoader) -> Iterator[Any]:
-    """What a loader made with `worker_settings` yields.
+    """What the loader of a `BatchLoader` yields.
 
     Its processes are deaf to Ctrl-C, which the main process answers, and end with it.
 
@@ -96,18 +84,6 @@ def begin_worker(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def prefetch(items: Iterator, device: torch.device) -> Iterator:
-    """The same items, each fetched by a thread while the one before is in use."""
-    # A thread begins on the first GPU, whichever this process works on.
-    use = torch.cuda.set_device if device.index else None
-    with ThreadPoolExecutor(1, initializer=use, initargs=(device,) if use else ()) as thread:
-        end = object()
-        coming = thread.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, items, end)
-            yield item
-
-
 class BadFrame(NamedTuple):
     """What comes in a sample's place when its frame cannot be read."""
 
@@ -164,7 +140,7 @@ class BatchLoader:
         dataset: indexed by (epoch, index), with a `seed`.
         collate_fn: a list of its items -> a batch (None if no frame could be read) and BadFrames.
         batch_size: frames a batch, of all processes together.
-        start_method: of the workers, see `worker_settings`.
+        start_method: of the workers: "auto" starts them as Python does here.
         shuffle: training order: another permutation each epoch, an incomplete last batch is left
             out (unless it is the only one). False: the frames in their order, all of them.
         max_bad: frames that may turn out to be unreadable; they are left out, with a warning each.
@@ -188,12 +164,16 @@ class BatchLoader:
         self.max_bad = max_bad
         self.bad: dict[str, InputError] = {}
         self.batches = EpochBatches(len(dataset), batch_size, dataset.seed if shuffle else None)
+        workers = min(workers, len(self.batches))
         self.loader = DataLoader(
             dataset,
             batch_sampler=self.batches,
             collate_fn=collate_fn,
             pin_memory=pin_memory,
-            **worker_settings(min(workers, len(self.batches)), start_method),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            multiprocessing_context=start_method if workers and start_method != "auto" else None,
+            worker_init_fn=begin_worker,
         )
 
     def __len__(self) -> int:

@@ -269,7 +269,8 @@ class Transform:
         (antialiased), distorted, placed on the filler and mirrored."""
         height, width = self.size
         image = torch.from_numpy(self.filler).view(-1, 1, 1).repeat(1, height, width)
-        for crop, part in zip(self.crops, self.parts(), strict=True):
+        parts = channel_parts(len(image)) if len(self.crops) == 2 else [slice(None)]
+        for crop, part in zip(self.crops, parts, strict=True):
             (x0, y0, x1, y1), (left, top, right, bottom), flip = crop
             cut = torch.from_numpy(pixels[y0:y1, x0:x1, part]).permute(2, 0, 1).unsqueeze(0)
             how = {"mode": "bilinear", "antialias": True, "align_corners": False}
@@ -279,10 +280,6 @@ class Transform:
                 left, right, resized = width - right, width - left, resized.flip(2)
             image[part, top:bottom, left:right] = resized
         return image
-
-    def parts(self) -> list[slice]:
-        """The channels that each crop is of."""
-        return channel_parts(len(self.filler)) if len(self.crops) == 2 else [slice(None)]
 
     def move(
         self, boxes_px: np.ndarray, labels: np.ndarray, seen: np.ndarray

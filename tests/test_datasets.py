@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets import KaistPairs, batch_loader
+from datasets import Collate, KaistPairs, batch_loader, max_objects
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.files import InputError
 from kaist.frame_cache import cache_frames
@@ -36,9 +36,8 @@ def pairs(root, frames=None, **changes):
 
 
 def batches(dataset, workers=0, epoch=0, skip=0, shuffle=True, maps=((38, 38),)):
-    loader = batch_loader(
-        dataset, batch_size=4, workers=workers, shuffle=shuffle, map_sizes=list(maps), pin_memory=False
-    )
+    how = {"batch_size": 4, "workers": workers, "map_sizes": list(maps), "device": torch.device("cpu")}
+    loader = batch_loader(dataset, shuffle=shuffle, **how)
     return list(loader.epoch(epoch, skip))
 
 
@@ -76,6 +75,20 @@ def test_batches_carry_padded_boxes_and_masks(demo_root):
     assert (batch.boxes[batch.labels == 0] == 0).all()
     people = (batch.labels == BOTH).any(1)
     assert torch.equal((batch.masks[0] == 1).flatten(1).any(1), people) and people.any()
+
+
+@pytest.mark.parametrize("options", [{"copy_paste": 1.0}, {"crop_apart": 1.0, "mirror_apart": 0.5}])
+def test_padding_for_a_gpu_keeps_the_shapes_and_adds_nothing(demo_root, options):
+    dataset = pairs(demo_root, augmentation=Augmentation(**options))
+    room = max_objects(dataset)
+    for epoch in range(3):
+        samples = [dataset[epoch, i] for i in range(4)]
+        (plain, _), (padded, _) = (Collate([(38, 38)], pad_to=n)(samples) for n in (1, room))
+        n = plain.labels.shape[1]
+        assert padded.boxes.shape == (4, room, 4) and n <= room and not padded.labels[:, n:].any()
+        assert torch.equal(padded.labels[:, :n], plain.labels)
+        assert torch.equal(padded.boxes[:, :n], plain.boxes)
+        assert torch.equal(padded.masks[0], plain.masks[0])
 
 
 def same(a, b):

@@ -10,7 +10,6 @@ and boxes an image has, for which detection does wait. Autocast is traced; value
 """
 
 import copy
-import dataclasses
 from argparse import Namespace
 
 import pytest
@@ -29,9 +28,8 @@ from engine.config import model_arguments, pick, read_constants, resolve_row
 from engine.experiments import EXPERIMENTS
 from engine.optim import GuardedStep, make_optimizer, update_ema
 from model import INPUT_CHANNELS, make_network
-from pseudo_gt import box_masks, choose_range
+from pseudo_gt import box_masks
 from ssd import boxes as ssd_boxes
-from ssd.device_augment import TransformBatch
 from ssd.losses import TERMS, Criterion
 from tests.fake_cuda import CUDA, FusedKernels, backward, fake_cuda, on_fake_cuda
 from utils import autocast, margin_histogram, predict
@@ -41,7 +39,7 @@ ssd_boxes.load_nms()  # so that its operator has a name
 CONSTANTS = {name: value for name, (value, _) in read_constants("train.py").items()}
 # What a step and detection depend on, but for widths and numbers.
 NETWORK = ("network", "input_mode", "batch_norm", "infusion", "infusion_conv")
-TRAINING = (*NETWORK, *TERMS, "out_of_range", "optimizer", "ema_decay", "crop_apart", "mirror_apart")
+TRAINING = (*NETWORK, *TERMS, "optimizer", "ema_decay")
 DETECTION = (*NETWORK, "input_size", "priors", "centres", "test_flip")
 
 
@@ -77,25 +75,15 @@ def configuration(row, **changes):
 
 
 def random_batch(model, config):
-    """Images that are made on the device, and masks for them, as `DeviceLoader` makes them."""
-    channels = INPUT_CHANNELS[config.input_mode]
-    boxes = torch.rand(N, M, 4, device=CUDA)
-    labels = torch.ones(N, M, dtype=torch.int64, device=CUDA)
-    map_range = choose_range(config.out_of_range, model.map_priors(), model.infused_maps)
-    if map_range:
-        priors = [torch.empty_like(p, device=CUDA) for p in map_range.priors]
-        map_range = dataclasses.replace(map_range, priors=priors)
-    transforms = TransformBatch(
-        torch.rand(N, 2 if config.crop_apart or config.mirror_apart else 1, 9, device=CUDA),
-        torch.rand(N, channels, channels, device=CUDA),
-        torch.rand(N, channels, device=CUDA),
-    )
-    frames = torch.empty((N, 512, 640, channels), dtype=torch.uint8, device=CUDA)
-    filler = torch.zeros(channels, dtype=torch.uint8, device=CUDA)
+    """A batch as workers make it on the host, sent to the device as `train_epoch` sends it."""
+    size = (N, INPUT_CHANNELS[config.input_mode], *config.input_size)
+    images = torch.empty(size, dtype=torch.uint8)
+    boxes, labels = torch.rand(N, M, 4), torch.ones(N, M, dtype=torch.int64)
+    masks = box_masks(boxes, labels, [model.grids[i] for i in model.infused_maps])
     with Watch():
-        images = transforms.apply(frames, tuple(config.input_size), filler)
-        masks = box_masks(boxes, labels, [model.grids[i] for i in model.infused_maps], map_range)
-    return datasets.Batch(images, boxes, labels, masks, ["frame"] * N)
+        batch = datasets.Batch(images, boxes, labels, masks, ["frame"] * N).to(CUDA)
+    assert all(tensor.is_cuda for tensor in tree_leaves(batch[:4]))
+    return batch
 
 
 def parts_of(config):

@@ -6,12 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 import detect
 import eval as eval_script
 import train
-from datasets import DeviceLoader, KaistPairs, batch_loader
+from datasets import KaistPairs
 from engine.checkpoint import load_checkpoint
 from kaist.annotations import open_annotations, read_image_list
 from kaist.files import InputError
@@ -112,27 +111,6 @@ def test_people_are_pasted_from_frames_of_the_same_time_of_day(tmp_path):
         assert (frame_id < "004") == (donor < "004")
         donors.add(donor)
     assert len(donors) > 5
-
-
-def test_the_device_loader_makes_the_workers_batches_of_frames_of_any_size(tmp_path):
-    for size in ((200, 160), (161, 321)):
-        pairs = open_pairs(str(pair_trees.draw_own(tmp_path / f"{size[0]}", size=size)), None, "train")
-        frames = load_frames(list(pairs.frames), pairs, min_height=0, margin=0)
-        cache = cache_frames(tmp_path / "cache", pairs, pairs.frames, "early")
-        options = {"input_mode": "early", "input_size": (300, 300), "filler": FILLER, "seed": 3}
-        how = {"augmentation": Augmentation(zoom_out=2.0), "masks_follow": True, "cache": cache}
-        dataset = KaistPairs(pairs, frames, **how, **options)
-        both = {"batch_size": 4, "workers": 0, "map_sizes": [(38, 38), (19, 19)]}
-        workers = batch_loader(dataset, shuffle=True, pin_memory=False, **both)
-        device = DeviceLoader(dataset, device=torch.device("cpu"), **both)
-        for epoch in range(3):
-            for a, b in zip(workers.epoch(epoch), device.epoch(epoch), strict=True):
-                n = a.labels.shape[1]
-                assert a.frame_ids == b.frame_ids and a.labels.any()
-                assert torch.equal(a.boxes, b.boxes[:, :n]) and torch.equal(a.labels, b.labels[:, :n])
-                assert all(map(torch.equal, a.masks, b.masks)) and a.images.shape == b.images.shape
-                gap = (a.images.float() - b.images.float()).abs().flatten(1).mean(1)
-                assert gap.max() < 1  # grey levels
 
 
 def test_borders_and_subsets_are_those_of_the_set(tmp_path):

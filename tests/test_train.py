@@ -102,6 +102,8 @@ def test_interrupted_run_continues_to_the_same_weights(flags, start, monkeypatch
         start("--checkpoints", "halves", *flags)
     half = load_checkpoint(Path("halves/custom/last.pt"))
     assert (half["epoch"], half["step"]) == (1, 1)
+    known = Path("halves/custom/config.json")  # with a constant that older versions had
+    known.write_text(json.dumps(json.loads(known.read_text()) | {"loader": "auto"}))
     start("--checkpoints", "halves", *flags)
     whole, halves = (load_checkpoint(Path(f"{n}/custom/last.pt")) for n in ("whole", "halves"))
     parts = ("model", "raw_model") if flags else ("model",)  # averaged weights and the network's
@@ -149,17 +151,6 @@ def test_a_cache_changes_no_number(start, tmp_path):
     plain, cached = (load_checkpoint(Path(f"{n}/custom/last.pt")) for n in ("plain", "cached"))
     assert all(torch.equal(plain["model"][key], cached["model"][key]) for key in plain["model"])
     assert len(list(Path("frames").iterdir())) == 1
-
-
-def test_batches_of_the_device_teach_the_same(start, tmp_path):
-    with pytest.raises(InputError, match="LOADER = 'device'.*CACHE"):
-        start("--loader", "device")
-    common = ("--epochs", "1", "--precision", "fp32", "--copy-paste", "0")
-    start("--checkpoints", "plain", *common)
-    start("--checkpoints", "device", *common, "--cache", "frames", "--loader", "device")
-    plain, device = (load_checkpoint(Path(f"{n}/custom/last.pt")) for n in ("plain", "device"))
-    for term in ("loc", "conf", "seg"):  # pixels differ by a tenth of a grey level
-        assert plain["history"][0][term] == pytest.approx(device["history"][0][term], rel=0.03)
 
 
 def test_a_finished_or_other_run_is_never_overwritten(start):

@@ -18,15 +18,15 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from datasets import DeviceLoader, batch_loader
+from datasets import batch_loader
 from engine.checkpoint import load_checkpoint
 from engine.config import ROOT
-from engine.loader import BatchLoader
 from engine.optim import set_lr
 from kaist.files import make_folder
 from kaist.images import read_frame
@@ -97,24 +97,6 @@ def check_captured(setting: Setting) -> Iterator[Line]:
         yield at_most(
             f"row {row}: loss of ten steps", apart, "of its length", 1e-4, f"the last {runs[1][-1]:.6f}"
         )
-
-
-def check_loader(setting: Setting) -> Iterator[Line]:
-    """Batches made on the device against the workers': boxes, labels and masks equal, pixels near."""
-    config = row_config("demo", width=setting.scale.width, copy_paste=0.0)  # of one frame, as the device
-    both = []
-    for kind in ("workers", "device"):
-        loader = row_loader(setting, config, kind, n=4)
-        both.append([batch for epoch in range(2) for batch in loader.epoch(epoch)])
-    unequal, grey = 0, []
-    for a, b in zip(*both, strict=True):
-        n = min(a.labels.shape[1], b.labels.shape[1])
-        same = [(a.boxes[:, :n], b.boxes[:, :n]), (a.labels[:, :n], b.labels[:, :n])]
-        same += zip(a.masks, b.masks, strict=True)
-        unequal += sum(not torch.equal(x.cpu(), y.cpu()) for x, y in same)
-        grey += (a.images.float().cpu() - b.images.float().cpu()).abs().flatten(1).mean(1).tolist()
-    yield at_most("boxes, labels and masks that differ", unequal, "tensors", 0)
-    yield at_most("mean difference of a sample's pixels", max(grey), "grey levels", 1)
 
 
 def check_detections(setting: Setting) -> Iterator[Line]:
@@ -257,20 +239,17 @@ def speed_batches(setting: Setting) -> Iterator[Line]:
 
 
 def speed_training(setting: Setting) -> Iterator[Line]:
-    """Row 26 end to end from the cache: batches made on the device, and by workers."""
+    """Row 26 end to end from the cache, against its step without data."""
     config, n = row_config("26", width=setting.scale.speed_width), setting.scale.batch
+    pairs = workloads.row_pairs(setting, config, cached=True, repeat=n)
+    loader = batch_loader(pairs, shuffle=True, batch_size=n, **loading(setting, config))
+    batches = (batch.to(setting.device) for epoch in itertools.count() for batch in loader.epoch(epoch))
     step = Step(config, setting.device, BF16, setting.scale.compiled)
     alone = partial(step, row_batch(config, n).to(setting.device))
-    for kind in ("device", "workers"):
-        loader = row_loader(setting, config, kind, n, repeat=n)
-        batches = (batch.to(setting.device) for epoch in itertools.count() for batch in loader.epoch(epoch))
-        whole, bare = time_in_turns(setting, lambda b=batches: step(next(b)), alone)
-        what = f"row 26 end to end, batch {n}, bf16, batches by {kind}"
-        if kind == "workers":
-            yield Line(what, n / whole.seconds, "images/s", whole.spread)
-            continue
-        yield at_least(what, n / whole.seconds, "images/s", 2000, f"{whole.spread}; then 3,000")
-        yield at_most("its step with data", whole.seconds / bare.seconds, "of that without", 1.05)
+    whole, bare = time_in_turns(setting, lambda: step(next(batches)), alone)
+    what, note = f"row 26 end to end, batch {n}, bf16", f"{whole.spread}; then 3,000"
+    yield at_least(what, n / whole.seconds, "images/s", 2000, note)
+    yield at_most("its step with data", whole.seconds / bare.seconds, "of that without", 1.05)
 
 
 def speed_image(setting: Setting) -> Iterator[Line]:
@@ -287,8 +266,7 @@ def speed_evaluation(setting: Setting) -> Iterator[Line]:
     model = workloads.row_detector(config, setting.device)
     pairs = workloads.row_pairs(setting, config, cached=False, repeat=setting.scale.frames)
     pairs.frames[setting.scale.frames :] = []
-    how = {"batch_size": min(64, len(pairs)), "workers": setting.scale.workers, "pin_memory": setting.on_gpu}
-    loader = batch_loader(pairs, map_sizes=row_maps(config), shuffle=False, **how)
+    loader = batch_loader(pairs, shuffle=False, batch_size=min(64, len(pairs)), **loading(setting, config))
     images = next(iter(loader.epoch(0))).images.to(setting.device)
     for mode in dict.fromkeys((setting.scale.modes[0], setting.scale.modes[-1])):
         network = compile_model(model, mode)
@@ -299,6 +277,11 @@ def speed_evaluation(setting: Setting) -> Iterator[Line]:
         detect_frames(network, loader, BF16, **LIMITS)
         taken = time.perf_counter() - start
         yield at_most(f"{len(pairs)} frames, files to boxes, COMPILE {mode}", taken, "s", 3.0)
+
+
+def loading(setting: Setting, config: Namespace) -> dict[str, Any]:
+    """What every loader of a row's batches is told."""
+    return {"device": setting.device, "workers": setting.scale.workers, "map_sizes": row_maps(config)}
 
 
 def batch_size(setting: Setting, row: str) -> int:
@@ -317,17 +300,6 @@ def step_line(setting: Setting, what: str, step: Step, n: int) -> Line:
     return rate_line(setting, what, partial(step, row_batch(step.config, n).to(setting.device)), n)
 
 
-def row_loader(
-    setting: Setting, config: Namespace, kind: str, n: int, repeat: int = 1
-) -> BatchLoader | DeviceLoader:
-    """A training loader from the cache, by "workers" or "device", of the drawn frames so many times over."""
-    pairs = workloads.row_pairs(setting, config, cached=True, repeat=repeat)
-    settings = {"batch_size": n, "workers": setting.scale.workers, "map_sizes": row_maps(config)}
-    if kind == "device":
-        return DeviceLoader(pairs, device=setting.device, **settings)
-    return batch_loader(pairs, shuffle=True, pin_memory=setting.on_gpu, **settings)
-
-
 # ------------------------------------------------------------------------------ the report
 
 
@@ -335,7 +307,6 @@ def row_loader(
 PARTS: dict[str, tuple[Callable[[Setting], Iterator[Line]], float]] = {
     "captured": (check_captured, 70),
     "losses": (check_losses, 90),
-    "loader": (check_loader, 40),
     "detections": (check_detections, 40),
     "training": (speed_training, 80),
     "network": (speed_network, 150),

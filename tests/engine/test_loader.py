@@ -57,7 +57,7 @@ def make_loader(root, workers=0, max_bad=0):
         workers=workers,
         shuffle=True,
         map_sizes=[(38, 38)],
-        pin_memory=False,
+        device=torch.device("cpu"),
         max_bad=max_bad,
     )
 

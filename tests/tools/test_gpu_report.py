@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 # Not the others: starts of train.py, and steps of 512x640 pixels, take minutes here.
-QUICK = ("captured", "losses", "loader", "detections", "training", "network", "evaluation")
+QUICK = ("captured", "losses", "detections", "training", "network", "evaluation")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_parts_run_and_one_fails_alone(report):
     assert list(errors) == ["losses"] and "'none'" in errors["losses"]
     # What it had found before is there: two lines of each row that there is.
     assert len(parts["losses"]["lines"]) == 4 and all(part["lines"] for part in parts.values())
-    for name in ("captured", "losses", "loader", "detections"):
+    for name in ("captured", "losses", "detections"):
         assert all(line["met"] for line in parts[name]["lines"]), name
 
 
