@@ -245,7 +245,7 @@ def speed_training(setting: Setting) -> Iterator[Line]:
     loader = batch_loader(pairs, shuffle=True, batch_size=n, **loading(setting, config))
     batches = (batch.to(setting.device) for epoch in itertools.count() for batch in loader.epoch(epoch))
     step = Step(config, setting.device, BF16, setting.scale.compiled)
-    alone = partial(step, row_batch(config, n).to(setting.device))
+    alone = partial(step, next(batches))  # of the shapes that are recorded
     whole, bare = time_in_turns(setting, lambda: step(next(batches)), alone)
     what, note = f"row 26 end to end, batch {n}, bf16", f"{whole.spread}; then 3,000"
     yield at_least(what, n / whole.seconds, "images/s", 2000, note)
