@@ -89,7 +89,7 @@ STUDIES = {
     "past": Study(
         "What is there past INSANet, where the cameras are not quite aligned?",
         "42",
-        rows("41 43 44 45 46 47 49 50") | {"48, batch 8": ("48", {"batch_size": 8, "lr": 4e-3})},
+        rows("43 44 45 46 47 49 50") | {"48, batch 8": ("48", {"batch_size": 8, "lr": 4e-3})},
         seeds=5,
         small={"data_root": str(demo.SHIFTED_ROOT), "input_size": (192, 256), "min_input_height": 5.0}
         | {"optimizer": "adam", "batch_size": 4, "epochs": 4, "eval_every": 4},
@@ -204,12 +204,12 @@ def run_all(runs: list[StudyRun], jobs: int) -> None:
 
     def train_one(run: StudyRun) -> int:
         command = [sys.executable, ROOT / "train.py", *run.flags]
-        with run.folder.with_suffix(".out").open("w") as file:
+        with Path(f"{run.folder}.out").open("w") as file:
             return subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
 
     with ThreadPoolExecutor(jobs) as pool:
         codes = list(tqdm(pool.map(train_one, runs), total=len(runs), desc="runs", unit="run"))
-    failed = [run.folder.with_suffix(".out") for run, code in zip(runs, codes, strict=True) if code]
+    failed = [Path(f"{run.folder}.out") for run, code in zip(runs, codes, strict=True) if code]
     if failed:
         remedy = "what it said is in this file; the same command goes on"
         raise InputError(f"{len(failed)} of {len(runs)} runs failed", remedy, file=failed[0])
