@@ -212,12 +212,13 @@ EXPERIMENTS = {
     "49": Row(
         "47",
         dict(learn="person", priors="pedestrian", ema_decay=0.999, schedule="cosine", test_flip=True),
-        "rows 43 to 47 together; none of them has been measured yet",
+        "rows 43 to 47 together; in small none of them was shown to help (python -m tools.study past)",
     ),
     "50": Row(
         "47",
         {"infusion": (2, 1, 0, 0, 0, 0)},
-        "row 47 with a head on each stream as well, before they are fused, for the masks of its own boxes",
+        "row 47 with a head on each stream as well, before they are fused, for the masks of its own boxes; "
+        "worse in small",
     ),
     "demo": Row(
         "26b",
