@@ -88,13 +88,8 @@ def plot_epochs(panel: Axes, log: Log, names: dict[str, str], form: str = "", **
         points = [(row["epoch"], row[key]) for row in log if has(row, key)]
         if points:
             label = f"{name} {form.format(points[-1][1])}".strip()
-            line = {
-                "marker": "o",
-                "markersize": 4,
-                "clip_on": False,
-                "label": label,
-            }  # whole at the border too
-            panel.plot(*zip(*points, strict=True), **line, **style)
+            line = {"marker": "o", "markersize": 4, "clip_on": False}  # whole at the border too
+            panel.plot(*zip(*points, strict=True), label=label, **line, **style)
     panel.set(xlabel="epoch")
     panel.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     panel.grid(alpha=0.3)

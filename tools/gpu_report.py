@@ -215,11 +215,12 @@ def speed_network(setting: Setting) -> Iterator[Line]:
 
 
 def speed_rows(setting: Setting) -> Iterator[Line]:
-    """Compiled steps of the largest networks in bf16."""
+    """Steps of the largest networks in bf16, of batches of their own size."""
     for row, aim in (("42", 400), ("41", 0), ("40", 0)):
         config, mode = row_config(row, width=setting.scale.speed_width), setting.scale.compiled
         step = Step(config, setting.device, BF16, mode)
-        line = step_line(setting, f"row {row}, bf16, COMPILE {mode}", step, batch_size(setting, row))
+        n = min(config.batch_size, setting.scale.batch)
+        line = step_line(setting, f"row {row}, bf16, COMPILE {mode}", step, n)
         yield at_least(line.what, line.value, line.unit, aim, line.note) if aim else line
 
 
@@ -284,11 +285,6 @@ def loading(setting: Setting, config: Namespace) -> dict[str, Any]:
     return {"device": setting.device, "workers": setting.scale.workers, "map_sizes": row_maps(config)}
 
 
-def batch_size(setting: Setting, row: str) -> int:
-    """Frames of a row's step: the row's own batch, or fewer."""
-    return min(row_config(row).batch_size, setting.scale.batch)
-
-
 def rate_line(setting: Setting, what: str, function: Callable[[], object], n: int) -> Line:
     """The images a second of calls that work on n frames each."""
     [timing] = time_in_turns(setting, function)
@@ -301,7 +297,6 @@ def step_line(setting: Setting, what: str, step: Step, n: int) -> Line:
 
 
 # ------------------------------------------------------------------------------ the report
-
 
 # Name -> function, and the seconds that it may take. What matters most comes first.
 PARTS: dict[str, tuple[Callable[[Setting], Iterator[Line]], float]] = {
