@@ -14,22 +14,19 @@ with 1 if there are faults, with 2 if it cannot check at all.
 from __future__ import annotations
 
 import csv
-import signal
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from itertools import repeat
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from engine.config import OneLineParser
 from kaist.annotations import (
-    FRAME_HEIGHT,
-    FRAME_WIDTH,
     MODALITIES,
     PLACES,
     Annotations,
@@ -42,19 +39,7 @@ from kaist.annotations import (
 )
 from kaist.files import InputError, run_script, write_atomically
 from kaist.pair_sets import NAMED, SPLITS, find_lwir_range, open_pairs
-from tools.faults import (
-    COLOURED,
-    FAULTS,
-    GREY,
-    Fault,
-    ImageStats,
-    check_file,
-    check_image,
-    check_json,
-    implausible_objects,
-    to_fault,
-    unreadable,
-)
+from tools.faults import FAULTS, Fault, check_file, check_images, check_json, implausible_objects, to_fault
 
 MAX_SHOWN = 5  # faults of a kind in the table; the file has all
 
@@ -79,7 +64,7 @@ def main() -> int:
         forms, jsons = find_annotations(root, arguments.annotations)
         frames: dict[str, tuple[Path, int]] = {}  # frame id -> the list and line that name it first
         faults = [fault for path in lists for fault in check_list(path, frames, bool(arguments.list))]
-        faults += check_frames(root, frames, modalities, forms, jsons)
+        faults += check_frames(root, frames, modalities, {}, forms, jsons)
         sources = dict.fromkeys([*(form.form for form in forms), *(path.name for path in jsons)])
         n_frames, of, base = len(frames), f" of {len(lists)} list{'s' * (len(lists) != 1)}", root
         where = f"annotations {', '.join(sources)}"
@@ -139,24 +124,22 @@ def check_pairs(data: str, root: Path | None, modalities: Sequence[str]) -> tupl
     """How many frames a set of pairs other than KAIST has, and all their faults."""
     errors: list[InputError] = []
     sets = {split: open_pairs(data, root, split, errors) for split in SPLITS}
-    faults, places, images, sizes = [], {}, {}, {}
-    for split, pairs in sets.items():
-        for frame_id in pairs.frames:
-            name, files, size = f"{split} {frame_id}", pairs.images[frame_id], pairs.sizes[frame_id]
-            places[name], images[name], sizes[name] = (pairs.source, 0), files, size
-            faults += implausible_objects(pairs.objects[frame_id], files["labels"], size, kaist=False)
-    shared = {files["visible"] for files in sets["train"].images.values()}
-    shared &= {files["visible"] for files in sets["test"].images.values()}
-    faults += [Fault("list-overlap", path, 0, "it is both to train and to test") for path in sorted(shared)]
     lwir_range = find_lwir_range(sets["train"], errors)
-    every = replace(sets["train"], images=images, sizes=sizes, lwir_range=lwir_range)
-    faults += check_frames(every, places, modalities, [], [])
-    grey = [fault for fault in faults if fault.name == "grey-visible"]
-    if grey and len(grey) == len(places):
+    faults, pictures = [], {}
+    for pairs in sets.values():
+        for frame_id, rows in pairs.objects.items():
+            path, size = pairs.images[frame_id]["labels"], pairs.sizes[frame_id]
+            faults += implausible_objects(rows, path, size, kaist=False)
+        places = dict.fromkeys(pairs.frames, (pairs.source, 0))
+        faults += check_frames(replace(pairs, lwir_range=lwir_range), places, modalities, pictures)
+    train, test = ({files["visible"] for files in pairs.images.values()} for pairs in sets.values())
+    words = "it is both to train and to test"
+    faults += [Fault("list-overlap", path, 0, words) for path in sorted(train & test)]
+    n_frames, grey = len(train) + len(test), [fault for fault in faults if fault.name == "grey-visible"]
+    if grey and len(grey) == n_frames:
         print("note: all visible images are grey")
         faults = [fault for fault in faults if fault not in grey]
-    refused = [to_fault(error, error.file or Path(data)) for error in errors]
-    return len(places), [*dict.fromkeys([*refused, *faults])]  # a broken image may be met twice
+    return n_frames, [*dict.fromkeys([*map(to_fault, errors), *faults])]  # a broken image may be met twice
 
 
 def check_list(path: Path, frames: dict[str, tuple[Path, int]], disjoint: bool) -> Iterator[Fault]:
@@ -174,54 +157,52 @@ def check_list(path: Path, frames: dict[str, tuple[Path, int]], disjoint: bool) 
         other, other_line = frames.setdefault(frame_id, (path, line))
         if other != path and (disjoint or ("test" in path.stem) != ("test" in other.stem)):
             yield Fault("list-overlap", path, line, f"{frame_id} is in {other}:{other_line} too")
-    yield from (to_fault(error, path) for error in errors)
+    yield from map(to_fault, errors)
 
 
 def check_frames(
     root: Path | PairSet,
     frames: dict[str, tuple[Path, int]],
     modalities: Sequence[str],
-    forms: list[Annotations],
-    jsons: list[Path],
-) -> list[Fault]:
-    """All faults of frames, of which the list and line are known that name each, and of JSON files."""
-    checked = [check_json(path) for path in jsons]
-    faults = [fault for found, _ in checked for fault in found]
-    first: dict[bytes, Path] = {}
-    annotated: dict[Path, dict[str, list[bool]]] = defaultdict(dict)
-    ignore_sigint = (signal.SIGINT, signal.SIG_IGN)  # the main process handles it
-    with ProcessPoolExecutor(initializer=signal.signal, initargs=ignore_sigint) as pool:
-        roots = (root.take(frame_id) if isinstance(root, PairSet) else root for frame_id in frames)
-        reports = pool.map(check_frame, roots, repeat(modalities), repeat(forms), frames, chunksize=8)
+    pictures: dict[bytes, Path],
+    forms: Sequence[Annotations] = (),
+    jsons: Sequence[Path] = (),
+) -> Iterator[Fault]:
+    """All faults of frames, of which the list and line are known that name each, and of JSON files.
+
+    pictures: digest -> file of the images seen so far.
+    """
+    annotated: dict[Annotations | Path, set[str]] = {form: set() for form in forms}  # by whom, which frames
+    for path in jsons:
+        faults, annotated[path] = check_json(path)
+        yield from faults
+    by_list: dict[Path, list[str]] = defaultdict(list)
+    with ThreadPoolExecutor() as pool:
+        reports = pool.map(partial(check_frame, root, modalities, forms), frames)
         bar = tqdm(reports, "checking", len(frames), unit="frame", leave=False)
-        for (frame_id, place), (found, digests, row) in zip(frames.items(), bar, strict=True):
-            row += [frame_id in json_frames for _, json_frames in checked]
-            if not any(row) and not digests and all(f.name.startswith("missing-") for f in found):
-                faults.append(Fault("unknown-frame", *place, f"{frame_id} has no file at all"))
+        for (frame_id, place), (faults, digests, sources) in zip(frames.items(), bar, strict=True):
+            for form in sources:
+                annotated[form].add(frame_id)
+            is_known = any(frame_id in own for own in annotated.values())
+            if not is_known and [fault.name for fault in faults] == [f"missing-{m}" for m in modalities]:
+                yield Fault("unknown-frame", *place, f"{frame_id} has no file at all")
                 continue
-            annotated[place[0]][frame_id] = row
-            faults += found
+            by_list[place[0]].append(frame_id)
+            yield from faults
             for digest, path in digests.items():
-                other = first.setdefault(digest, path)
+                other = pictures.setdefault(digest, path)
                 if other != path:
                     problem = f"the same picture as {other}".replace(f"{root}/" * isinstance(root, Path), "")
-                    faults.append(Fault("copied-image", path, 0, problem))
-    for rows in annotated.values() if forms or jsons else ():
-        faults += missing_annotations(rows, forms, jsons)
-    return faults
-
-
-def missing_annotations(
-    rows: dict[str, list[bool]], forms: list[Annotations], jsons: list[Path]
-) -> Iterator[Fault]:
-    """Frames of one list that an annotation lacks which holds others of that list; if none holds
-    any, the first is the one that lacks them. rows: frame id -> whether each source holds it."""
-    in_use = [any(column) for column in zip(*rows.values(), strict=True)]
-    in_use[0] |= not any(in_use)
-    for frame_id, row in rows.items():
-        for i in (i for i, there in enumerate(row) if in_use[i] and not there):
-            path = Path(forms[i].path(frame_id)) if i < len(forms) else jsons[i - len(forms)]
-            yield Fault("missing-annotation", path, 0, f"{frame_id} is not annotated")
+                    yield Fault("copied-image", path, 0, problem)
+    # Of a list those are missing that an annotation lacks which holds others of that list; if none holds
+    # any, the first annotation is the one that lacks them.
+    for ids in by_list.values():
+        in_use = [source for source, own in annotated.items() if not own.isdisjoint(ids)]
+        for source in in_use or [*annotated][:1]:
+            for frame_id in ids:
+                if frame_id not in annotated[source]:
+                    path = source if isinstance(source, Path) else Path(source.path(frame_id))
+                    yield Fault("missing-annotation", path, 0, f"{frame_id} is not annotated")
 
 
 # ------------------------------------------------------------------------------ one frame
@@ -229,55 +210,34 @@ def missing_annotations(
 
 def check_frame(
     root: Path | PairSet, modalities: Sequence[str], forms: Sequence[Annotations], frame_id: str
-) -> tuple[list[Fault], dict[bytes, Path], list[bool]]:
-    """The faults of one frame that its own files tell; digest -> file of its sound images; whether
-    each of the annotations holds it."""
+) -> tuple[list[Fault], dict[bytes, Path], list[Annotations]]:
+    """The faults of one frame that its own files tell; digest -> file of its sound images; which of the
+    annotations hold it."""
     paths = {modality: image_path(root, frame_id, modality) for modality in modalities}
-    is_kaist = not isinstance(root, PairSet)
-    size = (FRAME_WIDTH, FRAME_HEIGHT) if is_kaist else root.sizes[frame_id]
-    deep = (0, 0) if is_kaist else root.lwir_range
-    seen = {modality: check_image(path, modality, size, deep) for modality, path in paths.items()}
-    faults = [result for result in seen.values() if isinstance(result, Fault)]
-    images = {modality: stats for modality, stats in seen.items() if isinstance(stats, ImageStats)}
-    faults += compare_modalities(images, paths)
-    annotations = [check_annotation(form, frame_id) for form in forms]
-    faults += [fault for found, _ in annotations for fault in found]
-    digests = {stats.digest: paths[modality] for modality, stats in images.items()}
-    return faults, digests, [there for _, there in annotations]
+    how = (root.sizes[frame_id], root.lwir_range) if isinstance(root, PairSet) else ()
+    faults, digests = check_images(paths, *how)
+    sources = []
+    for form in forms:
+        found = check_annotation(form, frame_id)
+        if found is not None:
+            faults += found
+            sources.append(form)
+    return faults, digests, sources
 
 
-def compare_modalities(images: dict[str, ImageStats], paths: dict[str, Path]) -> Iterator[Fault]:
-    """Images that look as if they were of the other modality."""
-    grey = "visible" in images and images["visible"].colour < GREY
-    coloured = "lwir" in images and images["lwir"].colour > COLOURED
-    if len({stats.digest for stats in images.values()}) < len(images):
-        yield Fault("same-image", paths["lwir"], 0, "the same picture as the visible image")
-    elif grey and coloured:
-        yield Fault("swapped-modalities", paths["lwir"], 0, "it has colours, the visible has none")
-    elif grey:
-        yield Fault("grey-visible", paths["visible"], 0, "it has no colours")
-    elif coloured:
-        yield Fault("coloured-lwir", paths["lwir"], 0, "it has colours")
-
-
-def check_annotation(form: Annotations, frame_id: str) -> tuple[list[Fault], bool]:
-    """Faults of a frame's annotation, and whether it is there; its absence is no fault yet."""
+def check_annotation(form: Annotations, frame_id: str) -> list[Fault] | None:
+    """Faults of a frame's annotation; None if it is not there, which is no fault yet."""
     modalities = ("visible", "lwir") if form.form == "paired" else (form.modality,)
     paths = [Path(Annotations(form.source, form.form, m).path(frame_id)) for m in modalities]
-    faults, labels = [], []
-    for path in paths:
-        if fault := unreadable(path, "missing-annotation"):
-            faults.append(fault)
-        else:
-            found, rows = check_file(path, form.form, frame_id)
-            faults += found
-            labels.append([row.label for row in rows])
-    if not labels and {fault.name for fault in faults} == {"missing-annotation"}:
-        return [], False
+    found = [check_file(path, form.form, frame_id) for path in paths]
+    faults = [fault for own, _ in found for fault in own]
+    if [fault.name for fault in faults] == ["missing-annotation"] * len(paths):
+        return None
+    labels = [[row.label for row in rows] for _, rows in found]
     if not faults and labels[0] != labels[-1]:
         problem = f"{labels[0]} in the visible file, {labels[1]} here"
         faults.append(Fault("unpaired-objects", paths[1], 0, problem))
-    return faults, True
+    return faults
 
 
 # ------------------------------------------------------------------------------ the report

@@ -30,10 +30,7 @@ FAULTS = {
     "unreadable-file": ("a file that may not be read, or that is no file", ""),
     "empty-file": ("a file of 0 bytes", ""),
     "huge-image": ("a size that would fill the memory", "exceeds limit|too large to decode"),
-    "16-bit-image": (
-        "an image of 16 bits or floating point, which would be clipped to white",
-        "not an 8-bit image|of 8 bits and of more|image of 8 bits",
-    ),
+    "16-bit-image": ("an image of 16 bits or floating point, which would be clipped to white", "8.bit"),
     "not-an-image": ("content that is no JPEG, PNG or TIFF", "cannot identify image"),
     "broken-image": ("an image that cannot be decoded to its end", "unreadable image|broken image"),
     "wrong-size": ("an image that is not 640x512, or of another size than its pair's", "its visible image"),
@@ -53,28 +50,20 @@ FAULTS = {
     "leaves-frame": ("a box less than half in the frame", ""),
     "odd-box": ("a person or object of an impossible height or shape", ""),
     "repeated-box": ("two objects with the same box", ""),
-    "unknown-label": (
-        "a label other than person, people, cyclist and person?",
-        "the description speaks of|has no name",
-    ),
+    "unknown-label": ("a label other than person, people, cyclist and person?", "speaks of|has no name"),
     "unknown-occlusion": ("an occlusion other than 0, 1 and 2", "is unknown"),
     "unpaired-objects": ("visible and LWIR files of the paired form with other objects", ""),
-    "broken-xml": (
-        "an XML that cannot be parsed, or is none of KAIST's",
-        "broken XML|an XML with a DOCTYPE|is no KAIST annotation",
-    ),
+    "broken-xml": ("an XML that cannot be parsed, or is none of KAIST's", "broken XML|DOCTYPE|is no KAIST"),
     "contradicting-file": ("a file that says it belongs to another frame or size", ""),
-    "broken-json": (
-        "a JSON that cannot be parsed, or is none of KAIST's",
-        "broken JSON|not a (KAIST|COCO) annotation JSON",
-    ),
+    "broken-json": ("a JSON that cannot be parsed, or is none of KAIST's", "broken JSON|annotation JSON"),
     "json-repeated-id": ("an id or frame that a JSON holds twice", "is there twice"),
     "json-unknown-image": ("a JSON object of an image that is not in it", "which is not in it"),
     "incomplete-object": (
-        "an XML or JSON object that lacks its name, box or other fields",
-        "an object lacks|annotation ",
+        "an XML or JSON object that lacks its name, box or another field",
+        "lacks|annotation ",
     ),
 }
+KAIST_SIZE = (FRAME_WIDTH, FRAME_HEIGHT)
 LABELS = {"person", "people", "cyclist", "person?", "__ignore__"}
 HEIGHTS = (10, 450)  # pixels of a frame 512 high; KAIST's objects have 20 to 309
 PERSON_ASPECTS = (0.08, 4.0)  # width / height
@@ -106,9 +95,9 @@ def unreadable(path: Path, missing: str) -> Fault | None:
         if path.is_symlink() and not path.exists():
             return Fault("broken-link", path, 0, f"a link to {path.readlink()}, which is not there")
         if not path.exists():
-            for ending in OTHER_ENDINGS if path.suffix == ".jpg" else ():
-                if path.with_suffix(ending).exists():
-                    return Fault("misnamed-image", path.with_suffix(ending), 0, "save it as JPEG or PNG")
+            for other in map(path.with_suffix, OTHER_ENDINGS):
+                if other.exists():
+                    return Fault("misnamed-image", other, 0, "save it as JPEG or PNG")
             return Fault(missing, path, 0, "no such file")
         if not path.is_file():
             return Fault("unreadable-file", path, 0, "it is no file")
@@ -121,7 +110,7 @@ def unreadable(path: Path, missing: str) -> Fault | None:
 def check_image(
     path: Path,
     modality: str,
-    size: tuple[int, int] = (FRAME_WIDTH, FRAME_HEIGHT),
+    size: tuple[int, int] = KAIST_SIZE,
     lwir_range: tuple[float, float] = (0.0, 0.0),
 ) -> Fault | ImageStats:
     """What is wrong with one image, or how it looks; size: its width and height, if all is well; lwir_range:
@@ -133,13 +122,11 @@ def check_image(
         with open_image(path, deep) as image:
             if image.size != size:
                 return Fault("wrong-size", path, 0, "{}x{}, not {}x{}".format(*image.size, *size))
-            pixels = None if deep else np.asarray(image.convert("RGB"))
-        if deep:
-            pixels = np.asarray(open_view(path, modality, lwir_range).convert("RGB"))
+        # LWIR of 8 bits is opened as visible is, so that colours in it are seen.
+        view = open_view(path, "lwir", lwir_range) if deep else open_view(path, "visible")
     except InputError as error:
-        return to_fault(error, path)
-    except Exception as error:  # whatever Pillow meets in broken data
-        return Fault("broken-image", path, 0, str(error))
+        return to_fault(error)
+    pixels = np.asarray(view.convert("RGB"))
     few = pixels[::4, ::4].astype(np.int16)
     if few.mean(2).std() < FLAT:
         return Fault("constant-image", path, 0, f"all of it is about {few.mean():.0f}")
@@ -147,31 +134,53 @@ def check_image(
     return ImageStats(hashlib.blake2b(pixels.tobytes(), digest_size=16).digest(), float(colour))
 
 
+def check_images(
+    paths: dict[str, Path], size: tuple[int, int] = KAIST_SIZE, lwir_range: tuple[float, float] = (0.0, 0.0)
+) -> tuple[list[Fault], dict[bytes, Path]]:
+    """Faults of a frame's images by modality, as of `check_image`, and digest -> file of the sound ones."""
+    seen = {modality: check_image(path, modality, size, lwir_range) for modality, path in paths.items()}
+    faults = [result for result in seen.values() if isinstance(result, Fault)]
+    images = {modality: stats for modality, stats in seen.items() if isinstance(stats, ImageStats)}
+    digests = {stats.digest: paths[modality] for modality, stats in images.items()}
+    grey = "visible" in images and images["visible"].colour < GREY
+    coloured = "lwir" in images and images["lwir"].colour > COLOURED
+    if len(digests) < len(images):
+        faults.append(Fault("same-image", paths["lwir"], 0, "the same picture as the visible image"))
+    elif grey and coloured:
+        faults.append(Fault("swapped-modalities", paths["lwir"], 0, "it has colours, the visible has none"))
+    elif grey:
+        faults.append(Fault("grey-visible", paths["visible"], 0, "it has no colours"))
+    elif coloured:
+        faults.append(Fault("coloured-lwir", paths["lwir"], 0, "it has colours"))
+    return faults, digests
+
+
 # ------------------------------------------------------------------------------ annotations
 
 
-def to_fault(error: InputError, path: Path) -> Fault:
+def to_fault(error: InputError) -> Fault:
     """What a reader refused, under its name."""
     names = (name for name, (_, words) in FAULTS.items() if words and re.search(words, error.problem))
-    return Fault(next(names, "unreadable-file"), path, error.line or 0, error.problem)
+    return Fault(next(names, "unreadable-file"), Path(error.file), error.line or 0, error.problem)
 
 
 def check_file(path: Path, form: str, frame_id: str) -> tuple[list[Fault], list[ObjectRow]]:
     """Faults of a frame's annotation in a file of its own, and its objects."""
+    if fault := unreadable(path, "missing-annotation"):
+        return [fault], []
     errors: list[InputError] = []
     try:
         rows = read_labels(path, form, errors=errors)
         root = parse_xml(path)[0] if form.startswith("xml") else None
     except InputError as error:
-        return [to_fault(error, path)], []
-    faults = [*(to_fault(error, path) for error in errors), *implausible_objects(rows, path)]
+        return [to_fault(error)], []
+    faults = [*map(to_fault, errors), *implausible_objects(rows, path)]
     if root is not None:
-        named = re.findall(r"set\d\d|V\d{3}|I\d{5}", root.findtext("filename", ""))
-        if set(named) - set(frame_id.split("/")):
-            problem = f"its filename is {root.findtext('filename')!r}"
-            faults.append(Fault("contradicting-file", path, 0, problem))
+        name = root.findtext("filename", "")
+        if set(re.findall(r"set\d\d|V\d{3}|I\d{5}", name)) - set(frame_id.split("/")):
+            faults.append(Fault("contradicting-file", path, 0, f"its filename is {name!r}"))
         size = [root.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
-        if any(size) and size != [str(FRAME_WIDTH), str(FRAME_HEIGHT)]:
+        if any(size) and size != [*map(str, KAIST_SIZE)]:
             faults.append(Fault("contradicting-file", path, 0, f"its size is {size[0]}x{size[1]}"))
     return faults, rows
 
@@ -183,17 +192,16 @@ def check_json(path: Path) -> tuple[list[Fault], set[str]]:
         content = load_json(read_text(path), path)
         frames = json_objects(content, path, errors)
     except InputError as error:
-        return [to_fault(error, path)], set()
-    faults = [to_fault(error, path) for error in errors]
+        return [to_fault(error)], set()
+    faults = [*map(to_fault, errors)]
     faults += [fault for rows in frames.values() for fault in implausible_objects(rows, path)]
     for image in content["images"]:
         size = image.get("width", FRAME_WIDTH), image.get("height", FRAME_HEIGHT)
-        if size != (FRAME_WIDTH, FRAME_HEIGHT):
+        if size != KAIST_SIZE:
             problem = f"{image['im_name']} is of size {size[0]}x{size[1]}"
             faults.append(Fault("contradicting-file", path, 0, problem))
     items = (item for item in content["annotations"] if isinstance(item, dict) and "id" in item)
-    ids = Counter(repr(item["id"]) for item in items)
-    for repeated, count in ids.items():
+    for repeated, count in Counter(repr(item["id"]) for item in items).items():
         if count > 1:
             problem = f"annotation id {repeated} is there {count} times"
             faults.append(Fault("json-repeated-id", path, 0, problem))
@@ -201,7 +209,7 @@ def check_json(path: Path) -> tuple[list[Fault], set[str]]:
 
 
 def implausible_objects(
-    rows: list[ObjectRow], path: Path, size: tuple[int, int] = (FRAME_WIDTH, FRAME_HEIGHT), kaist: bool = True
+    rows: list[ObjectRow], path: Path, size: tuple[int, int] = KAIST_SIZE, kaist: bool = True
 ) -> Iterator[Fault]:
     """What is odd about well-formed objects of one frame of (width, height); kaist: and of their labels."""
     lowest, highest = (limit * size[1] / FRAME_HEIGHT for limit in HEIGHTS)
@@ -219,6 +227,5 @@ def implausible_objects(
         }
         boxes.add((x, y, w, h))
         words = f"annotation {number}: " * in_json + f"{label[:40]} x={x:g} y={y:g} w={w:g} h={h:g}"
-        yield from (
-            Fault(name, path, 0 if in_json else number, words) for name, is_so in odd.items() if is_so
-        )
+        line = 0 if in_json else number
+        yield from (Fault(name, path, line, words) for name, is_so in odd.items() if is_so)
