@@ -37,14 +37,13 @@ SMALL |= {"epochs": 8, "eval_every": 8, "zoom_out": 1.5, "min_score": 0.01}
 
 
 class Study(NamedTuple):
-    """A question: baseline is the row or the arm that all are compared with; arms: name -> (row, changes
-    to it); small: what takes the place of SMALL's values, None what the rows themselves say."""
+    """A question. arms: name -> (row, changes to it), first the baseline, with which all others are compared;
+    small: what takes the place of SMALL's values, None what the rows themselves say."""
 
     question: str
-    baseline: str
     arms: dict[str, tuple[str, dict[str, Any]]]
-    seeds: int
-    small: dict[str, Any]
+    seeds: int = 5
+    small: dict[str, Any] = {}
 
 
 def rows(names: str) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -55,49 +54,39 @@ def rows(names: str) -> dict[str, tuple[str, dict[str, Any]]]:
 STUDIES = {
     "infusion": Study(
         "Does segmentation infusion help, where, and how much?",
-        "12",
-        rows("18 19 20 21 22 26 27 28") | {"26, SEG_WEIGHT 10": ("26", {"seg_weight": 10.0})},
-        seeds=5,
-        small={},
+        rows("12 18 19 20 21 22 26 27 28") | {"26, SEG_WEIGHT 10": ("26", {"seg_weight": 10.0})},
     ),
     "masks": Study(
         "Does segmentation infusion help where its masks are learned?",
-        "without",
         {
             "without": ("demo", {"infusion": (0,) * 6}),
             "weight 1": ("demo", {"seg_weight": 1.0}),
             "weight 4, persons a fifth": ("demo", {"seg_weight": 4.0, "seg_balance": "share"}),
             "weight 4, 1 + height / 50": ("demo", {"seg_weight": 4.0, "seg_balance": "height"}),
         },
-        seeds=5,
         small={"zoom_out": None},
     ),
     "beyond": Study(
         "What do the changes beyond the log bring, each by itself?",
-        "26b",
-        rows("31 32 33 34 36 37 38 40 12 19"),
+        rows("26b 31 32 33 34 36 37 38 40 12 19"),
         seeds=3,
         small={"schedule": None, "epochs": 12, "eval_every": 12},
     ),
     "lwir": Study(
         "Do the changes that need no visible image help on a handful of LWIR frames?",
-        "26b",
-        {"31 and 38": ("31", {"test_flip": True})},
-        seeds=5,
+        rows("26b") | {"31 and 38": ("31", {"test_flip": True})},
         small={"schedule": None, "epochs": 36, "eval_every": 36},
     ),
     "past": Study(
         "What is there past INSANet, where the cameras are not quite aligned?",
-        "42",
-        rows("43 44 45 46 47 49 50") | {"48, batch 8": ("48", {"batch_size": 8, "lr": 4e-3})},
-        seeds=5,
+        rows("42 43 44 45 46 47 49 50") | {"48, batch 8": ("48", {"batch_size": 8, "lr": 4e-3})},
         small={"data_root": str(demo.SHIFTED_ROOT), "input_size": (192, 256), "min_input_height": 5.0}
         | {"optimizer": "adam", "batch_size": 4, "epochs": 4, "eval_every": 4},
     ),
     "streets": Study(
         "What lets a network that has seen drawings alone find people?",
-        "streets",
-        {
+        rows("streets")
+        | {
             "without crowds": ("streets", {"data_root": "data/streets-without-crowds"}),
             "without haze and blur": ("streets", {"data_root": "data/streets-without-haze"}),
             "without jitter": ("streets", {"jitter": 0.0}),
@@ -111,8 +100,7 @@ STUDIES = {
     ),
     "kaist": Study(
         "What does each row reach as the lab book has it, at full size?",
-        "26b",
-        rows("12 19 31 32 33 34 35 36 37 38 39 40"),
+        rows("26b 12 19 31 32 33 34 35 36 37 38 39 40"),
         seeds=1,
         small=dict.fromkeys(SMALL),
     ),
@@ -127,8 +115,8 @@ def main() -> None:
     runs = plan(study, folder, arguments.seeds or study.seeds, more)
     if not arguments.report:
         make_folder(folder)
-        run_all([run for run in runs if not is_finished(run)], arguments.jobs)
-    by_arm = group(study, [read_outcome(run) for run in runs if is_finished(run)])
+        run_all([run for run in runs if not run.is_finished], arguments.jobs)
+    by_arm = group(study, [read_outcome(run) for run in runs if run.is_finished])
     command = " ".join(["python -m tools.study", arguments.study, *more])
     text = f"`{command}`: {study.question}\n\n{report(study, by_arm)}\n"
     make_folder(out)
@@ -164,6 +152,11 @@ class StudyRun(NamedTuple):
     flags: list[str]
     config: Namespace
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether it was trained and evaluated to its end."""
+        return (self.folder / "miss_rate.json").is_file()
+
 
 def plan(study: Study, folder: Path, seeds: int, more: list[str]) -> list[StudyRun]:
     """Every run, a seed of all arms after the other, so that any prefix can be compared.
@@ -176,7 +169,7 @@ def plan(study: Study, folder: Path, seeds: int, more: list[str]) -> list[StudyR
 
     runs = []
     for seed in range(seeds):
-        for arm, (row, changes) in (rows(study.baseline) | study.arms).items():
+        for arm, (row, changes) in study.arms.items():
             changed = "".join(f"-{key}-{show(value).split('/')[-1]}" for key, value in changes.items())
             name = f"row{row}{changed}-seed{seed}"
             values = SMALL | study.small | changes | {"seed": seed}
@@ -187,11 +180,6 @@ def plan(study: Study, folder: Path, seeds: int, more: list[str]) -> list[StudyR
                 remedy = "move it away to run the study anew"
                 raise InputError("it holds a run of other constants", remedy, file=folder / name)
     return runs
-
-
-def is_finished(run: StudyRun) -> bool:
-    """Whether a run was trained and evaluated to its end."""
-    return (run.folder / "miss_rate.json").is_file()
 
 
 def run_all(runs: list[StudyRun], jobs: int) -> None:
@@ -248,11 +236,11 @@ def group(study: Study, outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
     Raises:
         InputError: no run of the baseline, or of any other arm, is finished.
     """
-    by_arm = {arm: [o for o in outcomes if o.arm == arm] for arm in (study.baseline, *study.arms)}
-    by_arm = {arm: own for arm, own in by_arm.items() if own}
-    if study.baseline not in by_arm or len(by_arm) < 2:
+    by_arm = {arm: [o for o in outcomes if o.arm == arm] for arm in study.arms}
+    baseline, *others = by_arm.values()
+    if not baseline or not any(others):
         raise InputError("the study has no finished runs to compare", "run it without --report")
-    return by_arm
+    return {arm: own for arm, own in by_arm.items() if own}
 
 
 def report(study: Study, by_arm: dict[str, list[Outcome]]) -> str:
@@ -261,29 +249,29 @@ def report(study: Study, by_arm: dict[str, list[Outcome]]) -> str:
     p is that of a paired t-test over the seeds that both have; p (Holm) corrects it for the
     number of arms that are compared.
     """
-    reference = {outcome.seed: outcome.miss_rates[0] for outcome in by_arm[study.baseline]}
-    differences = {
-        arm: [o.miss_rates[0] - reference[o.seed] for o in own if o.seed in reference]
-        for arm, own in by_arm.items()
-        if arm != study.baseline
-    }
-    tests = {arm: paired_test(np.array(values)) for arm, values in differences.items()}
+    baseline, *others = by_arm
+    reference = {outcome.seed: outcome.miss_rates[0] for outcome in by_arm[baseline]}
+    tests = {}
+    for arm in others:
+        gaps = [o.miss_rates[0] - reference[o.seed] for o in by_arm[arm] if o.seed in reference]
+        tests[arm] = paired_test(np.array(gaps))
     adjusted = holm({arm: p for arm, (*_, p) in tests.items()})
     columns = "arm|seeds|miss rate all (%)|day|night|recall|minus the baseline, 95%|p|p (Holm)|mask AP by map"
     table = []
     for arm, own in by_arm.items():
         rates = np.array([outcome.miss_rates for outcome in own])
-        row, changes = study.arms.get(arm, (arm, {}))
+        row, changes = study.arms[arm]
         name = arm if changes else f"{arm}: {EXPERIMENTS[row].words}"
         spread = f" ± {rates[:, 0].std(ddof=1):.1f}" if len(own) > 1 else ""
         numbers = [*rates[:, 1:].mean(0), np.mean([outcome.recall for outcome in own])]
         cells = [name, str(len(own)), f"{rates[:, 0].mean():.1f}{spread}", *(f"{x:.1f}" for x in numbers)]
-        if arm == study.baseline:
+        mean, low, high, p = tests.get(arm, (np.nan,) * 4)
+        if arm == baseline:
             cells += ["baseline", "", ""]
+        elif np.isnan(p):  # one seed has no interval
+            cells += [f"{mean:+.1f}", "", ""]
         else:
-            mean, low, high, p = tests[arm]
-            known = [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.3f}", f"{adjusted[arm]:.3f}"]
-            cells += [f"{mean:+.1f}", "", ""] if np.isnan(p) else known
+            cells += [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.3f}", f"{adjusted[arm]:.3f}"]
         aps = np.mean([outcome.mask_aps for outcome in own], axis=0)
         table.append([*cells, ", ".join(f"{x:.2f}" for x in aps)])
     minutes = np.median([outcome.minutes for own in by_arm.values() for outcome in own])

@@ -12,7 +12,7 @@ import train
 from engine.config import resolve_row
 from kaist.files import InputError
 from tools import study
-from tools.study import Outcome, Study, holm, paired_test
+from tools.study import Outcome, Study, holm, paired_test, rows
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def outcome(arm, seed, rate):
 
 
 def test_a_study_compares_seed_by_seed():
-    question = Study("Is it?", "12", {"19": ("19", {}), "26": ("26", {})}, seeds=3, small={})
+    question = Study("Is it?", rows("12 19 26"), seeds=3)
     rates = {"12": (30, 40, 50), "19": (29, 39, 49.5), "26": (31, 40, 49)}
     outcomes = [outcome(arm, seed, rate) for arm, own in rates.items() for seed, rate in enumerate(own)]
     outcomes.append(outcome("19", 9, 5.0))  # a seed that the baseline has not
@@ -150,7 +150,7 @@ def test_small_studies_keep_what_the_question_is_about():
 def one_study(monkeypatch, demo_root, tmp_path):
     """Run study.main() on a study of two quick arms."""
     quick = {"epochs": 1, "eval_every": 1, "width": 0.03, "batch_size": 4}
-    tiny = Study("Is it?", "12", {"26": ("26", {"lr": 1e-4})}, 1, quick)
+    tiny = Study("Is it?", rows("12") | {"26": ("26", {"lr": 1e-4})}, 1, quick)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(study, "STUDIES", {"tiny": tiny})
 
