@@ -18,7 +18,6 @@ import itertools
 import os
 import platform
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
@@ -33,33 +32,11 @@ from kaist.files import run_script
 from kaist.miss_rate import evaluate, load_ground_truth
 from kaist.results import read_detections
 from ssd.memory_plan import plan_memory
-from tools import gpu_report, workloads
-from tools.timing import (
-    HEADER,
-    STATUS,
-    TINY,
-    Line,
-    Scale,
-    Setting,
-    Subprocess,
-    added_memory,
-    at_least,
-    at_most,
-    time_in_turns,
-)
-from tools.workloads import (
-    bare_step,
-    loss_step,
-    our_detection,
-    our_samples,
-    plain_config,
-    repeated_step,
-    row_image,
-    row_network,
-)
+from tools import gpu_report, timing, workloads
+from tools.timing import Line, Setting, Subprocess, added_memory, at_least, at_most, time_in_turns
+from tools.workloads import bare_step, loss_step, our_samples, plain_config, repeated_step, row_image
 from utils import choose_device, choose_precision, tune_malloc
 
-REPORT_MINUTES = 7.5  # that --report takes at most on a GPU, its last part aside
 CARDS = (8, 16, 24, 80, 140)  # GB of memory of the GPUs that --memory-plan knows
 BENCHMARKS = ("loss", "detect", "sample", "image", "step", "evaluation", "memory")  # of --only
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -88,7 +65,7 @@ def compare(setting: Setting, ours: tuple, *peers: Peer) -> Iterator[Line]:
     run = (lambda make, *arguments: make(*arguments)) if setting.on_gpu else Subprocess
     makers = [(tuned, *ours), *(peer.make for peer in peers)]
     timings = time_in_turns(setting, *(run(make, setting, *more) for make, *more in makers))
-    own, *others = (timing.seconds for timing in timings)
+    own, *others = (taken.seconds for taken in timings)
     for peer, other in zip(peers, others, strict=True):
         note = f"{1e3 * own:.4g} ms, {peer.name}: {1e3 * other:.4g} ms"
         yield at_least(peer.what, other / own, "times faster", peer.aim, note)
@@ -104,13 +81,12 @@ def compared(setting: Setting) -> Iterator[tuple[str, tuple]]:
     """What is compared, ours and its peers, and its name for --only."""
     for people, aim in ((3, 6.0), (20, 4.0)):
         what = f"multibox loss and gradient, batch 32, {people} people"
-        yield (
-            "loss",
-            ((loss_step, people, True), Peer(what, aim, (loss_step, people, False), "usual SSD loss")),
-        )
+        usual = Peer(what, aim, (loss_step, people, False), "usual SSD loss")
+        yield "loss", ((loss_step, people, True), usual)
     for candidates, mean, aim in (("6,046", -3.6, 1.1), ("136", -8.94, 2.0)):
         what = f"decode + NMS, batch 8, {candidates} candidates each"
-        yield "detect", ((our_detection, mean), Peer(what, aim, (workloads.torchvision_detection, mean)))
+        theirs = Peer(what, aim, (workloads.torchvision_detection, mean))
+        yield "detect", ((workloads.our_detection, mean), theirs)
     for source, aim, cached in (("JPEG pairs", 7, False), ("the frame cache", 14, True)):
         recipe = Peer(f"samples from {source}, one thread", aim, (workloads.recipe_samples,), "the v2 recipe")
         yield "sample", ((our_samples, cached), recipe)
@@ -134,28 +110,28 @@ def measured_lines(setting: Setting, names: Container[str]) -> Iterator[Line]:
             yield from compare(setting, *arguments)
     if "evaluation" in names:
         yield from time_evaluation(setting)
-    if "memory" in names and not setting.on_gpu and STATUS.exists():
+    if "memory" in names and not setting.on_gpu and timing.STATUS.exists():
         yield compare_memory(setting)
 
 
 def time_evaluation(setting: Setting) -> Iterator[Line]:
     """Nine setups of a drawn result file, reading it included, or, where KAIST_REFERENCE is, of KAIST's own,
     reading its people too."""
-    paths, root = [setting.folder / "drawn_result.txt"], os.environ.get("KAIST_REFERENCE")
-    read = partial(workloads.random_result, paths[0], 2252)
-    if root:
+    if root := os.environ.get("KAIST_REFERENCE"):
         read = partial(load_ground_truth, Path(root, "annotations/KAIST_annotation.json"))
         paths = sorted(Path(root, "results").glob("*_result.*"))
-    drawn = read()
+    else:
+        paths = [setting.folder / "drawn_result.txt"]
+        drawn = workloads.random_result(paths[0], 2252)
     for path in paths:
 
         def ours(path: Path = path) -> None:
             people = read() if root else drawn
             evaluate(people, read_detections(path, people.frames))
 
-        [timing] = time_in_turns(setting, ours)
+        [taken] = time_in_turns(setting, ours)
         what = f"evaluation, 9 setups, 2,252 frames, {path.name}"
-        yield Line(what, 1e3 * timing.seconds, "ms", timing.spread)
+        yield Line(what, 1e3 * taken.seconds, "ms", taken.spread)
 
 
 def compare_memory(setting: Setting) -> Line:
@@ -199,7 +175,7 @@ def memory_rows() -> Iterator[str]:
     for text, names in rows_by(EXPERIMENTS, words).items():
         config = workloads.row_config(names[0])
         with torch.device("meta"):
-            model, criterion = row_network(config)
+            model, criterion = workloads.row_network(config)
         for precision, name in NAMES.items():
             plan = plan_memory(model, criterion, config.optimizer, precision)
             if config.ema_decay:
@@ -218,7 +194,7 @@ def detect_rows(setting: Setting, rows: list[str]) -> Iterator[str]:
     configs = (workloads.row_config(names[0], width=setting.scale.speed_width) for names in networks.values())
     detectors = (row_image(setting, config, setting.precision) for config in configs)
     timings = time_in_turns(setting, *detectors)
-    timed = [(*item, timing.seconds) for item, timing in zip(networks.items(), timings, strict=True)]
+    timed = [(*item, taken.seconds) for item, taken in zip(networks.items(), timings, strict=True)]
     [reference] = [seconds for _, names, seconds in timed if "26" in names]
     for network, names, seconds in timed:
         yield f"| {', '.join(names)} | {network} | {1e3 * seconds:.4g} ms | {seconds / reference:.2f} |"
@@ -235,15 +211,13 @@ def main() -> None:
     torch.manual_seed(0)
     machine = describe_machine(device, precision)
     on_gpu, seconds = device.type == "cuda", 2.0 if arguments.quick else 8.0
-    scale = Scale(seconds, batch=32 if on_gpu else 2 if arguments.quick else 8, drawn=16)
+    scale = timing.Scale(seconds, batch=32 if on_gpu else 2 if arguments.quick else 8, drawn=16)
     if arguments.report:
-        scale = Scale() if on_gpu else TINY
+        scale = timing.Scale() if on_gpu else timing.TINY
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(device, precision, Path(folder), scale)
         if arguments.report:
-            gpu_report.write_report(
-                arguments.report, setting, machine, time.time() + 60 * REPORT_MINUTES * scale.patience
-            )
+            gpu_report.write_report(arguments.report, setting, machine)
             return
         print(machine, end="\n\n")
         if arguments.rows is not None:
@@ -252,7 +226,7 @@ def main() -> None:
             lines = memory_rows()
         else:
             measured = measured_lines(setting, arguments.only or BENCHMARKS)
-            lines = itertools.chain([HEADER], (line.row() for line in measured))
+            lines = itertools.chain([timing.HEADER], (line.row() for line in measured))
         for line in lines:
             print(line, flush=True)
 
@@ -276,7 +250,7 @@ def parse_arguments() -> Namespace:
     add("--device", default="cpu", help="cpu, cuda (default: %(default)s)")
     add("--rows", nargs="*", metavar="ROW", help="detection by these rows, or by all of the lab book")
     add("--memory-plan", action="store_true", help="largest batches by a GPU's memory, instead")
-    whole = f"all that is to know of a GPU in under {REPORT_MINUTES} minutes, into this folder, instead"
+    whole = f"all that is to know of a GPU in under {gpu_report.MINUTES} minutes, into this folder, instead"
     add("--report", type=Path, metavar="FOLDER", help=whole)
     return parser.parse_args()
 

@@ -23,10 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from datasets import batch_loader
 from engine.checkpoint import load_checkpoint
-from engine.config import ROOT
+from engine.config import ROOT, as_flags
 from engine.optim import set_lr
 from kaist.files import make_folder
 from kaist.images import read_frame
@@ -37,6 +38,7 @@ from tools.timing import HEADER, Line, Setting, Subprocess, at_least, at_most, t
 from tools.workloads import LIMITS, Step, plain_config, row_batch, row_config, row_maps
 from utils import choose_device, compile_model, detect_frames, detect_image, predict
 
+MINUTES = 7.5  # that all parts take at most on a GPU, the last one aside
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
 
@@ -57,7 +59,7 @@ def check_losses(setting: Setting) -> Iterator[Line]:
     """
     allow_tf32(False)
     torch.backends.cudnn.benchmark = False
-    for row in setting.scale.rows:
+    for row in setting.scale.rows.split():
         config = row_config(row, width=setting.scale.width)
         loss, gradient = loss_and_gradient(config, CPU, torch.float64)
         own_loss, gradient_fp32 = loss_and_gradient(config, setting.device, torch.float32)
@@ -71,12 +73,13 @@ def check_losses(setting: Setting) -> Iterator[Line]:
 def loss_and_gradient(config: Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Loss terms and gradient of a row's first batch, in float64 on the CPU; computed in `dtype`."""
     torch.manual_seed(0)
-    step, batch = Step(config, device, FP32), row_batch(config, 2).to(device)
-    for module in (step.model, step.criterion):
-        module.to(dtype)
-    losses = step.losses(batch._replace(boxes=batch.boxes.to(dtype)))
+    how = {"device": device, "dtype": dtype, "memory_format": torch.channels_last}
+    model, criterion = (part.to(**how) for part in workloads.row_network(config))
+    batch = row_batch(config, 2).to(device)
+    losses = criterion(model.train()(batch.images), batch.boxes.to(dtype), batch.labels, batch.masks)
     losses[0].backward()
-    gradient = torch.cat([p.grad.flatten() for p in step.parameters])
+    parameters = (*model.parameters(), *criterion.parameters())
+    gradient = torch.cat([p.grad.flatten() for p in parameters])
     return losses.detach().cpu().double(), gradient.cpu().double()
 
 
@@ -87,16 +90,13 @@ def check_captured(setting: Setting) -> Iterator[Line]:
         batches = [row_batch(config, n).to(setting.device) for n in (2, 2, 2, 2, 2, 3, 2, 2, 2, 2)]
         for mode in ("off", "graphs"):
             torch.manual_seed(0)
-            step = Step(config, setting.device, FP32, mode)
-            losses = []
+            step, losses = Step(config, setting.device, FP32, mode), []
             for i, batch in enumerate(batches):
                 set_lr(step.optimizer, 1e-3 / (1 + i))
                 losses.append(step(batch)[0].cpu())
             runs.append(torch.stack(losses))
-        apart = distance(*runs)
-        yield at_most(
-            f"row {row}: loss of ten steps", apart, "of its length", 1e-4, f"the last {runs[1][-1]:.6f}"
-        )
+        apart, note = distance(*runs), f"the last {runs[1][-1]:.6f}"
+        yield at_most(f"row {row}: loss of ten steps", apart, "of its length", 1e-4, note)
 
 
 def check_detections(setting: Setting) -> Iterator[Line]:
@@ -148,16 +148,10 @@ def check_torchrun(setting: Setting) -> Iterator[Line]:
 
 def train_command(setting: Setting, name: str, *launcher: str) -> list[str]:
     """How a run of train.py is started, and gone on with."""
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), "--data-root", str(setting.demo()[0])]
-    command += [
-        "--checkpoints",
-        str(setting.folder / "runs"),
-        "--name",
-        name,
-        "--device",
-        str(setting.device),
-    ]
-    return [*command, "--deterministic", "--epochs", "12", "--eval-every", "12", *setting.scale.train]
+    settings = {"data_root": setting.demo()[0], "checkpoints": setting.folder / "runs", "name": name}
+    settings |= {"device": setting.device, "width": setting.scale.width, "workers": setting.scale.workers}
+    settings |= {"deterministic": True, "epochs": 12, "eval_every": 12}
+    return [sys.executable, *launcher, str(ROOT / "train.py"), *as_flags(settings)]
 
 
 def train(setting: Setting, name: str, *launcher: str) -> Path:
@@ -187,13 +181,10 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def unequal_boxes(ours: list[tuple[Tensor, Tensor]], theirs: list[tuple[Tensor, Tensor]]) -> int:
-    """How many boxes of two devices' images differ by more than rounding."""
-    n = 0
-    for (a, _), (b, _) in zip(ours, theirs, strict=True):
-        same = min(len(a), len(b))
-        apart = (a[:same].cpu() - b[:same].cpu()).abs().amax(1) > 1e-5
-        n += int(apart.sum()) + max(len(a), len(b)) - same
-    return n
+    """How many boxes of two devices' images differ by more than rounding; one that is not there does."""
+    boxes = [found.cpu() for found, _ in (*ours, *theirs)]
+    a, b = pad_sequence(boxes, batch_first=True, padding_value=-1.0).chunk(2)
+    return int(((a - b).abs().amax(2) > 1e-5).sum())
 
 
 # ------------------------------------------------------------------------------ how fast is it
@@ -202,8 +193,7 @@ def unequal_boxes(ours: list[tuple[Tensor, Tensor]], theirs: list[tuple[Tensor, 
 def speed_network(setting: Setting) -> Iterator[Line]:
     """Steps of row 26 without data: eager, compiled and with CUDA graphs; precisions; memory format."""
     config, n = row_config("26", width=setting.scale.speed_width), setting.scale.batch
-    bare = workloads.bare_step(setting, config, BF16, setting.scale.compiled)
-    yield rate_line(setting, "bare convolutions, bf16", bare, n)
+    yield rate_line(setting, "bare convolutions, bf16", workloads.bare_step(setting, config, BF16), n)
     for mode in setting.scale.modes:
         yield step_line(setting, f"row 26, bf16, COMPILE {mode}", Step(config, setting.device, BF16, mode), n)
     contiguous = Step(config, setting.device, BF16)
@@ -217,11 +207,9 @@ def speed_network(setting: Setting) -> Iterator[Line]:
 def speed_rows(setting: Setting) -> Iterator[Line]:
     """Steps of the largest networks in bf16, of batches of their own size."""
     for row, aim in (("42", 400), ("41", 0), ("40", 0)):
-        config, mode = row_config(row, width=setting.scale.speed_width), setting.scale.compiled
-        step = Step(config, setting.device, BF16, mode)
-        n = min(config.batch_size, setting.scale.batch)
-        line = step_line(setting, f"row {row}, bf16, COMPILE {mode}", step, n)
-        yield at_least(line.what, line.value, line.unit, aim, line.note) if aim else line
+        config = row_config(row, width=setting.scale.speed_width)
+        step, n = Step(config, setting.device, BF16, "graphs"), min(config.batch_size, setting.scale.batch)
+        yield step_line(setting, f"row {row}, bf16, COMPILE graphs", step, n, aim)
 
 
 def speed_batches(setting: Setting) -> Iterator[Line]:
@@ -245,7 +233,7 @@ def speed_training(setting: Setting) -> Iterator[Line]:
     pairs = workloads.row_pairs(setting, config, cached=True, repeat=n)
     loader = batch_loader(pairs, shuffle=True, batch_size=n, **loading(setting, config))
     batches = (batch.to(setting.device) for epoch in itertools.count() for batch in loader.epoch(epoch))
-    step = Step(config, setting.device, BF16, setting.scale.compiled)
+    step = Step(config, setting.device, BF16, "graphs")
     alone = partial(step, next(batches))  # of the shapes that are recorded
     whole, bare = time_in_turns(setting, lambda: step(next(batches)), alone)
     what, note = f"row 26 end to end, batch {n}, bf16", f"{whole.spread}; then 3,000"
@@ -285,15 +273,16 @@ def loading(setting: Setting, config: Namespace) -> dict[str, Any]:
     return {"device": setting.device, "workers": setting.scale.workers, "map_sizes": row_maps(config)}
 
 
-def rate_line(setting: Setting, what: str, function: Callable[[], object], n: int) -> Line:
+def rate_line(setting: Setting, what: str, function: Callable[[], object], n: int, aim: float = 0) -> Line:
     """The images a second of calls that work on n frames each."""
     [timing] = time_in_turns(setting, function)
-    return Line(f"{what}, batch {n}", n / timing.seconds, "images/s", timing.spread)
+    line = f"{what}, batch {n}", n / timing.seconds, "images/s"
+    return at_least(*line, aim, timing.spread) if aim else Line(*line, timing.spread)
 
 
-def step_line(setting: Setting, what: str, step: Step, n: int) -> Line:
+def step_line(setting: Setting, what: str, step: Step, n: int, aim: float = 0) -> Line:
     """The images a second of steps on one batch of n frames."""
-    return rate_line(setting, what, partial(step, row_batch(step.config, n).to(setting.device)), n)
+    return rate_line(setting, what, partial(step, row_batch(step.config, n).to(setting.device)), n, aim)
 
 
 # ------------------------------------------------------------------------------ the report
@@ -314,26 +303,25 @@ PARTS: dict[str, tuple[Callable[[Setting], Iterator[Line]], float]] = {
 }
 
 
-def write_report(out: Path, setting: Setting, machine: str, deadline: float) -> None:
-    """Run the parts and write `report.json` and `report.md`, anew after each of them.
-
-    Args:
-        machine: one line on it; deadline: the time() at which no further part begins.
-    """
+def write_report(out: Path, setting: Setting, machine: str) -> None:
+    """Run the parts and write `report.json` and `report.md`, anew after each; machine: one line on it."""
     begun, done = time.time(), {}
     make_folder(out)
     setting.demo()
-    for name, part in run_parts(setting, list(PARTS), deadline):
+    for name, part in run_parts(setting, list(PARTS), begun + 60 * MINUTES * setting.scale.patience):
         done[name] = part
-        pages = {"machine": machine, "seconds": round(time.time() - begun), "parts": done}
-        (out / "report.json").write_text(json.dumps(pages, indent=1), encoding="utf-8")
-        (out / "report.md").write_text(as_page(pages), encoding="utf-8")
+        report = {"machine": machine, "seconds": round(time.time() - begun), "parts": done}
+        (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+        (out / "report.md").write_text(as_page(report), encoding="utf-8")
         print(f"{name}: {part['error'] or str(len(part['lines'])) + ' lines'}, {part['seconds']:.0f} s")
     print(f"report: {out / 'report.md'}")
 
 
 def run_parts(setting: Setting, names: list[str], deadline: float) -> Iterator[tuple[str, dict]]:
-    """Each part's name and what came of it: lines, seconds, and the error that ended it, or ""."""
+    """Each part's name and what came of it: lines, seconds, and the error that ended it, or "".
+
+    deadline: the time() at which no further part begins.
+    """
     begin = partial(Subprocess, part_lines, setting)
     following = begin(names[0])
     for name, after in zip(names, [*names[1:], None], strict=True):

@@ -26,10 +26,7 @@ from kaist.frames import Frame, load_frames
 
 TURNS = 3  # of each function, at least
 STATUS = Path("/proc/self/status")
-EVERY_KIND = (
-    *("1", "6", "7", "12", "13", "14", "18", "20", "21", "22", "25", "26", "26b", "27", "28", "29"),
-    *("31", "32", "33", "35", "36", "38", "39", "40", "41", "42", "50", "demo"),
-)
+ROWS = "1 6 7 12 13 14 18 20 21 22 25 26 26b 27 28 29 31 32 33 35 36 38 39 40 41 42 50 demo"  # of every kind
 
 
 @dataclass(frozen=True)
@@ -41,21 +38,15 @@ class Scale:
     drawn: int = 128  # training frames of the demo set
     width: float = 0.125  # of the networks whose values are compared
     speed_width: float = 1.0  # of those that are timed
-    rows: tuple[str, ...] = EVERY_KIND  # whose losses are compared
+    rows: str = ROWS  # whose losses are compared
     batches: tuple[int, ...] = (8, 16, 64, 128, 256)  # of the steps whose memory is looked at
     frames: int = 2252  # of the test list
     workers: int = 8  # of the loaders
     modes: tuple[str, ...] = ("off", "graphs", "on")  # that COMPILE is compared at
-    compiled: str = "graphs"  # what COMPILE says in all else
-    train: tuple[str, ...] = ("--compile", "graphs", "--workers", "2")  # flags of train.py's runs
     patience: float = 1.0  # times the seconds that a part may take
 
 
-# To see on a CPU that all parts run.
-TINY = Scale(
-    *(0.0, 2, 8, 0.03, 0.03, ("26", "29", "42"), (1,), 8, 0, ("off",), "off"),
-    *(("--width", "0.03", "--workers", "0"), 50.0),
-)
+TINY = Scale(0.0, 2, 8, 0.03, 0.03, "26 29 42", (1,), 8, 0, ("off",), 50.0)  # to see that all runs on a CPU
 
 
 @dataclass(frozen=True)

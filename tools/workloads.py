@@ -6,7 +6,7 @@ import copy
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -84,16 +84,6 @@ class Step:
         step = make_step(self.network, model, self.criterion, self.optimizer, precision)
         self.take = capture_steps(step, self.optimizer, mode, device)
 
-    @property
-    def parameters(self) -> list[Tensor]:
-        return [*self.model.parameters(), *self.criterion.parameters()]
-
-    def losses(self, batch: Batch) -> Tensor:
-        """The loss terms, (terms,), total first."""
-        with autocast(self.device, self.precision):
-            predictions = self.network(batch.images)
-        return self.criterion(predictions, batch.boxes, batch.labels, batch.masks)
-
     def __call__(self, batch: Batch) -> Tensor:
         """Take a step; returns the loss terms, (terms,), total first."""
         losses, _ = self.take(batch.images, batch.boxes, batch.labels, *batch.masks)
@@ -118,17 +108,13 @@ def row_maps(config: Namespace) -> list[Grid]:
     return [model.grids[i] for i in model.infused_maps]
 
 
-def repeated_step(
-    setting: Setting, config: Namespace, precision: torch.dtype, mode: str = "auto"
-) -> Callable[[], None]:
+def repeated_step(setting: Setting, config: Namespace, precision: torch.dtype) -> Callable[[], None]:
     """A row's training step, again and again on the same frames."""
     batch = row_batch(config, setting.scale.batch).to(setting.device)
-    return partial(Step(config, setting.device, precision, mode), batch)
+    return partial(Step(config, setting.device, precision, "auto"), batch)
 
 
-def bare_step(
-    setting: Setting, config: Namespace, precision: torch.dtype, mode: str = "auto"
-) -> Callable[[], None]:
+def bare_step(setting: Setting, config: Namespace, precision: torch.dtype) -> Callable[[], None]:
     """A row's convolutions, ReLUs and pools, forward and backward, and nothing else."""
     model = row_network(config)[0].to(setting.device, memory_format=torch.channels_last)
     model.conv4_3_norm = nn.Identity()
@@ -137,18 +123,13 @@ def bare_step(
     heads = [*model.loc_heads, *model.conf_heads, *model.seg_heads]
     gradients: list[Tensor] = []
 
-    def outputs() -> list[Tensor]:
-        maps = model.feature_maps(images)
-        fused = maps[: len(model.map_sizes)]
-        of_heads = [*fused, *fused, *(maps[i] for i in model.infused_maps)]
-        return [head(x) for head, x in zip(heads, of_heads, strict=True)]
-
-    network = compile_model(outputs, mode)
-
     def step() -> None:
         model.zero_grad()
         with autocast(setting.device, precision):
-            out = network()
+            maps = model.feature_maps(images)
+            fused = maps[: len(model.map_sizes)]
+            of_heads = [*fused, *fused, *(maps[i] for i in model.infused_maps)]
+            out = [head(x) for head, x in zip(heads, of_heads, strict=True)]
         gradients[:] = gradients or [torch.randn_like(x) for x in out]
         torch.autograd.backward(out, gradients)
 
@@ -194,10 +175,8 @@ def loss_step(setting: Setting, people: int, ours: bool) -> Callable[[], object]
     """The multibox loss of 32 frames of so many people, and its gradient: ours, or the usual one."""
     model, criterion = row_network(plain_config(width=0.01))
     multibox, priors = criterion.to(setting.device).multibox, model.priors.to(setting.device)
-    predictions, objects = (
-        random_predictions(32, 0.0, setting.device),
-        random_objects(32, people, setting.device),
-    )
+    predictions = random_predictions(32, 0.0, setting.device)
+    objects = random_objects(32, people, setting.device)
     leaves = [x.requires_grad_() for x in predictions[:2]]
     loss = (lambda *inputs: sum(multibox(*inputs))) if ours else partial(usual_loss, priors)
     return lambda: torch.autograd.grad(loss(predictions, *objects), leaves)
@@ -212,12 +191,9 @@ def our_detection(setting: Setting, mean: float) -> Callable[[], object]:
 def our_samples(setting: Setting, cached: bool) -> Callable[[], object]:
     """A batch of augmented samples, each time others, on one thread."""
     torch.set_num_threads(1)
-    pairs, collate, epochs = (
-        row_pairs(setting, plain_config(), cached),
-        Collate(row_maps(plain_config())),
-        count(),
-    )
-    return lambda: collate([pairs[epoch, i] for epoch in [next(epochs)] for i in range(len(pairs))])
+    pairs, collate = row_pairs(setting, plain_config(), cached), Collate(row_maps(plain_config()))
+    keys = ((epoch, i) for epoch in count() for i in range(len(pairs)))
+    return lambda: collate([pairs[key] for key in islice(keys, len(pairs))])
 
 
 # ------------------------------------------------------------------------------ others'

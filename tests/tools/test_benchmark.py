@@ -35,7 +35,7 @@ def test_the_script_prints_a_table(monkeypatch, capsys):
     monkeypatch.delenv("KAIST_REFERENCE", raising=False)
     monkeypatch.setattr(timing, "TURNS", 1)
     monkeypatch.setattr(benchmark, "Subprocess", lambda make, *arguments: make(*arguments))
-    monkeypatch.setattr(benchmark, "Scale", lambda *_, **__: Scale(seconds=0.0, batch=2, drawn=8))
+    monkeypatch.setattr(timing, "Scale", lambda *_, **__: Scale(seconds=0.0, batch=2, drawn=8))
     run(monkeypatch, "--quick", "--only", "loss", "evaluation")
     machine, _, header, _, *rows = capsys.readouterr().out.splitlines()
     assert "float32" in machine or "bfloat16" in machine

@@ -22,11 +22,11 @@ QUICK = ("captured", "losses", "detections", "training", "network", "evaluation"
 def report(tmp_path_factory):
     """The folder of a tiny report of quick parts, one of whose rows is in no lab book."""
     out = tmp_path_factory.mktemp("report") / "out"
-    scale = replace(TINY, rows=("29", "42", "none"), frames=2)
+    scale = replace(TINY, rows="29 42 none", frames=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_report, "PARTS", {name: gpu_report.PARTS[name] for name in QUICK})
         setting = Setting(CPU, torch.float32, out.parent / "drawn", scale)
-        gpu_report.write_report(out, setting, "a CPU as a GPU", time.time() + 10_000)
+        gpu_report.write_report(out, setting, "a CPU as a GPU")
     return out
 
 
