@@ -34,7 +34,7 @@ from kaist.results import read_detections
 from ssd.memory_plan import plan_memory
 from tools import gpu_report, timing, workloads
 from tools.timing import Line, Setting, Subprocess, added_memory, at_least, at_most, time_in_turns
-from tools.workloads import bare_step, loss_step, our_samples, plain_config, repeated_step, row_image
+from tools.workloads import detection, loss_step, plain_config, repeated_step, row_image
 from utils import choose_device, choose_precision, tune_malloc
 
 CARDS = (8, 16, 24, 80, 140)  # GB of memory of the GPUs that --memory-plan knows
@@ -85,11 +85,10 @@ def compared(setting: Setting) -> Iterator[tuple[str, tuple]]:
         yield "loss", ((loss_step, people, True), usual)
     for candidates, mean, aim in (("6,046", -3.6, 1.1), ("136", -8.94, 2.0)):
         what = f"decode + NMS, batch 8, {candidates} candidates each"
-        theirs = Peer(what, aim, (workloads.torchvision_detection, mean))
-        yield "detect", ((workloads.our_detection, mean), theirs)
+        yield "detect", ((detection, mean, True), Peer(what, aim, (detection, mean, False)))
     for source, aim, cached in (("JPEG pairs", 7, False), ("the frame cache", 14, True)):
         recipe = Peer(f"samples from {source}, one thread", aim, (workloads.recipe_samples,), "the v2 recipe")
-        yield "sample", ((our_samples, cached), recipe)
+        yield "sample", ((workloads.our_samples, cached), recipe)
     plain, visible, n = plain_config(), plain_config(input_mode="visible"), setting.scale.batch
     for precision in dict.fromkeys([setting.precision, torch.float32]):
         name, usual, fast = NAMES[precision], "torchvision, fp32", precision == torch.bfloat16
@@ -98,7 +97,7 @@ def compared(setting: Setting) -> Iterator[tuple[str, tuple]]:
         yield "image", ((row_image, visible, precision), theirs)
         what = f"training step with masks, batch {n}, {name}"
         theirs = Peer(what, 2.5 if fast else 1.1, (workloads.torchvision_step,), usual)
-        bare = tuned, bare_step, plain, precision
+        bare = tuned, workloads.bare_step, plain, precision
         bare = Peer(f"{what}, beside its convolutions alone", 0.95, bare, "convolutions")
         yield "step", ((repeated_step, plain, precision), theirs, bare)
 

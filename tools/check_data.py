@@ -14,6 +14,7 @@ with 1 if there are faults, with 2 if it cannot check at all.
 from __future__ import annotations
 
 import csv
+import io
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections import defaultdict
@@ -37,7 +38,7 @@ from kaist.annotations import (
     list_lines,
     open_annotations,
 )
-from kaist.files import InputError, run_script, write_atomically
+from kaist.files import InputError, run_script, write_text
 from kaist.pair_sets import NAMED, SPLITS, find_lwir_range, open_pairs
 from tools.faults import FAULTS, Fault, check_file, check_images, check_json, implausible_objects, to_fault
 
@@ -73,7 +74,9 @@ def main() -> int:
         out.unlink(missing_ok=True)  # of an earlier check
         print("no fault found")
         return 0
-    write_atomically(out, lambda path: write_faults(faults, path))
+    rows = io.StringIO()
+    csv.writer(rows).writerows([("fault", "file", "line", "problem"), *faults])  # line 0: the whole file
+    write_text(out, rows.getvalue())
     print(f"{table(faults, base)}\nall of them: {out}")
     n_missing = sum(fault.name == "missing-visible" for fault in faults)
     if n_missing > n_frames / 3:
@@ -254,12 +257,6 @@ def table(faults: list[Fault], root: Path) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}".rstrip() for a, b, c in rows]
     return "\n".join([*lines, f"faults: {len(faults)}, kinds: {len({fault.name for fault in faults})}"])
-
-
-def write_faults(faults: list[Fault], path: Path) -> None:
-    """The faults as CSV: fault, file, line (0: the whole file), problem."""
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        csv.writer(file).writerows([("fault", "file", "line", "problem"), *faults])
 
 
 if __name__ == "__main__":

@@ -21,14 +21,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.config import OneLineParser
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, JSON_NAME, PairSet
+from kaist.annotations import JSON_NAME, PairSet
 from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
 from kaist.images import open_view, rescale
 from kaist.labels import ObjectRow, class_name, coco_content, yolo_text
 from kaist.pair_sets import NAMED, SPLITS, find_lwir_range, kaist_ids, open_pairs
-from tools.faults import LABELS
+from tools.faults import KAIST_SIZE, LABELS
 
-KAIST_SIZE = (FRAME_WIDTH, FRAME_HEIGHT)
 JPEG_QUALITY = 95  # of frames that are scaled
 FOLDERS = {"visible": "images", "lwir": "lwir"}  # of the images of COCO and YOLO
 LABELS_AT = {"coco": "annotations/{split}.json", "yolo": "labels/{split}"}

@@ -76,11 +76,13 @@ def main() -> None:
     network = copy.deepcopy(plain)
     if arguments.half:
         halve(network.model)
-    save = {"onnx": save_onnx, "pt2": save_pt2}[arguments.format]
+    save, open_file = {"onnx": (save_onnx, open_onnx), "pt2": (save_pt2, open_pt2)}[arguments.format]
     names = MODALITIES[config.input_mode]
-    write_atomically(out, lambda beside: save(beside, trace(network, names), names, about))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's and torchvision's use of torch
+        write_atomically(out, lambda beside: save(beside, trace(network, names), names, about))
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {about['inputs']} -> {about['outputs']}")
-    run = {"onnx": open_onnx, "pt2": open_pt2}[arguments.format](out)
+    run = open_file(out)
     if arguments.images:
         compare(run, plain, given_frames(arguments.images, config))
         return
@@ -165,19 +167,16 @@ def trace(network: Deployable, names: Sequence[str]) -> ExportedProgram:
     frames = tuple(torch.zeros(2, 512, 640, channels[name], dtype=torch.uint8) for name in names)
     n = Dim("n")
     shapes = tuple({0: n, 1: Dim(f"{name}_height"), 2: Dim(f"{name}_width")} for name in names)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torchvision's use of torch
+    with torch.no_grad():
         return torch.export.export(network, frames, dynamic_shapes=(shapes,))
 
 
 def save_onnx(path: Path, program: ExportedProgram, names: Sequence[str], about: dict[str, str]) -> None:
     """Write a graph as ONNX, with what it says of itself as its metadata."""
     outputs = ["boxes", "scores" if "scores" in about["outputs"] else "count"]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        onnx = torch.onnx.export(
-            program, dynamo=True, input_names=list(names), output_names=outputs, verbose=False
-        )
+    onnx = torch.onnx.export(
+        program, dynamo=True, input_names=list(names), output_names=outputs, verbose=False
+    )
     onnx.model.metadata_props.update(about)
     onnx.save(path)
 
@@ -197,10 +196,8 @@ def save_pt2(path: Path, program: ExportedProgram, _: Sequence[str], about: dict
     """Compile a graph for this machine's processor."""
     from torch._inductor import aoti_compile_and_package
 
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        package = f"{folder}/network.pt2"
-        settings = {"aot_inductor.metadata": about}
+    with tempfile.TemporaryDirectory() as folder:
+        package, settings = f"{folder}/network.pt2", {"aot_inductor.metadata": about}
         aoti_compile_and_package(program, package_path=package, inductor_configs=settings)
         shutil.copyfile(package, path)
 
@@ -222,10 +219,9 @@ def given_frames(images: Sequence[Path], config: Namespace) -> Iterator[list[np.
     """The modalities of each frame that images belong to, as the file takes them."""
     names = MODALITIES[config.input_mode]
     for pair in find_pairs(list_images(images, []), config, []):
-        if not pair.keys() >= set(names):
-            continue
-        views = (open_view(pair[name], name, config.lwir_range) for name in names)
-        yield [np.array(view).reshape(1, view.height, view.width, -1) for view in views]
+        if pair.keys() >= set(names):
+            views = (open_view(pair[name], name, config.lwir_range) for name in names)
+            yield [np.array(view).reshape(1, view.height, view.width, -1) for view in views]
 
 
 def split_frame(frame: np.ndarray) -> list[np.ndarray]:
@@ -251,14 +247,11 @@ def compare(run: Runner, network: Deployable, frames: Iterator[list[np.ndarray]]
         differences.append(difference(found[-1], rows(wanted)))
     if not found:
         raise InputError("there is no frame to compare on", "name images of both modalities")
-    n_alone, _, _ = np.sum(differences, axis=0)
-    _, pixels, scores = np.max(differences, axis=0)
-    n_boxes = sum(map(len, found))
-    print(
-        f"{len(found)} frames: boxes are {pixels:.2g} pixels and {scores:.2g} in score from PyTorch's at most"
-    )
-    if n_alone:
-        print(f"note: {n_alone:.0f} boxes of about {n_boxes} are found by one of both alone")
+    n_alone, pixels, scores = zip(*differences, strict=True)
+    words = f"{max(pixels):.2g} pixels and {max(scores):.2g} in score from PyTorch's at most"
+    print(f"{len(found)} frames: boxes are {words}")
+    if any(n_alone):
+        print(f"note: {sum(n_alone)} boxes of about {sum(map(len, found))} are found by one of both alone")
     own, plain = 1000 * np.median(times, axis=0)
     print(f"median time of a frame: {own:.1f} ms, PyTorch {plain:.1f} ms ({torch.get_num_threads()} threads)")
     return found
@@ -280,15 +273,11 @@ def difference(found: np.ndarray, wanted: np.ndarray) -> tuple[int, float, float
     if len(found) == len(wanted) > 1000:
         gaps = np.abs(found - wanted).max(0)
         return 0, gaps[:4].max(), gaps[4]
-    if not len(found) or not len(wanted):
-        return len(found) + len(wanted), 0.0, 0.0
     gaps = np.abs(found[:, None] - wanted)
-    distance = gaps[..., :4].max(2)
-    nearest, partner = distance.min(1), distance.argmin(1)
-    paired = nearest <= 1
-    n_alone = np.count_nonzero(~paired) + np.count_nonzero(distance.min(0) > 1)
-    score_gaps = gaps[np.arange(len(found)), partner, 4]
-    return n_alone, nearest[paired].max(initial=0), score_gaps[paired].max(initial=0)
+    distance, scores = gaps[..., :4].max(2), gaps[..., 4]
+    paired = distance <= 1
+    n_alone = np.count_nonzero(~paired.any(0)) + np.count_nonzero(~paired.any(1))
+    return n_alone, distance[paired].max(initial=0), scores[paired].max(initial=0)
 
 
 if __name__ == "__main__":

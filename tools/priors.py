@@ -20,18 +20,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from engine.config import CHOICES, OneLineParser, find_folder
-from kaist.annotations import (
-    FRAME_HEIGHT,
-    FRAME_WIDTH,
-    Annotations,
-    find_file,
-    open_annotations,
-    read_image_list,
-)
+from kaist.annotations import Annotations, find_file, open_annotations, read_image_list
 from kaist.demo import open_root
 from kaist.files import InputError, run_script, write_atomically
 from kaist.frames import load_frames
 from kaist.report import markdown_table
+from tools.faults import KAIST_SIZE
 
 if TYPE_CHECKING:
     from ssd.boxes import Grid
@@ -59,19 +53,18 @@ def main() -> None:
 def parse_arguments() -> Namespace:
     """The command line."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
-    add, names, sizes = parser.add_argument, CHOICES["priors"], [(300, 300), (512, 640)]
+    add, names = parser.add_argument, CHOICES["priors"]
     add("--data-root", default="data/demo", help="KAIST root (default: the demo set)")
-    words = "frames to look at: below the root, any path, or all that are annotated"
+    words = "frames: below the root, any path, or all that are annotated (%(default)s)"
     add("--image-list", default="imageSets/train-all.txt", help=words)
     add("--annotations", default="auto", help="a form, as of train.py, or a path")
     add("--priors", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    words = "inputs (default: 300x300 512x640)"
-    add("--sizes", nargs="+", type=input_size, default=sizes, metavar="HxW", help=words)
+    sized = {"type": input_size, "metavar": "HxW", "default": [(300, 300), (512, 640)]}
+    add("--sizes", nargs="+", **sized, help="inputs (default: 300x300 512x640)")
     add("--centres", choices=CHOICES["centres"], default="stride", help="of the priors, as of train.py")
     add("--min-height", type=float, default=12.0, help="lower persons are left out, pixels")
     add("--margin", type=float, default=5.0, help="so are those closer to the border, pixels")
-    words = "print a set of K heights for the first of the sizes"
-    add("--derive", type=int, default=0, metavar="K", help=words)
+    add("--derive", type=int, default=0, metavar="K", help="print a set of K heights for the first size")
     add("--out", type=Path, default=Path("priors.png"), help="the curve (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.derive == 1 or arguments.derive < 0:
@@ -103,16 +96,13 @@ def read_persons(arguments: Namespace) -> tuple[np.ndarray, np.ndarray]:
     else:
         frame_ids = read_image_list(find_file(root, arguments.image_list))
     frames = load_frames(frame_ids, annotations, min_height=arguments.min_height, margin=arguments.margin)
-    boxes = np.concatenate([np.zeros((0, 4)), *(frame.boxes_px[frame.labels == 1] for frame in frames)])
-    if not len(boxes):
+    low, high = np.split(np.concatenate([np.zeros((0, 4)), *(frame.people for frame in frames)]), 2, axis=1)
+    if not len(low):
         raise InputError("no person to match", "choose another list", file=annotations.source)
-    print(
-        f"{len(boxes):,} persons in {len(frames):,} frames of {annotations.source}, from "
-        f"{arguments.min_height:g} px, {arguments.margin:g} px inside the frame\n"
-    )
-    low, high = boxes[:, :2], boxes[:, 2:]
+    chosen = f"from {arguments.min_height:g} px, {arguments.margin:g} px inside the frame"
+    print(f"{len(low):,} persons in {len(frames):,} frames of {annotations.source}, {chosen}\n")
     persons = np.concatenate([(low + high) / 2, high - low], axis=1)
-    return persons / (FRAME_WIDTH, FRAME_HEIGHT, FRAME_WIDTH, FRAME_HEIGHT), (high - low)[:, 1]
+    return persons / (KAIST_SIZE * 2), (high - low)[:, 1]
 
 
 def annotated_frames(annotations: Annotations) -> list[str]:
@@ -222,10 +212,10 @@ def derive(persons: np.ndarray, count: int, size: tuple[int, int]) -> str:
     shapes = [[(ratio * h, h) for h in map_heights] for map_heights in heights]
     best = best_overlaps(persons, shapes, make_grids(size, "stride"))
     rows = "\n".join(f"            {tuple(map_heights)}," for map_heights in heights)
+    in_frame, matched = ratio * KAIST_SIZE[0] / KAIST_SIZE[1], 100 * np.mean(best >= MATCH_IOU)
     return (
-        f"width/height {ratio:g} in fractions of the input, {ratio * FRAME_WIDTH / FRAME_HEIGHT:.2f} in the "
-        f"frame; {100 * np.mean(best >= MATCH_IOU):.1f}% of the persons matched\n\n"
-        f"        heights = (\n{rows}\n        )\n"
+        f"width/height {ratio:g} in fractions of the input, {in_frame:.2f} in the frame; "
+        f"{matched:.1f}% of the persons matched\n\n        heights = (\n{rows}\n        )\n"
         f"        return [[({ratio:g} * h, h) for h in map_heights] for map_heights in heights]"
     )
 

@@ -11,7 +11,6 @@ bit for bit. Ends with 1 if any differs. For Linux.
 from __future__ import annotations
 
 import csv
-import hashlib
 import os
 import random
 import resource
@@ -25,35 +24,37 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-import train
-from engine.checkpoint import load_checkpoint
-from engine.config import OneLineParser
+from engine.config import ROOT, OneLineParser
 from kaist.demo import draw_demo
 from kaist.files import InputError, run_script
 
 FLAGS = "--epochs 6 --eval-every 2 --batch-size 2 --workers 2 --width 0.0625 --save-minutes 0.005"
 FLAGS += " --device cpu --precision fp32 --name soak"
-ACTS = ("kill", "stop", "signals", "pause", "no memory", "no disk", "kill a loader")
+SIGNALS = {"kill": ["SIGKILL"], "stop": ["SIGTERM"], "signals": ["SIGINT", "SIGTERM", "SIGHUP"] * 2}
+ACTS = (*SIGNALS, "pause", "no memory", "no disk", "kill a loader")
 LONGEST_WAIT = 30.0  # seconds until the next act, however slow the machine is
 CLOCKS = ("seconds", "images_per_s")  # columns of log.csv that no run repeats
 
 
 def start(root: Path, folder: Path) -> subprocess.Popen:
     """Start or go on with the run whose folder is made below `folder`."""
-    command = [sys.executable, train.__file__, *FLAGS.split(), "--data-root", root, "--checkpoints", folder]
+    where = ["--data-root", root, "--checkpoints", folder]
     folder.mkdir(exist_ok=True)
     with (folder / "output.txt").open("a") as output:
+        command = [sys.executable, ROOT / "train.py", *FLAGS.split(), *where]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         return subprocess.Popen(command, stdout=output, stderr=output, env=environment)
 
 
 def result(folder: Path) -> dict[str, object]:
-    """What has to be the same: a digest of each tensor of the weights, log.csv, detections.txt."""
+    """What has to be the same: the bytes of the weights, log.csv, detections.txt."""
+    from engine.checkpoint import load_checkpoint  # here, because torch takes seconds
+
     model = load_checkpoint(folder / "soak/last.pt")["model"]
-    digests = {name: hashlib.sha256(x.numpy().tobytes()).hexdigest() for name, x in model.items()}
+    weights = {name: tensor.numpy().tobytes() for name, tensor in model.items()}
     with (folder / "soak/log.csv").open(encoding="utf-8") as file:
         log = [{k: v for k, v in row.items() if k not in CLOCKS} for row in csv.DictReader(file)]
-    return {"weights": digests, "log": log, "detections": (folder / "soak/detections.txt").read_bytes()}
+    return {"weights": weights, "log": log, "detections": (folder / "soak/detections.txt").read_bytes()}
 
 
 def disturb(process: subprocess.Popen, act: str, rng: random.Random) -> None:
@@ -62,19 +63,18 @@ def disturb(process: subprocess.Popen, act: str, rng: random.Random) -> None:
         process.send_signal(signal.SIGSTOP)
         time.sleep(rng.uniform(0, 2))
         process.send_signal(signal.SIGCONT)
-    elif act in ("no memory", "no disk"):
+    elif act == "no memory":
         pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0])
-        most = (resource.RLIMIT_AS, pages * resource.getpagesize() + 2**24)
-        most = most if act == "no memory" else (resource.RLIMIT_FSIZE, 2**16)
-        resource.prlimit(process.pid, most[0], (most[1], most[1]))
+        most = pages * resource.getpagesize() + 2**24
+        resource.prlimit(process.pid, resource.RLIMIT_AS, (most, most))
+    elif act == "no disk":
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (2**16, 2**16))
     elif act == "kill a loader":
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(rng.choice(children or [0x7FFFFFFF])), signal.SIGKILL)
-    else:
-        kinds = {"kill": ["SIGKILL"], "stop": ["SIGTERM"], "signals": ["SIGINT", "SIGTERM", "SIGHUP"] * 2}
-        for name in kinds[act]:
-            process.send_signal(getattr(signal, name))
-            time.sleep(0.01)
+    for name in SIGNALS.get(act, ()):
+        process.send_signal(getattr(signal, name))
+        time.sleep(0.01)
 
 
 def finish(root: Path, folder: Path, end: float, length: float, rng: random.Random, counts: Counter) -> bool:

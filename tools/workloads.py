@@ -182,10 +182,16 @@ def loss_step(setting: Setting, people: int, ours: bool) -> Callable[[], object]
     return lambda: torch.autograd.grad(loss(predictions, *objects), leaves)
 
 
-def our_detection(setting: Setting, mean: float) -> Callable[[], object]:
-    """Decoding and NMS of 8 images down to 200 boxes, of predictions as of `random_predictions`."""
+def detection(setting: Setting, mean: float, ours: bool) -> Callable[[], object]:
+    """Decoding and NMS of 8 images down to 200 boxes, of predictions as of `random_predictions`: ours, or
+    torchvision's."""
+    predictions = random_predictions(8, mean, setting.device)
     priors = row_network(plain_config(width=0.01))[0].priors.to(setting.device)
-    return partial(detect, random_predictions(8, mean, setting.device), priors, **LIMITS)
+    if ours:
+        return partial(detect, predictions, priors, **LIMITS)
+    anchors = [300 * box_convert(priors, "cxcywh", "xyxy")] * 8
+    outputs = {"bbox_regression": predictions.loc, "cls_logits": predictions.conf}
+    return partial(torchvision_ssd(setting).postprocess_detections, outputs, anchors, [(300, 300)] * 8)
 
 
 def our_samples(setting: Setting, cached: bool) -> Callable[[], object]:
@@ -230,15 +236,6 @@ def torchvision_image(setting: Setting) -> Callable[[], object]:
     path = image_path(root, frames[0].id, "visible")
     read = lambda: decode_image(path, ImageReadMode.RGB).to(setting.device) / 255  # noqa: E731
     return torch.inference_mode()(lambda: model([read()]))
-
-
-def torchvision_detection(setting: Setting, mean: float) -> Callable[[], object]:
-    """Decoding and NMS of 8 images down to 200 boxes, of predictions as of `random_predictions`."""
-    ssd, predictions = torchvision_ssd(setting), random_predictions(8, mean, setting.device)
-    priors = row_network(plain_config(width=0.01))[0].priors.to(setting.device)
-    anchors = [300 * box_convert(priors, "cxcywh", "xyxy")] * 8
-    outputs = {"bbox_regression": predictions.loc, "cls_logits": predictions.conf}
-    return lambda: ssd.postprocess_detections(outputs, anchors, [(300, 300)] * 8)
 
 
 def recipe_samples(setting: Setting) -> Callable[[], list[tuple]]:
