@@ -12,8 +12,6 @@ Functions that do the same work run in turns, and medians are compared. The refe
 torchvision's SSD300 and augmentation, and the usual SSD loss.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import platform
@@ -22,7 +20,6 @@ from argparse import Namespace
 from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -45,30 +42,22 @@ NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # ------------------------------------------------------------------------------ beside others
 
 
-class Peer(NamedTuple):
-    """Who does the same work as ours: what makes its function, see `compare`, its name, and how many times
-    faster ours has to be; what: the work."""
-
-    what: str
-    aim: float
-    make: tuple
-    name: str = "torchvision"
-
-
-def compare(setting: Setting, ours: tuple, *peers: Peer) -> Iterator[Line]:
+def compare(setting: Setting, ours: tuple, *peers: tuple[str, float, str, tuple]) -> Iterator[Line]:
     """Ours and others timed in turns, on a CPU in a process each: the allocator's settings of ours (see
     `tune_malloc`) are not for its rivals.
 
     Args:
-        ours: (make, …): make(setting, …) gives the function, as of the peers.
+        ours: (make, …): make(setting, …) gives the function.
+        peers: the work, how many times faster ours has to be, who does the same work, and what makes its
+            function, as of ours.
     """
     run = (lambda make, *arguments: make(*arguments)) if setting.on_gpu else Subprocess
-    makers = [(tuned, *ours), *(peer.make for peer in peers)]
+    makers = [(tuned, *ours), *(make for *_, make in peers)]
     timings = time_in_turns(setting, *(run(make, setting, *more) for make, *more in makers))
     own, *others = (taken.seconds for taken in timings)
-    for peer, other in zip(peers, others, strict=True):
-        note = f"{1e3 * own:.4g} ms, {peer.name}: {1e3 * other:.4g} ms"
-        yield at_least(peer.what, other / own, "times faster", peer.aim, note)
+    for (what, aim, name, _), other in zip(peers, others, strict=True):
+        note = f"{1e3 * own:.4g} ms, {name}: {1e3 * other:.4g} ms"
+        yield at_least(what, other / own, "times faster", aim, note)
 
 
 def tuned(setting: Setting, make: Callable, *arguments: object) -> Callable:
@@ -78,27 +67,28 @@ def tuned(setting: Setting, make: Callable, *arguments: object) -> Callable:
 
 
 def compared(setting: Setting) -> Iterator[tuple[str, tuple]]:
-    """What is compared, ours and its peers, and its name for --only."""
+    """What is compared, as `compare` takes it, and its name for --only."""
     for people, aim in ((3, 6.0), (20, 4.0)):
         what = f"multibox loss and gradient, batch 32, {people} people"
-        usual = Peer(what, aim, (loss_step, people, False), "usual SSD loss")
+        usual = (what, aim, "usual SSD loss", (loss_step, people, False))
         yield "loss", ((loss_step, people, True), usual)
     for candidates, mean, aim in (("6,046", -3.6, 1.1), ("136", -8.94, 2.0)):
         what = f"decode + NMS, batch 8, {candidates} candidates each"
-        yield "detect", ((detection, mean, True), Peer(what, aim, (detection, mean, False)))
+        yield "detect", ((detection, mean, True), (what, aim, "torchvision", (detection, mean, False)))
     for source, aim, cached in (("JPEG pairs", 7, False), ("the frame cache", 14, True)):
-        recipe = Peer(f"samples from {source}, one thread", aim, (workloads.recipe_samples,), "the v2 recipe")
+        what = f"samples from {source}, one thread"
+        recipe = (what, aim, "the v2 recipe", (workloads.recipe_samples,))
         yield "sample", ((workloads.our_samples, cached), recipe)
     plain, visible, n = plain_config(), plain_config(input_mode="visible"), setting.scale.batch
     for precision in dict.fromkeys([setting.precision, torch.float32]):
         name, usual, fast = NAMES[precision], "torchvision, fp32", precision == torch.bfloat16
         what = f"one image, file to boxes, {name}"
-        theirs = Peer(what, 2.2 if fast else 1.2, (workloads.torchvision_image,), usual)
+        theirs = (what, 2.2 if fast else 1.2, usual, (workloads.torchvision_image,))
         yield "image", ((row_image, visible, precision), theirs)
         what = f"training step with masks, batch {n}, {name}"
-        theirs = Peer(what, 2.5 if fast else 1.1, (workloads.torchvision_step,), usual)
-        bare = tuned, workloads.bare_step, plain, precision
-        bare = Peer(f"{what}, beside its convolutions alone", 0.95, bare, "convolutions")
+        theirs = (what, 2.5 if fast else 1.1, usual, (workloads.torchvision_step,))
+        bare = (tuned, workloads.bare_step, plain, precision)
+        bare = (f"{what}, beside its convolutions alone", 0.95, "convolutions", bare)
         yield "step", ((repeated_step, plain, precision), theirs, bare)
 
 

@@ -11,8 +11,6 @@ black frames, swapped modalities, boxes outside of the frame. Ends with 0 if not
 with 1 if there are faults, with 2 if it cannot check at all.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import sys
@@ -115,12 +113,11 @@ def find_annotations(root: Path, where: str) -> tuple[list[Annotations], list[Pa
         named = find_file(root, where)
         return ([], [named]) if named.is_file() else ([open_annotations(named)], [])
     kinds = PLACES if where == "all" else [where]
-    found = {kind: find_form(root, kind) for kind in kinds}
-    if not any(found.values()):
+    found = [(kind, path) for kind in kinds for path in find_form(root, kind)]
+    if not found:
         open_annotations(root, "auto" if where == "all" else where)  # says what it looked for
-    jsons = found.pop("json", [])
-    forms = [Annotations(path, kind, "lwir") for kind, paths in found.items() for path in paths]
-    return forms, jsons
+    forms = [Annotations(path, kind, "lwir") for kind, path in found if kind != "json"]
+    return forms, [path for kind, path in found if kind == "json"]
 
 
 def check_pairs(data: str, root: Path | None, modalities: Sequence[str]) -> tuple[int, list[Fault]]:

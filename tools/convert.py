@@ -8,8 +8,6 @@ YOLO keep images as they are, beside a pairs.json that describes the result. KAI
 scaled to 640x512 with 8 bits, and is trained on by train.py --data-root.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -8,8 +8,6 @@ resizing, network, decoding and NMS are inside. The file is run at once on some 
 weights alone. docs/deploy.md shows their use.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """What can be wrong with the files of a KAIST set: every fault of a file, by name."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections import Counter
@@ -82,13 +80,6 @@ class Fault(NamedTuple):
     problem: str
 
 
-class ImageStats(NamedTuple):
-    """A decoded image: a digest of its pixels and how coloured it is (see `COLOURED`)."""
-
-    digest: bytes
-    colour: float
-
-
 def unreadable(path: Path, missing: str) -> Fault | None:
     """Why a file's content cannot be had, if it cannot; `missing` is the fault of its absence."""
     try:
@@ -112,9 +103,11 @@ def check_image(
     modality: str,
     size: tuple[int, int] = KAIST_SIZE,
     lwir_range: tuple[float, float] = (0.0, 0.0),
-) -> Fault | ImageStats:
-    """What is wrong with one image, or how it looks; size: its width and height, if all is well; lwir_range:
-    as of `open_view`."""
+) -> Fault | tuple[bytes, float]:
+    """What is wrong with one image, or a digest of its pixels and how coloured it is, see `COLOURED`.
+
+    size: its width and height, if all is well; lwir_range: as of `open_view`.
+    """
     if fault := unreadable(path, f"missing-{modality}"):
         return fault
     deep = modality == "lwir" and lwir_range[0] < lwir_range[1]
@@ -131,7 +124,7 @@ def check_image(
     if few.mean(2).std() < FLAT:
         return Fault("constant-image", path, 0, f"all of it is about {few.mean():.0f}")
     colour = np.percentile(few.max(2) - few.min(2), 99.5)
-    return ImageStats(hashlib.blake2b(pixels.tobytes(), digest_size=16).digest(), float(colour))
+    return hashlib.blake2b(pixels.tobytes(), digest_size=16).digest(), float(colour)
 
 
 def check_images(
@@ -140,10 +133,10 @@ def check_images(
     """Faults of a frame's images by modality, as of `check_image`, and digest -> file of the sound ones."""
     seen = {modality: check_image(path, modality, size, lwir_range) for modality, path in paths.items()}
     faults = [result for result in seen.values() if isinstance(result, Fault)]
-    images = {modality: stats for modality, stats in seen.items() if isinstance(stats, ImageStats)}
-    digests = {stats.digest: paths[modality] for modality, stats in images.items()}
-    grey = "visible" in images and images["visible"].colour < GREY
-    coloured = "lwir" in images and images["lwir"].colour > COLOURED
+    images = {modality: result for modality, result in seen.items() if not isinstance(result, Fault)}
+    digests = {digest: paths[modality] for modality, (digest, _) in images.items()}
+    grey = "visible" in images and images["visible"][1] < GREY
+    coloured = "lwir" in images and images["lwir"][1] > COLOURED
     if len(digests) < len(images):
         faults.append(Fault("same-image", paths["lwir"], 0, "the same picture as the visible image"))
     elif grey and coloured:
@@ -153,9 +146,6 @@ def check_images(
     elif coloured:
         faults.append(Fault("coloured-lwir", paths["lwir"], 0, "it has colours"))
     return faults, digests
-
-
-# ------------------------------------------------------------------------------ annotations
 
 
 def to_fault(error: InputError) -> Fault:

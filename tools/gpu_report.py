@@ -6,8 +6,6 @@ its own, because one that fails may lose the GPU's state. One that fails, or tak
 line in the report, and the next goes on. What does not fit into the time is said to be left out.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

@@ -6,8 +6,6 @@ writes docs/leaderboard.md and its figure. Every file of `SOURCES` that is found
 it under its detector's name; other result files under their own. The files are not part of this project.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path

@@ -5,8 +5,6 @@ so that boxes and masks which do not follow the pictures are seen at once.
     python -m tools.show_masks --annotations paired --crop-apart 0.5 --mirror-apart 0.5
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path

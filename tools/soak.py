@@ -8,8 +8,6 @@ it is through; then its weights, its log and its detections have to be those of 
 bit for bit. Ends with 1 if any differs. For Linux.
 """
 
-from __future__ import annotations
-
 import csv
 import os
 import random

@@ -10,8 +10,6 @@ with them initial weights, order of frames and augmentation, so that differences
 seed. Other flags go to every run. A study that was interrupted goes on where it stopped.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 import os

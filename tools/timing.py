@@ -1,7 +1,5 @@
 """How things are measured: in turns, some in processes of their own, each result a line with its aim."""
 
-from __future__ import annotations
-
 import atexit
 import os
 import re
@@ -138,9 +136,6 @@ def time_in_turns(setting: Setting, *functions: Callable[[], object]) -> list[Ti
         low, high = (100 * (bound / median - 1) for bound in (min(times), max(times)))
         timings.append(Timing(median, f"{low:+.1f} to {high:+.1f}% in time"))
     return timings
-
-
-# ------------------------------------------------------------------------------ processes
 
 
 class Subprocess:

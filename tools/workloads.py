@@ -1,7 +1,5 @@
 """What is measured: a row's training step, detection and samples, the same by others, and drawn inputs."""
 
-from __future__ import annotations
-
 import copy
 from argparse import Namespace
 from collections.abc import Callable
