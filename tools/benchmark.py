@@ -79,7 +79,7 @@ def compared(setting: Setting) -> Iterator[tuple[str, tuple]]:
         what = f"samples from {source}, one thread"
         recipe = (what, aim, "the v2 recipe", (workloads.recipe_samples,))
         yield "sample", ((workloads.our_samples, cached), recipe)
-    plain, visible, n = plain_config(), plain_config(input_mode="visible"), setting.scale.batch
+    plain, visible, n = plain_config(), plain_config(input_mode="visible"), setting.batch
     for precision in dict.fromkeys([setting.precision, torch.float32]):
         name, usual, fast = NAMES[precision], "torchvision, fp32", precision == torch.bfloat16
         what = f"one image, file to boxes, {name}"
@@ -129,7 +129,7 @@ def compare_memory(setting: Setting) -> Line:
     theirs = Subprocess(added_memory, setting, workloads.torchvision_step)
     mine, reference = (held() / 2**20 for held in (ours, theirs))
     note = f"{mine:.0f} MiB, torchvision: {reference:.0f} MiB"
-    what = f"memory added by a step of batch {setting.scale.batch}"
+    what = f"memory added by a step of batch {setting.batch}"
     return at_most(what, mine / reference, "of torchvision's", 0.8, note)
 
 
@@ -180,7 +180,7 @@ def detect_rows(setting: Setting, rows: list[str]) -> Iterator[str]:
     yield "| rows | network | detect | of row 26 |\n|---|---|---|---|"
     chosen = dict.fromkeys(["26", *rows]) if rows else EXPERIMENTS
     networks = rows_by(chosen, lambda row: [*network_words(row), *["test flip"] * row["test_flip"]])
-    configs = (workloads.row_config(names[0], width=setting.scale.speed_width) for names in networks.values())
+    configs = (workloads.row_config(names[0], width=setting.speed_width) for names in networks.values())
     detectors = (row_image(setting, config, setting.precision) for config in configs)
     timings = time_in_turns(setting, *detectors)
     timed = [(*item, taken.seconds) for item, taken in zip(networks.items(), timings, strict=True)]
@@ -200,11 +200,11 @@ def main() -> None:
     torch.manual_seed(0)
     machine = describe_machine(device, precision)
     on_gpu, seconds = device.type == "cuda", 2.0 if arguments.quick else 8.0
-    scale = timing.Scale(seconds, batch=32 if on_gpu else 2 if arguments.quick else 8, drawn=16)
+    how = {"seconds": seconds, "batch": 32 if on_gpu else 2 if arguments.quick else 8, "drawn": 16}
     if arguments.report:
-        scale = timing.Scale() if on_gpu else timing.TINY
+        how = {} if on_gpu else timing.TINY
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(device, precision, Path(folder), scale)
+        setting = Setting(device, precision, Path(folder), **how)
         if arguments.report:
             gpu_report.write_report(arguments.report, setting, machine)
             return

@@ -57,8 +57,8 @@ def check_losses(setting: Setting) -> Iterator[Line]:
     """
     allow_tf32(False)
     torch.backends.cudnn.benchmark = False
-    for row in setting.scale.rows.split():
-        config = row_config(row, width=setting.scale.width)
+    for row in setting.rows.split():
+        config = row_config(row, width=setting.width)
         loss, gradient = loss_and_gradient(config, CPU, torch.float64)
         own_loss, gradient_fp32 = loss_and_gradient(config, setting.device, torch.float32)
         _, own_gradient = loss_and_gradient(config, setting.device, torch.float64)
@@ -84,7 +84,7 @@ def loss_and_gradient(config: Namespace, device: torch.device, dtype: torch.dtyp
 def check_captured(setting: Setting) -> Iterator[Line]:
     """Ten steps replayed from a CUDA graph against ten that are not: their losses."""
     for row in ("demo", "26"):
-        config, runs = row_config(row, width=setting.scale.width), []
+        config, runs = row_config(row, width=setting.width), []
         batches = [row_batch(config, n).to(setting.device) for n in (2, 2, 2, 2, 2, 3, 2, 2, 2, 2)]
         for mode in ("off", "graphs"):
             torch.manual_seed(0)
@@ -105,7 +105,7 @@ def check_detections(setting: Setting) -> Iterator[Line]:
         predictions = (workloads.random_predictions(8, mean, device) for device in both)
         found = [detect(p, priors.to(p.loc.device), **LIMITS) for p in predictions]
         yield at_most(f"boxes that differ, {len(found[0][0][0])} an image", unequal_boxes(*found), "boxes", 0)
-    config, (root, drawn) = row_config("40", width=setting.scale.width), setting.demo()
+    config, (root, drawn) = row_config("40", width=setting.width), setting.demo()
     frames = [read_frame(root, frame.id, config.input_mode) for frame in drawn[:4]]
     scores = []
     for device in both:
@@ -147,7 +147,7 @@ def check_torchrun(setting: Setting) -> Iterator[Line]:
 def train_command(setting: Setting, name: str, *launcher: str) -> list[str]:
     """How a run of train.py is started, and gone on with."""
     settings = {"data_root": setting.demo()[0], "checkpoints": setting.folder / "runs", "name": name}
-    settings |= {"device": setting.device, "width": setting.scale.width, "workers": setting.scale.workers}
+    settings |= {"device": setting.device, "width": setting.width, "workers": setting.workers}
     settings |= {"deterministic": True, "epochs": 12, "eval_every": 12}
     return [sys.executable, *launcher, str(ROOT / "train.py"), *as_flags(settings)]
 
@@ -190,9 +190,9 @@ def unequal_boxes(ours: list[tuple[Tensor, Tensor]], theirs: list[tuple[Tensor, 
 
 def speed_network(setting: Setting) -> Iterator[Line]:
     """Steps of row 26 without data: eager, compiled and with CUDA graphs; precisions; memory format."""
-    config, n = row_config("26", width=setting.scale.speed_width), setting.scale.batch
+    config, n = row_config("26", width=setting.speed_width), setting.batch
     yield rate_line(setting, "bare convolutions, bf16", workloads.bare_step(setting, config, BF16), n)
-    for mode in setting.scale.modes:
+    for mode in setting.modes:
         yield step_line(setting, f"row 26, bf16, COMPILE {mode}", Step(config, setting.device, BF16, mode), n)
     contiguous = Step(config, setting.device, BF16)
     contiguous.model.to(memory_format=torch.contiguous_format)
@@ -205,15 +205,15 @@ def speed_network(setting: Setting) -> Iterator[Line]:
 def speed_rows(setting: Setting) -> Iterator[Line]:
     """Steps of the largest networks in bf16, of batches of their own size."""
     for row, aim in (("42", 400), ("41", 0), ("40", 0)):
-        config = row_config(row, width=setting.scale.speed_width)
-        step, n = Step(config, setting.device, BF16, "graphs"), min(config.batch_size, setting.scale.batch)
+        config = row_config(row, width=setting.speed_width)
+        step, n = Step(config, setting.device, BF16, "graphs"), min(config.batch_size, setting.batch)
         yield step_line(setting, f"row {row}, bf16, COMPILE graphs", step, n, aim)
 
 
 def speed_batches(setting: Setting) -> Iterator[Line]:
     """Eager steps of row 26 in bf16 by batch size, and the memory that they take against the plan."""
-    config, step = row_config("26", width=setting.scale.speed_width), None
-    for n in setting.scale.batches:
+    config, step = row_config("26", width=setting.speed_width), None
+    for n in setting.batches:
         held, step = torch.cuda.memory_allocated() if setting.on_gpu else 0, None
         step = Step(config, setting.device, BF16)
         yield step_line(setting, "row 26, bf16, eager", step, n)
@@ -227,7 +227,7 @@ def speed_batches(setting: Setting) -> Iterator[Line]:
 
 def speed_training(setting: Setting) -> Iterator[Line]:
     """Row 26 end to end from the cache, against its step without data."""
-    config, n = row_config("26", width=setting.scale.speed_width), setting.scale.batch
+    config, n = row_config("26", width=setting.speed_width), setting.batch
     pairs = workloads.row_pairs(setting, config, cached=True, repeat=n)
     loader = batch_loader(pairs, shuffle=True, batch_size=n, **loading(setting, config))
     batches = (batch.to(setting.device) for epoch in itertools.count() for batch in loader.epoch(epoch))
@@ -242,20 +242,20 @@ def speed_training(setting: Setting) -> Iterator[Line]:
 def speed_image(setting: Setting) -> Iterator[Line]:
     """One pair, from its files to boxes."""
     for row in ("26", "40", "42"):
-        config = row_config(row, width=setting.scale.speed_width)
+        config = row_config(row, width=setting.speed_width)
         [timing] = time_in_turns(setting, workloads.row_image(setting, config, BF16))
         yield Line(f"row {row}: one frame, files to boxes", 1e3 * timing.seconds, "ms", timing.spread)
 
 
 def speed_evaluation(setting: Setting) -> Iterator[Line]:
     """The whole test list by row 26, images read from files."""
-    config = row_config("26", width=setting.scale.speed_width, augment=False)
+    config = row_config("26", width=setting.speed_width, augment=False)
     model = workloads.row_detector(config, setting.device)
-    pairs = workloads.row_pairs(setting, config, cached=False, repeat=setting.scale.frames)
-    pairs.frames[setting.scale.frames :] = []
+    pairs = workloads.row_pairs(setting, config, cached=False, repeat=setting.frames)
+    pairs.frames[setting.frames :] = []
     loader = batch_loader(pairs, shuffle=False, batch_size=min(64, len(pairs)), **loading(setting, config))
     images = next(iter(loader.epoch(0))).images.to(setting.device)
-    for mode in dict.fromkeys((setting.scale.modes[0], setting.scale.modes[-1])):
+    for mode in dict.fromkeys((setting.modes[0], setting.modes[-1])):
         network = compile_model(model, mode)
         forward = torch.inference_mode()(partial(predict, network, images, BF16, False))
         yield rate_line(setting, f"forward pass, COMPILE {mode}", forward, len(images))
@@ -268,7 +268,7 @@ def speed_evaluation(setting: Setting) -> Iterator[Line]:
 
 def loading(setting: Setting, config: Namespace) -> dict[str, Any]:
     """What every loader of a row's batches is told."""
-    return {"device": setting.device, "workers": setting.scale.workers, "map_sizes": row_maps(config)}
+    return {"device": setting.device, "workers": setting.workers, "map_sizes": row_maps(config)}
 
 
 def rate_line(setting: Setting, what: str, function: Callable[[], object], n: int, aim: float = 0) -> Line:
@@ -306,7 +306,7 @@ def write_report(out: Path, setting: Setting, machine: str) -> None:
     begun, done = time.time(), {}
     make_folder(out)
     setting.demo()
-    for name, part in run_parts(setting, list(PARTS), begun + 60 * MINUTES * setting.scale.patience):
+    for name, part in run_parts(setting, list(PARTS), begun + 60 * MINUTES * setting.patience):
         done[name] = part
         report = {"machine": machine, "seconds": round(time.time() - begun), "parts": done}
         (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -325,7 +325,7 @@ def run_parts(setting: Setting, names: list[str], deadline: float) -> Iterator[t
     for name, after in zip(names, [*names[1:], None], strict=True):
         part, following = following, after and begin(after)  # which imports torch meanwhile
         start, lines, error = time.time(), [], "left out: the time was up"
-        until = min(start + PARTS[name][1] * setting.scale.patience, deadline)
+        until = min(start + PARTS[name][1] * setting.patience, deadline)
         if until > start + 5:
             try:
                 while line := part(max(0.0, until - time.time())):

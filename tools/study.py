@@ -10,7 +10,6 @@ with them initial weights, order of frames and augmentation, so that differences
 seed. Other flags go to every run. A study that was interrupted goes on where it stopped.
 """
 
-import csv
 import json
 import os
 import subprocess
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from engine.config import ROOT, OneLineParser, as_flags, show
 from engine.experiments import EXPERIMENTS
+from engine.history import read_log
 from kaist import demo
 from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
 from kaist.report import markdown_table
@@ -220,10 +220,9 @@ def read_outcome(run: StudyRun) -> Outcome:
     content = json.loads((run.folder / "miss_rate.json").read_text(encoding="utf-8"))
     official = next(iter(content.values()))["official"]
     rates = [official[f"Reasonable-{part}"]["miss_rate"] for part in ("all", "day", "night")]
-    with (run.folder / "log.csv").open(encoding="utf-8") as file:
-        log = list(csv.DictReader(file))
-    aps = [float(value) for key, value in log[-1].items() if key.startswith("ap_")]
-    minutes = sum(float(row["seconds"]) for row in log) / 60
+    log = read_log(run.folder)
+    aps = [value for key, value in log[-1].items() if key.startswith("ap_")]
+    minutes = sum(row["seconds"] for row in log) / 60
     recall = 100 * official["Reasonable-all"]["recall"]
     return Outcome(run.arm, run.seed, 100 * np.array(rates, dtype=float), recall, aps, minutes)
 

@@ -25,12 +25,19 @@ from kaist.frames import Frame, load_frames
 TURNS = 3  # of each function, at least
 STATUS = Path("/proc/self/status")
 ROWS = "1 6 7 12 13 14 18 20 21 22 25 26 26b 27 28 29 31 32 33 35 36 38 39 40 41 42 50 demo"  # of every kind
+# Of a `Setting`, to see on a CPU that all parts run.
+TINY = {"seconds": 0.0, "batch": 2, "drawn": 8, "width": 0.03, "speed_width": 0.03, "rows": "26 29 42"}
+TINY |= {"batches": (1,), "frames": 8, "workers": 0, "modes": ("off",), "patience": 50.0}
 
 
 @dataclass(frozen=True)
-class Scale:
-    """How much is measured; by default all of a GPU."""
+class Setting:
+    """What every measurement needs: the device and its precision, a folder for what it draws, and how much is
+    measured; by default all of a GPU."""
 
+    device: torch.device
+    precision: torch.dtype
+    folder: Path
     seconds: float = 1.0  # that a measurement takes
     batch: int = 32  # frames of a step
     drawn: int = 128  # training frames of the demo set
@@ -43,19 +50,6 @@ class Scale:
     modes: tuple[str, ...] = ("off", "graphs", "on")  # that COMPILE is compared at
     patience: float = 1.0  # times the seconds that a part may take
 
-
-TINY = Scale(0.0, 2, 8, 0.03, 0.03, "26 29 42", (1,), 8, 0, ("off",), 50.0)  # to see that all runs on a CPU
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What every measurement needs: the device and its precision, a folder for what it draws, the scale."""
-
-    device: torch.device
-    precision: torch.dtype
-    folder: Path
-    scale: Scale
-
     @property
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
@@ -64,7 +58,7 @@ class Setting:
         """A small demo set, and its training frames that have people."""
         root = self.folder / "demo"
         if not root.exists():
-            draw_demo(root, train_frames=self.scale.drawn, test_frames=6, progress=False)
+            draw_demo(root, train_frames=self.drawn, test_frames=6, progress=False)
         ids = read_image_list(root / "imageSets/train-all.txt")
         frames = load_frames(ids, open_annotations(root), min_height=12, margin=5)
         return root, [frame for frame in frames if frame.n_people]
@@ -126,8 +120,8 @@ def time_in_turns(setting: Setting, *functions: Callable[[], object]) -> list[Ti
     for function in functions:
         for _ in range(3 if setting.on_gpu else 1):  # kernels are chosen, graphs captured
             once = turn(function, 1)
-        calls.append(max(1, round(setting.scale.seconds / 5 / once)) if setting.on_gpu else 1)
-    end, turns = time.perf_counter() + setting.scale.seconds, []
+        calls.append(max(1, round(setting.seconds / 5 / once)) if setting.on_gpu else 1)
+    end, turns = time.perf_counter() + setting.seconds, []
     while len(turns) < TURNS or time.perf_counter() < end:
         turns.append([turn(*pair) for pair in zip(functions, calls, strict=True)])
     timings = []

@@ -108,7 +108,7 @@ def row_maps(config: Namespace) -> list[Grid]:
 
 def repeated_step(setting: Setting, config: Namespace, precision: torch.dtype) -> Callable[[], None]:
     """A row's training step, again and again on the same frames."""
-    batch = row_batch(config, setting.scale.batch).to(setting.device)
+    batch = row_batch(config, setting.batch).to(setting.device)
     return partial(Step(config, setting.device, precision, "auto"), batch)
 
 
@@ -116,7 +116,7 @@ def bare_step(setting: Setting, config: Namespace, precision: torch.dtype) -> Ca
     """A row's convolutions, ReLUs and pools, forward and backward, and nothing else."""
     model = row_network(config)[0].to(setting.device, memory_format=torch.channels_last)
     model.conv4_3_norm = nn.Identity()
-    images = row_batch(config, setting.scale.batch).images.to(setting.device)
+    images = row_batch(config, setting.batch).images.to(setting.device)
     images = images.float().to(memory_format=torch.channels_last)
     heads = [*model.loc_heads, *model.conf_heads, *model.seg_heads]
     gradients: list[Tensor] = []
@@ -213,7 +213,7 @@ def torchvision_ssd(setting: Setting) -> SSD:
 
 def torchvision_step(setting: Setting) -> Callable[[], None]:
     """A training step, without masks."""
-    n, device, model = setting.scale.batch, setting.device, torchvision_ssd(setting).train()
+    n, device, model = setting.batch, setting.device, torchvision_ssd(setting).train()
     images = list(torch.rand(n, 3, 300, 300, device=device))
     labels = torch.ones(3, dtype=torch.int64, device=device)
     targets = [{"boxes": b[:3] * 300, "labels": labels} for b in random_objects(n, 3, device)[0]]

@@ -13,17 +13,17 @@ import torch
 from kaist.files import InputError
 from ssd.losses import MultiBoxLoss
 from tools import benchmark, timing, workloads
-from tools.timing import STATUS, Scale, Setting, Subprocess, added_memory, at_least, at_most, time_in_turns
+from tools.timing import STATUS, Setting, Subprocess, added_memory, at_least, at_most, time_in_turns
 from tools.workloads import plain_config, row_config, row_network
 from utils import tune_malloc
 
 CPU = torch.device("cpu")
+SMALL = {"seconds": 0.0, "batch": 2, "drawn": 8}
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    scale = Scale(seconds=0.0, batch=2, drawn=8)
-    return Setting(CPU, torch.float32, tmp_path_factory.mktemp("benchmark"), scale)
+    return Setting(CPU, torch.float32, tmp_path_factory.mktemp("benchmark"), **SMALL)
 
 
 def run(monkeypatch, *arguments):
@@ -35,7 +35,7 @@ def test_the_script_prints_a_table(monkeypatch, capsys):
     monkeypatch.delenv("KAIST_REFERENCE", raising=False)
     monkeypatch.setattr(timing, "TURNS", 1)
     monkeypatch.setattr(benchmark, "Subprocess", lambda make, *arguments: make(*arguments))
-    monkeypatch.setattr(timing, "Scale", lambda *_, **__: Scale(seconds=0.0, batch=2, drawn=8))
+    monkeypatch.setattr(benchmark, "Setting", lambda *where, **_: Setting(*where, **SMALL))
     run(monkeypatch, "--quick", "--only", "loss", "evaluation")
     machine, _, header, _, *rows = capsys.readouterr().out.splitlines()
     assert "float32" in machine or "bfloat16" in machine

@@ -2,7 +2,6 @@
 
 import json
 import time
-from dataclasses import replace
 
 import pytest
 import torch
@@ -22,10 +21,10 @@ QUICK = ("captured", "losses", "detections", "training", "network", "evaluation"
 def report(tmp_path_factory):
     """The folder of a tiny report of quick parts, one of whose rows is in no lab book."""
     out = tmp_path_factory.mktemp("report") / "out"
-    scale = replace(TINY, rows="29 42 none", frames=2)
+    tiny = TINY | {"rows": "29 42 none", "frames": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_report, "PARTS", {name: gpu_report.PARTS[name] for name in QUICK})
-        setting = Setting(CPU, torch.float32, out.parent / "drawn", scale)
+        setting = Setting(CPU, torch.float32, out.parent / "drawn", **tiny)
         gpu_report.write_report(out, setting, "a CPU as a GPU")
     return out
 
@@ -50,7 +49,7 @@ def test_the_page_says_it_all(report):
 
 @pytest.mark.timing
 def test_what_the_time_does_not_reach_is_left_out(tmp_path):
-    setting = Setting(CPU, torch.float32, tmp_path, TINY)
+    setting = Setting(CPU, torch.float32, tmp_path, **TINY)
     for _, part in gpu_report.run_parts(setting, ["losses", "image"], time.time()):
         assert part["error"].startswith("left out") and not part["lines"]
 
