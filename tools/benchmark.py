@@ -39,9 +39,6 @@ BENCHMARKS = ("loss", "detect", "sample", "image", "step", "evaluation", "memory
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-# ------------------------------------------------------------------------------ beside others
-
-
 def compare(setting: Setting, ours: tuple, *peers: tuple[str, float, str, tuple]) -> Iterator[Line]:
     """Ours and others timed in turns, on a CPU in a process each: the allocator's settings of ours (see
     `tune_malloc`) are not for its rivals.
@@ -133,9 +130,6 @@ def compare_memory(setting: Setting) -> Line:
     return at_most(what, mine / reference, "of torchvision's", 0.8, note)
 
 
-# ------------------------------------------------------------------------------ rows of the lab book
-
-
 def network_words(row: dict) -> list[str]:
     """What a row's network is."""
     words = [row["input_mode"], "{}x{}".format(*row["input_size"]), row["priors"]]
@@ -187,9 +181,6 @@ def detect_rows(setting: Setting, rows: list[str]) -> Iterator[str]:
     [reference] = [seconds for _, names, seconds in timed if "26" in names]
     for network, names, seconds in timed:
         yield f"| {', '.join(names)} | {network} | {1e3 * seconds:.4g} ms | {seconds / reference:.2f} |"
-
-
-# ------------------------------------------------------------------------------ the script
 
 
 def main() -> None:

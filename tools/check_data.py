@@ -205,9 +205,6 @@ def check_frames(
                     yield Fault("missing-annotation", path, 0, f"{frame_id} is not annotated")
 
 
-# ------------------------------------------------------------------------------ one frame
-
-
 def check_frame(
     root: Path | PairSet, modalities: Sequence[str], forms: Sequence[Annotations], frame_id: str
 ) -> tuple[list[Fault], dict[bytes, Path], list[Annotations]]:
@@ -238,9 +235,6 @@ def check_annotation(form: Annotations, frame_id: str) -> list[Fault] | None:
         problem = f"{labels[0]} in the visible file, {labels[1]} here"
         faults.append(Fault("unpaired-objects", paths[1], 0, problem))
     return faults
-
-
-# ------------------------------------------------------------------------------ the report
 
 
 def table(faults: list[Fault], root: Path) -> str:

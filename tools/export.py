@@ -154,9 +154,6 @@ def describe(model: Detector, config: Namespace, path: Path, epoch: int | None) 
     }
 
 
-# ------------------------------------------------------------------- the forms
-
-
 def trace(network: Deployable, names: Sequence[str]) -> ExportedProgram:
     """The network's graph, for any number of frames of any size."""
     import torchvision  # noqa: F401 (it tells torch.export the shape of what NMS gives)
@@ -208,9 +205,6 @@ def open_pt2(path: Path) -> Runner:
     with tempfile.TemporaryDirectory() as folder:
         network = aoti_load_package(shutil.copyfile(path, f"{folder}/network.pt2"))
     return lambda frames: [x.numpy() for x in network(*map(torch.from_numpy, frames))]
-
-
-# ------------------------------------------------------------------- beside PyTorch
 
 
 def given_frames(images: Sequence[Path], config: Namespace) -> Iterator[list[np.ndarray]]:

@@ -113,9 +113,6 @@ def annotated_frames(annotations: Annotations) -> list[str]:
     return sorted({"/".join(match.groups()) for match in map(ANNOTATED.search, paths) if match})
 
 
-# ----------------------------------------------------------------------------------- coverage
-
-
 class Coverage(NamedTuple):
     """How a set's priors at an input of (height, width) match persons: best_iou (n,) of each."""
 
@@ -199,9 +196,6 @@ def draw(found: list[Coverage], heights: np.ndarray, path: Path) -> None:
     axis.set_xticks([], minor=True)
     figure.legend(fontsize="small", loc="outside lower center", ncols=2)
     figure.savefig(path, format="png", dpi=100)
-
-
-# --------------------------------------------------------------------------------- derivation
 
 
 def derive(persons: np.ndarray, count: int, size: tuple[int, int]) -> str:
