@@ -72,14 +72,14 @@ class Step:
     """
 
     def __init__(self, config: Namespace, device: torch.device, precision: torch.dtype, mode: str = "off"):
-        self.config, self.device, self.precision, self.taken = config, device, precision, 0
+        self.config, self.taken = config, 0
         model, criterion = row_network(config)
-        model, self.criterion = model.to(device, memory_format=torch.channels_last), criterion.to(device)
+        self.model = model.to(device, memory_format=torch.channels_last).train()
+        self.criterion = criterion.to(device)
         rates = pick(config, "bias_lr_factor", "weight_decay")
-        self.optimizer = make_optimizer(model, self.criterion, name=config.optimizer, lr=1e-6, **rates)
+        self.optimizer = make_optimizer(model, criterion, name=config.optimizer, lr=1e-6, **rates)
         self.ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else model
-        self.model, self.network = model.train(), compile_model(model, mode)
-        step = make_step(self.network, model, self.criterion, self.optimizer, precision)
+        step = make_step(compile_model(model, mode), model, criterion, self.optimizer, precision)
         self.take = capture_steps(step, self.optimizer, mode, device)
 
     def __call__(self, batch: Batch) -> Tensor:
