@@ -113,8 +113,8 @@ def main() -> None:
     runs = plan(study, folder, arguments.seeds or study.seeds, more)
     if not arguments.report:
         make_folder(folder)
-        run_all([run for run in runs if not run.is_finished], arguments.jobs)
-    by_arm = group(study, [read_outcome(run) for run in runs if run.is_finished])
+        run_all([run for run in runs if not run.is_finished()], arguments.jobs)
+    by_arm = read_finished(study, runs)
     command = " ".join(["python -m tools.study", arguments.study, *more])
     text = f"`{command}`: {study.question}\n\n{report(study, by_arm)}\n"
     make_folder(out)
@@ -150,7 +150,6 @@ class StudyRun(NamedTuple):
     flags: list[str]
     config: Namespace
 
-    @property
     def is_finished(self) -> bool:
         """Whether it was trained and evaluated to its end."""
         return (self.folder / "miss_rate.json").is_file()
@@ -204,64 +203,55 @@ def run_all(runs: list[StudyRun], jobs: int) -> None:
 # ------------------------------------------------------------------------------ reporting
 
 
-class Outcome(NamedTuple):
-    """What one finished run reached: rates in per cent (all, day, night), masks' average precision by map."""
-
-    arm: str
-    seed: int
-    miss_rates: np.ndarray
-    recall: float
-    mask_aps: list[float]
-    minutes: float
+# Arm -> seed -> what a run reached: miss rates (all, day, night) and recall in per cent, minutes, and the
+# masks' average precision by map.
+Outcomes = dict[str, dict[int, np.ndarray]]
 
 
-def read_outcome(run: StudyRun) -> Outcome:
-    """A finished run's numbers, from its folder."""
-    content = json.loads((run.folder / "miss_rate.json").read_text(encoding="utf-8"))
-    official = next(iter(content.values()))["official"]
-    rates = [official[f"Reasonable-{part}"]["miss_rate"] for part in ("all", "day", "night")]
-    log = read_log(run.folder)
-    aps = [value for key, value in log[-1].items() if key.startswith("ap_")]
-    minutes = sum(row["seconds"] for row in log) / 60
-    recall = 100 * official["Reasonable-all"]["recall"]
-    return Outcome(run.arm, run.seed, 100 * np.array(rates, dtype=float), recall, aps, minutes)
-
-
-def group(study: Study, outcomes: list[Outcome]) -> dict[str, list[Outcome]]:
-    """The outcomes of each arm that has any, by seed, the baseline first.
+def read_finished(study: Study, runs: list[StudyRun]) -> Outcomes:
+    """What the finished runs reached, from their folders: of each arm that has any, the baseline first.
 
     Raises:
         InputError: no run of the baseline, or of any other arm, is finished.
     """
-    by_arm = {arm: [o for o in outcomes if o.arm == arm] for arm in study.arms}
+    by_arm: Outcomes = {arm: {} for arm in study.arms}
+    for run in filter(StudyRun.is_finished, runs):
+        content = json.loads((run.folder / "miss_rate.json").read_text(encoding="utf-8"))
+        official = next(iter(content.values()))["official"]
+        rates = [official[f"Reasonable-{part}"]["miss_rate"] for part in ("all", "day", "night")]
+        rates = 100 * np.array([*rates, official["Reasonable-all"]["recall"]], dtype=float)
+        log = read_log(run.folder)
+        aps = [value for key, value in log[-1].items() if key.startswith("ap_")]
+        minutes = sum(row["seconds"] for row in log) / 60
+        by_arm[run.arm][run.seed] = np.array([*rates, minutes, *aps])
     baseline, *others = by_arm.values()
     if not baseline or not any(others):
         raise InputError("the study has no finished runs to compare", "run it without --report")
     return {arm: own for arm, own in by_arm.items() if own}
 
 
-def report(study: Study, by_arm: dict[str, list[Outcome]]) -> str:
+def report(study: Study, by_arm: Outcomes) -> str:
     """The table, in Markdown: each arm's miss rate, and its paired difference from the baseline.
 
     p is that of a paired t-test over the seeds that both have; p (Holm) corrects it for the
     number of arms that are compared.
     """
     baseline, *others = by_arm
-    reference = {outcome.seed: outcome.miss_rates[0] for outcome in by_arm[baseline]}
     tests = {}
     for arm in others:
-        gaps = [o.miss_rates[0] - reference[o.seed] for o in by_arm[arm] if o.seed in reference]
+        shared = by_arm[arm].keys() & by_arm[baseline].keys()
+        gaps = [by_arm[arm][seed][0] - by_arm[baseline][seed][0] for seed in sorted(shared)]
         tests[arm] = paired_test(np.array(gaps))
     adjusted = holm({arm: p for arm, (*_, p) in tests.items()})
     columns = "arm|seeds|miss rate all (%)|day|night|recall|minus the baseline, 95%|p|p (Holm)|mask AP by map"
     table = []
     for arm, own in by_arm.items():
-        rates = np.array([outcome.miss_rates for outcome in own])
+        outcomes = np.array([*own.values()])
+        rate, day, night, recall, _, *aps = outcomes.mean(0)
         row, changes = study.arms[arm]
         name = arm if changes else f"{arm}: {EXPERIMENTS[row].words}"
-        spread = f" ± {rates[:, 0].std(ddof=1):.1f}" if len(own) > 1 else ""
-        numbers = [*rates[:, 1:].mean(0), np.mean([outcome.recall for outcome in own])]
-        cells = [name, str(len(own)), f"{rates[:, 0].mean():.1f}{spread}", *(f"{x:.1f}" for x in numbers)]
+        spread = f" ± {outcomes[:, 0].std(ddof=1):.1f}" if len(own) > 1 else ""
+        cells = [name, str(len(own)), f"{rate:.1f}{spread}", f"{day:.1f}", f"{night:.1f}", f"{recall:.1f}"]
         mean, low, high, p = tests.get(arm, (np.nan,) * 4)
         if arm == baseline:
             cells += ["baseline", "", ""]
@@ -269,9 +259,8 @@ def report(study: Study, by_arm: dict[str, list[Outcome]]) -> str:
             cells += [f"{mean:+.1f}", "", ""]
         else:
             cells += [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.3f}", f"{adjusted[arm]:.3f}"]
-        aps = np.mean([outcome.mask_aps for outcome in own], axis=0)
-        table.append([*cells, ", ".join(f"{x:.2f}" for x in aps)])
-    minutes = np.median([outcome.minutes for own in by_arm.values() for outcome in own])
+        table.append([*cells, ", ".join(f"{ap:.2f}" for ap in aps)])
+    minutes = np.median([outcome[4] for own in by_arm.values() for outcome in own.values()])
     closing = f"Median training time of a run: {minutes:.1f} minutes."
     return f"{markdown_table(columns.split('|'), table)}\n\n{closing}"
 
@@ -305,17 +294,17 @@ def holm(p: dict[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def draw(study: Study, by_arm: dict[str, list[Outcome]], path: Path) -> None:
+def draw(study: Study, by_arm: Outcomes, path: Path) -> None:
     """Every run's miss rate as a dot, lines between the runs of a seed, each arm's mean a bar."""
     from matplotlib.figure import Figure
 
     width = max(6, 1.5 + 1.1 * len(by_arm))
     figure = Figure(figsize=(width, 4.5), layout="constrained")
     axis = figure.subplots()
-    for seed in sorted({outcome.seed for own in by_arm.values() for outcome in own}):
-        dots = [(i, o.miss_rates[0]) for i, own in enumerate(by_arm.values()) for o in own if o.seed == seed]
+    for seed in sorted({seed for own in by_arm.values() for seed in own}):
+        dots = [(i, own[seed][0]) for i, own in enumerate(by_arm.values()) if seed in own]
         axis.plot(*zip(*dots, strict=True), "o-", markersize=4, linewidth=0.6, label=f"seed {seed}")
-    means = [np.mean([outcome.miss_rates[0] for outcome in own]) for own in by_arm.values()]
+    means = [np.mean([outcome[0] for outcome in own.values()]) for own in by_arm.values()]
     x = np.arange(len(means))
     axis.hlines(means, x - 0.3, x + 0.3, color="black", linewidth=2, label="mean")
     axis.axhline(means[0], color="grey", linestyle=":", label="the baseline's mean")

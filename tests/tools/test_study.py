@@ -12,7 +12,7 @@ import train
 from engine.config import resolve_row
 from kaist.files import InputError
 from tools import study
-from tools.study import Outcome, Study, holm, paired_test, rows
+from tools.study import Study, holm, paired_test, rows
 
 
 @pytest.fixture(scope="module")
@@ -101,23 +101,31 @@ def test_holms_correction_by_hand():
     assert holm({"a": 0.04, "b": 0.01, "c": 0.03}) == pytest.approx({"b": 0.03, "c": 0.06, "a": 0.06})
 
 
-def outcome(arm, seed, rate):
-    return Outcome(arm, seed, np.array([rate, rate, rate]), 90.0, [0.5], 1.0)
+def outcomes(rates):
+    """What runs of these miss rates would have reached; rates: arm -> seed -> rate."""
+    return {
+        arm: {seed: np.array([rate, rate, rate, 90.0, 1.0, 0.5]) for seed, rate in own.items()}
+        for arm, own in rates.items()
+    }
 
 
 def test_a_study_compares_seed_by_seed():
     question = Study("Is it?", rows("12 19 26"), seeds=3)
     rates = {"12": (30, 40, 50), "19": (29, 39, 49.5), "26": (31, 40, 49)}
-    outcomes = [outcome(arm, seed, rate) for arm, own in rates.items() for seed, rate in enumerate(own)]
-    outcomes.append(outcome("19", 9, 5.0))  # a seed that the baseline has not
-    table = study.report(question, study.group(question, outcomes))
+    by_seed = {arm: dict(enumerate(own)) for arm, own in rates.items()}
+    by_seed["19"][9] = 5.0  # a seed that the baseline has not
+    table = study.report(question, outcomes(by_seed))
     line = next(line for line in table.splitlines() if line.startswith("| 19"))
     assert "-0.8 [-1.6, -0.1]" in line and "| 4 |" in line
-    two = study.group(question, [outcome("12", 0, 30), outcome("26", 0, 29)])
-    table = study.report(question, two)
+    table = study.report(question, outcomes({"12": {0: 30}, "26": {0: 29}}))
     assert "| -1.0 |  |  |" in table and "nan" not in table  # one seed has no interval
+
+
+def test_a_study_without_its_baseline_is_refused(runs):
+    """The finished run is another arm's."""
+    alone = study.StudyRun("19", 0, runs / "a", [], None)
     with pytest.raises(InputError, match="no finished runs to compare"):
-        study.group(question, [outcome("19", 0, 1.0)])
+        study.read_finished(Study("Is it?", rows("12 19")), [alone])
 
 
 def test_the_kaist_study_leaves_rows_as_they_are(tmp_path):
