@@ -16,7 +16,6 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -266,7 +265,7 @@ def speed_evaluation(setting: Setting) -> Iterator[Line]:
         yield at_most(f"{len(pairs)} frames, files to boxes, COMPILE {mode}", taken, "s", 3.0)
 
 
-def loading(setting: Setting, config: Namespace) -> dict[str, Any]:
+def loading(setting: Setting, config: Namespace) -> dict[str, object]:
     """What every loader of a row's batches is told."""
     return {"device": setting.device, "workers": setting.workers, "map_sizes": row_maps(config)}
 

@@ -9,13 +9,11 @@
 A person whose best overlap with any prior is below IoU 0.5 is learned by a forced match alone.
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,9 +24,6 @@ from kaist.files import InputError, run_script, write_atomically
 from kaist.frames import load_frames
 from kaist.report import markdown_table
 from tools.faults import KAIST_SIZE
-
-if TYPE_CHECKING:
-    from ssd.boxes import Grid
 
 MATCH_IOU = 0.5  # from which a prior learns a person
 BANDS = {"all": (0, np.inf), "< 55 px": (0, 55), "55 to 115": (55, 115), ">= 115": (115, np.inf)}  # heights
@@ -131,9 +126,7 @@ def cover(persons: np.ndarray, name: str, size: tuple[int, int], centres: str) -
     return Coverage(name, size, n_priors, best_overlaps(persons, shapes, grids))
 
 
-def best_overlaps(
-    persons: np.ndarray, shapes: list[list[tuple[float, float]]], grids: list[Grid]
-) -> np.ndarray:
+def best_overlaps(persons: np.ndarray, shapes: list[list[tuple]], grids: list[tuple]) -> np.ndarray:
     """(n,) IoU of each person with its best prior.
 
     Among priors of one shape the overlap falls with the distance along either axis: the best is
