@@ -75,9 +75,10 @@ def read_text(path: Path) -> str:
         problem = f"{size / 1e6:.0f} MB, and a text file may have {MAX_TEXT / 1e6:.0f}"
         raise InputError(problem, "split it, or leave out detections of low scores", file=path)
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError("not a text file in UTF-8", "name another file", file=path) from None
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def load_json(text: str, path: Path) -> Any:

@@ -14,6 +14,7 @@ it there and go on.
 
 from __future__ import annotations
 
+import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -277,8 +278,11 @@ def json_objects(content: Any, path: Path, errors: Errors, kaist: bool = True) -
         names, items = {c["id"]: c["name"] for c in content["categories"]}, content["annotations"]
         if not kaist:
             items = [{"occlusion": 0, "ignore": item.get("iscrowd", 0), **item} for item in items]
-        place = "annotation {} of the list: "
-        for row in read_rows(enumerate(items), partial(json_row, names), path, errors, place):
+        rows = plain_rows(items, names)
+        if rows is None:
+            place = "annotation {} of the list: "
+            rows = read_rows(enumerate(items), partial(json_row, names), path, errors, place)
+        for row in rows:
             image_id = items[row.number]["image_id"]
             if image_id in frames:
                 objects[frames[image_id]].append(row)
@@ -290,6 +294,37 @@ def json_objects(content: Any, path: Path, errors: Errors, kaist: bool = True) -
         problem = f"not a {form} annotation JSON ({type(error).__name__}: {error})"
         raise InputError(problem, JSON_REMEDY, file=path) from None
     return objects
+
+
+def plain_rows(items: Sequence[Mapping[str, Any]], names: Mapping[Any, str]) -> list[ObjectRow] | None:
+    """The rows of a JSON's objects, all at once; None if one of them is not as `json_row` wants it."""
+    try:
+        labels = [names[item["category_id"]] for item in items]
+        occlusion, ignore = ([item[key] for item in items] for key in ("occlusion", "ignore"))
+        boxes = plain_numbers([item["bbox"] for item in items], 4)
+        [levels] = plain_numbers([occlusion], len(items))
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    x, y, w, h = boxes.T
+    good = (w > 0) & (h > 0) & (abs(x) + abs(y) + w + h < 1e6) & np.isin(levels, (0, 1, 2))
+    flags = {*map(type, ignore)} <= {int, bool} and {*ignore} <= {0, 1}
+    if not (good.all() and flags and {*map(type, labels)} <= {str}):
+        return None
+    columns = labels, boxes.tolist(), levels.tolist(), map(bool, ignore), range(len(items))
+    return [*map(ObjectRow._make, zip(*columns, strict=True))]
+
+
+def plain_numbers(rows: Sequence[Sequence[Any]], columns: int) -> np.ndarray:
+    """(n, columns) float64 of rows of a JSON's numbers; float() alone would take texts and booleans.
+
+    Raises:
+        TypeError, ValueError, OverflowError: a value is something else, there are more or fewer or none,
+            or it is too large.
+    """
+    values = [*itertools.chain.from_iterable(rows)]
+    if {*map(type, values)} - {int, float} or {*map(len, rows)} - {columns}:
+        raise TypeError
+    return np.array(values, np.float64).reshape(-1, columns)
 
 
 def json_row(names: Mapping[Any, str], item: Any, number: int) -> ObjectRow:
