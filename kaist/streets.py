@@ -8,9 +8,10 @@ A frame depends on (seed, set, number) alone.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -31,6 +32,9 @@ from kaist.street import (
     draw_post,
     paint,
 )
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FRAMES_PER_VIDEO = 100
 LEFT = (SCENE_WIDTH - FRAME_WIDTH) // 2  # of the frame in the scene
@@ -378,17 +382,40 @@ def frame_id(set_id: int, number: int) -> str:
 
 
 def draw_frame(root: Path, world: World, seed: int, set_id: int, number: int) -> None:
-    """Draws and writes a frame; its annotations come last."""
+    """Draws and writes a frame."""
     from PIL import Image
 
     painter = Painter(seed, set_id, number, world)
     scene, marks = painter.compose()
-    folder, name = frame_id(set_id, number).rsplit("/", 1)
+    pictures = {}
     for kind, pixels in zip(("visible", "lwir"), painter.expose(scene), strict=True):
-        place, quality = root / "images" / folder / kind, int(painter.rng.integers(70, 96))
-        make_folder(place)
-        Image.fromarray(pixels).save(place / f"{name}.jpg", quality=quality)
-    text = root / "annotations" / folder / f"{name}.txt"
-    make_folder(text.parent)
-    lines = [f"{label} {' '.join(map(str, box))} {hidden} 0 0 0 0 0 0" for label, box, hidden in marks]
-    write_text(text, "\n".join(["% bbGt version=3", *lines]) + "\n")
+        pictures[kind] = Image.fromarray(pixels), int(painter.rng.integers(70, 96))
+    save_frame(root, frame_id(set_id, number), pictures, {"": marks})
+
+
+def save_frame(
+    root: Path,
+    frame_id: str,
+    pictures: Mapping[str, tuple[Image.Image, int]],
+    boxes: Mapping[str, Sequence[tuple[str, Sequence[int], int]]],
+) -> None:
+    """Writes a frame's images, each of a JPEG quality, and at last its annotations.
+
+    boxes: as of `text_path` -> label, xywh box in pixels and occlusion of each that is marked.
+    """
+    video, name = frame_id.rsplit("/", 1)
+    for kind, (image, quality) in pictures.items():
+        make_folder(root / "images" / video / kind)
+        image.save(root / "images" / video / kind / f"{name}.jpg", quality=quality)
+    for kind, marks in boxes.items():
+        place = text_path(root, frame_id, kind)
+        make_folder(place.parent)
+        lines = [f"{label} {' '.join(map(str, box))} {hidden} 0 0 0 0 0 0" for label, box, hidden in marks]
+        write_text(place, "\n".join(["% bbGt version=3", *lines]) + "\n")
+
+
+def text_path(root: Path, frame_id: str, kind: str) -> Path:
+    """The file of a frame's annotations; kind: whose they are of paired ones, else ""."""
+    video, name = frame_id.rsplit("/", 1)
+    folder = root / "annotations_paired" / video / kind if kind else root / "annotations" / video
+    return folder / f"{name}.txt"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kaist.demo import draw_demo
+from kaist.demo import draw_set
 from tests.nursery import Nursery
 
 PROJECT = Path(__file__).parent.parent
@@ -32,7 +32,7 @@ def signals() -> None:
 def demo_root(tmp_path_factory) -> Path:
     """A demo set of 12 training and 6 test frames."""
     root = tmp_path_factory.mktemp("kaist") / "demo"
-    draw_demo(root, train_frames=12, test_frames=6, progress=False)
+    draw_set(root, train_frames=12, test_frames=6, progress=False)
     return root
 
 

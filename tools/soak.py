@@ -23,7 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from engine.config import ROOT, OneLineParser
-from kaist.demo import draw_demo
+from kaist.demo import draw_set
 from kaist.files import InputError, run_script
 
 FLAGS = "--epochs 6 --eval-every 2 --batch-size 2 --workers 2 --width 0.0625 --save-minutes 0.005"
@@ -108,7 +108,7 @@ def main() -> None:
     rng, counts = random.Random(arguments.seed), Counter[str]()
     with tempfile.TemporaryDirectory() as temporary:
         root, folder = Path(temporary, "demo"), Path(temporary, "whole")
-        draw_demo(root, train_frames=24, test_frames=12, progress=False)
+        draw_set(root, train_frames=24, test_frames=12, progress=False)
         begun = time.monotonic()
         if start(root, folder).wait():
             raise InputError("the undisturbed run failed", "look why", file=folder / "output.txt")

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from kaist.annotations import open_annotations, read_image_list
-from kaist.demo import draw_demo
+from kaist.demo import draw_set
 from kaist.frames import Frame, load_frames
 
 TURNS = 3  # of each function, at least
@@ -58,7 +58,7 @@ class Setting:
         """A small demo set, and its training frames that have people."""
         root = self.folder / "demo"
         if not root.exists():
-            draw_demo(root, train_frames=self.drawn, test_frames=6, progress=False)
+            draw_set(root, train_frames=self.drawn, test_frames=6, progress=False)
         ids = read_image_list(root / "imageSets/train-all.txt")
         frames = load_frames(ids, open_annotations(root), min_height=12, margin=5)
         return root, [frame for frame in frames if frame.n_people]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ SCRIPT = [sys.executable, "-m", "kaist.demo"]
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small set: one video of two frames in each test set, one frame in each training set."""
     place = tmp_path_factory.mktemp("demo") / "set"
-    demo_data.draw_demo(place, train_frames=6, test_frames=12, progress=False)
+    demo_data.draw_set(place, train_frames=6, test_frames=12, progress=False)
     return place
 
 
@@ -92,15 +93,17 @@ def test_json_says_what_the_text_says(root: Path) -> None:
     assert [image["im_name"] for image in content["images"]] == _frames(root, "test-all")
     assert [image["id"] for image in content["images"]] == list(range(12))
     entries = content["annotations"]
-    assert [entry["id"] for entry in entries] == list(range(len(entries)))
+    assert [entry["id"] for entry in entries] == list(range(1, len(entries) + 1))
     from_text = []
     for image_id, frame in enumerate(_frames(root, "test-all")):
         for label, *numbers in _lines(root, frame):
             x, y, w, h, occlusion, *rest = map(int, numbers)
             assert rest == [0] * 6
-            from_text.append((image_id, [x, y, w, h], h, occlusion, int(label != "person"), 1))
-    keys = ("image_id", "bbox", "height", "occlusion", "ignore", "category_id")
-    assert [tuple(entry[key] for key in keys) for entry in entries] == from_text
+            from_text.append((image_id, [x, y, w, h], h, occlusion, int(label != "person"), label))
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    keys = ("image_id", "bbox", "height", "occlusion", "ignore")
+    found = [(*(entry[key] for key in keys), names[entry["category_id"]]) for entry in entries]
+    assert found == from_text
 
 
 def test_a_video_opens_with_people(root: Path) -> None:
@@ -185,17 +188,18 @@ def test_people_are_warm_at_night_and_hard_to_see(streets: list[tuple]) -> None:
     assert np.median(abs(lwir)) < 20 < 25 < np.median(visible)
 
 
+def digest(place: Path) -> dict[str, str]:
+    """Path below a folder -> hash, of every file."""
+    files = (path for path in sorted(place.rglob("*")) if path.is_file())
+    return {str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 def test_same_seed_same_bytes(root: Path, tmp_path: Path) -> None:
     """The number of workers changes no byte; the seed does."""
-
-    def digest(place: Path) -> dict[str, str]:
-        files = (path for path in sorted(place.rglob("*")) if path.is_file())
-        return {str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
     again, other = tmp_path / "again", tmp_path / "other"
-    demo_data.draw_demo(again, train_frames=6, test_frames=12, progress=False, workers=1)
+    demo_data.draw_set(again, train_frames=6, test_frames=12, progress=False, workers=1)
     assert digest(again) == digest(root)
-    demo_data.draw_video(other, 6, 0, frames=1, seed=1)
+    demo_data.draw_video(other, 1, "", 6, 0, frames=1)
     frame = "images/set06/V000/lwir/I00000.jpg"
     assert digest(other)[frame] != digest(root)[frame]
 
@@ -207,60 +211,78 @@ def test_never_overwrites(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("keep")
     for taken in ("mine", "file"):
         with pytest.raises(InputError, match="remove it or name another"):
-            demo_data.ensure_demo(tmp_path / taken)
+            demo_data.draw_set(tmp_path / taken)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine", "notes.txt"]
 
 
-def test_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A drawing that ends half-way leaves neither the set nor its beginnings."""
+def test_an_interrupted_drawing_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no set until all is there; the videos that are there are not drawn again."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo_data, "write_index", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        demo_data.draw_demo(tmp_path / "set", train_frames=6, test_frames=6, progress=False)
-    assert not list(tmp_path.iterdir())
+    place, sizes = tmp_path / "set", {"train_frames": 6, "test_frames": 12, "progress": False}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(demo_data, "write_lists", interrupt)
+        demo_data.draw_set(place, **sizes)
+    assert not (place / "KAIST_annotation.json").exists()
+    (place / "annotations/set06/V000/I00019.txt").unlink()
+    image = "images/set{}/V000/lwir/I00000.jpg"
+    before = {name: (place / name).stat().st_mtime_ns for name in (image.format("06"), image.format("07"))}
+    demo_data.draw_set(place, **sizes)
+    assert digest(place) == digest(root)
+    after = {name: (place / name).stat().st_mtime_ns for name in before}
+    assert [after[name] > before[name] for name in before] == [True, False]
 
 
 def test_what_is_written_stays_byte_for_byte(root: Path) -> None:
-    """Lists and annotations; images also depend on the version of the JPEG encoder."""
-    texts = sorted(path for path in root.rglob("*") if path.suffix in (".txt", ".json", ".xml"))
+    """Annotations; images also depend on the version of the JPEG encoder."""
+    texts = sorted((root / "annotations").rglob("*.txt"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in texts)).hexdigest()
     assert digest[:16] == "92b6840c800cb4a5"
 
 
-def test_ensure_draws_only_what_is_absent(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A set that is there is not touched; one that is not is drawn in the default size."""
-    asked = []
-    monkeypatch.setattr(demo_data, "draw_demo", lambda place, **sizes: asked.append((place, sizes)))
-    demo_data.ensure_demo(root)
-    assert not asked
-    demo_data.ensure_demo(tmp_path / "new")
-    sizes = {"train_frames": 480, "test_frames": 180, "shifted": False}
-    assert asked == [(tmp_path / "new", sizes)]
-    demo_data.ensure_demo(tmp_path / demo_data.SHIFTED_ROOT)
-    assert asked[-1] == (tmp_path / demo_data.SHIFTED_ROOT, sizes | {"shifted": True})
-
-
 def test_only_the_repositorys_own_demo_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From another working directory too; a set of the same name there is not."""
+    """From another working directory too, if it is absent; a set of the same name there is not."""
     asked = []
-    monkeypatch.setattr(demo_data, "ensure_demo", asked.append)
+    monkeypatch.setattr(demo_data, "draw_set", asked.append)
     monkeypatch.chdir(tmp_path)
-    for place in (demo_data.ROOT, demo_data.SHIFTED_ROOT):
-        own = Path(__file__).parents[2] / place
-        assert demo_data.open_root(own) == own == asked.pop()
-        with pytest.raises(InputError, match="no such folder"):
+    for place in (demo_data.ROOT, demo_data.SHIFTED_ROOT, *demo_data.STREETS_ROOTS):
+        own = Path(demo_data.__file__).parents[1] / place
+        absent = not (own / "KAIST_annotation.json").exists()
+        assert demo_data.open_root(own) == own and demo_data.open_root(os.path.relpath(own))
+        assert asked == [own, Path(os.path.relpath(own))] * absent
+        asked.clear()
+        with pytest.raises(InputError, match="no such folder; .*data/demo for a drawn one"):
             demo_data.open_root(place)
+
+
+def test_a_set_is_chosen_by_its_folders_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(
+        demo_data, "write_lists", lambda root, ids, paired: drawn.append((len(ids), ids[1], paired))
+    )
+    monkeypatch.setattr(demo_data, "ProcessPoolExecutor", Idle)
+    for place in (*demo_data.STREETS_ROOTS, demo_data.SHIFTED_ROOT, "any"):
+        demo_data.draw_set(tmp_path / place, progress=False)
+    streets, demo = (3840, "set00/V000/I00001"), (660, "set00/V000/I00019")
+    assert drawn == [(*streets, "")] * 3 + [(*demo, "lwir"), (*demo, "")]
+
+
+class Idle(contextlib.nullcontext):
+    """An executor that does nothing."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__(self)
+
+    def map(self, _: object, *jobs: tuple) -> tuple:
+        return jobs[0]
 
 
 def test_a_shifted_set_differs_in_visible_alone_and_has_paired_boxes(root: Path, tmp_path: Path) -> None:
     """LWIR, lists and the test annotations are byte for byte the same; most people have two boxes."""
-    place = tmp_path / "shifted"
-    demo_data.draw_demo(place, train_frames=6, test_frames=12, shifted=True, progress=False)
+    place = tmp_path / demo_data.SHIFTED_ROOT.name
+    demo_data.draw_set(place, train_frames=6, test_frames=12, progress=False)
     names = {path.relative_to(root) for path in root.rglob("*") if path.is_file()}
     ours = {path.relative_to(place) for path in place.rglob("*") if path.is_file()}
     assert all("annotations_paired" in str(name) for name in ours - names)
@@ -280,27 +302,15 @@ def test_a_shifted_set_differs_in_visible_alone_and_has_paired_boxes(root: Path,
 
 
 def test_script(tmp_path: Path) -> None:
-    """As a user runs it: draws, then refuses in one line to draw again."""
-    command = [*SCRIPT, "--root", "set", "--train-frames", "6", "--test-frames", "6"]
-    first, second = (subprocess.run(command, cwd=tmp_path, capture_output=True, text=True) for _ in range(2))
-    assert first.returncode == 0 and (tmp_path / "set" / "KAIST_annotation.json").is_file()
-    assert second.returncode == 2 and second.stderr.count("\n") == 1
-    few = subprocess.run(
-        [*SCRIPT, "--root", "few", "--test-frames", "5"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert few.returncode == 2 and "ask for 6 or more" in few.stderr
+    """As a user runs it: draws, and refuses in one line to mix sets or to draw less than a frame a set."""
 
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([*SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)
 
-def test_the_repositorys_own_demo_set_is_the_one_that_is_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From another working directory too; a folder of the same name there is no demo set."""
-    asked = []
-    monkeypatch.setattr(demo_data, "ensure_demo", asked.append)
-    monkeypatch.chdir(tmp_path)
-    own = Path(demo_data.__file__).parents[1] / "data/demo"
-    assert demo_data.open_root(os.path.relpath(own)) and demo_data.open_root(str(own))
-    assert len(asked) == 2
-    with pytest.raises(InputError, match=f"no such folder; .*or to {own} for a drawn one"):
-        demo_data.open_root("data/demo")
-    assert len(asked) == 2
+    sizes = ("--train-frames", "6", "--test-frames", "6")
+    assert run("--root", "set", *sizes).returncode == 0
+    assert (tmp_path / "set" / "KAIST_annotation.json").is_file()
+    other, few = run("--root", "set", *sizes[:3], "7"), run("--root", "few", "--test-frames", "5")
+    assert other.returncode == few.returncode == 2
+    assert other.stderr.count("\n") == 1 and "taken by other files" in other.stderr
+    assert "ask for 6 or more" in few.stderr
