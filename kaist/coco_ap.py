@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kaist.miss_rate import GroundTruth, match_greedily, rank, touching_pairs
+from kaist.miss_rate import GroundTruth, best_first, match_greedily, rank, touching_pairs
 from kaist.results import Detections
 
 IOUS = np.linspace(0.5, 0.95, 10)
@@ -27,7 +27,10 @@ def coco_ap(ground_truth: GroundTruth, detections: Detections) -> dict[str, floa
     matches nothing.
     """
     detections = best_of_each_frame(rank(detections), MAX_DETECTIONS)
-    pairs = find_pairs(ground_truth, detections)
+    det, gt, shared, area, other_area = touching_pairs(ground_truth, detections)
+    overlap = shared / np.where(ground_truth.ignore[gt], area, area + other_area - shared)
+    best = best_first(det, gt, overlap, IOUS[0])
+    pairs = det[best], gt[best], overlap[best]
     gt_area, det_area = (boxes[:, 2] * boxes[:, 3] for boxes in (ground_truth.boxes, detections.boxes))
     values = {}
     for name, (low, high) in AREAS.items():
@@ -48,21 +51,6 @@ def best_of_each_frame(ranked: Detections, most: int) -> Detections:
     return ranked.take(np.sort(order[place < most]))
 
 
-def find_pairs(ground_truth: GroundTruth, detections: Detections) -> tuple[np.ndarray, ...]:
-    """(p,) det, gt and overlap of all pairs that some threshold may match; by detection, and each
-    detection's from the best overlap down (of equal ones the later box first).
-
-    The overlap is the IoU; with an object to ignore it is the share of the detection's area.
-    """
-    found = []
-    for det, gt, shared, area, gt_area in touching_pairs(ground_truth, detections):
-        iou = shared / np.where(ground_truth.ignore[gt], area, area + gt_area - shared)
-        order = np.lexsort((-gt, -iou, det))
-        order = order[iou[order] >= IOUS[0]]
-        found.append((det[order], gt[order], iou[order]))
-    return tuple(map(np.concatenate, zip(*found, strict=True)))
-
-
 def match(
     pairs: tuple[np.ndarray, ...], counts: np.ndarray, crowd: np.ndarray, in_range: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -72,6 +60,8 @@ def match(
     never taken away. All thresholds are matched at once, as if each had frames of its own.
 
     Args:
+        pairs: (p,) det, gt and overlap of `best_first`: the IoU, with an object to ignore the share of the
+            detection's area.
         counts, crowd: (m,) bool, people that count and objects to ignore.
         in_range: (n,) bool, detections whose area is within the range.
     """

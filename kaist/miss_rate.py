@@ -149,65 +149,42 @@ def select_frames(
 # ------------------------------------------------------------------- matching
 
 
-class Overlaps(NamedTuple):
-    """Pairs of a detection and a ground truth box of its frame that overlap by at least `OVERLAP`.
+def touching_pairs(ground_truth: GroundTruth, detections: Detections) -> list[np.ndarray]:
+    """Detections and ground truth boxes of their frames that share an area; coordinates are continuous.
 
-    det, gt: (p,) int64, pairs by intersection over union, which match if the box counts; by
-    detection, and each detection's from the best overlap down (of equal ones the later box first).
-    ignored_det, ignoring_gt: (q,) int64, pairs by intersection over the detection's area: the
-    detection is ignored if the box is.
-    """
-
-    det: np.ndarray
-    gt: np.ndarray
-    ignored_det: np.ndarray
-    ignoring_gt: np.ndarray
-
-
-def find_overlaps(ground_truth: GroundTruth, detections: Detections) -> Overlaps:
-    """All pairs that overlap by enough."""
-    found = []
-    for det, gt, shared, area, gt_area in touching_pairs(ground_truth, detections):
-        union = shared / (area + gt_area - shared)
-        match = np.flatnonzero(union >= OVERLAP)
-        match = match[np.lexsort((-gt[match], -union[match], det[match]))]
-        ignore = shared >= OVERLAP * area
-        found.append((det[match], gt[match], det[ignore], gt[ignore]))
-    return Overlaps(*map(np.concatenate, zip(*found, strict=True)))
-
-
-def touching_pairs(ground_truth: GroundTruth, detections: Detections) -> Iterator[tuple[np.ndarray, ...]]:
-    """Detections and ground truth boxes of their frames that share an area, in blocks of bounded memory.
-
-    Yields:
-        (p,) det, gt, the area that they share, and the area of each; coordinates are continuous.
+    Returns:
+        (p,) det and gt, by det; the area that they share; and the area of each.
     """
     first = np.searchsorted(ground_truth.frame, np.arange(len(ground_truth.frames) + 1))
     n_pairs = np.diff(first)[detections.frame]
     blocks = np.flatnonzero(np.diff(np.cumsum(n_pairs) // BLOCK)) + 1
-    det_edges, gt_edges = edges(detections.boxes), edges(ground_truth.boxes)
+    (x, y, w, h), (u, v, gt_w, gt_h) = detections.boxes.T, ground_truth.boxes.T
+    det_edges, gt_edges = np.stack([x, y, x + w, y + h]), np.stack([u, v, u + gt_w, v + gt_h])
+    found = []
     for rows in np.split(np.arange(len(n_pairs)), blocks):
         n = n_pairs[rows]
         det = np.repeat(rows, n)
         gt = np.arange(len(det)) + np.repeat(first[detections.frame[rows]] - np.cumsum(n) + n, n)
-        (x0, y0, x1, y1), (u0, v0, u1, v1) = det_edges[:4].take(det, 1), gt_edges[:4].take(gt, 1)
+        (x0, y0, x1, y1), (u0, v0, u1, v1) = det_edges.take(det, 1), gt_edges.take(gt, 1)
         width, height = np.minimum(x1, u1) - np.maximum(x0, u0), np.minimum(y1, v1) - np.maximum(y0, v0)
         touch = np.flatnonzero((width > 0) & (height > 0))
-        det, gt = det[touch], gt[touch]
-        yield det, gt, (width * height)[touch], det_edges[4][det], gt_edges[4][gt]
+        found.append((det[touch], gt[touch], (width * height)[touch]))
+    det, gt, shared = map(np.concatenate, zip(*found, strict=True))
+    return [det, gt, shared, (w * h)[det], (gt_w * gt_h)[gt]]
 
 
-def edges(boxes: np.ndarray) -> np.ndarray:
-    """(5, n) left, top, right, bottom and area of (n, 4) xywh boxes."""
-    x, y, w, h = boxes.T
-    return np.stack([x, y, x + w, y + h, w * h])
+def best_first(det: np.ndarray, gt: np.ndarray, overlap: np.ndarray, least: float) -> np.ndarray:
+    """Which pairs overlap by enough; by detection, and each detection's from the best overlap down (of equal
+    ones the later box first)."""
+    enough = np.flatnonzero(overlap >= least)
+    return enough[np.lexsort((-gt[enough], -overlap[enough], det[enough]))]
 
 
 def match_greedily(det: np.ndarray, gt: np.ndarray, n_gt: int) -> np.ndarray:
     """Match detections in turn: each takes the first of its ground truth boxes that is still free.
 
     Args:
-        det, gt: (p,) pairs as in `Overlaps`, detections ranked by their number.
+        det, gt: (p,) pairs as of `best_first`, detections ranked by their number.
 
     Returns:
         (n_gt,) int64: the detection that each box is matched with, -1 if none.
@@ -249,16 +226,19 @@ def match_setups(
     counted = np.ones(len(ground_truth.frames), dtype=bool)
     if protocol == "leaderboard":
         counted = np.bincount(detections.frame, minlength=len(counted)) > 0
-    overlaps = find_overlaps(ground_truth, detections)
+    det, gt, shared, area, gt_area = touching_pairs(ground_truth, detections)
+    best = best_first(det, gt, shared / (area + gt_area - shared), OVERLAP)
+    match_det, match_gt = det[best], gt[best]
+    inside = shared >= OVERLAP * area  # of a box to ignore, by which then the detection is ignored
     matched: dict[tuple, tuple[np.ndarray, ...]] = {}  # setups differ by subset only, some of them
     for name, (heights, levels, subset) in setups.items():
         if (heights, levels) not in matched:
             counts = usable & (h >= heights[0]) & (h <= heights[1])
             counts &= np.array([level in levels for level in (0, 1, 2)])[ground_truth.occlusion]
-            pairs = counts[overlaps.gt]
-            gt_match = match_greedily(overlaps.det[pairs], overlaps.gt[pairs], len(counts))
+            pairs = counts[match_gt]
+            gt_match = match_greedily(match_det[pairs], match_gt[pairs], len(counts))
             outcome = np.zeros(len(detections.scores), dtype=np.int8)
-            outcome[overlaps.ignored_det[~counts[overlaps.ignoring_gt]]] = -1
+            outcome[det[inside & ~counts[gt]]] = -1
             outcome[gt_match[gt_match >= 0]] = 1  # a matched detection is never ignored
             matched[heights, levels] = counts, outcome, gt_match
         counts, outcome, gt_match = matched[heights, levels]
@@ -371,6 +351,7 @@ def id_shift(ground_truth: GroundTruth, detections: Detections) -> int:
         frame = detections.frame + shift
         inside = (frame >= 0) & (frame < len(ground_truth.frames))
         moved = replace(detections.take(inside), frame=frame[inside])
-        fits[shift] = len(np.unique(find_overlaps(ground_truth, moved).gt))
+        _, gt, shared, area, gt_area = touching_pairs(ground_truth, moved)
+        fits[shift] = len(np.unique(gt[shared >= OVERLAP * (area + gt_area - shared)]))
     best = max(fits, key=fits.__getitem__)
     return best if fits[best] >= max(20, 1.5 * fits[0]) else 0
