@@ -104,11 +104,6 @@ def image_path(root: Path | PairSet, frame_id: str, modality: str) -> Path:
     return Path(stem + next((suffix for suffix in SUFFIXES if os.path.exists(stem + suffix)), SUFFIXES[0]))
 
 
-def kaist_sizes(n: int) -> np.ndarray:
-    """(n, 2) int64 width and height of n of KAIST's frames."""
-    return np.tile((FRAME_WIDTH, FRAME_HEIGHT), (n, 1))
-
-
 # ------------------------------------------------------------------- where objects are annotated
 
 
@@ -197,7 +192,7 @@ class Annotations(LabelledFrames):
 
     def sizes_of(self, frame_ids: Sequence[str]) -> np.ndarray:
         """(n, 2) int64 width and height of frames."""
-        return kaist_sizes(len(frame_ids))
+        return np.tile((FRAME_WIDTH, FRAME_HEIGHT), (len(frame_ids), 1))
 
     def read_rows(self, frame_id: str) -> list[ObjectRow]:
         """The objects of a frame as its file has them."""

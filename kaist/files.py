@@ -15,13 +15,11 @@ import shutil
 import signal
 import stat
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 MAX_TEXT = 2**28  # bytes of a text file; published results of the whole test set have 2**22
-STALE = 3600.0  # seconds without a write after which a temporary file's writer is dead
 
 
 class InputError(Exception):
@@ -149,12 +147,6 @@ def write_text(path: Path, text: str) -> None:
 def printable(text: str) -> str:
     """The text with whatever UTF-8 cannot hold, such as other bytes of a file's name, escaped."""
     return text.encode(errors="backslashreplace").decode()
-
-
-def stale_files(folder: Path, pattern: str) -> list[Path]:
-    """What writers that were killed long ago left unfinished in a folder."""
-    old = time.time() - STALE
-    return [path for path in folder.glob(pattern) if path.stat().st_mtime < old]
 
 
 # ------------------------------------------------------------------- scripts

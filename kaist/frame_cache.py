@@ -10,32 +10,35 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES, PairSet, image_path
-from kaist.files import InputError, stale_files, write_atomically
+from kaist.files import InputError, write_atomically
 from kaist.images import read_frame
 
 BLOCK = 64  # frames decoded before they are written
+STALE = 3600.0  # seconds without a write after which a temporary file's writer is dead
 
 
+@dataclass
 class FrameCache:
     """Decoded frames by id, mapped into memory on first use, in each process by itself.
 
     path: a file as from `cache_frames`; rows: frame id -> its place; shape: of all, (F, h, w, C).
     """
 
-    def __init__(self, path: Path, rows: dict[str, int], shape: tuple[int, int, int, int]) -> None:
-        self.path = path
-        self.rows = rows
-        self.shape = shape
-        self.pixels: np.ndarray | None = None
+    path: Path
+    rows: dict[str, int]
+    shape: tuple[int, int, int, int]
+    pixels: np.ndarray | None = None
 
     def all(self) -> np.ndarray:
         """All frames, (F, h, w, C) uint8, mapped: pixels are read when they are used."""
@@ -53,16 +56,9 @@ class FrameCache:
         from tqdm import tqdm
 
         sums = np.fromfile(self.path, np.uint32, offset=int(np.prod(self.shape)))
-        frames = list(zip(self.rows, self.all(), sums, strict=True))
-
-        def check(start: int) -> list[str]:
-            block = frames[start : start + BLOCK]
-            return [frame_id for frame_id, frame, expected in block if checksum(frame) != expected]
-
-        starts = range(0, len(frames), BLOCK)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = tqdm(pool.map(check, starts), "checking the cache", len(starts), leave=False)
-            return [frame_id for block in found for frame_id in block]
+            found = tqdm(pool.map(checksum, self.all()), "checking the cache", len(sums), leave=False)
+            return [i for i, own, expected in zip(self.rows, found, sums, strict=True) if own != expected]
 
     def __getstate__(self) -> dict:
         """Without the map: pickled for a worker process it would be a copy of all pixels."""
@@ -106,7 +102,12 @@ def cache_frames(
     path = Path(folder) / f"frames-{names}-{states}.u8"
     channels = sum({"visible": 3, "lwir": 1}[modality] for modality in modalities)
     rows = {frame_id: i for i, frame_id in enumerate(frame_ids)}
-    cache = FrameCache(path, rows, (len(rows), *frame_shape(root, frame_ids), channels))
+    sizes = {root.sizes[i] if isinstance(root, PairSet) else (FRAME_WIDTH, FRAME_HEIGHT) for i in frame_ids}
+    if len(sizes) > 1:
+        problem = f"its frames are of {len(sizes)} sizes, and those of a cache have one"
+        raise InputError(problem, "leave CACHE empty", file=root.source)
+    [(width, height)] = sizes
+    cache = FrameCache(path, rows, (len(rows), height, width, channels))
     size = int(np.prod(cache.shape)) + 4 * len(frame_ids)
     if path.is_file() and path.stat().st_size == size:
         damaged = cache.damaged() if check else []
@@ -118,17 +119,6 @@ def cache_frames(
     read = partial(read_frame, root, input_mode=input_mode)
     write_atomically(path, lambda temporary: draw(temporary, frame_ids, read), size)
     return cache
-
-
-def frame_shape(root: Path | PairSet, frame_ids: Sequence[str]) -> tuple[int, int]:
-    """Height and width of all frames of a list; several sizes are refused."""
-    if not isinstance(root, PairSet):
-        return FRAME_HEIGHT, FRAME_WIDTH
-    sizes = {root.sizes[frame_id] for frame_id in frame_ids}
-    if len(sizes) > 1:
-        problem = f"its frames are of {len(sizes)} sizes, and those of a cache have one"
-        raise InputError(problem, "leave CACHE empty", file=root.source)
-    return next(iter(sizes))[::-1]
 
 
 def fingerprint(paths: Iterable[str | Path]) -> tuple[str, str]:
@@ -148,7 +138,8 @@ def make_room(path: Path, name: str, size: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stale = [other for other in folder.glob(f"{name}-*.u8") if other != path]
-        for other in [*stale, *stale_files(folder, f".{name}-*.tmp")]:
+        begun, old = folder.glob(f".{name}-*.tmp"), time.time() - STALE
+        for other in [*stale, *(other for other in begun if other.stat().st_mtime < old)]:
             other.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:

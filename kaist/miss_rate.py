@@ -22,10 +22,11 @@ from typing import NamedTuple
 import numpy as np
 
 from kaist.annotations import (
+    FRAME_HEIGHT,
+    FRAME_WIDTH,
     SCENES,
     Annotations,
     PairSet,
-    kaist_sizes,
     open_test_annotations,
     scene,
     time_of_day,
@@ -89,7 +90,7 @@ class GroundTruth:
         """(n_frames, 2) int64 width and height of the frames."""
         if self.pairs is not None:
             return self.pairs.sizes_of(self.frames)
-        return kaist_sizes(len(self.frames))
+        return np.tile((FRAME_WIDTH, FRAME_HEIGHT), (len(self.frames), 1))
 
     def in_subset(self, subset: str) -> np.ndarray:
         """(n_frames,) bool: the frames of a setup's subset."""
