@@ -108,11 +108,7 @@ def image_path(root: Path | PairSet, frame_id: str, modality: str) -> Path:
 
 
 class LabelledFrames:
-    """Frames whose objects `read_rows` knows."""
-
-    def read_rows(self, frame_id: str) -> list[ObjectRow]:
-        """The objects of a frame as its file has them."""
-        raise NotImplementedError
+    """Frames whose objects, as a frame's file has them, `read_rows(frame_id)` knows."""
 
     def read(self, frame_id: str) -> Objects:
         """The objects of a frame."""

@@ -26,7 +26,11 @@ def coco_ap(ground_truth: GroundTruth, detections: Detections) -> dict[str, floa
     above. A person outside of a range of areas is ignored; so is a detection outside of it that
     matches nothing.
     """
-    detections = best_of_each_frame(rank(detections), MAX_DETECTIONS)
+    ranked = rank(detections)
+    order = np.argsort(ranked.frame, kind="stable")
+    frame = ranked.frame[order]
+    place = np.arange(len(frame)) - np.searchsorted(frame, frame)  # of a detection in its frame
+    detections = ranked.take(np.sort(order[place < MAX_DETECTIONS]))
     det, gt, shared, area, other_area = touching_pairs(ground_truth, detections)
     overlap = shared / np.where(ground_truth.ignore[gt], area, area + other_area - shared)
     best = best_first(det, gt, overlap, IOUS[0])
@@ -41,14 +45,6 @@ def coco_ap(ground_truth: GroundTruth, detections: Detections) -> dict[str, floa
         if not name:
             values |= {"AP50": float(precision[0].mean()), "AP75": float(precision[5].mean())}
     return values
-
-
-def best_of_each_frame(ranked: Detections, most: int) -> Detections:
-    """The `most` highest scores of each frame, of `rank`ed detections and in their order."""
-    order = np.argsort(ranked.frame, kind="stable")
-    frame = ranked.frame[order]
-    place = np.arange(len(frame)) - np.searchsorted(frame, frame)
-    return ranked.take(np.sort(order[place < most]))
 
 
 def match(

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, JSON_NAME
+from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, JSON_NAME, time_of_day
 from kaist.files import InputError, OneLineParser, make_folder, run_script, write_text
 from kaist.labels import coco_content, read_labels
 from kaist.street import (
@@ -47,14 +47,6 @@ STREETS_ROOTS = tuple(ROOT.with_name(place) for place in ROOTS)
 MAX_ASIDE = 10  # pixels to either side that a shifted video's visible camera looks aside
 SEED, STREETS_SEED = 4, 20  # of every random choice
 FRAME_SECONDS = 0.12  # of a core, about, that drawing a frame takes
-# Image lists: name, first set, set after the last, and of how many frames one is taken.
-LISTS = (
-    ("train-all", 0, 6, 1),
-    ("train-quarter", 0, 6, 4),
-    ("test-day", 6, 9, 1),
-    ("test-night", 9, 12, 1),
-    ("test-all", 6, 12, 1),
-)
 FRAMES_PER_VIDEO = 8  # a second lies between two of them
 CROWD_SIZES = (1, 2, 3, 4, 5, 6, 8, 11)  # people in a frame that is not empty,
 CROWD_SHARES = (0.33, 0.27, 0.17, 0.09, 0.06, 0.04, 0.03, 0.01)  # and how often
@@ -289,11 +281,14 @@ def draw_set(
 def write_lists(root: Path, ids: list[str], paired: str) -> None:
     """Writes imageSets/ and, for the test frames, KAIST_annotation.json."""
     make_folder(root / "imageSets")
-    for name, first, stop, step in LISTS:
-        frames = [own for own in ids if first <= int(own[3:5]) < stop][::step]
+    train, test = ([own for own in ids if (own < "set06") == is_train] for is_train in (True, False))
+    lists = {"train-all": train, "train-quarter": train[::4], "test-all": test}
+    for time in ("day", "night"):
+        lists[f"test-{time}"] = [own for own in test if time_of_day(own) == time]
+    for name, frames in lists.items():
         write_text(root / "imageSets" / f"{name}.txt", "\n".join(frames) + "\n")
     images = []
-    for own in frames:  # of test-all, the last list
+    for own in test:
         rows = read_labels(text_path(root, own, paired), "bbgt")
         rows = [row._replace(ignore=row.label != "person") for row in rows]
         images.append((own, (FRAME_WIDTH, FRAME_HEIGHT), rows))

@@ -10,7 +10,7 @@ import numpy as np
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations, PairSet, time_of_day
 from kaist.files import InputError
-from kaist.miss_rate import GroundTruth
+from kaist.miss_rate import GroundTruth, is_inside
 
 # What `split_frames` takes from a configuration.
 FRAMES = ("validation", "seed", "min_height", "margin", "learn")
@@ -60,11 +60,8 @@ def label_objects(
     Args:
         boxes: (n, 4) xywh pixels; is_person: (n,) bool; sizes: (2,) or (n, 2) of each object's frame.
     """
-    x, y, w, h = boxes.T
-    inside = (x >= margin) & (y >= margin)
-    width, height = np.asarray(sizes).T
-    inside &= (x + w <= width - margin) & (y + h <= height - margin)
-    return np.where(is_person & (h >= min_height) & inside, 1, -1).astype(np.int64)
+    learned = is_person & (boxes[:, 3] >= min_height) & is_inside(boxes, margin, sizes)
+    return np.where(learned, 1, -1).astype(np.int64)
 
 
 def load_frames(

@@ -265,6 +265,10 @@ def json_objects(content: Any, path: Path, errors: Errors, kaist: bool = True) -
     """
     frames: dict[Any, str] = {}
     objects: dict[str, list[ObjectRow]] = {}
+
+    def one_row(item: Any, number: int) -> ObjectRow:
+        return json_rows([item], names)[0]._replace(number=number)
+
     try:
         for image in sorted(content["images"], key=lambda image: image["id"]):
             number = image["id"]
@@ -278,10 +282,11 @@ def json_objects(content: Any, path: Path, errors: Errors, kaist: bool = True) -
         names, items = {c["id"]: c["name"] for c in content["categories"]}, content["annotations"]
         if not kaist:
             items = [{"occlusion": 0, "ignore": item.get("iscrowd", 0), **item} for item in items]
-        rows = plain_rows(items, names)
-        if rows is None:
+        try:
+            rows = json_rows(items, names)
+        except InputError:  # of which one, one by one
             place = "annotation {} of the list: "
-            rows = read_rows(enumerate(items), partial(json_row, names), path, errors, place)
+            rows = read_rows(enumerate(items), one_row, path, errors, place)
         for row in rows:
             image_id = items[row.number]["image_id"]
             if image_id in frames:
@@ -296,50 +301,43 @@ def json_objects(content: Any, path: Path, errors: Errors, kaist: bool = True) -
     return objects
 
 
-def plain_rows(items: Sequence[Mapping[str, Any]], names: Mapping[Any, str]) -> list[ObjectRow] | None:
-    """The rows of a JSON's objects, all at once; None if one of them is not as `json_row` wants it."""
+def json_rows(items: Sequence[Any], names: Mapping[Any, str]) -> list[ObjectRow]:
+    """The rows of a JSON's objects, all at once; names: category id -> label.
+
+    Raises:
+        InputError: one of them cannot be used; which one is not told.
+    """
     try:
         labels = [names[item["category_id"]] for item in items]
-        occlusion, ignore = ([item[key] for item in items] for key in ("occlusion", "ignore"))
+        ignore, occlusion = ([item[key] for item in items] for key in ("ignore", "occlusion"))
         boxes = plain_numbers([item["bbox"] for item in items], 4)
         [levels] = plain_numbers([occlusion], len(items))
-    except (KeyError, TypeError, ValueError, OverflowError):
-        return None
+        if {*map(type, labels)} - {str}:
+            raise TypeError("a value is of the wrong type")
+        if {*map(type, ignore)} - {int, bool} or {*ignore} - {0, 1}:
+            raise TypeError(f"ignore is {ignore[0]!r}, not 0, 1, true or false")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        problem = f"it lacks a field or holds a wrong one ({type(error).__name__}: {error})"
+        raise InputError(problem, "compare it with the others") from None
+    columns = labels, boxes.tolist(), levels.tolist(), map(bool, ignore), range(len(items))
+    rows = [*map(ObjectRow._make, zip(*columns, strict=True))]
     x, y, w, h = boxes.T
     good = (w > 0) & (h > 0) & (abs(x) + abs(y) + w + h < 1e6) & np.isin(levels, (0, 1, 2))
-    flags = {*map(type, ignore)} <= {int, bool} and {*ignore} <= {0, 1}
-    if not (good.all() and flags and {*map(type, labels)} <= {str}):
-        return None
-    columns = labels, boxes.tolist(), levels.tolist(), map(bool, ignore), range(len(items))
-    return [*map(ObjectRow._make, zip(*columns, strict=True))]
+    for place in np.flatnonzero(~good):
+        check_object(rows[place])
+    return rows
 
 
 def plain_numbers(rows: Sequence[Sequence[Any]], columns: int) -> np.ndarray:
     """(n, columns) float64 of rows of a JSON's numbers; float() alone would take texts and booleans.
 
     Raises:
-        TypeError, ValueError, OverflowError: a value is something else, there are more or fewer or none,
-            or it is too large.
+        TypeError, OverflowError: a value is something else, there are more or fewer, or it is too large.
     """
     values = [*itertools.chain.from_iterable(rows)]
     if {*map(type, values)} - {int, float} or {*map(len, rows)} - {columns}:
-        raise TypeError
-    return np.array(values, np.float64).reshape(-1, columns)
-
-
-def json_row(names: Mapping[Any, str], item: Any, number: int) -> ObjectRow:
-    """A row from a JSON's object; names: category id -> label."""
-    try:
-        label, ignore, occlusion = names[item["category_id"]], item["ignore"], item["occlusion"]
-        box = list(item["bbox"])
-        if len(box) != 4 or {*map(type, (*box, occlusion))} - {int, float} or type(label) is not str:
-            raise TypeError("a value is of the wrong type")
-        if type(ignore) not in (int, bool) or ignore not in (0, 1):
-            raise TypeError(f"ignore is {ignore!r}, not 0, 1, true or false")
-        return ObjectRow(label, [float(side) for side in box], float(occlusion), bool(ignore), number)
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        problem = f"it lacks a field or holds a wrong one ({type(error).__name__}: {error})"
-        raise InputError(problem, "compare it with the others") from None
+        raise TypeError("a value is of the wrong type")
+    return np.array(values, np.float64).reshape(len(rows), columns)
 
 
 # ------------------------------------------------------------------- writing

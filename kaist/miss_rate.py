@@ -220,10 +220,8 @@ def match_setups(
     protocol: str = "official",
 ) -> Iterator[tuple[str, Matching]]:
     """Match `rank`ed detections under each setup; outcomes are in their order."""
-    x, y, w, h = ground_truth.boxes.T
-    usable = ~ground_truth.ignore & (x >= MARGIN) & (y >= MARGIN)
-    width, height = ground_truth.sizes[ground_truth.frame].T
-    usable &= (x + w <= width - MARGIN) & (y + h <= height - MARGIN)
+    sizes, h = ground_truth.sizes[ground_truth.frame], ground_truth.boxes[:, 3]
+    usable = ~ground_truth.ignore & is_inside(ground_truth.boxes, MARGIN, sizes)
     counted = np.ones(len(ground_truth.frames), dtype=bool)
     if protocol == "leaderboard":
         counted = np.bincount(detections.frame, minlength=len(counted)) > 0
@@ -247,6 +245,12 @@ def match_setups(
         outcome = np.where(frames[detections.frame], outcome, -1)
         positive = counts & (frames & counted)[ground_truth.frame]
         yield name, Matching(outcome, positive, gt_match, frames)
+
+
+def is_inside(boxes: np.ndarray, margin: float, sizes: np.ndarray) -> np.ndarray:
+    """(n,) bool: which xywh boxes keep a margin to the borders of their frames; sizes: (2,) or (n, 2)."""
+    ends = boxes[:, :2] + boxes[:, 2:]
+    return ((boxes[:, :2] >= margin) & (ends <= np.asarray(sizes) - margin)).all(axis=1)
 
 
 def rank(detections: Detections) -> Detections:

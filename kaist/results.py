@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -190,43 +190,40 @@ def parse_json(text: str, path: Path, frames: Sequence[str]) -> tuple[np.ndarray
     if content and isinstance(content[0], dict) and isinstance(content[0].get("image_id"), str):
         numbers = {name: i for i, frame in enumerate(frames) for name in (frame, frame.replace("/", "_"))}
         taken_for = "its image ids are frame ids"
-    try:  # all at once; where an entry holds anything but numbers, one by one
-        keys = ("category_id", "image_id", "score")
-        columns = plain_numbers([[entry[key] for entry in content] for key in keys], len(content))
-        boxes = plain_numbers([entry["bbox"] for entry in content], 4)
-        places = np.flatnonzero(columns[0] == PEDESTRIAN)
-        rows = np.column_stack([columns[1], boxes, columns[2]])[places]
-        return rows, places, len(content) - len(rows), taken_for
-    except (KeyError, TypeError, ValueError, OverflowError):
-        pass
-    rows, places, problem = [], [], ""
-    for place, entry in enumerate(content):
-        try:
-            if to_float(entry["category_id"]) != PEDESTRIAN:
-                continue
-            (x, y, w, h), image_id = entry["bbox"], entry["image_id"]
-            if numbers and str(image_id) not in numbers:
-                problem = f"image_id {str(image_id)[:60]!r} is no frame of the list"
-                remedy = "name the detector's list with --image-list"
-                break
-            image_id = numbers[image_id] if numbers else image_id
-            rows.append([to_float(value) for value in (image_id, x, y, w, h, entry["score"])])
-            places.append(place)
-        except (KeyError, TypeError, ValueError, OverflowError):
-            problem = f"{str(entry)[:80]} is no detection"
-            remedy = "write image_id, category_id, bbox [x, y, w, h] and score as numbers"
-            break
-    if problem:
-        raise InputError(problem, remedy, file=path, line=entry_line(text, place))
-    others = len(content) - len(rows)
-    return np.array(rows, np.float64).reshape(-1, 6), places, others, taken_for if content else ""
+    refused = InputError, KeyError, TypeError, OverflowError
+    try:
+        rows, places = parse_entries(content, numbers)
+        return rows, places, len(content) - len(rows), taken_for if content else ""
+    except refused:
+        for place, entry in enumerate(content):
+            try:
+                parse_entries([entry], numbers)
+            except refused as error:
+                problem = f"{str(entry)[:80]} is no detection"
+                remedy = "write image_id, category_id, bbox [x, y, w, h] and score as numbers"
+                if isinstance(error, InputError):
+                    problem, remedy = error.problem, error.remedy
+                raise InputError(problem, remedy, file=path, line=entry_line(text, place)) from None
+        raise
 
 
-def to_float(value: object) -> float:
-    """A JSON's number; float() alone would take texts and booleans."""
-    if type(value) not in (int, float):
-        raise TypeError
-    return float(value)
+def parse_entries(content: list, numbers: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (n, 6) float64 of a JSON's pedestrians, all at once, and their places.
+
+    numbers: of frames by their ids, if they are these.
+    """
+    [categories] = plain_numbers([[entry["category_id"] for entry in content]], len(content))
+    places = np.flatnonzero(categories == PEDESTRIAN)
+    people = [content[place] for place in places]
+    boxes = plain_numbers([entry["bbox"] for entry in people], 4)
+    ids, scores = ([entry[key] for entry in people] for key in ("image_id", "score"))
+    if numbers:
+        if unknown := [image_id for image_id in ids if str(image_id) not in numbers]:
+            problem = f"image_id {str(unknown[0])[:60]!r} is no frame of the list"
+            raise InputError(problem, "name the detector's list with --image-list")
+        ids = [numbers[image_id] for image_id in ids]
+    ids, scores = plain_numbers([ids, scores], len(people))
+    return np.column_stack([ids, boxes, scores]), places
 
 
 def entry_line(text: str, place: int) -> int:
