@@ -75,12 +75,9 @@ class Objects:
 
 def make_objects(rows: Sequence[tuple]) -> Objects:
     """Objects from rows (label, box, occlusion, ignore, …)."""
-    return Objects(
-        np.array([row[1] for row in rows], dtype=np.float64).reshape(-1, 4),
-        tuple(row[0] for row in rows),
-        np.array([row[2] for row in rows], dtype=np.int64),
-        np.array([row[3] for row in rows], dtype=bool),
-    )
+    labels, boxes, occlusion, ignore, *_ = zip(*rows, strict=True) if rows else [()] * 4
+    boxes = np.array(boxes, np.float64).reshape(-1, 4)
+    return Objects(boxes, labels, np.array(occlusion, np.int64), np.array(ignore, bool))
 
 
 def refuse(error: InputError, errors: Errors) -> None:

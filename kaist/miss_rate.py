@@ -103,7 +103,9 @@ class GroundTruth:
         """Of each frame its time of day and, of KAIST, its scene."""
         if self.pairs is not None:
             return [(self.pairs.time_of_day(frame_id),) for frame_id in self.frames]
-        return [(time_of_day(frame_id), scene(frame_id)) for frame_id in self.frames]
+        sets = {frame_id[:5] for frame_id in self.frames}
+        subsets = {name: (time_of_day(name), scene(name)) for name in sets}
+        return [subsets[frame_id[:5]] for frame_id in self.frames]
 
 
 def load_ground_truth(
