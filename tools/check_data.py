@@ -20,6 +20,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from tqdm import tqdm
@@ -198,11 +199,10 @@ def check_frames(
     # any, the first annotation is the one that lacks them.
     for ids in by_list.values():
         in_use = [source for source, own in annotated.items() if not own.isdisjoint(ids)]
-        for source in in_use or [*annotated][:1]:
-            for frame_id in ids:
-                if frame_id not in annotated[source]:
-                    path = source if isinstance(source, Path) else Path(source.path(frame_id))
-                    yield Fault("missing-annotation", path, 0, f"{frame_id} is not annotated")
+        for source, frame_id in product(in_use or [*annotated][:1], ids):
+            if frame_id not in annotated[source]:
+                path = source if isinstance(source, Path) else Path(source.path(frame_id))
+                yield Fault("missing-annotation", path, 0, f"{frame_id} is not annotated")
 
 
 def check_frame(
