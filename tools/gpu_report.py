@@ -36,6 +36,7 @@ from tools.workloads import LIMITS, Step, plain_config, row_batch, row_config, r
 from utils import choose_device, compile_model, detect_frames, detect_image, predict
 
 MINUTES = 7.5  # that all parts take at most on a GPU, the last one aside
+LONGEST = 150.0  # seconds that a part may take there; of the longest, compiling is most
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
 
@@ -284,20 +285,10 @@ def step_line(setting: Setting, what: str, step: Step, n: int, aim: float = 0) -
 
 # ------------------------------------------------------------------------------ the report
 
-# Name -> function, and the seconds that it may take. What matters most comes first.
-PARTS: dict[str, tuple[Callable[[Setting], Iterator[Line]], float]] = {
-    "captured": (check_captured, 70),
-    "losses": (check_losses, 90),
-    "detections": (check_detections, 40),
-    "training": (speed_training, 80),
-    "network": (speed_network, 150),
-    "rows": (speed_rows, 90),
-    "evaluation": (speed_evaluation, 80),
-    "resume": (check_resume, 120),
-    "batches": (speed_batches, 60),
-    "image": (speed_image, 40),
-    "torchrun": (check_torchrun, 60),
-}
+# What matters most comes first.
+ORDER = (check_captured, check_losses, check_detections, speed_training, speed_network, speed_rows)
+ORDER += (speed_evaluation, check_resume, speed_batches, speed_image, check_torchrun)
+PARTS = {part.__name__.partition("_")[2]: part for part in ORDER}
 
 
 def write_report(out: Path, setting: Setting, machine: str) -> None:
@@ -324,7 +315,7 @@ def run_parts(setting: Setting, names: list[str], deadline: float) -> Iterator[t
     for name, after in zip(names, [*names[1:], None], strict=True):
         part, following = following, after and begin(after)  # which imports torch meanwhile
         start, lines, error = time.time(), [], "left out: the time was up"
-        until = min(start + PARTS[name][1] * setting.patience, deadline)
+        until = min(start + LONGEST * setting.patience, deadline)
         if until > start + 5:
             try:
                 while line := part(max(0.0, until - time.time())):
@@ -340,14 +331,14 @@ def part_lines(setting: Setting, name: str) -> Callable[[], Line | None]:
     """A function that gives the part's next line, None after the last."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     choose_device(str(setting.device))
-    return partial(next, PARTS[name][0](setting), None)
+    return partial(next, PARTS[name](setting), None)
 
 
 def as_page(report: dict) -> str:
     """The report as a page."""
     page = [f"# {report['machine']}", "", f"{report['seconds']} s in all.", ""]
     for name, part in report["parts"].items():
-        page += [f"## {name}", "", PARTS[name][0].__doc__.splitlines()[0], ""]
+        page += [f"## {name}", "", PARTS[name].__doc__.splitlines()[0], ""]
         if part["lines"]:
             page += [HEADER, *(Line(**line).row() for line in part["lines"]), ""]
         page += [f"**Failed:** {part['error']}", ""] * bool(part["error"])
