@@ -116,11 +116,9 @@ def time_in_turns(setting: Setting, *functions: Callable[[], object]) -> list[Ti
             torch.cuda.synchronize(setting.device)
         return (time.perf_counter() - start) / calls
 
-    calls = []
-    for function in functions:
-        for _ in range(3 if setting.on_gpu else 1):  # kernels are chosen, graphs captured
-            once = turn(function, 1)
-        calls.append(max(1, round(setting.seconds / 5 / once)) if setting.on_gpu else 1)
+    warm_ups = 3 if setting.on_gpu else 1  # in which kernels are chosen, graphs captured
+    once = [min(turn(function, 1) for _ in range(warm_ups)) for function in functions]
+    calls = [max(1, round(setting.seconds / 5 / taken)) if setting.on_gpu else 1 for taken in once]
     end, turns = time.perf_counter() + setting.seconds, []
     while len(turns) < TURNS or time.perf_counter() < end:
         turns.append([turn(*pair) for pair in zip(functions, calls, strict=True)])
