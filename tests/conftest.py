@@ -1,6 +1,7 @@
 """What several test files share: a small demo set, and where the real KAIST files may lie."""
 
 import importlib.util
+import itertools
 import os
 import signal
 from collections.abc import Iterator
@@ -34,6 +35,16 @@ def demo_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("kaist") / "demo"
     draw_set(root, train_frames=12, test_frames=6, progress=False)
     return root
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are composed, and their files hold a new text each time: drawing is half of a short run."""
+    import matplotlib.figure
+
+    number = itertools.count()
+    save = lambda figure, path, **_: Path(path).write_text(f"figure {next(number)}")  # noqa: E731
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", save)
 
 
 @pytest.fixture(scope="session")

@@ -42,10 +42,11 @@ def kill_at(moment, name, count, half=""):
 
     sys.addaudithook(look)
 
-def train_in_a_process(said, flags, kill):
+def train_in_a_process(said, flags, kill, folder):
     code = 1
     try:
         os.setpgid(0, 0)
+        os.chdir(folder)
         output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -65,7 +66,7 @@ def train_in_a_process(said, flags, kill):
 for line in sys.stdin:
     if not line.strip():
         break
-    said, kills, flags = json.loads(line)
+    said, kills, flags, folder = json.loads(line)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     if len(kills) > 1:
@@ -77,7 +78,7 @@ for line in sys.stdin:
         os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(rank)
         children.append(os.fork())
         if not children[-1]:
-            train_in_a_process(f"{said}{rank or ''}", flags, kill)
+            train_in_a_process(f"{said}{rank or ''}", flags, kill, folder)
     print(*children, flush=True)
     print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
 """
@@ -106,11 +107,12 @@ class Nursery:
         [child] = self.start_ranks([kill], *flags)
         return child
 
-    def start_ranks(self, kills, *flags):
-        """The ids of as many processes of one run as there are `kills`, "" for none."""
+    def start_ranks(self, kills, *flags, folder=""):
+        """The ids of as many processes of one run as there are `kills`, "" for none, in a folder or in this
+        object's own."""
         for path in self.said.parent.glob("said*"):
             path.unlink()
-        line = json.dumps([str(self.said), kills, list(map(str, flags))])
+        line = json.dumps([str(self.said), kills, list(map(str, flags)), str(folder or self.said.parent)])
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
         return self.numbers()
@@ -129,9 +131,9 @@ class Nursery:
         [code] = self.numbers()
         return code
 
-    def run(self, *flags, ranks=1):
+    def run(self, *flags, ranks=1, folder=""):
         """What a run's first process said, once all have ended well."""
-        self.start_ranks([""] * ranks, *flags)
+        self.start_ranks([""] * ranks, *flags, folder=folder)
         assert self.numbers() == [0] * ranks, self.said.read_text()
         return self.said.read_text()
 

@@ -17,7 +17,7 @@ from torch.distributed.run import get_args_parser
 import detect
 import eval as eval_script
 import train
-from engine import config
+from engine import config, run
 from engine.experiments import EXPERIMENTS, Row
 from kaist.files import InputError
 from tests.pair_trees import draw_own
@@ -216,7 +216,9 @@ def miniature(folder, monkeypatch):
     """Let the folder be the current one and the project's, where a network is narrow and sees few frames."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(config, "ROOT", folder)
-    small = {"width": 0.0625, "batch_size": 2, "epochs": 6, "eval_every": 6}  # a time is told after 30 steps
+    small = {"width": 0.0625, "batch_size": 2, "epochs": 2, "eval_every": 4}
+    for name, steps in (("WARM_UP", 2), ("TIMED", 4)):  # after which a run's time is told
+        monkeypatch.setattr(run, name, steps)
     text = Path(train.__file__).read_text()
     for name, value in {**small, "workers": 0}.items():
         text = re.sub(rf"^{name.upper()} = [\d.]+", f"{name.upper()} = {value}", text, flags=re.MULTILINE)
@@ -226,7 +228,7 @@ def miniature(folder, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "demo", row._replace(change=row.change | small))
 
 
-def test_a_set_of_ones_own_as_the_page_has_it(tmp_path, monkeypatch, capsys):
+def test_a_set_of_ones_own_as_the_page_has_it(tmp_path, monkeypatch, capsys, undrawn):
     """From a folder of pairs to a trained network, tables, pictures and an ONNX file, as written."""
     miniature(tmp_path, monkeypatch)
     pairs = draw_own(tmp_path / "mine", height=60)
@@ -290,7 +292,7 @@ HOUR = PROJECT / "docs/first-hour.md"
 
 
 @pytest.fixture
-def clone(demo_root, tmp_path, monkeypatch):
+def clone(demo_root, tmp_path, monkeypatch, undrawn):
     """A miniature of what the page has: a narrow network, few frames; the current folder."""
     miniature(tmp_path, monkeypatch)
     monkeypatch.setattr(detect, "LISTED", 1)  # of more images a count alone is told, as of many on the page

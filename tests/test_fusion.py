@@ -45,7 +45,7 @@ def call(monkeypatch, script, *arguments):
         ),
     ],
 )
-def test_any_input_through_the_three_commands(size, flags, demo_root, tmp_path, monkeypatch, capsys):
+def test_any_input_through_the_three_commands(size, flags, demo_root, tmp_path, monkeypatch, capsys, undrawn):
     monkeypatch.chdir(tmp_path)
     for name, step in (("train", 3), ("test", 2)):  # four frames and three
         lines = (demo_root / f"imageSets/{name}-all.txt").read_text().splitlines(True)
@@ -159,7 +159,7 @@ def test_a_lone_image_is_enough_after_modality_dropout_alone(
         call(monkeypatch, detect_script, alone, "--checkpoint", save("--input-mode", "halfway"))
 
 
-def test_evaluation_without_a_modality(save, demo_root, tmp_path, monkeypatch, capsys):
+def test_evaluation_without_a_modality(save, demo_root, tmp_path, monkeypatch, capsys, undrawn):
     monkeypatch.chdir(tmp_path)
     path = save("--input-mode", "early", "--modality-dropout", "0.5", "--workers", "0")
     for name in ("visible", "lwir"):

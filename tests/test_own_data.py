@@ -38,7 +38,7 @@ def samples(root, frames, augmentation, keys):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
+def run(tmp_path, monkeypatch, undrawn):
     """Run a script's main() in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 

@@ -49,7 +49,7 @@ def author_file(path, row):
 
 @pytest.mark.parametrize(("row", "infusion", "maps"), [("41", 1, [0, 3]), ("42", 2, [0, 3, 6, 7])])
 def test_a_row_trains_from_the_authors_weights_and_is_evaluated(
-    row, infusion, maps, demo_root, tmp_path, monkeypatch, capsys
+    row, infusion, maps, demo_root, tmp_path, monkeypatch, capsys, undrawn
 ):
     monkeypatch.chdir(tmp_path)
     author_file("author.pth", row)
@@ -66,7 +66,7 @@ def test_a_row_trains_from_the_authors_weights_and_is_evaluated(
 
 
 @pytest.mark.parametrize("row", ["41", "42"])
-def test_the_authors_file_is_evaluated_and_detects(row, demo_root, tmp_path, monkeypatch, capsys):
+def test_the_authors_file_is_evaluated_and_detects(row, demo_root, tmp_path, monkeypatch, undrawn):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(EXPERIMENTS, "narrow", Row(row, NARROW, ""))
     state = author_file("author.pth", row)

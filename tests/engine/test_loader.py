@@ -113,7 +113,7 @@ def test_too_many_bad_frames_are_named(root):
 
 
 @pytest.fixture
-def start(root, tmp_path, monkeypatch):
+def start(root, tmp_path, monkeypatch, undrawn):
     """Run train.main() on the set that may be damaged, in a folder of its own."""
     monkeypatch.chdir(tmp_path)
 

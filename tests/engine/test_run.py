@@ -120,7 +120,7 @@ def test_no_layer_draws_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_step_that_fails_in_the_middle_is_not_saved(data, tmp_path, monkeypatch):
+def test_a_step_that_fails_in_the_middle_is_not_saved(data, tmp_path, monkeypatch, undrawn):
     monkeypatch.setattr(sys, "argv", ["train.py", *data, "--epochs", "2", "--checkpoints", str(tmp_path)])
     step, steps = torch.optim.Adam.step, []
 
@@ -156,7 +156,7 @@ def test_many_signals_at_once_save_one_checkpoint_and_end_the_run(nursery, data,
 
 @pytest.mark.timing
 def test_a_signal_ends_an_evaluation_and_the_run_goes_on_to_the_same_numbers(
-    nursery, data, finished, tmp_path, monkeypatch
+    nursery, data, finished, tmp_path, monkeypatch, undrawn
 ):
     monkeypatch.setattr(sys, "argv", ["train.py", *data, "--epochs", "2", "--checkpoints", str(tmp_path)])
     add_step, predict = train.Run.add_step, utils.predict

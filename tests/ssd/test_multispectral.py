@@ -95,20 +95,6 @@ def test_shared_layers_see_one_stream_after_the_other_in_training():
 
 
 @NETWORKS
-def test_training_compiles_as_one_graph_with_masks_on_any_map(network):
-    torch.manual_seed(0)
-    model = make(network, infusion=(1, 0, 1, 0, 0, 1), infusion_conv=True, size=(64, 128)).train()
-    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
-    images = torch.randint(256, (2, 4, 64, 128), dtype=torch.uint8)
-    theirs, ours = model(images), compiled(images)
-    assert [s.shape[2:] for s in ours.seg] == [model.map_sizes[i] for i in (0, 2, 5)]
-    pairs = zip([*theirs[:2], *theirs.seg], [*ours[:2], *ours.seg], strict=True)
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in pairs)
-    sum(x.sum() for x in [*ours[:2], *ours.seg]).backward()
-    assert all(p.grad.isfinite().all() for p in model.parameters())
-
-
-@NETWORKS
 def test_masks_on_each_stream_teach_that_stream_alone(network):
     torch.manual_seed(0)
     model = make(network, infusion=(2, 0, 0, 0, 0, 0)).train()

@@ -22,8 +22,10 @@ SMALL = {"seconds": 0.0, "batch": 2, "drawn": 8}
 
 
 @pytest.fixture(scope="module")
-def setting(tmp_path_factory):
-    return Setting(CPU, torch.float32, tmp_path_factory.mktemp("benchmark"), **SMALL)
+def setting(demo_root, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("benchmark")
+    (folder / "demo").symlink_to(demo_root)
+    return Setting(CPU, torch.float32, folder, **SMALL)
 
 
 def run(monkeypatch, *arguments):
@@ -106,9 +108,9 @@ def new_pages(n: int) -> int:
 
 
 def untuned_and_tuned() -> tuple[int, int]:
-    usual = new_pages(8)
+    usual = new_pages(4)
     tune_malloc()
-    return usual, new_pages(8)
+    return usual, new_pages(4)
 
 
 @pytest.mark.timing

@@ -1,14 +1,19 @@
-"""The report of a GPU, here of the CPU as one: quick parts run, and one that fails stays alone."""
+"""The report of a GPU, here of the CPU as one: quick parts run, and one that fails stays alone.
+
+All parts run in this process; that one of its own says what went wrong there is `test_benchmark`'s matter.
+"""
 
 import json
 import time
+from functools import partial
 
 import pytest
 import torch
 
-from tools import gpu_report
+from tools import gpu_report, timing
 from tools.gpu_report import distance, unequal_boxes
 from tools.timing import TINY, Setting
+from tools.workloads import row_config
 
 CPU = torch.device("cpu")
 
@@ -17,14 +22,40 @@ CPU = torch.device("cpu")
 QUICK = ("captured", "losses", "detections", "training", "network", "evaluation")
 
 
+class Here:
+    """A function that is made and called in this process, in place of `Subprocess`."""
+
+    def __init__(self, make, *arguments):
+        self.make, self.function = partial(make, *arguments), None
+
+    def __call__(self, seconds):
+        try:
+            self.function = self.function or self.make()
+            return self.function()
+        except Exception as problem:
+            raise RuntimeError(f"{type(problem).__name__}: {problem}") from problem
+
+    def end(self):
+        self.function = None
+
+
+def small_config(row, **changes):
+    """A row's constants, with a small input where its network takes one."""
+    return row_config(row, **changes | ({"input_size": (128, 128)} if row == "42" else {}))
+
+
 @pytest.fixture(scope="module")
-def report(tmp_path_factory):
+def report(demo_root, tmp_path_factory):
     """The folder of a tiny report of quick parts, one of whose rows is in no lab book."""
     out = tmp_path_factory.mktemp("report") / "out"
     tiny = TINY | {"rows": "29 42 none", "frames": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_report, "PARTS", {name: gpu_report.PARTS[name] for name in QUICK})
-        setting = Setting(CPU, torch.float32, out.parent / "drawn", **tiny)
+        patch.setattr(gpu_report, "Subprocess", Here)
+        patch.setattr(gpu_report, "row_config", small_config)
+        patch.setattr(timing, "TURNS", 1)
+        setting = Setting(CPU, torch.float32, out.parent, **tiny)
+        (setting.folder / "demo").symlink_to(demo_root)
         gpu_report.write_report(out, setting, "a CPU as a GPU")
     return out
 

@@ -3,6 +3,8 @@
 import shutil
 import sys
 from pathlib import Path
+from subprocess import CompletedProcess
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -16,37 +18,12 @@ from tools.study import Study, holm, paired_test, rows
 
 
 @pytest.fixture(scope="module")
-def runs(demo_root, tmp_path_factory):
+def runs(nursery, demo_root, tmp_path_factory):
     """Two short finished runs."""
     folder = tmp_path_factory.mktemp("runs")
+    quick = "--epochs 1 --batch-size 4 --workers 0 --width 0.03 --device cpu --checkpoints".split()
     for name, lr in (("a", "1e-3"), ("b", "1e-4")):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                sys,
-                "argv",
-                [
-                    "train.py",
-                    "--data-root",
-                    str(demo_root),
-                    "--epochs",
-                    "1",
-                    "--batch-size",
-                    "4",
-                    "--workers",
-                    "0",
-                    "--width",
-                    "0.03",
-                    "--device",
-                    "cpu",
-                    "--name",
-                    name,
-                    "--checkpoints",
-                    str(folder),
-                    "--lr",
-                    lr,
-                ],
-            )
-            train.main()
+        nursery.run("--data-root", demo_root, *quick, folder, "--name", name, "--lr", lr)
     return folder
 
 
@@ -155,8 +132,18 @@ def test_small_studies_keep_what_the_question_is_about():
 
 
 @pytest.fixture
-def one_study(monkeypatch, demo_root, tmp_path):
-    """Run study.main() on a study of two quick arms."""
+def one_study(nursery, monkeypatch, demo_root, tmp_path):
+    """Run study.main() on a study of two quick arms, whose commands the nursery runs one by one."""
+    alone = Lock()
+
+    def run(command, stdout, **_):
+        python, script, *flags = command
+        assert (python, Path(script)) == (sys.executable, Path(train.__file__))
+        with alone:
+            stdout.write(nursery.run(*flags, folder=tmp_path))
+        return CompletedProcess(command, 0)
+
+    monkeypatch.setattr(study.subprocess, "run", run)
     quick = {"epochs": 1, "eval_every": 1, "width": 0.03, "batch_size": 4}
     tiny = Study("Is it?", rows("12") | {"26": ("26", {"lr": 1e-4})}, 1, quick)
     monkeypatch.chdir(tmp_path)
