@@ -1,6 +1,6 @@
 """The report of a GPU, here of the CPU as one: quick parts run, and one that fails stays alone.
 
-All parts run in this process; that one of its own says what went wrong there is `test_benchmark`'s matter.
+The parts run in this process; what one of their own says of a failure there, `test_benchmark` shows.
 """
 
 import json
