@@ -8,6 +8,7 @@ by the border), 0 padding. A network of two logits has a single label for person
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from engine.distributed import all_reduce_sum, world_size
 from kaist.annotations import FRAME_HEIGHT
 from kaist.frames import LWIR, VISIBLE
 from ssd.boxes import Grid, Predictions, encode, to_centres
-from ssd.matching import BACKGROUND, IGNORE, PERSON, match, match_multilabel, match_static
+from ssd.matching import BACKGROUND, IGNORE, PERSON, PriorTable, match, match_multilabel, match_static
 
 # What `Criterion` takes from a configuration.
 TERMS = (
@@ -76,11 +77,16 @@ class MultiBoxLoss(nn.Module):
         way = self.sparse if predictions.loc.device.type == "cpu" else self.static
         return way(predictions, *objects)
 
+    @cached_property
+    def prior_table(self) -> PriorTable:
+        """The priors as `match` takes them."""
+        return PriorTable(self.priors)
+
     def sparse(
         self, predictions: Predictions, boxes: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`sums` that look only at priors that have a loss: on a CPU 4 to 100 times as fast."""
-        target, matched_idxs = match(boxes, labels, self.priors)
+        target, matched_idxs = match(boxes, labels, self.prior_table)
         positive = torch.from_numpy(np.flatnonzero(target.numpy() == PERSON))
         image, prior = positive // len(self.priors), positive % len(self.priors)
         n_negatives = self.n_negatives(image.bincount(minlength=len(boxes)))

@@ -1,6 +1,6 @@
 """SSD's matching of priors with objects (section 2.2 of the paper), written twice.
 
-`match` does only what an image's objects need and suits a CPU. `match_static` is a fixed sequence of
+`match` looks only at pairs whose IoU may count and suits a CPU. `match_static` is a fixed sequence of
 operations on whole batches, so that a GPU never waits for the host and the graph compiles. Tests hold
 the two equal.
 
@@ -13,8 +13,6 @@ half of its area inside an ignored object is ignored. What remains is background
 
 from __future__ import annotations
 
-import heapq
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,73 +21,118 @@ from ssd.boxes import to_corners
 
 PERSON, BACKGROUND, IGNORE = 1, 0, -1
 MATCH_IOU = 0.5  # from which a prior answers for an object
+LEVELS = (*(MATCH_IOU / 2**i for i in range(10)), 0.0)  # of IoU, down which a best prior is looked for
 TIE = 1e-5  # overlaps that differ by no more than this share are equal
 
 
-@torch.no_grad()
-def match(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
-    """Which object each prior answers for, image by image.
+class PriorTable:
+    """(P, 4) cxcywh priors, made ready for `match`. Those of grids have few areas and few spans along x and
+    along y (SSD300's 8,732 have 333 of each): what is asked of a span is asked once.
+
+    Attributes: areas (P,); spans: of x and of y each span once, low (U, 1) and high (U, 1), and which of them
+    each prior has, (P,); sizes: likewise the areas, (V, 1) and (P,).
+    """
+
+    def __init__(self, priors: Tensor) -> None:
+        corners, self.areas = to_corners(priors).numpy(), (priors[:, 2] * priors[:, 3]).numpy()
+        self.spans = []
+        for axis in (0, 1):
+            ends, index = np.unique(corners[:, axis::2], axis=0, return_inverse=True)
+            self.spans.append((ends[:, :1], ends[:, 1:], index.ravel()))
+        sizes, index = np.unique(self.areas, return_inverse=True)
+        self.sizes = sizes[:, None], index
+
+    def common(self, boxes: np.ndarray) -> list[np.ndarray]:
+        """How much of each span of x, and of y, boxes (K, 4) xyxy have in common with it, (U, K)."""
+        return [
+            np.maximum(np.minimum(high, boxes[:, axis + 2]) - np.maximum(low, boxes[:, axis]), 0)
+            for axis, (low, high, _) in enumerate(self.spans)
+        ]
+
+    def pairs(self, boxes: np.ndarray, least: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The pairs of boxes (K, 4) xyxy and priors whose IoU is `least` or more: box, prior, IoU, (n,) each.
+
+        Neither their IoU along an axis nor the ratio of their areas can be less: others are not looked at.
+        """
+        areas, common = box_areas(boxes), self.common(boxes)
+        sizes, index = self.sizes
+        is_near = (1.01 * np.minimum(sizes, areas) >= least * np.maximum(sizes, areas)).take(index, axis=0)
+        for axis, (low, high, index) in enumerate(self.spans):
+            sides = (high - low) + (boxes[:, axis + 2] - boxes[:, axis])
+            is_near &= (common[axis] >= 0.99 * least / (1 + least) * sides).take(index, axis=0)  # (P, K)
+        prior, box = np.divmod(np.flatnonzero(is_near), len(boxes))
+        width, height = (x[index[prior], box] for x, (*_, index) in zip(common, self.spans, strict=True))
+        shared = width * height
+        iou = shared / (areas[box] + self.areas[prior] - shared)
+        reach = np.flatnonzero(iou >= least)
+        return box[reach], prior[reach], iou[reach]
+
+
+def match(boxes: Tensor, labels: Tensor, priors: PriorTable) -> tuple[Tensor, Tensor]:
+    """Which object each of P priors answers for.
 
     Args:
         boxes: (N, M, 4) xyxy fractions; labels: (N, M) int64: 1 person, -1 ignore, 0 padding.
-        priors: (P, 4) cxcywh fractions.
 
     Returns:
         target: (N, P) int8: 1 person, 0 background, -1 ignored.
         matched_idxs: (N, P) int64 index of a prior's object, meaningful where target is 1.
     """
-    corners, areas = prior_corners(priors)
-    target = np.zeros((len(boxes), len(priors)), np.int8)
+    target = np.zeros((len(boxes), len(priors.areas)), np.int8)
     matched_idxs = np.zeros(target.shape, np.int64)
-    for i, kinds in enumerate(labels.numpy()):
-        persons, ignored = (np.flatnonzero(kinds == kind) for kind in (PERSON, IGNORE))
-        objects, n = np.append(persons, ignored), len(persons)
-        if not len(objects):
-            continue
-        own = boxes[i, torch.from_numpy(objects)]
-        shared = intersection(own, corners)
-        inside = (shared[n:] >= 0.5 * areas).any(0).numpy()
-        union = (box_areas(own).unsqueeze(1) + areas).sub_(shared)
-        overlaps = shared.div_(union)
-        taken = is_best(overlaps[n:]).any(0).numpy()
-        iou = overlaps.numpy()
-        near = np.flatnonzero(iou.max(0) >= MATCH_IOU)
-        best = iou[:, near].argmax(0)
-        iou[:n, taken] = -1
-        owner, owned = match_bipartite(iou[:n])
-        target[i, inside] = IGNORE
-        target[i, near] = np.where(best < n, PERSON, IGNORE)
-        target[i, taken] = IGNORE
-        target[i, owned] = PERSON
-        matched_idxs[i, near] = objects[best]
-        matched_idxs[i, owned] = objects[owner]
+    persons, ignored = (np.nonzero(labels.numpy() == kind) for kind in (PERSON, IGNORE))
+    image, index = np.concatenate([persons, ignored], axis=1)
+    own, kinds, n = boxes.numpy()[image, index], labels.numpy()[image, index], len(persons[0])
+    width, height = (x.take(span[2], 0) for x, span in zip(priors.common(own[n:]), priors.spans, strict=True))
+    inside = np.flatnonzero(width * height >= 0.5 * priors.areas[:, None])
+    prior, row = np.divmod(inside, len(own) - n)
+    target[ignored[0][row], prior] = IGNORE
+
+    near: list[tuple[np.ndarray, ...]] = []
+    taken: set[int] = set()
+    owned: dict[int, int] = {}
+
+    def pairs(objects: np.ndarray, least: float) -> tuple[np.ndarray, ...]:
+        """Where objects and priors have an IoU of `least`: object, the prior's place in the batch, IoU."""
+        box, prior, iou = priors.pairs(own[objects], least)
+        near.append((objects[box], image[objects[box]] * len(priors.areas) + prior, iou))
+        return near[-1]
+
+    left = np.arange(n, len(own))
+    for least in LEVELS:
+        if not len(left):
+            break
+        objects, place, iou = pairs(left, least)
+        best = np.zeros(len(own), np.float32)
+        np.maximum.at(best, objects, iou)
+        is_known = best >= 1.01 * least  # and so is what ties for it
+        is_best = (iou >= best[objects] * (1 - TIE)) & (iou > 0) & is_known[objects]
+        taken.update(place[is_best].tolist())
+        left = left[~is_known[left]]
+
+    # Greedy: pairs of an IoU below a level have to wait until all above it are served.
+    left = np.arange(n)
+    for least in LEVELS:
+        if not len(left):
+            break
+        objects, place, iou = pairs(left, least)
+        order = np.lexsort((place, objects, -iou))
+        for person, prior in zip(objects[order].tolist(), place[order].tolist(), strict=True):
+            if person not in owned and prior not in taken:
+                owned[person] = prior
+                taken.add(prior)
+        left = np.setdiff1d(left, list(owned))
+
+    if near:
+        objects, place, iou = (np.concatenate(x) for x in zip(*near, strict=True))
+        order = np.lexsort((-objects, iou))  # of a prior's objects the last one put stays
+        order = order[iou[order] >= MATCH_IOU]
+        np.put(target, place[order], kinds[objects[order]])
+        np.put(matched_idxs, place[order], index[objects[order]])
+    np.put(target, list(taken), IGNORE)
+    np.put(target, list(owned.values()), PERSON)
+    np.put(matched_idxs, list(owned.values()), index[list(owned)])
     return torch.from_numpy(target), torch.from_numpy(matched_idxs)
-
-
-def match_bipartite(iou: np.ndarray) -> tuple[list[int], list[int]]:
-    """Greedy bipartite matching: rows, and the column that each of them owns.
-
-    Every row waits with its best overlap in a queue. The highest overlap gets its column if that is
-    free; else the row waits again with its best overlap among the free columns. Where there are too
-    few columns, some rows own none.
-
-    Args:
-        iou: (m, P) overlaps, -1 where a column is not to be had; refused ones become -1.
-    """
-    best = iou.argmax(1).tolist()  # numpy's is many times faster than torch's
-    queue = [(-iou[row, column], row, column) for row, column in enumerate(best)]
-    heapq.heapify(queue)
-    taken: dict[int, int] = {}
-    while queue and queue[0][0] <= 0:
-        _, row, column = queue[0]
-        if column in taken:
-            iou[row, list(taken)] = -1
-            column = int(iou[row].argmax())
-            heapq.heapreplace(queue, (-iou[row, column], row, column))
-        else:
-            taken[column] = row
-            heapq.heappop(queue)
-    return list(taken.values()), list(taken)
 
 
 @torch.no_grad()

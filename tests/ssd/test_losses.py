@@ -9,7 +9,7 @@ from torchvision.ops import box_convert, box_iou
 
 from ssd.boxes import Grid, Predictions, encode, make_grids, make_priors, prior_shapes
 from ssd.losses import MultiBoxLoss, SegmentationLoss, cell_heights
-from ssd.matching import match, match_static
+from ssd.matching import PriorTable, match, match_static
 from tests.reference import plain_multibox_loss
 
 PRIORS = make_priors(make_grids((300, 300), "even"), prior_shapes("ssd300"))
@@ -96,7 +96,7 @@ def test_loss_and_gradient_equal_the_slow_implementation(seed):
 
 def both_ways(boxes, labels, priors):
     """Target and owner (where it means something) from each implementation, checked to be equal."""
-    target, owner = match(boxes, labels, priors)
+    target, owner = match(boxes, labels, PriorTable(priors))
     static_target, static_owner = match_static(boxes, labels, priors)
     assert target.dtype == static_target.dtype == torch.int8
     assert torch.equal(target, static_target)
@@ -192,7 +192,7 @@ def test_losses_of_a_broken_network_are_not_finite():
     boxes, labels = random_batch(2, 4, seed=1)
     criterion = MultiBoxLoss(PRIORS, loc_loss="l1", loc_reduction="sum")
     conf = torch.zeros(2, 8732, 2)
-    conf[0, (match(boxes, labels, PRIORS)[0][0] == 0).nonzero()[5], 1] = torch.nan
+    conf[0, (match(boxes, labels, PriorTable(PRIORS))[0][0] == 0).nonzero()[5], 1] = torch.nan
     for way in (criterion.sparse, criterion.static):
         assert way(Predictions(torch.zeros(2, 8732, 4), conf, []), boxes, labels)[1].isnan()
 
@@ -287,7 +287,7 @@ def test_frames_without_people_do_not_inflate_the_balanced_loss():
     boxes[0, 0], labels[0, 0] = PRIORS[4000], 1
     boxes[0] = box_convert(boxes[0], "cxcywh", "xyxy")
     predictions = Predictions(torch.zeros(8, 8732, 4), torch.zeros(8, 8732, 2), [])
-    n = int((match(boxes, labels, PRIORS)[0] == 1).sum())
+    n = int((match(boxes, labels, PriorTable(PRIORS))[0] == 1).sum())
     terms = 4 * n + 21
     for divisor, expected in (("positives", terms / n), ("balanced", terms / (n + 7))):
         criterion = MultiBoxLoss(PRIORS, loc_loss="l1", loc_reduction="sum", conf_divisor=divisor)
