@@ -202,28 +202,38 @@ def test_torchvision_ssd_weights_give_the_same_outputs():
     assert torch.allclose(conf, outputs["cls_logits"][..., :2], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("batch_norm", "make_vgg"), [(False, vgg16), (True, vgg16_bn)])
-def test_torchvision_vgg_weights_give_the_same_features(batch_norm, make_vgg):
+@pytest.fixture(scope="module", params=[vgg16, vgg16_bn])
+def vgg(request):
+    """torchvision's network, untrained, whose BatchNorm has seen something; half a gigabyte."""
     torch.manual_seed(0)
-    theirs = make_vgg(weights=None).eval()
-    for layer in theirs.modules():
+    network = request.param(weights=None).eval()
+    for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.uniform_(-0.1, 0.1)
             layer.running_var.uniform_(0.5, 2)
-    ours = make_model(input_mode="visible", width=1.0, batch_norm=batch_norm).eval()
-    convert_torchvision_vgg(ours, theirs.state_dict())
+    return network
+
+
+def has_batch_norm(network):
+    return any(isinstance(layer, nn.BatchNorm2d) for layer in network.modules())
+
+
+def test_torchvision_vgg_weights_give_the_same_features(vgg):
+    ours = make_model(input_mode="visible", width=1.0, batch_norm=has_batch_norm(vgg)).eval()
+    convert_torchvision_vgg(ours, vgg.state_dict())
     x = torch.randn(1, 3, 64, 64)
-    conv5_3 = theirs.features[:-1]  # all but the last pool
+    conv5_3 = vgg.features[:-1]  # all but the last pool
     with torch.no_grad():
         assert torch.allclose(ours.to_conv5_3(ours.to_conv4_3(x)), conv5_3(x), atol=1e-5)
-    fc6 = theirs.classifier[0].weight.view(4096, 512, 7, 7)
+    fc6 = vgg.classifier[0].weight.view(4096, 512, 7, 7)
     assert torch.equal(ours.conv6_7[1].weight[5, :, 1, 2], fc6[20, :, 3, 6])
-    assert torch.equal(ours.conv6_7[3].bias, theirs.classifier[3].bias[::4])
+    assert torch.equal(ours.conv6_7[3].bias, vgg.classifier[3].bias[::4])
 
 
+@pytest.mark.parametrize("vgg", [vgg16], indirect=True)
 @pytest.mark.parametrize("lwir_filters", ["mean", "sum"])
-def test_conv1_1_of_lwir_comes_from_the_rgb_filters(lwir_filters):
-    theirs = vgg16(weights=None).state_dict()
+def test_conv1_1_of_lwir_comes_from_the_rgb_filters(vgg, lwir_filters):
+    theirs = vgg.state_dict()
     rgb = theirs["features.0.weight"]
     lwir, early = make_model(width=1.0), make_model(input_mode="early", width=1.0)
     for model in (lwir, early):
@@ -244,18 +254,16 @@ def test_a_constant_frame_of_the_mean_is_zero_to_the_network():
         assert torch.allclose(model.normalise(frame + spread), torch.ones(()), atol=1e-5)
 
 
-@pytest.mark.parametrize(("batch_norm", "make_vgg"), [(False, vgg16), (True, vgg16_bn)])
-def test_both_streams_start_from_the_published_weights_and_are_joined_by_their_mean(batch_norm, make_vgg):
-    theirs = make_vgg(weights=None).eval()
-    ours = make_model(input_mode="halfway", width=1.0, batch_norm=batch_norm).eval()
-    convert_torchvision_vgg(ours, theirs.state_dict())
+def test_both_streams_start_from_the_published_weights_and_are_joined_by_their_mean(vgg):
+    ours = make_model(input_mode="halfway", width=1.0, batch_norm=has_batch_norm(vgg)).eval()
+    convert_torchvision_vgg(ours, vgg.state_dict())
     x = torch.randn(1, 4, 64, 64)
     grey = x[:, 3:] / 3  # on three equal channels RGB filters do what their mean does on their sum
-    conv4_3 = theirs.features[: 33 if batch_norm else 23]
+    conv4_3 = vgg.features[: 33 if has_batch_norm(vgg) else 23]
     with torch.no_grad():
         streams = conv4_3(x[:, :3]), conv4_3(grey.expand(-1, 3, -1, -1))
         assert torch.allclose(ours.to_conv4_3(x), sum(streams) / 2, atol=1e-5)
-        conv5_3 = theirs.features[len(conv4_3) : -1](ours.to_conv4_3(x))
+        conv5_3 = vgg.features[len(conv4_3) : -1](ours.to_conv4_3(x))
         assert torch.allclose(ours.to_conv5_3(ours.to_conv4_3(x)), conv5_3, atol=1e-5)
 
 

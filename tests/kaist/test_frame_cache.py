@@ -33,8 +33,11 @@ def hole(content, n):
     return content[: n + 4096] + bytes(n) + content[2 * n + 4096 :]
 
 
-@pytest.mark.parametrize("input_mode", ["early", "visible", "lwir"])
-@pytest.mark.parametrize("befalls", ["a flipped bit", "a hole", "a shift", "swapped frames", "a flipped sum"])
+BEFALLS = ["a flipped bit", "a hole", "a shift", "swapped frames", "a flipped sum"]
+CASES = [("early", befalls) for befalls in BEFALLS] + [("visible", BEFALLS[0]), ("lwir", BEFALLS[-1])]
+
+
+@pytest.mark.parametrize(("input_mode", "befalls"), CASES)
 def test_a_damaged_cache_is_drawn_again(demo_root, tmp_path, ids, capsys, befalls, input_mode):
     cache = cache_frames(tmp_path, demo_root, ids, input_mode)
     assert cache_frames(tmp_path, demo_root, ids, input_mode).path == cache.path

@@ -12,6 +12,7 @@ import torch
 
 from kaist.files import InputError
 from ssd.losses import MultiBoxLoss
+from ssd.memory_plan import MemoryPlan
 from tools import benchmark, timing, workloads
 from tools.timing import STATUS, Setting, Subprocess, added_memory, at_least, at_most, time_in_turns
 from tools.workloads import plain_config, row_config, row_network
@@ -47,10 +48,17 @@ def test_the_script_prints_a_table(monkeypatch, capsys):
 
 
 def test_the_script_prints_what_fits_into_a_gpu(monkeypatch, capsys):
+    """By the plans of its networks, here drawn up by hand."""
+
+    def plan(model, criterion, optimizer, precision):
+        return MemoryPlan(weights=2**20, fixed=2**21, per_frame=2**24 * precision.itemsize)
+
+    monkeypatch.setattr(benchmark, "plan_memory", plan)
     monkeypatch.setattr(benchmark, "EXPERIMENTS", ["demo"])
     run(monkeypatch, "--memory-plan")
     *_, bf16, fp32 = capsys.readouterr().out.splitlines()
-    assert bf16.startswith("| demo | early, 300x300") and "bf16" in bf16 and "fp32" in fp32
+    assert bf16.startswith("| demo | early, 300x300") and "bf16 | 1 MiB | 2 MiB | 32 MiB | 8 GB: " in bf16
+    assert "fp32 | 1 MiB | 2 MiB | 64 MiB | 8 GB: " in fp32
     largest = [
         [int(part.split("GB: ")[1]) for part in row.strip("| ").split(", ")[-5:]] for row in (bf16, fp32)
     ]
