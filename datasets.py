@@ -31,7 +31,7 @@ from kaist.frame_cache import FrameCache, cache_frames
 from kaist.frames import BOTH, Frame, frames_of
 from kaist.images import check_images, read_frame
 from kaist.miss_rate import GroundTruth
-from pseudo_gt import MapRange, box_masks
+from pseudo_gt import MapRange, box_masks, choose_range
 from ssd.augment import (
     MAX_PASTED,
     Augmentation,
@@ -41,12 +41,14 @@ from ssd.augment import (
     sample_transform,
     whole_frame,
 )
+from ssd.layers import Detector
 
 # What is taken from a configuration: by KaistPairs, Augmentation, training_loader and test_loader.
-PAIRS = ("input_mode", "input_size", "masks_follow", "seed")
+PAIRS = ("masks_follow", "seed")
 AUGMENTATION = tuple(field.name for field in dataclasses.fields(Augmentation))
-TRAINING = ("batch_size", "workers", "start_method", "cache", "max_bad_frames")
-TESTING = ("input_mode", "input_size", "min_height", "margin", "batch_size", "workers", "start_method")
+LOADER = ("batch_size", "workers", "start_method")
+TRAINING = ("cache", "out_of_range", "max_bad_frames", *LOADER)
+TESTING = ("min_height", "margin", *LOADER)
 
 # ------------------------------------------------------------------------- samples
 
@@ -91,9 +93,9 @@ class KaistPairs(Dataset):
     input_mode: str
     input_size: tuple[int, int]
     filler: np.ndarray
-    augmentation: Augmentation | None
-    masks_follow: bool
-    seed: int
+    augmentation: Augmentation | None = None
+    masks_follow: bool = True
+    seed: int = 0
     cache: FrameCache | None = None
     without: str = ""
 
@@ -224,13 +226,15 @@ class Collate:
 # ------------------------------------------------------------------------- loaders
 
 
-def training_loader(dataset: KaistPairs, *, cache: str, max_bad_frames: int, **settings: Any) -> BatchLoader:
-    """Shuffled batches with masks.
+def training_loader(
+    dataset: KaistPairs, model: Detector, *, cache: str, out_of_range: str, **settings: Any
+) -> BatchLoader:
+    """Shuffled batches for a network, with masks.
 
     Args:
         cache: folder for decoded frames, "" for none.
-        max_bad_frames: those that may turn out to be unreadable, as in `BatchLoader`.
-        settings: as of `batch_loader`.
+        out_of_range: whom the masks leave out, as in `choose_range`.
+        settings: as of `BatchLoader`.
     """
     if cache:
         wanted = (cache, dataset.root, [frame.id for frame in dataset.frames], dataset.input_mode)
@@ -238,49 +242,48 @@ def training_loader(dataset: KaistPairs, *, cache: str, max_bad_frames: int, **s
             cache_frames(*wanted)
         barrier()
         dataset = dataclasses.replace(dataset, cache=cache_frames(*wanted, check=False))
-    return batch_loader(dataset, shuffle=True, max_bad=max_bad_frames, **settings)
+    map_range = choose_range(out_of_range, model.map_priors(), model.infused_maps)
+    return batch_loader(dataset, model, shuffle=True, map_range=map_range, **settings)
 
 
 def test_loader(
     root: Path | PairSet,
     ground_truth: GroundTruth,
+    model: Detector,
     *,
-    input_mode: str,
-    input_size: tuple[int, int],
-    filler: np.ndarray,
     min_height: float,
     margin: float,
     without: str = "",
     **settings: Any,
 ) -> BatchLoader:
-    """Batches of a test list's whole frames in their order, after a look at every image.
+    """Batches of a test list's whole frames in their order for a network, after a look at every image.
 
     Args:
         min_height, margin: whom the masks ignore, as in `label_objects`.
         without: a modality that is blanked.
-        settings: as of `batch_loader`.
+        settings: as of `BatchLoader`.
     """
     frames = frames_of(ground_truth, min_height, margin)
-    check_images(root, [frame.id for frame in frames], input_mode, without)
-    how = {"input_mode": input_mode, "input_size": input_size, "filler": filler, "without": without}
-    dataset = KaistPairs(root, frames, augmentation=None, masks_follow=True, seed=0, **how)
-    return batch_loader(dataset, shuffle=False, **settings)
+    check_images(root, [frame.id for frame in frames], model.input_mode, without)
+    dataset = KaistPairs(root, frames, **input_of(model), without=without)
+    return batch_loader(dataset, model, shuffle=False, **settings)
+
+
+def input_of(model: Detector) -> dict[str, Any]:
+    """What `KaistPairs` is told of the network that its samples are for."""
+    return {"input_mode": model.input_mode, "input_size": model.size, "filler": model.filler()}
 
 
 def batch_loader(
-    dataset: KaistPairs,
-    *,
-    device: torch.device,
-    map_sizes: list[tuple],
-    map_range: MapRange | None = None,
-    **settings: Any,
+    dataset: KaistPairs, model: Detector, map_range: MapRange | None = None, **settings: Any
 ) -> BatchLoader:
-    """Batches of pairs, on the host, for a device.
+    """Batches of pairs on the host, for a network and its device.
 
     Args:
-        map_sizes, map_range: as in `Collate`; settings: as of `BatchLoader`.
+        map_range: as in `Collate`; settings: as of `BatchLoader`.
     """
-    on_gpu = device.type == "cuda"
+    on_gpu = model.priors.is_cuda
     # A GPU wants shapes that stay; a CPU nothing to do for padding.
-    collate = Collate(map_sizes, map_range, max_objects(dataset) if on_gpu else 1)
+    pad_to = max_objects(dataset) if on_gpu else 1
+    collate = Collate([model.grids[i] for i in model.infused_maps], map_range, pad_to)
     return BatchLoader(dataset, collate, pin_memory=on_gpu, **settings)

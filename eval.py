@@ -261,9 +261,7 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     root, test_set = open_testing(**pick(config, *TEST_SET))
     if arguments.subset:
         test_set, _ = select_frames(test_set, NOTHING, choose_frames(test_set, arguments.subset))
-    grids = [model.grids[i] for i in model.infused_maps]
-    settings = {"device": device, "filler": model.filler(), "map_sizes": grids, **pick(config, *TESTING)}
-    loader = test_loader(root, test_set, without=arguments.blackout, **settings)
+    loader = test_loader(root, test_set, model, without=arguments.blackout, **pick(config, *TESTING))
     precision = choose_precision(config.precision, device)
     detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")
     network = compile_model(model, arguments.compile)

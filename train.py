@@ -37,7 +37,6 @@ from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth
 from kaist.report import count_people, headline, report
 from kaist.sources import KAIST, TEST_SET, TRAIN_SET, open_testing, open_training, shared_note
 from model import make_network
-from pseudo_gt import choose_range
 from ssd.augment import Augmentation
 from ssd.losses import TERMS, Criterion
 from ssd.memory_plan import plan_batch
@@ -157,16 +156,13 @@ def main() -> None:
     test_root, test_set = open_testing(**pick(config, *TEST_SET))
     run.notes += shared_note(root, frames, test_set)
     val_set = load_ground_truth(annotations, held_out) if held_out else test_set
-    common = {"device": device, "map_sizes": [model.grids[i] for i in model.infused_maps]}
-    testing = {**common, "filler": model.filler(), **pick(config, *datasets.TESTING)}
-    test_loader = datasets.test_loader(test_root, test_set, **testing)
-    val_loader = datasets.test_loader(root, val_set, **testing) if held_out else test_loader
+    testing = pick(config, *datasets.TESTING)
+    test_loader = datasets.test_loader(test_root, test_set, model, **testing)
+    val_loader = datasets.test_loader(root, val_set, model, **testing) if held_out else test_loader
     options = Augmentation(**pick(config, *datasets.AUGMENTATION)) if config.augment else None
-    keywords = pick(config, *datasets.PAIRS)
-    pairs = datasets.KaistPairs(root, frames, filler=model.filler(), augmentation=options, **keywords)
-    map_range = choose_range(config.out_of_range, model.map_priors(), model.infused_maps)
-    training = {**common, "map_range": map_range, **pick(config, *datasets.TRAINING)}
-    train_loader = datasets.training_loader(pairs, **training)
+    keywords = {**datasets.input_of(model), **pick(config, *datasets.PAIRS)}
+    pairs = datasets.KaistPairs(root, frames, augmentation=options, **keywords)
+    train_loader = datasets.training_loader(pairs, model, **pick(config, *datasets.TRAINING))
 
     # Loss and optimiser.
     heads = (model.priors, model.grids, model.infused_maps, model.n_logits)

@@ -143,7 +143,7 @@ class BatchLoader:
         start_method: of the workers: "auto" starts them as Python does here.
         shuffle: training order: another permutation each epoch, an incomplete last batch is left
             out (unless it is the only one). False: the frames in their order, all of them.
-        max_bad: frames that may turn out to be unreadable; they are left out, with a warning each.
+        max_bad_frames: frames that may turn out to be unreadable; they are left out, with a warning each.
 
     Attributes:
         bad: the unreadable frames met so far, by their id, in this process or another.
@@ -159,9 +159,9 @@ class BatchLoader:
         start_method: str = "auto",
         shuffle: bool,
         pin_memory: bool,
-        max_bad: int = 0,
+        max_bad_frames: int = 0,
     ) -> None:
-        self.max_bad = max_bad
+        self.max_bad_frames = max_bad_frames
         self.bad: dict[str, InputError] = {}
         self.batches = EpochBatches(len(dataset), batch_size, dataset.seed if shuffle else None)
         workers = min(workers, len(self.batches))
@@ -184,11 +184,11 @@ class BatchLoader:
         """The batches of one epoch, without the first `skip`.
 
         None stands for a batch of which no frame can be read, or none of one process's share: so
-        all processes keep in step. It can come only where `max_bad` allows it, and as the last one of
+        all processes keep in step. It can come only where `max_bad_frames` allows it, and as the last one of
         frames in their order, of which this process may have no share.
 
         Raises:
-            BadFrames: more than `max_bad` frames turned out to be unreadable, at the same batch
+            BadFrames: more than `max_bad_frames` frames turned out to be unreadable, at the same batch
                 in every process.
             InputError: a loader process died, or shared memory is too small.
         """
@@ -202,10 +202,10 @@ class BatchLoader:
     def note(self, frames: list[BadFrame]) -> None:
         """Warn of frames that went bad, once each, or stop if they are too many."""
         for frame_id, error in frames:
-            if frame_id not in self.bad and self.max_bad and is_main_process():
+            if frame_id not in self.bad and self.max_bad_frames and is_main_process():
                 tqdm.write(f"warning: {error}; {frame_id} is left out", file=sys.stderr)
             self.bad.setdefault(frame_id, error)
-        if len(self.bad) > self.max_bad:
+        if len(self.bad) > self.max_bad_frames:
             first = next(iter(self.bad.values()))
             problem = f"{first.problem}; all unreadable frames so far: {', '.join(self.bad)}"
             raise BadFrames(problem, "copy them again and give the same command", file=first.file)

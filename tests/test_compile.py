@@ -63,12 +63,8 @@ def test_frames_are_detected_by_a_graph_of_one_shape(pair, demo_root):
         torch.nn.init.normal_(head.weight, std=0.1)
     where = {"test_list": "imageSets/test-all.txt", "test_annotations": "auto"}
     _, test_set = open_testing(KAIST, demo_root, **where)
-    settings = {"input_mode": model.input_mode, "input_size": model.size, "filler": model.filler()}
-    settings |= {"min_height": 12.0, "margin": 5.0, "batch_size": 4, "workers": 0}
-    sizes = [model.grids[i] for i in model.infused_maps]
-    loader = datasets.test_loader(
-        demo_root, test_set, device=torch.device("cpu"), map_sizes=sizes, **settings
-    )
+    settings = {"min_height": 12.0, "margin": 5.0, "batch_size": 4, "workers": 0}
+    loader = datasets.test_loader(demo_root, test_set, model, **settings)
     found = [detect_frames(network, loader, torch.float32, **LIMITS) for network in (model, compiled)]
     (ours, our_masks), (theirs, their_masks) = found
     assert len(ours.scores) == len(theirs.scores) > 0

@@ -2,6 +2,7 @@
 
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,8 +37,8 @@ def pairs(root, frames=None, **changes):
 
 
 def batches(dataset, workers=0, epoch=0, skip=0, shuffle=True, maps=((38, 38),)):
-    how = {"batch_size": 4, "workers": workers, "map_sizes": list(maps), "device": torch.device("cpu")}
-    loader = batch_loader(dataset, shuffle=shuffle, **how)
+    model = SimpleNamespace(priors=torch.zeros(1, 4), grids=maps, infused_maps=range(len(maps)))
+    loader = batch_loader(dataset, model, batch_size=4, workers=workers, shuffle=shuffle)
     return list(loader.epoch(epoch, skip))
 
 

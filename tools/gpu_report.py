@@ -32,7 +32,7 @@ from ssd.boxes import detect
 from ssd.memory_plan import plan_memory
 from tools import workloads
 from tools.timing import HEADER, Line, Setting, Subprocess, at_least, at_most, time_in_turns
-from tools.workloads import LIMITS, Step, plain_config, row_batch, row_config, row_maps
+from tools.workloads import LIMITS, Step, plain_config, row_batch, row_config
 from utils import choose_device, compile_model, detect_frames, detect_image, predict
 
 MINUTES = 7.5  # that all parts take at most on a GPU, the last one aside
@@ -229,9 +229,9 @@ def speed_training(setting: Setting) -> Iterator[Line]:
     """Row 26 end to end from the cache, against its step without data."""
     config, n = row_config("26", width=setting.speed_width), setting.batch
     pairs = workloads.row_pairs(setting, config, cached=True, repeat=n)
-    loader = batch_loader(pairs, shuffle=True, batch_size=n, **loading(setting, config))
-    batches = (batch.to(setting.device) for epoch in itertools.count() for batch in loader.epoch(epoch))
     step = Step(config, setting.device, BF16, "graphs")
+    loader = batch_loader(pairs, step.model, shuffle=True, batch_size=n, workers=setting.workers)
+    batches = (batch.to(setting.device) for epoch in itertools.count() for batch in loader.epoch(epoch))
     alone = partial(step, next(batches))  # of the shapes that are recorded
     whole, bare = time_in_turns(setting, lambda: step(next(batches)), alone)
     what, note = f"row 26 end to end, batch {n}, bf16", f"{whole.spread}; then 3,000"
@@ -253,7 +253,8 @@ def speed_evaluation(setting: Setting) -> Iterator[Line]:
     model = workloads.row_detector(config, setting.device)
     pairs = workloads.row_pairs(setting, config, cached=False, repeat=setting.frames)
     pairs.frames[setting.frames :] = []
-    loader = batch_loader(pairs, shuffle=False, batch_size=min(64, len(pairs)), **loading(setting, config))
+    how = {"batch_size": min(64, len(pairs)), "workers": setting.workers}
+    loader = batch_loader(pairs, model, shuffle=False, **how)
     images = next(iter(loader.epoch(0))).images.to(setting.device)
     for mode in dict.fromkeys((setting.modes[0], setting.modes[-1])):
         network = compile_model(model, mode)
@@ -264,11 +265,6 @@ def speed_evaluation(setting: Setting) -> Iterator[Line]:
         detect_frames(network, loader, BF16, **LIMITS)
         taken = time.perf_counter() - start
         yield at_most(f"{len(pairs)} frames, files to boxes, COMPILE {mode}", taken, "s", 3.0)
-
-
-def loading(setting: Setting, config: Namespace) -> dict[str, object]:
-    """What every loader of a row's batches is told."""
-    return {"device": setting.device, "workers": setting.workers, "map_sizes": row_maps(config)}
 
 
 def rate_line(setting: Setting, what: str, function: Callable[[], object], n: int, aim: float = 0) -> Line:

@@ -162,8 +162,8 @@ def row_pairs(setting: Setting, config: Namespace, cached: bool, repeat: int = 1
         cache = cache_frames(setting.folder / "cache", root, ids, config.input_mode)
     filler = mean_colour(INPUT_CHANNELS[config.input_mode])
     options = Augmentation(**pick(config, *AUGMENTATION)) if config.augment else None
-    settings = {"filler": filler, "augmentation": options, "cache": cache, **pick(config, *PAIRS)}
-    return KaistPairs(root, frames * repeat, **settings)
+    settings = pick(config, "input_mode", "input_size", *PAIRS)
+    return KaistPairs(root, frames * repeat, filler=filler, augmentation=options, cache=cache, **settings)
 
 
 # ------------------------------------------------------------------------------ parts of the usual SSD300's

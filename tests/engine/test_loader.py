@@ -3,6 +3,7 @@
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,15 +52,9 @@ def make_loader(root, workers=0, max_bad=0):
         augmentation=Augmentation(),
         seed=7,
     )
-    return batch_loader(
-        dataset,
-        batch_size=4,
-        workers=workers,
-        shuffle=True,
-        map_sizes=[(38, 38)],
-        device=torch.device("cpu"),
-        max_bad=max_bad,
-    )
+    model = SimpleNamespace(priors=torch.zeros(1, 4), grids=[(38, 38)], infused_maps=[0])
+    how = {"batch_size": 4, "workers": workers, "max_bad_frames": max_bad}
+    return batch_loader(dataset, model, shuffle=True, **how)
 
 
 def samples(batches):

@@ -24,8 +24,7 @@ from engine.run import load_state
 from kaist.files import InputError
 from kaist.frames import FRAMES, split_frames
 from kaist.sources import TRAIN_SET, open_training
-from pseudo_gt import choose_range
-from ssd.augment import Augmentation, mean_colour
+from ssd.augment import Augmentation
 from tests.nursery import wait_for
 
 PROJECT = Path(train.__file__).parent
@@ -391,17 +390,9 @@ def loader_of(config):
     frames, _ = split_frames(ids, annotations, **pick(config, *FRAMES))
     model = train.make_network(**train.model_arguments(config))
     options = Augmentation(**pick(config, *datasets.AUGMENTATION))
-    keywords = pick(config, *datasets.PAIRS)
-    pairs = datasets.KaistPairs(
-        Path(config.data_root), frames, filler=mean_colour(4), augmentation=options, **keywords
-    )
-    return datasets.training_loader(
-        pairs,
-        device=torch.device("cpu"),
-        map_sizes=[model.map_sizes[i] for i in model.infused_maps],
-        map_range=choose_range(config.out_of_range, model.map_priors(), model.infused_maps),
-        **pick(config, *datasets.TRAINING),
-    )
+    keywords = {**datasets.input_of(model), **pick(config, *datasets.PAIRS)}
+    pairs = datasets.KaistPairs(Path(config.data_root), frames, augmentation=options, **keywords)
+    return datasets.training_loader(pairs, model, **pick(config, *datasets.TRAINING))
 
 
 @pytest.mark.timing
