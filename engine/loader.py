@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,28 +16,6 @@ from tqdm import tqdm
 
 from engine.distributed import any_process, gather, is_main_process, rank, world_size
 from kaist.files import InputError
-
-
-def items_of(loader: DataLoader) -> Iterator[Any]:
-    """What the loader of a `BatchLoader` yields.
-
-    Its processes are deaf to Ctrl-C, which the main process answers, and end with it.
-
-    Raises:
-        InputError: a process died, or came with an InputError in place of an item.
-    """
-    try:
-        with calm_start():
-            items = iter(loader)
-        for item in items:
-            if isinstance(item, InputError):
-                raise item
-            yield item
-    except RuntimeError as error:
-        if "exited unexpectedly" not in str(error):
-            raise
-        remedy = "often memory ran out: lower WORKERS or BATCH_SIZE, or enlarge /dev/shm"
-        raise InputError(f"a loader process died ({error})", remedy) from None
 
 
 def share_memory(tensors: Sequence[Tensor]) -> InputError | None:
@@ -62,9 +39,9 @@ def share_memory(tensors: Sequence[Tensor]) -> InputError | None:
 def calm_start() -> Iterator[None]:
     """Start worker processes without a signal in the midst of it.
 
-    Ctrl-C waits until all have started, and they inherit that they do not hear it. torch's
-    handler for ended processes, which raises wherever the main process happens to be, is taken
-    back: the loader looks after its workers too whenever it waits for a batch.
+    Ctrl-C waits until all have started. They inherit that they do not hear it: the main process
+    answers it, and they end with that. torch's handler for ended processes, which raises wherever the
+    main process happens to be, is taken back: the loader looks after them whenever it waits for a batch.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -74,8 +51,7 @@ def calm_start() -> Iterator[None]:
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():  # another could set none
-            signal.signal(signal.SIGCHLD, handler)
+        signal.signal(signal.SIGCHLD, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
@@ -89,10 +65,6 @@ class BadFrame(NamedTuple):
 
     frame_id: str
     error: InputError
-
-
-class BadFrames(InputError):
-    """Frames that went bad under a run's way; what the run has learned so far is sound."""
 
 
 class EpochBatches(Sampler):
@@ -138,11 +110,11 @@ class BatchLoader:
 
     Args:
         dataset: indexed by (epoch, index), with a `seed`.
-        collate_fn: a list of its items -> a batch (None if no frame could be read) and BadFrames.
+        collate_fn: a list of its items -> a batch (None if no frame could be read) and each BadFrame; or
+            an InputError, which is then raised.
         batch_size: frames a batch, of all processes together.
         start_method: of the workers: "auto" starts them as Python does here.
-        shuffle: training order: another permutation each epoch, an incomplete last batch is left
-            out (unless it is the only one). False: the frames in their order, all of them.
+        shuffle: training order, see `EpochBatches`. False: the frames in their order, all of them.
         max_bad_frames: frames that may turn out to be unreadable; they are left out, with a warning each.
 
     Attributes:
@@ -188,16 +160,26 @@ class BatchLoader:
         frames in their order, of which this process may have no share.
 
         Raises:
-            BadFrames: more than `max_bad_frames` frames turned out to be unreadable, at the same batch
-                in every process.
-            InputError: a loader process died, or shared memory is too small.
+            InputError: more than `max_bad_frames` frames turned out to be unreadable, at the same batch
+                in every process; a loader process died; or shared memory is too small.
         """
         self.batches.epoch, self.batches.skip = epoch, skip
-        for batch, bad in items_of(self.loader):
-            if any_process(bool(bad)):
-                self.note([frame for frames in gather(bad) for frame in frames])
-                batch = None if any_process(batch is None) else batch
-            yield batch
+        try:
+            with calm_start():
+                items = iter(self.loader)
+            for item in items:
+                if isinstance(item, InputError):
+                    raise item
+                batch, bad = item
+                if any_process(bool(bad)):
+                    self.note([frame for frames in gather(bad) for frame in frames])
+                    batch = None if any_process(batch is None) else batch
+                yield batch
+        except RuntimeError as error:
+            if "exited unexpectedly" not in str(error):
+                raise
+            remedy = "often memory ran out: lower WORKERS or BATCH_SIZE, or enlarge /dev/shm"
+            raise InputError(f"a loader process died ({error})", remedy) from None
 
     def note(self, frames: list[BadFrame]) -> None:
         """Warn of frames that went bad, once each, or stop if they are too many."""
@@ -208,4 +190,4 @@ class BatchLoader:
         if len(self.bad) > self.max_bad_frames:
             first = next(iter(self.bad.values()))
             problem = f"{first.problem}; all unreadable frames so far: {', '.join(self.bad)}"
-            raise BadFrames(problem, "copy them again and give the same command", file=first.file)
+            raise InputError(problem, "copy them again and give the same command", file=first.file)

@@ -11,8 +11,9 @@ import torch
 import train
 from datasets import KaistPairs, batch_loader
 from engine.checkpoint import load_checkpoint
-from engine.loader import BadFrames, EpochBatches
+from engine.loader import EpochBatches
 from kaist.annotations import image_path, open_annotations, read_image_list
+from kaist.files import InputError
 from kaist.frames import load_frames
 from kaist.images import check_images
 from ssd.augment import Augmentation, mean_colour
@@ -102,7 +103,7 @@ def test_too_many_bad_frames_are_named(root):
     ids = [frame.id for frame in loader.loader.dataset.frames[:2]]
     for frame_id in ids:
         delete(root, frame_id)
-    with pytest.raises(BadFrames) as error:
+    with pytest.raises(InputError, match="all unreadable") as error:
         list(loader.epoch(0))
     assert all(frame_id in str(error.value) for frame_id in ids)
 
@@ -131,7 +132,7 @@ def test_a_run_passes_over_batches_without_frames_and_stops_with_its_checkpoint(
         return losses[-1]
 
     monkeypatch.setattr(train.Criterion, "forward", forward)
-    with pytest.raises(BadFrames, match="all unreadable frames so far: set"):
+    with pytest.raises(InputError, match="all unreadable frames so far: set"):
         start("--max-bad-frames", "7")  # the second batch's four, then another four
     said = capsys.readouterr()
     assert said.err.count("is left out") == 8 and "saved; the same command goes on" in said.out
@@ -142,7 +143,7 @@ def test_a_run_passes_over_batches_without_frames_and_stops_with_its_checkpoint(
 
 def test_a_bad_test_frame_stops_the_run_and_loses_nothing(start, demo_root, root):
     truncate(root, read_image_list(root / "imageSets/test-all.txt")[2])
-    with pytest.raises(BadFrames, match="visible/.*broken image"):
+    with pytest.raises(InputError, match="visible/.*broken image"):
         start()
     stopped = load_checkpoint(Path("checkpoints/custom/last.pt"))
     assert (stopped["epoch"], stopped["step"]) == (0, 3)
