@@ -119,7 +119,7 @@ def compare_runs(folders: Sequence[Path], resamples: int, out: Path) -> None:
     Raises:
         InputError: a folder is not that of a finished run, or was evaluated on other frames.
     """
-    configs, names = [finished_constants(folder) for folder in folders], tell_apart(folders, "/")
+    configs = [finished_constants(folder) for folder in folders]
     frames = [read_text(frames_path(folder / "detections.txt")).splitlines() for folder in folders]
     for folder, own in zip(folders, frames, strict=True):
         if own != frames[0]:
@@ -128,15 +128,10 @@ def compare_runs(folders: Sequence[Path], resamples: int, out: Path) -> None:
     config = configs[0]
     where = {name: config[name] for name in ("test_list", "test_annotations")}
     _, test_set = open_testing(config.get("data", KAIST), find_folder(config["data_root"]), **where)
-    scores = [
-        score(
-            name,
-            test_set,
-            read_detections(folder / "detections.txt", test_set.frames),
-            resamples or RESAMPLES,
-        )
-        for folder, name in zip(folders, names, strict=True)
-    ]
+    scores = []
+    for folder, name in zip(folders, tell_apart(folders, "/"), strict=True):
+        detections = read_detections(folder / "detections.txt", test_set.frames)
+        scores.append(score(name, test_set, detections, resamples or RESAMPLES))
     print(f"people of {test_set.source}")
     print_scores(scores)
     logs = [read_log(folder) for folder in folders]
@@ -149,10 +144,9 @@ def finished_constants(folder: Path) -> dict:
     for name in ("config.json", "log.csv", "detections.txt", "detections.frames.txt"):
         if not (folder / name).is_file():
             raise InputError(f"{name} is missing", "--compare takes folders of finished runs", file=folder)
-    config, names = saved_constants(folder), ("data_root", "test_list", "test_annotations")
-    if not all(isinstance(config.get(name), str) for name in names):
-        path = folder / "config.json"
-        raise InputError("it holds no run's constants", "choose another run", file=path)
+    config = saved_constants(folder)
+    if not all(isinstance(config.get(name), str) for name in ("data_root", "test_list", "test_annotations")):
+        raise InputError("config.json holds no run's constants", "choose another run", file=folder)
     return config
 
 

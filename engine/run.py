@@ -85,66 +85,60 @@ class Run:
         self.n_timed = 0  # steps of this process
         chosen = self.choose_folder() if is_main_process() else None
         self.folder, self.state = broadcast_object(chosen)
-        stood = START | (self.state or {})
+        self.resumes = bool(self.state)
+        stood = START | self.state
         self.epoch, self.step, self.skipped = stood["epoch"], stood["step"], stood["skipped"]
         self.seconds, self.sums = stood["seconds"], list(stood["sums"])
         self.history: list[dict[str, float]] = list(stood["history"])
 
     # ------------------------------------------------------------------------- which run it is
 
-    def choose_folder(self) -> tuple[Path, dict[str, Any] | None]:
-        """The folder of an unfinished run of the same constants, locked, and its checkpoint; or the next
-        free name and None."""
+    def choose_folder(self) -> tuple[Path, dict[str, Any]]:
+        """The folder of an unfinished run of the same constants, locked, or the next free name; and the
+        newest checkpoint in it, {} for none."""
         for number in itertools.count(1):
             folder = Path(self.config.checkpoints) / (self.name + f"-{number}" * (number > 1))
-            if not folder.exists():
-                return folder, None
-            continues, state = self.read_folder(folder)
-            if continues:
+            state = self.read_folder(folder) if folder.exists() else {}
+            if state is not None:
                 return folder, state
             self.unlock()
 
-    def read_folder(self, folder: Path) -> tuple[bool, dict[str, Any] | None]:
-        """Whether a folder's run is this one and unfinished, and its newest whole checkpoint.
+    def read_folder(self, folder: Path) -> dict[str, Any] | None:
+        """The newest whole checkpoint of a folder's run if it is this one and unfinished, else None.
 
-        A run that was killed before its first checkpoint is this one too, and so is a folder in which
-        nothing was written yet. A last.pt that is damaged is named and moved aside, and previous.pt
-        taken instead. A run without a whole one is left alone, with a warning.
+        It is {} of a run that was killed before its first checkpoint, and of an empty folder. A last.pt
+        that is damaged is named and moved aside, and previous.pt taken instead. A run without a whole
+        one is left alone, with a warning.
 
         Raises:
             InputError: another process is at this run.
         """
         if not (folder / "config.json").is_file():
-            empty = folder.is_dir() and all(p.name.startswith(".") for p in folder.iterdir())
-            if not empty:
-                problem = "has no config.json, so that nobody knows what run it is"
-                self.notes.append(f"{folder} {problem}: a new one")
-            return empty, None
+            if folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir()):
+                return {}
+            problem = "has no config.json, so that nobody knows what run it is"
+            self.notes.append(f"{folder} {problem}: a new one")
+            return None
         if not same_recipe(folder, vars(self.config)):
             self.notes.append(f"{folder} is a run with other constants: a new one")
-            return False, None
+            return None
         self.lock = lock_folder(folder)
         kept = [path for name in (LAST, PREVIOUS) if (path := folder / name).exists()]
         whole = ((path, state) for path in kept if (state := load_state(path, self.config.epochs)))
-        path, state = next(whole, (None, None))
-        if state is None:
+        path, state = next(whole, (None, {}))
+        if not state:
             if kept:
                 print(f"warning: {folder} cannot go on; starting anew beside it")
-            return not kept, None
+            return None if kept else {}
         reported = (folder / "miss_rate.json").exists()
         if "optimizer" not in state or (state["epoch"] >= self.config.epochs and reported):
             self.notes.append(f"{folder} is finished: a new run")
-            return False, None
+            return None
         if path != kept[0]:
             os.replace(kept[0], folder / DAMAGED)
             print(f"warning: going on from {path}; what is left of the other is {DAMAGED}")
         self.notes = [f"resuming {folder} from epoch {state['epoch'] + 1}, step {state['step'] + 1}"]
-        return True, state
-
-    @property
-    def resumes(self) -> bool:
-        """Whether an earlier start of this run is continued; known until `restore`."""
-        return self.state is not None
+        return state
 
     def restore(self, parts: dict[str, Any]) -> None:
         """Take charge of the parts, in the state of the run that is continued, if one is.
@@ -155,19 +149,19 @@ class Run:
         Raises:
             InputError: the checkpoint, of an older version of this code, lacks a part's state.
         """
-        self.parts = parts
+        self.parts, lost = parts, None
         if len(self.sums) not in (0, len(self.terms)):
-            remedy = "move its folder away to start anew"
-            raise InputError("its loss terms are others", remedy, file=self.folder / LAST)
+            lost = "loss terms"
         for name, part in parts.items() if self.state else ():
             try:
                 if name in self.state or part.state_dict():
                     part.load_state_dict(self.state[name])
             except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-                problem = f"it does not hold the state of {name!r}, so that this run cannot go on"
-                remedy = "move its folder away to start anew"
-                raise InputError(problem, remedy, file=self.folder / LAST) from None
-        self.state = None
+                lost = name
+        if lost:
+            problem = f"it does not hold the state of {lost!r}, so that this run cannot go on"
+            raise InputError(problem, "move its folder away to start anew", file=self.folder / LAST)
+        self.state = {}
 
     def begin(self) -> None:
         """Make and lock the folder, clear away what a killed writer left, write what is missing.
