@@ -19,7 +19,7 @@ import re
 import sys
 import time
 from argparse import Namespace
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from engine.config import CHOICES, OneLineParser, find_folder, pick
+from engine.config import CHOICES, OneLineParser, find_folder, output, pick
 from kaist.annotations import (
     FRAME_HEIGHT,
     FRAME_ID,
@@ -200,9 +200,10 @@ def parse_arguments() -> Namespace:
     add("--experiment", default="", metavar="ROW", help=whose)
     add("--min-score", type=float, default=MIN_SCORE, help="what is drawn and kept (%(default)s)")
     add("--out", type=Path, default=Path(OUT), help="folder of the pictures (%(default)s)")
-    add("--json", type=Path, metavar="FILE", help="all boxes as COCO has results, image_id the name")
-    add("--sheet", type=Path, metavar="FILE", help="a picture of all pictures, small: png, jpg")
-    add("--animation", type=Path, metavar="FILE", help="all pictures one after the other: gif, webp")
+    add("--json", type=output(), metavar="FILE", help="all boxes as COCO has results, image_id the name")
+    sheet, film = output(".png", ".jpg"), output(".gif", ".webp")
+    add("--sheet", type=sheet, metavar="FILE", help="a picture of all pictures, small: png, jpg")
+    add("--animation", type=film, metavar="FILE", help="all pictures one after the other: gif, webp")
     add("--show", action="store_true", help=f"open each picture, of up to {LISTED}")
     add("--device", default=DEVICE, help="auto, cpu, cuda, mps (%(default)s)")
     add("--precision", choices=CHOICES["precision"], help="default: the checkpoint's own")
@@ -215,12 +216,6 @@ def parse_arguments() -> Namespace:
         parser.error("--visible and --lwir belong together; name a lone image without a flag")
     if not arguments.images and not arguments.visible and not arguments.pair:
         parser.error("name an image or a folder, or --visible and --lwir, or --pair")
-    for flag, path, endings in (
-        ("--sheet", arguments.sheet, (".png", ".jpg")),
-        ("--animation", arguments.animation, (".gif", ".webp")),
-    ):
-        if path and path.suffix.lower() not in endings:
-            parser.error(f"{flag} {path} does not end in {' or '.join(endings)}")
     return arguments
 
 
@@ -307,17 +302,16 @@ def partner(path: Path, modality: str) -> Path | None:
 
 def output_names(pairs: Sequence[Pair]) -> list[str]:
     """A distinct name for each pair: set00_V000_I00000 from KAIST's layout, else the file's."""
-    taken: set[str] = set()
-    last: dict[str, int] = defaultdict(lambda: 1)
+    last: Counter[str] = Counter()  # number given of each name, whatever its case; 0: it is free
     names = []
     for pair in pairs:
         path = next(iter(pair.values()))
         folders = path.parts[-4:-2] if frame_of(path) else ()
         name = base = "_".join([*folders, path.stem])
-        while name.casefold() in taken:
-            last[base] += 1
-            name = f"{base}-{last[base]}"
-        taken.add(name.casefold())
+        while last[name.casefold()]:
+            last[base.casefold()] += 1
+            name = f"{base}-{last[base.casefold()]}"
+        last[name.casefold()] += 1
         names.append(name)
     return names
 

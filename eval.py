@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.config import OneLineParser, find_folder, limit_workers, pick
+from engine.config import OneLineParser, find_folder, limit_workers, output, pick
 from engine.curves import compare_runs, tell_apart
 from engine.history import find_run
 from kaist.annotations import MODALITIES, PairSet, read_image_list
@@ -127,12 +127,12 @@ def parse_arguments() -> Namespace:
     add("--all-setups", action="store_true", help="also print the nine setups and the scenes")
     add("--bootstrap", type=int, default=0, metavar="N", help="95%% intervals from N resamples")
     add("--by-video", action="store_true", help="resample whole videos instead of frames")
-    add("--json", type=output, metavar="FILE", help="write all numbers and curves at full precision")
+    add("--json", type=output(), metavar="FILE", help="write all numbers and curves at full precision")
     beside = "in a checkpoint's folder, else"
-    add("--out", type=picture, metavar="FILE", help=f"picture of the curves ({beside} {OUT})")
+    add("--out", type=output(*PICTURES), metavar="FILE", help=f"picture of the curves ({beside} {OUT})")
     errors = "picture the N worst false positives and the N largest missed people"
     add("--show-errors", type=int, default=0, metavar="N", help=errors)
-    add("--errors-out", type=picture, metavar="FILE", help=f"where to ({beside} {ERRORS})")
+    add("--errors-out", type=output(*PICTURES), metavar="FILE", help=f"where to ({beside} {ERRORS})")
     arguments = parser.parse_args()
     data = (arguments.data_root, arguments.image_list, arguments.annotations, arguments.kaist)
     arguments.data_flags = (set_name(arguments.data or ""), *data)
@@ -160,20 +160,6 @@ def parse_arguments() -> Namespace:
     if arguments.blackout and (arguments.detections or arguments.compare):
         parser.error("--blackout and --without evaluate a checkpoint: leave --detections and --compare away")
     return arguments
-
-
-def output(text: str) -> Path:
-    """A path in a folder that is there."""
-    if not os.path.isdir(Path(text).parent):
-        raise InputError("no such folder", "make it first", file=Path(text).parent)
-    return Path(text)
-
-
-def picture(text: str) -> Path:
-    """A path that a picture can be written to."""
-    if Path(text).suffix not in PICTURES:
-        raise InputError(f"{text!r} is no picture's name", f"end it in {', '.join(PICTURES)}")
-    return output(text)
 
 
 # ------------------------------------------------------------------- result files

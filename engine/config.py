@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import re
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -409,6 +409,19 @@ def tuple_of(default: tuple) -> Any:
         if len(values) != len(default):
             raise argparse.ArgumentTypeError(f"wants {len(default)} values, like {show(default)}")
         return values
+
+    return parse
+
+
+def output(*endings: str) -> Callable[[str], Path]:
+    """A parser of the path of a file to be written: its folder is there, and it has one of these endings."""
+
+    def parse(text: str) -> Path:
+        if endings and not text.lower().endswith(endings):
+            raise argparse.ArgumentTypeError(f"{text} does not end in {' or '.join(endings)}")
+        if not os.path.isdir(Path(text).parent):  # unlike Path's own, it takes any name
+            raise InputError("no such folder", "make it first", file=Path(text).parent)
+        return Path(text)
 
     return parse
 

@@ -335,7 +335,7 @@ def test_a_sheet_and_an_animation_have_every_picture(run, found, tmp_path, capsy
         assert sheet.width == 1920 and sheet.height == 2 * round(picture.height * 960 / picture.width)
     said = capsys.readouterr().out
     assert "s.jpg: 3 images" in said and "a.gif: 3 images" in said
-    with pytest.raises(InputError, match="--animation a.mp4 does not end in .gif or .webp"):
+    with pytest.raises(InputError, match="--animation: a.mp4 does not end in .gif or .webp"):
         run("drive", "--animation", "a.mp4")
 
 
