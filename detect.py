@@ -64,11 +64,8 @@ Pair = dict[str, Path]  # modality -> file of one frame
 
 
 def main() -> None:
-    """Detect in every image named, one picture each.
-
-    Raises:
-        InputError: some images could not be used; the others were.
-    """
+    """Detect in every image named, one picture each. InputError: some images could not be used; the others
+    were."""
     arguments = parse_arguments()
     failures: list[InputError] = []
     images = list_images(arguments.images, failures)
@@ -153,10 +150,7 @@ def main() -> None:
 
 def fit_views(views: dict[str, Image.Image], pair: Pair, data: str) -> dict[str, Image.Image]:
     """The views as the network saw those it learned: KAIST's scaled to 640x512, others of one size.
-
-    Raises:
-        InputError: the modalities of a pair that is not KAIST's are of two sizes.
-    """
+    InputError: the modalities of a pair that is not KAIST's are of two sizes."""
     from kaist.images import rescale
 
     if data == KAIST:
@@ -183,11 +177,7 @@ def print_boxes(out: Path, boxes: np.ndarray, scores: np.ndarray) -> None:
 
 
 def parse_arguments() -> Namespace:
-    """The command line.
-
-    Raises:
-        InputError: flags that cannot be used, or not together.
-    """
+    """The command line. InputError: flags that cannot be used, or not together."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("images", nargs="*", type=Path, help="images, or folders that are searched for them")
@@ -251,12 +241,8 @@ def in_order(path: Path | str) -> list[tuple[int, str]]:
 
 
 def match_names(visible: str, lwir: str) -> list[Pair]:
-    """The frames of two folders, by path below them, or of two patterns, by what their * stand for; with
-    one modality where the other has no such name.
-
-    Raises:
-        InputError: one of them has no file, or two of one frame.
-    """
+    """The frames of two folders, by path below them, or of two patterns, by what their * stand for; with one
+    modality where the other has no such name. InputError: one of them has no file, or two of one frame."""
     found = {m: find_files(Path(), name, SUFFIXES) for m, name in (("visible", visible), ("lwir", lwir))}
     keys = sorted(found["visible"] | found["lwir"], key=in_order)
     return [{m: own[key] for m, own in found.items() if key in own} for key in keys]

@@ -91,11 +91,7 @@ class Found(NamedTuple):
 
 
 def parse_arguments() -> Namespace:
-    """The command line.
-
-    Raises:
-        InputError: flags that cannot be used, or not together.
-    """
+    """The command line. InputError: flags that cannot be used, or not together."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
     add = parser.add_mutually_exclusive_group().add_argument
     add("--detections", nargs="+", type=Path, metavar="FILE", help="result files, text or COCO's JSON")

@@ -32,10 +32,7 @@ MAX_MARGIN, MARGIN_BINS = 16.0, 4096  # of the mask logits whose average precisi
 def choose_device(name: str) -> torch.device:
     """The device a name stands for; "auto" takes a GPU (CUDA, then Apple's) where there is one.
 
-    Sets what makes the device fast for this whole process.
-
-    Raises:
-        InputError: the device is not there.
+    Sets what makes the device fast for this whole process. InputError: the device is not there.
     """
     if name == "auto":
         there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
@@ -113,14 +110,12 @@ def open_network(
 ) -> tuple[SSD300, Namespace, int | None]:
     """A checkpoint's network on a device, its configuration with `changes`, and its epochs, if known.
 
-    Says which weights these are, and warns where they are not finite.
+    Says which weights these are, and warns where they are not finite. InputError: the file is no checkpoint,
+    or its content does not fit together.
 
     Args:
         experiment: a row of the lab book: the file is not a checkpoint, but its author's own of that
             row's network.
-
-    Raises:
-        InputError: the file is no checkpoint, or its content does not fit together.
     """
     checkpoint = published_checkpoint(path, experiment) if experiment else load_checkpoint(path)
     config, epoch = checkpoint_config(checkpoint, path, **changes), checkpoint.get("epoch")
@@ -135,10 +130,7 @@ def open_network(
 
 def published_checkpoint(path: Path, experiment: str) -> dict[str, Any]:
     """What a checkpoint of a row's network would hold if its weights were those of an author's file.
-
-    Raises:
-        InputError: there is no such row, or the file is not of its network.
-    """
+    InputError: there is no such row, or the file is not of its network."""
     config = read_config(str(Path(__file__).with_name("train.py")), ["--experiment", experiment])
     state = read_published(path)
     config.input_mode = tutorial_input_mode(state, config.input_mode)

@@ -20,15 +20,13 @@ PREVIOUS = "previous.pt"  # a run's newest checkpoint but one
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
-    """Save a checkpoint of tensors, primitives, lists, tuples and dicts, atomically.
+    """Save a checkpoint of tensors, primitives, lists, tuples and dicts, atomically. InputError: it cannot be
+    written; what was there is whole.
 
     Args:
         content: holds `model_args` and `model` (what `build_model` needs), `config`, `experiment`,
             and for training also the optimiser, the history and where the run stands.
         previous: the name that the checkpoint which is replaced gets.
-
-    Raises:
-        InputError: it cannot be written; what was there is whole.
     """
     content = {"format": CHECKPOINT_FORMAT, **content}
 
@@ -58,11 +56,8 @@ def tensor_bytes(content: Any) -> int:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a checkpoint onto the CPU; nothing in the file can run code.
-
-    Raises:
-        InputError: no such file, a damaged one, or one of another program.
-    """
+    """Load a checkpoint onto the CPU; nothing in the file can run code. InputError: no such file, a damaged
+    one, or one of another program."""
     path = Path(path)
     if not path.exists():
         remedy = "train one with python train.py, or check --checkpoint"
@@ -138,10 +133,8 @@ def unpickling_problem(error: Exception) -> str:
 def choose_checkpoint(named: Path | None, runs: Path) -> Path:
     """The checkpoint named, the `last.pt` of a run named or of its folder, or the newest finished run's.
 
-    Without a finished run it is the newest of all. A run that is not finished is told.
-
-    Raises:
-        InputError: there is no run to choose.
+    Without a finished run it is the newest of all. A run that is not finished is told. InputError: there is
+    no run to choose.
     """
     path = find_run(named or newest_checkpoint(runs), runs)
     path = path / LAST if path.is_dir() else path

@@ -108,14 +108,12 @@ def read_constants(script: str | Path) -> dict[str, tuple[Any, str]]:
 def parse_flags(
     description: str, constants: dict[str, tuple[Any, str]], argv: list[str] | None, **actions: Any
 ) -> dict[str, Any]:
-    """The flags given on the command line, as lower-case name -> value; nothing else.
+    """The flags given on the command line, as lower-case name -> value; nothing else. InputError: an unknown
+    flag or a value of the wrong type.
 
     Args:
         actions: further flags without a value: name -> (function that returns a text to print
             instead of going on, help).
-
-    Raises:
-        InputError: an unknown flag or a value of the wrong type.
     """
     parser = OneLineParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, (text, help_) in actions.items():
@@ -149,11 +147,8 @@ def as_flags(changes: dict[str, Any]) -> list[str]:
 def read_config(script: str, argv: list[str] | None = None) -> Namespace:
     """A run's configuration: the script's constants < a row of the lab book < --kaist < other flags.
 
-    Relative folders among the constants are meant from the script's folder, those among the flags
-    from the working directory.
-
-    Raises:
-        InputError: an unknown row or flag, or values that cannot be used.
+    Relative folders among the constants are meant from the script's folder, those among the flags from the
+    working directory. InputError: an unknown row or flag, or values that cannot be used.
     """
     constants = read_constants(script)
     description = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8")))
@@ -194,11 +189,8 @@ def same_value(name: str, a: Any, b: Any) -> bool:
 
 
 def resolve_row(name: str) -> dict[str, Any]:
-    """Every constant of a row of the lab book: `BASE` and the changes down to it.
-
-    Raises:
-        InputError: there is no such row, or a row changes an unknown constant.
-    """
+    """Every constant of a row of the lab book: `BASE` and the changes down to it. InputError: there is no
+    such row, or a row changes an unknown constant."""
     if name not in EXPERIMENTS:
         problem = f"the lab book has no experiment {name!r}"
         raise InputError(problem, f"choose one of {', '.join(EXPERIMENTS)}")
@@ -223,11 +215,8 @@ def lab_book() -> str:
 
 
 def check_config(values: dict[str, Any]) -> None:
-    """Refuse values that no run can use, before anything is read.
-
-    Raises:
-        InputError: the constant, its value and what is allowed.
-    """
+    """Refuse values that no run can use, before anything is read. InputError: the constant, its value and
+    what is allowed."""
     for name, value in values.items():
         if name in CHOICES and value not in CHOICES[name]:
             refuse(name, value, f"choose one of {', '.join(CHOICES[name])}")
@@ -292,10 +281,8 @@ def refuse(name: str, value: Any, remedy: str) -> None:
 def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) -> Namespace:
     """The configuration in a checkpoint, as from `load_checkpoint`, with `changes` over it.
 
-    Constants that the checkpoint is too old to know have the value that did what it did.
-
-    Raises:
-        InputError: a constant is missing, or has a type or a value that no run has.
+    Constants that the checkpoint is too old to know have the value that did what it did. InputError: a
+    constant is missing, or has a type or a value that no run has.
     """
     needed = ("data_root", "test_list", "test_annotations", "device", "precision")
     known = BEFORE | {"start_method": "auto", "workers": 0, "cache": ""} | dict.fromkeys(needed, "")

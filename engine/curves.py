@@ -109,15 +109,12 @@ def has(row: dict[str, float], key: str) -> bool:
 
 
 def compare_runs(folders: Sequence[Path], resamples: int, out: Path) -> None:
-    """Print the runs' miss rates with intervals, recall and differences; draw them and their
-    losses into a picture.
+    """Print the runs' miss rates with intervals, recall and differences; draw them and their losses into a
+    picture. InputError: a folder is not that of a finished run, or was evaluated on other frames.
 
     Args:
         folders: of finished runs that were evaluated on the same frames.
         resamples: of the bootstrap; 0 takes `RESAMPLES`.
-
-    Raises:
-        InputError: a folder is not that of a finished run, or was evaluated on other frames.
     """
     configs = [finished_constants(folder) for folder in folders]
     frames = [read_text(frames_path(folder / "detections.txt")).splitlines() for folder in folders]
@@ -151,11 +148,8 @@ def finished_constants(folder: Path) -> dict:
 
 
 def tell_apart(paths: Sequence[Path], joiner: str) -> list[str]:
-    """A name for each path: its last part, or with those above it, joined, where these are alike.
-
-    Raises:
-        InputError: two paths are the same.
-    """
+    """A name for each path: its last part, or with those above it, joined, where these are alike. InputError:
+    two paths are the same."""
     parts = [path.resolve().parts for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         names = [joiner.join(own[-depth:]) for own in parts]

@@ -26,11 +26,8 @@ LOST = r"[Cc]onnection|Broken pipe|recv, got 0|remote process exited|[Tt]imed? ?
 def init_distributed(device: torch.device, batch_size: int) -> torch.device:
     """Join the processes that torchrun's environment describes; returns this process's device.
 
-    On CUDA each process takes the GPU of its local rank. Tensors there are reduced by NCCL, those
-    on the host by gloo.
-
-    Raises:
-        InputError: the global batch cannot be split evenly.
+    On CUDA each process takes the GPU of its local rank. Tensors there are reduced by NCCL, those on the host
+    by gloo. InputError: the global batch cannot be split evenly.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
@@ -46,11 +43,8 @@ def init_distributed(device: torch.device, batch_size: int) -> torch.device:
 
 
 def run_together(main: Callable[[], None]) -> None:
-    """Run main(); that another process has ended, at whatever exchange with it, becomes one line.
-
-    Raises:
-        InputError: another process has ended, or cannot be reached any more.
-    """
+    """Run main(); that another process has ended, at whatever exchange with it, becomes one line. InputError:
+    another process has ended, or cannot be reached any more."""
     try:
         main()
     except RuntimeError as error:

@@ -14,11 +14,8 @@ LAST = "last.pt"  # a run's newest checkpoint
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's log.csv, one for each completed epoch; an empty cell is NaN.
-
-    Raises:
-        InputError: a cell is not a number.
-    """
+    """The rows of a run's log.csv, one for each completed epoch; an empty cell is NaN. InputError: a cell is
+    not a number."""
     text = read_text(folder / "log.csv")
     try:
         rows = csv.DictReader(text.splitlines())

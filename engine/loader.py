@@ -68,8 +68,8 @@ class BadFrame(NamedTuple):
 
 
 class EpochBatches(Sampler):
-    """Batches of keys (epoch, index) of one epoch, of each of which this process gets every
-    `world_size`-th frame.
+    """Batches of keys (epoch, index) of one epoch, of each of which this process gets every `world_size`-th
+    frame. InputError: there are more processes than frames to train on.
 
     Args:
         seed: order frames by (seed, epoch) and leave out an incomplete last batch (unless it is
@@ -77,9 +77,6 @@ class EpochBatches(Sampler):
 
     Attributes:
         epoch: which one comes next; skip: batches at its start that are left out.
-
-    Raises:
-        InputError: there are more processes than frames to train on.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int | None) -> None:
@@ -155,13 +152,11 @@ class BatchLoader:
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         """The batches of one epoch, without the first `skip`.
 
-        None stands for a batch of which no frame can be read, or none of one process's share: so
-        all processes keep in step. It can come only where `max_bad_frames` allows it, and as the last one of
-        frames in their order, of which this process may have no share.
-
-        Raises:
-            InputError: more than `max_bad_frames` frames turned out to be unreadable, at the same batch
-                in every process; a loader process died; or shared memory is too small.
+        None stands for a batch of which no frame can be read, or none of one process's share: so all
+        processes keep in step. It can come only where `max_bad_frames` allows it, and as the last one of
+        frames in their order, of which this process may have no share. InputError: more than `max_bad_frames`
+        frames turned out to be unreadable, at the same batch in every process; a loader process died; or
+        shared memory is too small.
         """
         self.batches.epoch, self.batches.skip = epoch, skip
         try:

@@ -22,12 +22,10 @@ LOCK = ".lock"
 def lock_folder(folder: Path) -> TextIO:
     """Lock a folder for this process; the lock lasts as long as the file returned is open.
 
-    It is a POSIX record lock: the kernel gives it back when the process ends, killed or not, so
-    that there are no stale ones; forked children do not hold it; and it reaches from host to host
-    on file systems that pass locks on, as NFS does.
-
-    Raises:
-        InputError: another process holds it; the line tells which, where and since when.
+    It is a POSIX record lock: the kernel gives it back when the process ends, killed or not, so that there
+    are no stale ones; forked children do not hold it; and it reaches from host to host on file systems that
+    pass locks on, as NFS does. InputError: another process holds it; the line tells which, where and since
+    when.
     """
     try:
         file = (folder / LOCK).open("a+")

@@ -67,15 +67,12 @@ class StepMonitor:
             self.run.check_stop()
 
     def add(self, losses: Tensor, finite: Tensor, frame_ids: list[str]) -> None:
-        """Take note of a step.
+        """Take note of a step. InputError: too many steps in a row were not finite. What the last one saw is
+        in the run's folder.
 
         Args:
             losses: (2, terms), averaged over the processes and of this one, on the device.
             finite: whether they and the gradient are, a bool scalar on the device.
-
-        Raises:
-            InputError: too many steps in a row were not finite. What the last one saw is in the
-                run's folder.
         """
         self.pending.append((losses, finite, frame_ids))
         if not losses.is_cuda or len(self.pending) == READ_BACK_STEPS:

@@ -106,12 +106,9 @@ class Run:
     def read_folder(self, folder: Path) -> dict[str, Any] | None:
         """The newest whole checkpoint of a folder's run if it is this one and unfinished, else None.
 
-        It is {} of a run that was killed before its first checkpoint, and of an empty folder. A last.pt
-        that is damaged is named and moved aside, and previous.pt taken instead. A run without a whole
-        one is left alone, with a warning.
-
-        Raises:
-            InputError: another process is at this run.
+        It is {} of a run that was killed before its first checkpoint, and of an empty folder. A last.pt that
+        is damaged is named and moved aside, and previous.pt taken instead. A run without a whole one is left
+        alone, with a warning. InputError: another process is at this run.
         """
         if not (folder / "config.json").is_file():
             if folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir()):
@@ -141,13 +138,11 @@ class Run:
         return state
 
     def restore(self, parts: dict[str, Any]) -> None:
-        """Take charge of the parts, in the state of the run that is continued, if one is.
+        """Take charge of the parts, in the state of the run that is continued, if one is. InputError: the
+        checkpoint, of an older version of this code, lacks a part's state.
 
         Args:
             parts: objects with state_dict and load_state_dict.
-
-        Raises:
-            InputError: the checkpoint, of an older version of this code, lacks a part's state.
         """
         self.parts, lost = parts, None
         if len(self.sums) not in (0, len(self.terms)):
@@ -164,11 +159,8 @@ class Run:
         self.state = {}
 
     def begin(self) -> None:
-        """Make and lock the folder, clear away what a killed writer left, write what is missing.
-
-        Raises:
-            InputError: another process has begun this run in the meantime, or the disk is full.
-        """
+        """Make and lock the folder, clear away what a killed writer left, write what is missing. InputError:
+        another process has begun this run in the meantime, or the disk is full."""
         make_folder(self.folder)
         if self.lock is None:
             self.lock = lock_folder(self.folder)
