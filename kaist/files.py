@@ -177,12 +177,12 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(**{"prog": prog, **settings})
 
     def error(self, message: str) -> None:
-        """Refuse a command line; of an unknown flag the nearest known one is named."""
+        """Refuse a command line; of an unknown flag the known one that is near to it is named."""
         remedy = f"{self.prog} --help lists the flags"
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        known = [flag for action in self._actions for flag in action.option_strings]
-        if unknown and (near := difflib.get_close_matches(unknown[1], known, n=1)):
-            remedy = f"did you mean {near[0]}?"
+        known = [flag[2:] for action in self._actions for flag in action.option_strings]
+        if unknown and (near := difflib.get_close_matches(unknown[1][2:], known, n=1)):
+            remedy = f"did you mean --{near[0]}?"
         raise InputError(message, remedy)
 
 

@@ -85,6 +85,7 @@ def test_the_row_streets_names_its_set_and_flags_win(monkeypatch, tmp_path):
         (["--name", ".hidden"], "NAME = '.hidden'"),
         (["--name", "a/b"], "NAME = 'a/b'"),
         (["--epoch", "3"], "unrecognized arguments: --epoch 3; did you mean --epochs"),
+        (["--loader", "device"], "unrecognized arguments: --loader device; .* --help lists the flags"),
     ],
 )
 def test_what_cannot_be_used_is_refused(flags, message):
