@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.distributed import world_size
+from kaist.files import InputError
 
 Step = Callable[..., tuple[Tensor, ...]]
 WARM_UP = 3  # steps before the recorded one, in which kernels are chosen and the optimiser gets its state
@@ -56,7 +57,7 @@ class CapturedStep:
         return outputs
 
     def capture(self, inputs: tuple[Tensor, ...]) -> None:
-        """Record the step, which does not run meanwhile."""
+        """Record the step, which does not run meanwhile. InputError: CUDA cannot."""
         groups = self.optimizer.param_groups
         self.inputs = [tensor.clone() for tensor in inputs]
         self.rates = [torch.full((), group["lr"], device=inputs[0].device) for group in groups]
@@ -69,6 +70,11 @@ class CapturedStep:
         try:  # other threads pin memory meanwhile
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.outputs = self.step(*self.inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            problem = f"a step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]})"
+            raise InputError(problem, 'set COMPILE = "off" (--compile off)') from None
         finally:
             for group, before in zip(groups, as_they_were, strict=True):
                 group.clear()

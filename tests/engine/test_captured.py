@@ -5,11 +5,13 @@ That a replay computes the same is compared on a GPU by `tools.benchmark --repor
 
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from engine.captured import WARM_UP, CapturedStep, capture_steps
+from kaist.files import InputError
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -62,6 +64,23 @@ def test_inputs_are_copied_to_where_they_were_recorded(recorded):
     assert torch.equal(out[0], torch.full((2, 1), 2.0))
     captured(torch.full((2, 1), 7.0))
     assert torch.equal(captured.inputs[0], torch.full((2, 1), 7.0))
+
+
+def test_a_step_that_cannot_be_recorded_is_told_with_the_remedy(recorded, monkeypatch):
+    captured, optimizer, _ = recorded
+    groups = [dict(group) for group in optimizer.param_groups]
+    for error, told, words in (
+        (RuntimeError("CUDA error: operation not permitted\nmore"), InputError, "permitted.*--compile off"),
+        (torch.OutOfMemoryError("no memory"), torch.OutOfMemoryError, "no memory"),  # the run says of what
+    ):
+        monkeypatch.setattr(torch.cuda, "graph", Mock(side_effect=error))
+        captured.seen.clear()
+        for _ in range(WARM_UP):
+            captured(torch.ones(2, 1))
+        with pytest.raises(told, match=words) as end:
+            captured(torch.ones(2, 1))
+        assert "\n" not in str(end.value)
+        assert optimizer.param_groups == groups
 
 
 def test_what_is_recorded_where(monkeypatch):
