@@ -239,7 +239,6 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     model, config, epoch = open_network(path, device, arguments.experiment, **given)
     limit_workers(config)
     check_blackout(config, arguments.blackout)
-    config.data_root = find_folder(config.data_root)
     root, test_set = open_testing(**pick(config, *TEST_SET))
     if arguments.subset:
         test_set, _ = select_frames(test_set, NOTHING, choose_frames(test_set, arguments.subset))

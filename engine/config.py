@@ -86,7 +86,7 @@ MACHINE_CONSTANTS = (
     *("experiment", "checkpoints", "name", "device", "workers", "cache", "start_method"),
     *("lwir_range", "save_minutes", "deterministic", "compile", "on_nonfinite", "max_bad_frames"),
 )
-PATHS = ("data_root", "checkpoints", "cache")  # constants that name a folder
+PATHS = ("data_root", "checkpoints", "cache", "data")  # constants that name a folder; DATA may name a file
 # What a run from before a constant was added had.
 BEFORE = BASE | {"data": KAIST, "lwir_range": (0.0, 0.0)}
 
@@ -162,8 +162,10 @@ def read_config(script: str, argv: list[str] | None = None) -> Namespace:
     if root := flags.pop("kaist", ""):
         flags = find_parts(Path(root), flags) | flags
     values = {name: value for name, (value, _) in constants.items()}
-    values |= {name: from_root(values[name]) for name in PATHS if values[name]}
-    values |= flags
+    own = {name: from_root(values[name]) for name in PATHS if values[name]}
+    if not Path(own["data"]).is_file():  # but a set's name
+        del own["data"]
+    values |= own | flags
     if values["experiment"]:
         row = resolve_row(values["experiment"])
         values |= row | {name: from_root(row[name]) for name in PATHS if name in row} | flags
@@ -179,6 +181,13 @@ def from_root(folder: str) -> str:
 def find_folder(name: str) -> Path:
     """A folder to read from: below the working directory, or else the repository's own of that name."""
     return Path(name if Path(name).exists() else from_root(name))
+
+
+def find_data(values: dict[str, Any]) -> dict[str, str]:
+    """A run's DATA_ROOT, and its DATA where that is a file, as they are found by `find_folder`."""
+    data = find_folder(values.get("data", KAIST))
+    found = {"data_root": str(find_folder(values["data_root"]))}
+    return found | {"data": str(data)} if data.is_file() else found
 
 
 def same_value(name: str, a: Any, b: Any) -> bool:
@@ -300,6 +309,7 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
                 raise InputError(f"{name.upper()} is not its network's", "")
         known = known | values | changes
         check_config({key: value for key, value in known.items() if key != "name"})
+        known |= find_data(known)
     except InputError as error:
         problem = f"not a run's configuration ({error.problem})"
         raise InputError(problem, "choose a checkpoint that train.py wrote", file=path) from None

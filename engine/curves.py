@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.config import find_folder
+from engine.config import find_data
 from engine.history import read_log, saved_constants
 from kaist.bootstrap import interval
 from kaist.files import InputError, read_text, write_atomically
 from kaist.report import ALL, Scores, percent, print_scores, score, show_interval
 from kaist.results import frames_path, read_detections
-from kaist.sources import KAIST, open_testing
+from kaist.sources import KAIST, TEST_SET, open_testing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -122,9 +122,8 @@ def compare_runs(folders: Sequence[Path], resamples: int, out: Path) -> None:
         if own != frames[0]:
             problem = f"it was evaluated on other frames than {folders[0]}"
             raise InputError(problem, "compare runs of one test list", file=folder)
-    config = configs[0]
-    where = {name: config[name] for name in ("test_list", "test_annotations")}
-    _, test_set = open_testing(config.get("data", KAIST), find_folder(config["data_root"]), **where)
+    where = {"data": KAIST, **configs[0], **find_data(configs[0])}
+    _, test_set = open_testing(**{name: where[name] for name in TEST_SET if name in where})
     scores = []
     for folder, name in zip(folders, tell_apart(folders, "/"), strict=True):
         detections = read_detections(folder / "detections.txt", test_set.frames)

@@ -138,7 +138,7 @@ def test_a_cache_holds_frames_of_one_size(tmp_path):
         cache_frames(tmp_path / "cache", pairs, pairs.frames, "early")
 
 
-def test_train_evaluate_and_detect_on_16_bits(run, tmp_path, capsys):
+def test_train_evaluate_and_detect_on_16_bits(run, tmp_path, capsys, monkeypatch):
     """The checkpoint keeps the set and how its LWIR is scaled; boxes are pixels of the frames."""
     path = pair_trees.draw_own(tmp_path / "mine", size=(200, 160), deep=True, height=60)
     run(train, "--data", "mine/pairs.json", *QUICK)
@@ -154,6 +154,13 @@ def test_train_evaluate_and_detect_on_16_bits(run, tmp_path, capsys):
     again = capsys.readouterr().out
     assert table and table[0] in again.splitlines()
     assert (folder / "errors.png").is_file()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr("engine.config.ROOT", tmp_path)  # where the run was started
+    run(eval_script, "--checkpoint", folder)
+    monkeypatch.chdir(tmp_path)
+    assert table[0] in capsys.readouterr().out.splitlines()
     run(eval_script, "--data", "mine/pairs.json")
     assert (folder / "detections-mine.txt").is_file()  # the run's own stay as they are
     run(eval_script, "--detections", folder / "detections.txt", "--data", path)

@@ -84,7 +84,6 @@ def main() -> None:
     if arguments.images:
         compare(run, plain, given_frames(arguments.images, config))
         return
-    config.data_root = find_folder(config.data_root)
     root, test_set = open_testing(**pick(config, *TEST_SET))
     ids = test_set.frames if arguments.evaluate else test_set.frames[:FRAMES]
 
