@@ -255,8 +255,10 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
         print(f"warning: {n_full} frames with {most}: this network is not trained")
 
     unfinished = epoch is not None and epoch < config.epochs
-    suffix = name_suffix(path, f"epoch{epoch}" * unfinished, *arguments.data_flags, arguments.subset)
-    suffix += f"-without-{arguments.blackout}" if arguments.blackout else ""
+    weights = f"epoch{epoch}" * unfinished if path.stem == "last" else path.stem
+    flags = [Path(flag).stem for flag in (*arguments.data_flags, arguments.subset) if flag]
+    blackout = f"without-{arguments.blackout}" if arguments.blackout else ""
+    suffix = "".join(f"-{part}" for part in (weights, *flags, blackout) if part)
     name = path.resolve().parent.name + suffix
     writable = os.access(path.parent, os.W_OK)
     with tempfile.TemporaryDirectory() as spare:
@@ -269,12 +271,6 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
         print(f"note: {path.parent} is read-only, so nothing is written there; --out FILE draws the curves")
         pictures = [None, None]
     return [Found(name, test_set, detections, root, *pictures)]
-
-
-def name_suffix(path: Path, epoch: str, *flags: Path | str | None) -> str:
-    """What the files of an evaluation have in their names beyond those of a run's own `last.pt`."""
-    parts = [epoch if path.stem == "last" else path.stem, *(Path(flag).stem for flag in flags if flag)]
-    return "".join(f"-{part}" for part in parts if part)
 
 
 def check_blackout(config: Namespace, blackout: str) -> None:

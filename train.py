@@ -199,7 +199,6 @@ def main() -> None:
     if distributed.is_main_process():
         report(run.folder.name, test_set, detections, run.folder)
         print(run.closing_words())
-    distributed.close_distributed()
 
 
 def make_step(

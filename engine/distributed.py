@@ -43,21 +43,17 @@ def init_distributed(device: torch.device, batch_size: int) -> torch.device:
 
 
 def run_together(main: Callable[[], None]) -> None:
-    """Run main(); that another process has ended, at whatever exchange with it, becomes one line. InputError:
-    another process has ended, or cannot be reached any more."""
+    """Run main(), then leave the other processes. InputError: another one has ended, at whatever exchange
+    with it, or cannot be reached any more."""
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except RuntimeError as error:
         if not (dist.is_initialized() and re.search(LOST, str(error))):
             raise
         problem = "another process of this run has ended"
         raise InputError(problem, "see what it said; the same command goes on") from None
-
-
-def close_distributed() -> None:
-    """Leave the other processes at the end of a run."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def world_size() -> int:

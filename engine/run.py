@@ -25,8 +25,7 @@ from engine.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint
 from engine.config import BEFORE, MACHINE_CONSTANTS, same_value
 from engine.curves import draw_curves
 from engine.distributed import any_process, broadcast_object, is_main_process, world_size
-from engine.history import saved_constants
-from engine.lock import lock_folder
+from engine.history import lock_folder, saved_constants
 from kaist.files import InputError, make_folder, write_atomically, write_text
 from kaist.report import percent
 from kaist.sources import KAIST
