@@ -97,8 +97,8 @@ def main() -> None:
         print(f"note: {count_of(alone)} without the other modality, which is blanked")
 
     annotated, few, table = read_annotated(pairs), len(pairs) <= LISTED, arguments.out / "detections.csv"
-    entries, pictures = [], []
-    counts, n_rescaled, n_full, start = [], 0, 0, time.monotonic()
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # name of a picture -> boxes, scores
+    n_rescaled, start = 0, time.monotonic()
     bar = tqdm(pairs, "detecting", unit="image", leave=False, disable=few)
     for pair, name in zip(bar, output_names(pairs), strict=True):
         try:
@@ -119,29 +119,28 @@ def main() -> None:
         picture, out = draw_pair(views, boxes, scores, objects, name), arguments.out / f"{name}.png"
         make_folder(arguments.out)
         write_atomically(out, lambda beside, p=picture: p.save(beside, format="PNG", compress_level=1))
-        write_rows(table, name, boxes, scores, first=not counts)
-        if arguments.json:
-            entries += coco_entries(name, boxes, scores)
-        if arguments.show and len(counts) < LISTED:
+        write_rows(table, name, boxes, scores, first=not found)
+        if arguments.show and len(found) < LISTED:
             arguments.show = ImageShow.show(picture, name)
             if not arguments.show:
                 print("note: there is no program here that shows pictures")
-        pictures.append(out)
-        counts.append(len(scores))
-        n_full += np.count_nonzero(scores >= MIN_SCORE) >= config.max_boxes
+        found[name] = boxes, scores
         if few:
             print_boxes(out, boxes, scores)
     if not few:
-        speed = len(counts) / (time.monotonic() - start)
-        print(f"{arguments.out}: {count_of(len(counts))}, {persons(sum(counts))}, {speed:.1f} images/s")
-    if counts and arguments.json:
+        speed, n = len(found) / (time.monotonic() - start), sum(len(scores) for _, scores in found.values())
+        print(f"{arguments.out}: {count_of(len(found))}, {persons(n)}, {speed:.1f} images/s")
+    if found and arguments.json:
+        entries = [entry for name, own in found.items() for entry in coco_entries(name, *own)]
         write_text(arguments.json, json.dumps(entries))
+    pictures = [arguments.out / f"{name}.png" for name in found]
     for path, save in ((arguments.sheet, save_sheet), (arguments.animation, save_animation)):
-        if counts and path:
+        if found and path:
             print(f"{path}: {count_of(save(path, pictures))}")
     if n_rescaled:
         print(f"note: {count_of(n_rescaled)} of another size than KAIST's; boxes are in their own pixels")
-    if n_full:
+    full = [np.count_nonzero(scores >= MIN_SCORE) >= config.max_boxes for _, scores in found.values()]
+    if n_full := sum(full):
         most = f"the most there can be, {config.max_boxes}, at scores from {MIN_SCORE} up"
         print(f"warning: {count_of(n_full)} with {most}: this network is not trained")
     if failures:

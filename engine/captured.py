@@ -61,9 +61,8 @@ class CapturedStep:
         groups = self.optimizer.param_groups
         self.inputs = [tensor.clone() for tensor in inputs]
         self.rates = [torch.full((), group["lr"], device=inputs[0].device) for group in groups]
-        as_they_were = [dict(group) for group in groups]
-        for group, rate in zip(groups, self.rates, strict=True):
-            group.update(lr=rate, capturable=True)
+        recorded = [{"lr": rate, "capturable": True} for rate in self.rates]
+        self.optimizer.param_groups = [a | b for a, b in zip(groups, recorded, strict=True)]
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # a graph has memory of its own
         graph = torch.cuda.CUDAGraph()
@@ -76,9 +75,7 @@ class CapturedStep:
             problem = f"a step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]})"
             raise InputError(problem, 'set COMPILE = "off" (--compile off)') from None
         finally:
-            for group, before in zip(groups, as_they_were, strict=True):
-                group.clear()
-                group.update(before)
+            self.optimizer.param_groups = groups
         self.graph = graph
 
     def replay(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -62,12 +62,6 @@ def update(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     del optimizer.grad_scale, optimizer.found_inf
 
 
-def gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
-    """The length of the gradient of all parameters, a scalar; not finite if any of it is not."""
-    parameters = (p for group in optimizer.param_groups for p in group["params"])
-    return torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
-
-
 class GuardedStep:
     """An optimiser's step that is not taken where a loss or the gradient is not finite.
 
@@ -95,7 +89,9 @@ class GuardedStep:
         Args:
             losses: (terms,) averaged over the processes, so that all of them agree.
         """
-        finite = losses.isfinite().all() & gradient_norm(self.optimizer).isfinite()
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        gradient_norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
+        finite = losses.isfinite().all() & gradient_norm.isfinite()
         update(self.optimizer, finite)
         for buffer, before in zip(self.statistics, self.before, strict=True):
             buffer.copy_(torch.where(finite, buffer, before))
