@@ -277,11 +277,8 @@ def input_of(model: Detector) -> dict[str, Any]:
 def batch_loader(
     dataset: KaistPairs, model: Detector, map_range: MapRange | None = None, **settings: Any
 ) -> BatchLoader:
-    """Batches of pairs on the host, for a network and its device.
-
-    Args:
-        map_range: as in `Collate`; settings: as of `BatchLoader`.
-    """
+    """Batches of pairs on the host, for a network and its device; map_range as in `Collate`, settings as of
+    `BatchLoader`."""
     on_gpu = model.priors.is_cuda
     # A GPU wants shapes that stay; a CPU nothing to do for padding.
     pad_to = max_objects(dataset) if on_gpu else 1

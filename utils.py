@@ -110,12 +110,9 @@ def open_network(
 ) -> tuple[SSD300, Namespace, int | None]:
     """A checkpoint's network on a device, its configuration with `changes`, and its epochs, if known.
 
-    Says which weights these are, and warns where they are not finite. InputError: the file is no checkpoint,
-    or its content does not fit together.
-
-    Args:
-        experiment: a row of the lab book: the file is not a checkpoint, but its author's own of that
-            row's network.
+    Says which weights these are, and warns where they are not finite. With `experiment`, a row of the lab
+    book, the file is not a checkpoint, but its author's own of that row's network. InputError: the file is
+    neither, or its content does not fit together.
     """
     checkpoint = published_checkpoint(path, experiment) if experiment else load_checkpoint(path)
     config, epoch = checkpoint_config(checkpoint, path, **changes), checkpoint.get("epoch")
@@ -183,11 +180,10 @@ def detect_frames(
                 cells[i] += margin_histogram(logits[:n], mask.to(device, non_blocking=True))
             found += detect(Predictions(loc[:n], conf[:n], []), model.priors, **nms_settings)
             frame_sizes += [sizes[frame_id] for frame_id in batch.frame_ids]
-    found = [(box.cpu(), score.cpu(), size) for (box, score), size in zip(found, frame_sizes, strict=True)]
     model.train(was_training)
-    shares = gather(found)
-    found = [shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares)))]
-    detections = join_frames(to_pixels(*own) for own in found)
+    shares = gather([to_pixels(*own, size) for own, size in zip(found, frame_sizes, strict=True)])
+    in_turns = (shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares))))
+    detections = join_frames(in_turns)
     names = [f"ap_map{i + 1}" for i in model.infused_maps]
     return detections, dict(zip(names, map(average_precision, all_reduce_sum(cells)), strict=True))
 

@@ -111,9 +111,7 @@ def parse_flags(
     """The flags given on the command line, as lower-case name -> value; nothing else. InputError: an unknown
     flag or a value of the wrong type.
 
-    Args:
-        actions: further flags without a value: name -> (function that returns a text to print
-            instead of going on, help).
+    actions: further flags: name -> (function that returns a text to print instead of going on, help).
     """
     parser = OneLineParser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for name, (text, help_) in actions.items():

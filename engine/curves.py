@@ -112,9 +112,7 @@ def compare_runs(folders: Sequence[Path], resamples: int, out: Path) -> None:
     """Print the runs' miss rates with intervals, recall and differences; draw them and their losses into a
     picture. InputError: a folder is not that of a finished run, or was evaluated on other frames.
 
-    Args:
-        folders: of finished runs that were evaluated on the same frames.
-        resamples: of the bootstrap; 0 takes `RESAMPLES`.
+    resamples: of the bootstrap; 0 takes `RESAMPLES`.
     """
     configs = [finished_constants(folder) for folder in folders]
     frames = [read_text(frames_path(folder / "detections.txt")).splitlines() for folder in folders]

@@ -34,12 +34,7 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 
 def saved_constants(folder: Path) -> dict[str, Any]:
-    """A run's constants, from its config.json.
-
-    Raises:
-        OSError: there is no such file.
-        InputError: it holds something else.
-    """
+    """A run's constants, from its config.json. OSError: there is none. InputError: it holds others."""
     path = folder / "config.json"
     config = load_json(read_text(path), path)
     if not isinstance(config, dict):
@@ -69,11 +64,8 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 
 def runs_table(folder: str | Path, differences: Callable[[dict[str, Any]], str]) -> str:
-    """The runs of a folder, newest first: name, row, epochs, best miss rate, age, what differs.
-
-    Args:
-        differences: says of a run's config what it has different from its row.
-    """
+    """The runs of a folder, newest first: name, row, epochs, best miss rate, age, and what `differences`
+    says of how its config differs from its row."""
     found = [(path, run) for path in sorted(Path(folder).glob("*/")) if (run := read_run(path))]
     width, rows = max((len(path.name) for path, _ in found), default=0), []
     for path, run in found:

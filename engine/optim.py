@@ -24,8 +24,7 @@ def make_optimizer(
     """SGD with momentum 0.9, or Adam, in groups: weights, biases, whose learning rate is `bias_lr_factor`
     times `lr`, and what the criterion learns, which is not decayed.
 
-    Args:
-        name: "sgd" or "adam"; weight_decay: L2 penalty.
+    name: "sgd" or "adam"; weight_decay: L2 penalty.
     """
     weights = [p for name, p in model.named_parameters() if not name.endswith("bias")]
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
@@ -84,11 +83,8 @@ class GuardedStep:
             before.copy_(buffer)
 
     def __call__(self, losses: Tensor) -> Tensor:
-        """Take the step after backward; returns whether it was finite, a bool scalar.
-
-        Args:
-            losses: (terms,) averaged over the processes, so that all of them agree.
-        """
+        """Take the step after backward, with losses (terms,) averaged over the processes, so that all of them
+        agree; returns whether it was finite, a bool scalar."""
         parameters = (p for group in self.optimizer.param_groups for p in group["params"])
         gradient_norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
         finite = losses.isfinite().all() & gradient_norm.isfinite()

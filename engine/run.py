@@ -137,12 +137,8 @@ class Run:
         return state
 
     def restore(self, parts: dict[str, Any]) -> None:
-        """Take charge of the parts, in the state of the run that is continued, if one is. InputError: the
-        checkpoint, of an older version of this code, lacks a part's state.
-
-        Args:
-            parts: objects with state_dict and load_state_dict.
-        """
+        """Take charge of parts with state_dict and load_state_dict, in the state of the run that goes on, if
+        one does. InputError: the checkpoint, of an older version of this code, lacks a part's state."""
         self.parts, lost = parts, None
         if len(self.sums) not in (0, len(self.terms)):
             lost = "loss terms"
@@ -220,11 +216,8 @@ class Run:
             raise KeyboardInterrupt
 
     def check_stop(self) -> None:
-        """End the block if a signal has asked for it, in any process: all end at the same step.
-
-        Raises:
-            KeyboardInterrupt or SystemExit: as the signal would have.
-        """
+        """End the block as a signal would have, if one has asked for it in any process: all end at the same
+        step."""
         if any_process(self.stop_requested is not None):
             if self.stop_requested in (signal.SIGINT, None):
                 raise KeyboardInterrupt

@@ -14,7 +14,7 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", to
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
-    """Write tensors as safetensors: a header's length, the header as JSON, then their bytes."""
+    """Write tensors, and what the file says of itself."""
     header: dict[str, Any] = {"__metadata__": about}
     parts, end = [], 0
     for name, tensor in tensors.items():
