@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kaist.files import InputError
 from ssd.boxes import EXTRA_LAYERS, STRIDES, VARIANCES, Predictions, feature_map_sizes
-from ssd.layers import VGG16_STAGES, Detector, L2Norm, map_chain, vgg_stage
+from ssd.layers import VGG16_STAGES, Detector, L2Norm, conv_relu, map_chain, vgg_stage
 from ssd.multispectral import MLPD, INSANet
 
 # What a batch carries.
@@ -66,22 +66,15 @@ class SSD300(Detector):
         self.conv4_3_norm = L2Norm(scaled(512))
         self.conv6_7 = nn.Sequential(
             nn.MaxPool2d(3, stride=1, padding=1),
-            nn.Conv2d(scaled(512), scaled(1024), 3, padding=6, dilation=6),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(scaled(1024), scaled(1024), 1),
-            nn.ReLU(inplace=True),
+            *conv_relu(scaled(512), scaled(1024), 3, padding=6, dilation=6),
+            *conv_relu(scaled(1024), scaled(1024), 1),
         )
         self.extras = nn.ModuleList()
         map_widths = [scaled(512), scaled(1024)]
         for squeeze, expand, stride, padding in EXTRA_LAYERS:
-            self.extras.append(
-                nn.Sequential(
-                    nn.Conv2d(map_widths[-1], scaled(squeeze), 1),
-                    nn.ReLU(inplace=True),
-                    nn.Conv2d(scaled(squeeze), scaled(expand), 3, stride, padding),
-                    nn.ReLU(inplace=True),
-                )
-            )
+            narrow = conv_relu(map_widths[-1], scaled(squeeze), 1)
+            wide = conv_relu(scaled(squeeze), scaled(expand), 3, stride=stride, padding=padding)
+            self.extras.append(nn.Sequential(*narrow, *wide))
             map_widths.append(scaled(expand))
 
         self.add_heads(map_widths, infusion, infusion_conv)
@@ -123,7 +116,7 @@ class HalfwayFusion(nn.Module):
         super().__init__()
         self.visible = visible
         self.lwir = lwir
-        self.join = nn.Sequential(nn.Conv2d(2 * channels, channels, 1), nn.ReLU(inplace=True))
+        self.join = nn.Sequential(*conv_relu(2 * channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, 4, H, W), visible first -> (N, channels, h, w)."""

@@ -127,6 +127,12 @@ def scaled_width(channels: int, width: float) -> int:
     return max(8, round(channels * width / 8) * 8)
 
 
+def conv_relu(*shape: int, batch_norm: bool = False, **how: int) -> list[nn.Module]:
+    """A convolution, as `nn.Conv2d` takes it, with BatchNorm where asked, and a ReLU."""
+    norm = [nn.BatchNorm2d(shape[1])] if batch_norm else []
+    return [nn.Conv2d(*shape, **how), *norm, nn.ReLU(inplace=True)]
+
+
 def vgg_stage(
     stage: Sequence[int | str], in_channels: int, scaled: Callable[[int], int], batch_norm: bool
 ) -> nn.Sequential:
@@ -136,10 +142,7 @@ def vgg_stage(
         if width == "M":
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
             continue
-        layers.append(nn.Conv2d(in_channels, scaled(width), 3, padding=1))
-        if batch_norm:
-            layers.append(nn.BatchNorm2d(scaled(width)))
-        layers.append(nn.ReLU(inplace=True))
+        layers += conv_relu(in_channels, scaled(width), 3, padding=1, batch_norm=batch_norm)
         in_channels = scaled(width)
     return nn.Sequential(*layers)
 
@@ -163,7 +166,7 @@ class L2Norm(nn.Module):
 
 def infusion_head(width: int, with_conv: bool) -> nn.Sequential:
     """Segmentation infusion: (N, width, h, w) -> (N, 2, h, w) logits of background and person."""
-    conv = [nn.Conv2d(width, width, 3, padding=1), nn.ReLU(inplace=True)] if with_conv else []
+    conv = conv_relu(width, width, 3, padding=1) if with_conv else []
     return nn.Sequential(*conv, nn.Conv2d(width, 2, 1))
 
 

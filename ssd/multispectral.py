@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kaist.files import InputError
-from ssd.layers import VGG16_STAGES, Detector, L2Norm, map_chain, vgg_stage
+from ssd.layers import VGG16_STAGES, Detector, L2Norm, conv_relu, map_chain, vgg_stage
 
 # Of KAIST's training frames: R, G, B, then LWIR.
 MEAN = (0.3465, 0.3219, 0.2842, 0.1598)
@@ -95,7 +95,7 @@ class INSANet(MultispectralSSD):
 
         def stream(channels: int) -> nn.Sequential:
             layers = vgg_stage(first, channels, scaled, batch_norm=True)
-            return layers.extend([nn.Conv2d(scaled(256), scaled(256), 1), nn.ReLU(inplace=True)])
+            return layers.extend(conv_relu(scaled(256), scaled(256), 1))
 
         self.visible, self.lwir = stream(3), stream(1)
         self.attention = SpectralAttention(scaled(256), (self.size[0] / 4, self.size[1] / 4))
@@ -125,19 +125,15 @@ def lower_stages(scaled: Callable[[int], int]) -> nn.ModuleList:
     """
     wide, narrow = scaled(512), scaled(256)
 
-    def conv(*shape: int, batch_norm: bool = False, **how: int) -> list[nn.Module]:
-        norm = [nn.BatchNorm2d(shape[1])] if batch_norm else []
-        return [nn.Conv2d(*shape, **how), *norm, nn.ReLU(inplace=True)]
-
     def extra(stride: int, batch_norm: bool = False) -> nn.Sequential:
-        squeeze = conv(wide, narrow, 1, stride=stride)
-        return nn.Sequential(*squeeze, *conv(narrow, wide, 3, padding=1, batch_norm=batch_norm))
+        squeeze = conv_relu(wide, narrow, 1, stride=stride)
+        return nn.Sequential(*squeeze, *conv_relu(narrow, wide, 3, padding=1, batch_norm=batch_norm))
 
     conv5_6 = nn.Sequential(
         *vgg_stage(VGG16_STAGES[1][1:], wide, scaled, batch_norm=True),
         nn.MaxPool2d(2, ceil_mode=True),
-        *conv(wide, wide, 3, padding=1, batch_norm=True),
-        *conv(wide, wide, 1),
+        *conv_relu(wide, wide, 3, padding=1, batch_norm=True),
+        *conv_relu(wide, wide, 1),
     )
     return nn.ModuleList([conv5_6, extra(2, batch_norm=True), extra(2), extra(1), extra(1)])
 
