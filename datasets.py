@@ -31,7 +31,7 @@ from kaist.frame_cache import FrameCache, cache_frames
 from kaist.frames import BOTH, Frame, frames_of
 from kaist.images import check_images, read_frame
 from kaist.miss_rate import GroundTruth
-from pseudo_gt import MapRange, box_masks, choose_range
+from pseudo_gt import MapRange, box_masks
 from ssd.augment import (
     MAX_PASTED,
     Augmentation,
@@ -233,7 +233,7 @@ def training_loader(
 
     Args:
         cache: folder for decoded frames, "" for none.
-        out_of_range: whom the masks leave out, as in `choose_range`.
+        out_of_range: what persons become whom a map cannot detect: "keep", "background" or "ignore".
         settings: as of `BatchLoader`.
     """
     if cache:
@@ -242,7 +242,10 @@ def training_loader(
             cache_frames(*wanted)
         barrier()
         dataset = dataclasses.replace(dataset, cache=cache_frames(*wanted, check=False))
-    map_range = choose_range(out_of_range, model.map_priors(), model.infused_maps)
+    map_range, priors = None, [own.cpu() for own in model.map_priors()]  # masks are made there
+    if out_of_range != "keep":  # a stream's map, which has no priors, goes by the finest
+        maps = [i if i < len(priors) else 0 for i in model.infused_maps]
+        map_range = MapRange(priors, maps, {"background": 0, "ignore": -1}[out_of_range])
     return batch_loader(dataset, model, shuffle=True, map_range=map_range, **settings)
 
 

@@ -61,20 +61,6 @@ class MapRange:
         return [labels.masked_fill(outside, self.outside) for outside in out]
 
 
-def choose_range(out_of_range: str, priors: list[Tensor], maps: list[int]) -> MapRange | None:
-    """Which persons belong into a map's mask: None for all of them ("keep").
-
-    Args:
-        out_of_range: what the others become: "keep", "background" or "ignore".
-        priors, maps: as of `MapRange`; a map beyond the priors' is a stream's, and goes by the finest.
-    """
-    if out_of_range == "keep":
-        return None
-    maps = [i if i < len(priors) else 0 for i in maps]
-    priors = [own.cpu() for own in priors]  # masks are made there
-    return MapRange(priors, maps, {"background": 0, "ignore": -1}[out_of_range])
-
-
 def one_map(
     boxes: Tensor, labels: Tensor, h: int, w: int, dy: float = 0, dx: float = 0, seen: int = 3
 ) -> Tensor:
