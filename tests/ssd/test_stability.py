@@ -42,8 +42,7 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("batch_norm", [False, True])
+@pytest.mark.parametrize(("precision", "batch_norm"), [(torch.float32, False), (torch.bfloat16, True)])
 def test_training_on_adversarial_batches_stays_finite(precision, batch_norm):
     torch.manual_seed(0)
     model = SSD300(
