@@ -51,7 +51,8 @@ def run_script(name, *arguments, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
 
 
-def test_train_eval_detect_as_a_user_runs_them(demo_root, tmp_path):
+def test_train_eval_detect_as_a_user_runs_them(demo_root, tmp_path, monkeypatch, capsys):
+    """The last of them in this process: `test_detect` starts it in its own."""
     done = run_script("train.py", "--data-root", demo_root, *QUICK, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     bars = [line for line in re.split("[\r\n]", done.stderr) if "left, " in line]
@@ -80,9 +81,9 @@ def test_train_eval_detect_as_a_user_runs_them(demo_root, tmp_path):
     assert numbers == [table[-1].split()[1:]]  # the same table as training printed
 
     image = demo_root / "images/set06/V000/visible/I00000.jpg"
-    done = run_script("detect.py", image, "--min-score", "0.01", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "score" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    detect_main(monkeypatch, image, "--min-score", "0.01")
+    assert "score" in capsys.readouterr().out
     assert (tmp_path / "detections/set06_V000_I00000.png").stat().st_size > 10_000
 
 
