@@ -131,7 +131,11 @@ def main() -> None:
         speed, n = len(found) / (time.monotonic() - start), sum(len(scores) for _, scores in found.values())
         print(f"{arguments.out}: {count_of(len(found))}, {persons(n)}, {speed:.1f} images/s")
     if found and arguments.json:
-        entries = [entry for name, own in found.items() for entry in coco_entries(name, *own)]
+        entries = [
+            {"image_id": name, "category_id": PEDESTRIAN, "bbox": box, "score": score}
+            for name, (boxes, scores) in found.items()
+            for box, score in zip(boxes.round(4).tolist(), scores.tolist(), strict=True)
+        ]
         write_text(arguments.json, json.dumps(entries))
     pictures = [arguments.out / f"{name}.png" for name in found]
     for path, save in ((arguments.sheet, save_sheet), (arguments.animation, save_animation)):
@@ -321,12 +325,6 @@ def read_annotated(pairs: Sequence[Pair]) -> dict[Path, Objects]:
             for path, frame_id in ids.items():
                 found[path] = annotations.read(frame_id)
     return found
-
-
-def coco_entries(name: str, boxes: np.ndarray, scores: np.ndarray) -> list[dict]:
-    """A frame's boxes (k, 4) xywh and scores (k,) as COCO has results."""
-    rows = zip(boxes.round(4).tolist(), scores.tolist(), strict=True)
-    return [{"image_id": name, "category_id": PEDESTRIAN, "bbox": box, "score": s} for box, s in rows]
 
 
 def write_rows(path: Path, name: str, boxes: np.ndarray, scores: np.ndarray, first: bool) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine.checkpoint import CHECKPOINT_FORMAT, load_checkpoint
+from engine.checkpoint import load_checkpoint
 from engine.config import checkpoint_config, model_arguments, read_config
 from engine.distributed import all_reduce_sum, gather, is_main_process
 from engine.loader import BatchLoader
@@ -133,8 +133,7 @@ def published_checkpoint(path: Path, experiment: str) -> dict[str, Any]:
     config.input_mode = tutorial_input_mode(state, config.input_mode)
     model = make_network(**model_arguments(config))
     load_published(model, state, path)
-    content = {"config": vars(config), "model_args": model_arguments(config), "model": model.state_dict()}
-    return {"format": CHECKPOINT_FORMAT, **content}
+    return {"config": vars(config), "model_args": model_arguments(config), "model": model.state_dict()}
 
 
 def detect_frames(

@@ -144,6 +144,7 @@ def test_a_bad_image_costs_a_line_and_never_the_rest(run, found, tmp_path, capsy
         (["empty"], "empty: no image in this folder"),
         (["notes.txt"], "notes.txt: not an image"),
         (["lone.png"], "lone.png: the lwir image is missing.*--pair or --visible and.*MODALITY_DROPOUT"),
+        (["lone.png", "--json", "none/found.json"], "none: no such folder; make it first"),
         (["lone.png", "--min-score", "2"], "--min-score 2.0 is not a number from 0 to 1"),
         ([], "name an image or a folder"),
     ],
