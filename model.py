@@ -134,11 +134,8 @@ def make_network(network: str = "ssd300", **arguments: Any) -> Detector:
 
 
 def build_model(checkpoint: dict[str, Any]) -> Detector:
-    """The network of a checkpoint, rebuilt from its own arguments; no weights are downloaded.
-
-    Raises:
-        InputError: the weights are not those of such a network.
-    """
+    """The network of a checkpoint, rebuilt from its own arguments; no weights are downloaded. InputError: the
+    weights are not those of such a network."""
     arguments, weights = checkpoint["model_args"], checkpoint["model"]
     try:
         with torch.device("meta"):  # shapes alone: other arguments could take all memory

@@ -229,13 +229,9 @@ def make_step(
 def train_epoch(
     run: Run, take_step: Step, model: nn.Module, ema: nn.Module, optimizer: Optimizer, loader: BatchLoader
 ) -> None:
-    """The rest of the run's epoch, step by step; take_step is from `make_step`.
-
-    Raises:
-        InputError: too many losses or gradients in a row are not finite. What the step saw is in the
-            run's folder, and `last.pt` is from before. Or more than MAX_BAD_FRAMES frames cannot be
-            read any more.
-    """
+    """The rest of the run's epoch, step by step; take_step is from `make_step`. InputError: too many losses
+    or gradients in a row are not finite. What the step saw is in the run's folder, and `last.pt` is from
+    before. Or more than MAX_BAD_FRAMES frames cannot be read any more."""
     model.train()
     config, total_steps = run.config, len(loader) * run.config.epochs
     batches = tqdm(
@@ -259,11 +255,8 @@ def train_epoch(
 
 
 def configure(argv: list[str] | None = None) -> Namespace:
-    """The run's configuration, as from `read_config`, of a network that can be built.
-
-    Raises:
-        InputError: an unknown row or flag, or values that cannot be used.
-    """
+    """The run's configuration, as from `read_config`, of a network that can be built. InputError: an unknown
+    row or flag, or values that cannot be used."""
     config = read_config(__file__, argv)
     with torch.device("meta"):  # shapes without values: quick
         model = make_network(**model_arguments(config))
