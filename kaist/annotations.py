@@ -104,9 +104,6 @@ def image_path(root: Path | PairSet, frame_id: str, modality: str) -> Path:
     return Path(stem + next((suffix for suffix in SUFFIXES if os.path.exists(stem + suffix)), SUFFIXES[0]))
 
 
-# ------------------------------------------------------------------- where objects are annotated
-
-
 class LabelledFrames:
     """Frames whose objects, as a frame's file has them, `read_rows(frame_id)` knows."""
 

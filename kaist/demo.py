@@ -116,9 +116,6 @@ def walk(
         yield groups
 
 
-# ------------------------------------------------------------------------------ frames and files
-
-
 def compose(
     street: Street, groups: list[list[Figure]], pan: int, aside: int = 0
 ) -> tuple[np.ndarray, list[tuple], list[tuple | None]]:
@@ -209,9 +206,6 @@ def draw_video(root: Path, seed: int, paired: str, set_id: int, video: int, fram
 def video_frame(set_id: int, video: int, frame: int) -> str:
     """The id of a video's frame: I00000, I00019, I00039, …"""
     return f"set{set_id:02}/V{video:03}/I{max(0, 20 * frame - 1):05}"
-
-
-# ------------------------------------------------------------------------------ whole sets
 
 
 def draw_set(

@@ -131,9 +131,6 @@ def describe(data: str, root: Path | None, split: str) -> tuple[dict[str, Any], 
     return DEFAULTS | given, root if data in NAMED else path, root or path.parent
 
 
-# ------------------------------------------------------------------- files
-
-
 def find_files(base: Path, pattern: str, endings: Sequence[str]) -> dict[str, Path]:
     """Id -> file, of a folder with all below it, or of a pattern of which each * is within a name."""
     parts = (base / pattern).parts
@@ -201,8 +198,6 @@ def listed(path: Path, known: Mapping[str, str]) -> list[str]:
             raise InputError(problem, "list each frame once", file=path, line=number)
     return list(first)
 
-
-# ------------------------------------------------------------------- what is in them
 
 Labels = dict[str, tuple[Path, list[ObjectRow]]]  # id -> where a frame's objects were read, and they
 

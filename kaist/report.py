@@ -173,9 +173,6 @@ def write_json(scores: Sequence[Scores], path: Path, curves: bool = False) -> No
     write_text(path, json.dumps(as_dict(scores, curves), allow_nan=False) + "\n")
 
 
-# ------------------------------------------------------------------- tables
-
-
 def percent(value: float) -> str:
     """A fraction as a percentage with two decimals; a dash if it is not defined."""
     return "–" if math.isnan(value) else f"{100 * value:.2f}"
@@ -275,9 +272,6 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def by_miss_rate(scores: Sequence[Scores], key: str = ALL) -> list[Scores]:
     """Lowest official miss rate first; undefined ones last."""
     return sorted(scores, key=lambda s: np.nan_to_num(s.official[key].miss_rate, nan=2.0))
-
-
-# ------------------------------------------------------------------- curves
 
 
 def draw_curves(scores: Sequence[Scores], path: Path) -> None:

@@ -100,9 +100,6 @@ def named_root(data: str, data_root: str | Path) -> Path | None:
     return Path(data_root) if data in NAMED else None
 
 
-# ------------------------------------------------------------------- a full KAIST
-
-
 def find_parts(root: Path, given: Mapping[str, str] = {}, kinds: Iterable[str] = PARTS) -> dict[str, str]:
     """The constants that train and test on a full KAIST: its root, lists and annotations.
 

@@ -262,8 +262,6 @@ def draw_figure(figure: Figure, camera: Camera) -> Sprite:
     return canvas.sprite(figure.x, figure.z, figure.z)
 
 
-# ------------------------------------------------------------------------------ the street
-
 CAR = ((0, 0.3), (0, 0.9), (0.4, 1.0), (0.9, 1.42), (2.6, 1.45), (3.3, 1), (4.2, 0.85), (4.3, 0.3))
 
 

@@ -130,8 +130,6 @@ class Painter:
             sprite.pixels = sprite.pixels * clear + sprite.alpha * (self.veil * (1 - clear))
         return sprite
 
-    # -------------------------------------------------------------------------- the street
-
     def background(self) -> np.ndarray:
         """Sky, houses, rows of trees and the ground, (FRAME_HEIGHT, FRAME_WIDTH, 4) float32."""
         rng, horizon = self.rng, int(self.camera.horizon)
@@ -255,8 +253,6 @@ class Painter:
         sprite.alpha *= np.float32(self.rng.uniform(0.2, 0.6))
         return sprite
 
-    # -------------------------------------------------------------------------- people
-
     def walker(self, kind: str, x: float, z: float) -> Sprite:
         """A person or cyclist in any pose, seen from any side.
 
@@ -291,8 +287,6 @@ class Painter:
             z = np.exp(rng.uniform(np.log(7), np.log(45)))
             places.append((z, "", rng.uniform(-360, 360) / FOCAL * z))
         return sorted(places, reverse=True)
-
-    # -------------------------------------------------------------------------- the frame
 
     def compose(self) -> tuple[np.ndarray, list[tuple[str, tuple[int, ...], int]]]:
         """A street and who is in it, before its cameras.
