@@ -209,21 +209,15 @@ def video_frame(set_id: int, video: int, frame: int) -> str:
 
 
 def draw_set(
-    root: Path,
-    *,
-    train_frames: int | None = None,
-    test_frames: int | None = None,
-    progress: bool = True,
-    workers: int | None = None,
+    root: Path, *, train_frames: int | None = None, test_frames: int | None = None, progress: bool = True
 ) -> None:
     """Draws the set that belongs at `root` by its name: a streets set of `ROOTS`, the shifted demo set, or a
-    plain one; or what it lacks. The bytes are always the same.
+    plain one; or what it lacks. The bytes are always the same, however many processors draw.
 
     Args:
         root: a folder that is absent, empty, or holds this set half drawn.
         train_frames, test_frames: frames over set00-05 and over set06-11; None: as many as the set has.
         progress: whether to say how long it will take, and to show a bar.
-        workers: processes, one a processor by default; the pictures do not depend on it.
 
     Raises:
         InputError: root holds something else or cannot be written, or there are too few frames.
@@ -253,7 +247,7 @@ def draw_set(
     if root.is_file() or (root.is_dir() and held != recipe and any(root.iterdir())):
         raise InputError("the place is taken by other files", "remove it or name another", file=root)
     left = {job: ids for job, ids in jobs.items() if not text_path(root, ids[-1], paired).exists()}
-    n_frames, workers = sum(map(len, left.values())), workers or os.cpu_count() or 1
+    n_frames, workers = sum(map(len, left.values())), os.cpu_count() or 1
     if progress:
         minutes = n_frames * FRAME_SECONDS / workers / 60
         print(f"drawing {n_frames} frames at {root}: about {minutes:.0f} minutes in {workers} processes")

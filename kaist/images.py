@@ -67,31 +67,33 @@ def image_size(path: Path, deep: bool = False) -> tuple[int, int]:
         return image.size
 
 
-def open_image(path: Path, deep: bool = False) -> Image.Image:
-    """Open an image without decoding it; deep: whether one channel of more than 8 bits is taken too."""
+@contextlib.contextmanager
+def open_image(path: Path, deep: bool = False) -> Iterator[Image.Image]:
+    """An image, not decoded yet; deep: whether one channel of more than 8 bits is taken too."""
     from PIL import Image
 
+    problem, remedy = "unreadable image", "copy it again, or save it as PNG, JPEG or TIFF"
     try:
         check_file(path)
         with warnings.catch_warnings():  # Pillow warns of sizes that are refused below
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path, formats=("JPEG", "PNG", "TIFF"))
+        with image:
+            too_deep = not deep if image.mode[0] in "IF" else ";16" in str(image.tile)
+            if too_deep:
+                raise InputError("not an 8-bit image", "scale all frames alike to 0 … 255", file=path)
+            if image.width * image.height > MAX_PIXELS:
+                large = f"the image is {image.width}x{image.height}, too large to decode"
+                raise InputError(large, "scale it down", file=path)
+            problem, remedy = "broken image", "copy it again"
+            yield image
+    except InputError:
+        raise
     except FileNotFoundError:
         remedy = "check the path: DATA_ROOT, the image list, INPUT_MODE"
         raise InputError("image not found", remedy, file=path) from None
-    except InputError:
-        raise
     except Exception as error:  # whatever Pillow meets in broken data, or a size beyond reason
-        remedy = "copy it again, or save it as PNG, JPEG or TIFF"
-        raise InputError(f"unreadable image ({error})", remedy, file=path) from None
-    too_deep = not deep if image.mode[0] in "IF" else ";16" in str(image.tile)
-    if not too_deep and image.width * image.height <= MAX_PIXELS:
-        return image
-    image.close()
-    if too_deep:
-        raise InputError("not an 8-bit image", "scale all frames alike to 0 … 255", file=path)
-    problem = f"the image is {image.width}x{image.height}, too large to decode"
-    raise InputError(problem, "scale it down", file=path)
+        raise InputError(f"{problem} ({error})", remedy, file=path) from None
 
 
 def open_view(path: Path, modality: str, lwir_range: Sequence[float] = (0, 0)) -> Image.Image:
@@ -111,7 +113,7 @@ def open_view(path: Path, modality: str, lwir_range: Sequence[float] = (0, 0)) -
         scaled = (pixels - low) * (255 / (high - low))
         return Image.fromarray((scaled.clip(0, 255) + 0.5).astype(np.uint8))
     mode = "RGB" if modality == "visible" else "L"
-    with open_image(path) as image, naming_broken(path):
+    with open_image(path) as image:
         image.draft(mode, None)  # a grey JPEG's luma alone: no colour conversion to undo
         image.load()
         return image if image.mode == mode else image.convert(mode)
@@ -119,17 +121,8 @@ def open_view(path: Path, modality: str, lwir_range: Sequence[float] = (0, 0)) -
 
 def open_deep(path: Path) -> np.ndarray | None:
     """The values of an image of one channel of more than 8 bits, (h, w) float32; None if it has 8."""
-    with open_image(path, deep=True) as image, naming_broken(path):
+    with open_image(path, deep=True) as image:
         return np.asarray(image, np.float32) if image.mode[0] in "IF" else None
-
-
-@contextlib.contextmanager
-def naming_broken(path: Path) -> Iterator[None]:
-    """Refuse an image by its name where decoding it fails."""
-    try:
-        yield
-    except Exception as error:  # whatever Pillow meets in broken data
-        raise InputError(f"broken image ({error})", "copy it again", file=path) from None
 
 
 def frame_view(root: Path | PairSet, frame_id: str, modality: str) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -26,18 +27,23 @@ def digests(root: Path) -> dict[str, str]:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A set of 12 frames, drawn in one process."""
     place = tmp_path_factory.mktemp("drawn") / "streets"
-    demo.draw_set(place, workers=1, **NUMBERS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)
+        demo.draw_set(place, **NUMBERS)
     return place
 
 
-def test_the_bytes_are_the_seeds_in_any_number_of_processes_and_in_two_goes(root, tmp_path, capsys):
+def test_the_bytes_are_the_seeds_in_any_number_of_processes_and_in_two_goes(
+    root, tmp_path, capsys, monkeypatch
+):
     half = tmp_path / "streets"
     for set_id, number in ((0, 0), (7, 0)):
         streets.draw_frame(half, streets.World(), demo.STREETS_SEED, set_id, number)
     (half / "recipe.txt").write_text((root / "recipe.txt").read_text())
     kept = half / "images/set00/V000/lwir/I00000.jpg"
     before = kept.stat().st_mtime_ns
-    demo.draw_set(half, workers=3, **NUMBERS | {"progress": True})
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    demo.draw_set(half, **NUMBERS | {"progress": True})
     assert "drawing 10 frames" in capsys.readouterr().out
     assert digests(half) == digests(root)
     assert kept.stat().st_mtime_ns == before, "a frame that was there is not drawn again"
