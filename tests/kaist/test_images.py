@@ -98,7 +98,7 @@ def test_a_jpg_is_looked_up_once_and_preferred(tmp_path, monkeypatch):
     assert image_path(tmp_path, "set00/V000/I00001", "lwir") == path.with_name("I00001.jpg")
 
 
-def test_sizes_are_those_that_pillow_reads(tmp_path):
+def test_a_header_tells_the_size_unless_it_is_cut(tmp_path):
     path = tmp_path / "a.jpg"
     exif = Image.Exif()
     exif[0x9286] = "long " * 1000
