@@ -262,7 +262,7 @@ def test_loader(
     """Batches of a test list's whole frames in their order for a network, after a look at every image.
 
     Args:
-        min_height, margin: whom the masks ignore, as in `label_objects`.
+        min_height, margin: whom the masks ignore, as in `make_frames`.
         without: a modality that is blanked.
         settings: as of `BatchLoader`.
     """

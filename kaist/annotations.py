@@ -105,7 +105,11 @@ def image_path(root: Path | PairSet, frame_id: str, modality: str) -> Path:
 
 
 class LabelledFrames:
-    """Frames whose objects, as a frame's file has them, `read_rows(frame_id)` knows."""
+    """KAIST's frames; `read_rows(frame_id)` knows a frame's objects as its file has them."""
+
+    def sizes_of(self, frame_ids: Sequence[str]) -> np.ndarray:
+        """(n, 2) int64 width and height of frames."""
+        return np.tile((FRAME_WIDTH, FRAME_HEIGHT), (len(frame_ids), 1))
 
     def read(self, frame_id: str) -> Objects:
         """The objects of a frame."""
@@ -182,10 +186,6 @@ class Annotations(LabelledFrames):
             flat = f"{self.source}/{frame_id.replace('/', '_')}.txt"
             return path if os.path.exists(path) or not os.path.exists(flat) else flat
         return f"{self.source}/{frame_id}.xml"
-
-    def sizes_of(self, frame_ids: Sequence[str]) -> np.ndarray:
-        """(n, 2) int64 width and height of frames."""
-        return np.tile((FRAME_WIDTH, FRAME_HEIGHT), (len(frame_ids), 1))
 
     def read_rows(self, frame_id: str) -> list[ObjectRow]:
         """The objects of a frame as its file has them."""

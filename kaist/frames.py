@@ -45,25 +45,6 @@ class Frame:
         return max(int((self.seen[self.labels == 1] & bit > 0).sum()) for bit in (VISIBLE, LWIR))
 
 
-def label_objects(
-    boxes: np.ndarray,
-    is_person: np.ndarray,
-    min_height: float,
-    margin: float,
-    sizes: Sequence[int] | np.ndarray,
-) -> np.ndarray:
-    """(n,) int64 labels: 1 for a person to learn, -1 for an object to ignore.
-
-    Ignored are objects that are not plainly a person, persons lower than `min_height` pixels, and
-    persons that leave the frame less `margin` pixels on each side.
-
-    Args:
-        boxes: (n, 4) xywh pixels; is_person: (n,) bool; sizes: (2,) or (n, 2) of each object's frame.
-    """
-    learned = is_person & (boxes[:, 3] >= min_height) & is_inside(boxes, margin, sizes)
-    return np.where(learned, 1, -1).astype(np.int64)
-
-
 def load_frames(
     frame_ids: list[str],
     annotations: Annotations | PairSet,
@@ -76,7 +57,7 @@ def load_frames(
     """Read the annotations of all frames; a malformed file stops here, before any training.
 
     Args:
-        min_height, margin: as in `label_objects`; learn: a key of `LEARNED`.
+        min_height, margin: as in `make_frames`; learn: a key of `LEARNED`.
         pairs: of the paired form read each modality's boxes, not those of one for both.
     """
     if pairs and isinstance(annotations, Annotations) and annotations.form == "paired":
@@ -86,9 +67,8 @@ def load_frames(
         return [pair_frame(*frames) for frames in zip(visible, lwir, strict=True)]
     objects, counts = annotations.read_all(frame_ids)
     sizes, names = annotations.sizes_of(frame_ids), LEARNED[learn]
-    learned = np.array([not names or label in names for label in objects.labels], bool) & ~objects.ignore
-    labels = label_objects(objects.boxes, learned, min_height, margin, sizes.repeat(counts, 0))
-    return split_objects(frame_ids, objects.boxes, labels, counts, sizes)
+    is_person = np.array([not names or label in names for label in objects.labels], bool) & ~objects.ignore
+    return make_frames(frame_ids, objects.boxes, is_person, counts, sizes, min_height, margin)
 
 
 def pair_frame(visible: Frame, lwir: Frame) -> Frame:
@@ -110,16 +90,30 @@ def merge_equal(rows: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def frames_of(ground_truth: GroundTruth, min_height: float, margin: float) -> list[Frame]:
     """A test list's frames, with the labels that training would give their objects."""
-    sizes, boxes = ground_truth.sizes, ground_truth.boxes
-    labels = label_objects(boxes, ~ground_truth.ignore, min_height, margin, sizes[ground_truth.frame])
     counts = np.bincount(ground_truth.frame, minlength=len(ground_truth.frames))
-    return split_objects(ground_truth.frames, boxes, labels, counts, sizes)
+    objects = ground_truth.boxes, ~ground_truth.ignore, counts
+    return make_frames(ground_truth.frames, *objects, ground_truth.sizes, min_height, margin)
 
 
-def split_objects(
-    frame_ids: Sequence[str], boxes: np.ndarray, labels: np.ndarray, counts: np.ndarray, sizes: np.ndarray
+def make_frames(
+    frame_ids: Sequence[str],
+    boxes: np.ndarray,
+    is_person: np.ndarray,
+    counts: np.ndarray,
+    sizes: np.ndarray,
+    min_height: float,
+    margin: float,
 ) -> list[Frame]:
-    """Frames of so many objects and such sizes; boxes (n, 4) xywh pixels of one frame after the other."""
+    """Frames of so many objects and such sizes, (n_frames,) and (n_frames, 2).
+
+    Ignored are objects that are not plainly a person, persons lower than `min_height` pixels, and
+    persons that leave the frame less `margin` pixels on each side.
+
+    Args:
+        boxes: (n, 4) xywh pixels of one frame after the other; is_person: (n,) bool.
+    """
+    is_learned = is_person & (boxes[:, 3] >= min_height) & is_inside(boxes, margin, sizes.repeat(counts, 0))
+    labels = np.where(is_learned, 1, -1).astype(np.int64)
     corners = boxes.astype(np.float32)
     corners[:, 2:] += corners[:, :2]
     first = counts.cumsum()[:-1]

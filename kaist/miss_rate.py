@@ -22,10 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 from kaist.annotations import (
-    FRAME_HEIGHT,
-    FRAME_WIDTH,
     SCENES,
     Annotations,
+    LabelledFrames,
     PairSet,
     open_test_annotations,
     scene,
@@ -88,9 +87,7 @@ class GroundTruth:
     @cached_property
     def sizes(self) -> np.ndarray:
         """(n_frames, 2) int64 width and height of the frames."""
-        if self.pairs is not None:
-            return self.pairs.sizes_of(self.frames)
-        return np.tile((FRAME_WIDTH, FRAME_HEIGHT), (len(self.frames), 1))
+        return (self.pairs or LabelledFrames()).sizes_of(self.frames)
 
     def in_subset(self, subset: str) -> np.ndarray:
         """(n_frames,) bool: the frames of a setup's subset."""
@@ -250,9 +247,9 @@ def match_setups(
 
 
 def is_inside(boxes: np.ndarray, margin: float, sizes: np.ndarray) -> np.ndarray:
-    """(n,) bool: which xywh boxes keep a margin to the borders of their frames; sizes: (2,) or (n, 2)."""
+    """(n,) bool: which xywh boxes keep a margin to the borders of their frames, of sizes (n, 2)."""
     ends = boxes[:, :2] + boxes[:, 2:]
-    return ((boxes[:, :2] >= margin) & (ends <= np.asarray(sizes) - margin)).all(axis=1)
+    return ((boxes[:, :2] >= margin) & (ends <= sizes - margin)).all(axis=1)
 
 
 def rank(detections: Detections) -> Detections:

@@ -12,9 +12,9 @@ from kaist.frames import (
     VISIBLE,
     frames_of,
     hold_out_videos,
-    label_objects,
     list_videos,
     load_frames,
+    make_frames,
     video_of,
 )
 from kaist.miss_rate import load_ground_truth
@@ -36,8 +36,9 @@ def test_what_is_learned_and_what_is_ignored():
         ("person", [5, 5, 630, 502], 0, False),  # just inside
     ]
     objects = make_objects(rows)
-    labels = label_objects(objects.boxes, objects.is_person, min_height=12, margin=5, sizes=(640, 512))
-    assert labels.tolist() == [1, 1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 1]
+    counts, sizes = np.array([len(rows)]), np.array([(640, 512)])
+    [frame] = make_frames(["a"], objects.boxes, objects.is_person, counts, sizes, min_height=12, margin=5)
+    assert frame.labels.tolist() == [1, 1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 1]
 
 
 def test_frames_hold_the_objects_of_their_own(demo_root):
