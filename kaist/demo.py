@@ -270,7 +270,9 @@ def write_lists(root: Path, ids: list[str], paired: str) -> None:
     """Writes imageSets/ and, for the test frames, KAIST_annotation.json."""
     make_folder(root / "imageSets")
     train, test = ([own for own in ids if (own < "set06") == is_train] for is_train in (True, False))
-    lists = {"train-all": train, "train-quarter": train[::4], "test-all": test}
+    lists = {"train-all": train, "test-all": test}
+    if root.name in ROOTS:
+        lists["train-quarter"] = train[::4]
     for time in ("day", "night"):
         lists[f"test-{time}"] = [own for own in test if time_of_day(own) == time]
     for name, frames in lists.items():
