@@ -144,7 +144,7 @@ def image_of(width, height):
 def test_windows_have_the_recipes_distribution(recipe):
     """Kolmogorov-Smirnov distances of the edges, size and shape of thousands of windows."""
     people = np.array([[100.0, 100, 300, 480], [500, 200, 530, 280]])
-    n = 4000 if recipe == "the paper's" else 1200
+    n = 4000 if recipe == "the paper's" else 500
     ours_rng, plain_rng = np.random.default_rng(2), random.Random(3)  # numpy's is slow, number by number
     ours = np.array([random_window(ours_rng, people, 4.0) for _ in range(n)])
     if recipe == "the paper's":
