@@ -25,6 +25,7 @@ CROP_OVERLAPS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # None: no crop
 CROP_TRIALS = 50
 KAIST_FRAME = (FRAME_WIDTH, FRAME_HEIGHT)
 Window = tuple[float, float, float, float]
+Size = tuple[int, int]
 MAX_SHIFT = 20  # pixels of the frame that a pair is shifted to the left
 MIN_BOX = 1.0  # pixels of the network's input; a smaller remnant of a cropped box is dropped
 MAX_PASTED = 3  # people pasted into a frame
@@ -49,7 +50,7 @@ class Augmentation:
     lwir_jitter: distort brightness and contrast of the LWIR image.
     jitter: how probable each of `widen`'s and `roughen`'s distortions beyond SSD's is.
     copy_paste: share of the frames into which people of other frames are pasted.
-    modality_dropout: how probable it is that one modality of a sample is blanked.
+    modality_dropout: how probable it is that one modality of a sample, by a fair coin, is filler alone.
     crop_apart: how probable it is that each modality is cropped by its own `window_apart`; else the
         frame is whole. 0: one `random_window` for both.
     mirror_apart: how probable it is that of a mirrored pair LWIR is left as it was.
@@ -70,27 +71,19 @@ class Augmentation:
 
 
 def random_window(
-    rng: np.random.Generator,
-    people: np.ndarray,
-    zoom_out: float,
-    crop_aspect: tuple[float, float] = (0.4, 1.6),
-    frame: tuple[int, int] = KAIST_FRAME,
+    rng: np.random.Generator, people: np.ndarray, options: Augmentation, frame: Size = KAIST_FRAME
 ) -> Window:
-    """Zoom-out and IoU crop as one xyxy window in pixels of the frame; it may reach outside.
+    """Zoom-out and IoU crop as one xyxy window in pixels of the frame (width, height); it may reach outside.
 
     Half of the time the frame is placed on a canvas 1 to `zoom_out` times its size. Then one of
     SSD's minimum overlaps is drawn: none leaves the canvas as it is; otherwise the first of 50 crops of
-    0.3 to 1 of each side is taken that reaches that overlap with some person and holds some person's
-    centre; if none does, another overlap is drawn. A frame without people takes any crop that shows the
-    frame in half its area.
-
-    Args:
-        people: (n, 4) xyxy pixels of the persons in the frame.
-        zoom_out, crop_aspect: as in `Augmentation`; frame: its width and height.
+    0.3 to 1 of each side is taken that reaches that overlap with some of the people (n, 4) xyxy pixels, and
+    holds some person's centre; if none does, another overlap is drawn. A frame without people takes any
+    crop that shows the frame in half its area.
     """
     x, y, w, h = 0.0, 0.0, float(frame[0]), float(frame[1])
     if rng.random() < 0.5:
-        scale = rng.uniform(1, zoom_out)
+        scale = rng.uniform(1, options.zoom_out)
         x = -rng.uniform(0, (scale - 1) * w)
         y = -rng.uniform(0, (scale - 1) * h)
         w, h = w * scale, h * scale
@@ -101,7 +94,7 @@ def random_window(
         size = rng.uniform(0.3, 1, (CROP_TRIALS, 2)) * (w, h)
         corner = (x, y) + rng.random((CROP_TRIALS, 2)) * ((w, h) - size)
         aspect = size[:, 0] / size[:, 1] * (frame[1] / frame[0])
-        fits = (aspect > crop_aspect[0]) & (aspect < crop_aspect[1])
+        fits = (aspect > options.crop_aspect[0]) & (aspect < options.crop_aspect[1])
         crops = np.concatenate([corner, corner + size], axis=1)
         if len(people):
             fits &= crop_overlaps(crops, people, overlap)
@@ -125,25 +118,20 @@ def crop_overlaps(crops: np.ndarray, people: np.ndarray, overlap: float) -> np.n
 
 
 def window_apart(
-    rng: np.random.Generator,
-    people: np.ndarray,
-    zoom_out: float,
-    crop_aspect: tuple[float, float],
-    frame: tuple[int, int] = KAIST_FRAME,
+    rng: np.random.Generator, people: np.ndarray, options: Augmentation, frame: Size = KAIST_FRAME
 ) -> Window:
-    """MLPD's crop of one modality as an xyxy window in pixels of the frame; it may reach outside.
+    """MLPD's crop of one modality; arguments and result as of `random_window`.
 
     The first of 50 windows whose sides and area are 1 / `zoom_out` to `zoom_out` times the frame's, and
     which holds some person wholly, if there is any; the whole frame if there is no such window. It lies
     in the frame where it is smaller, and around it where it is larger.
-
-    Args: as of `random_window`.
     """
-    width = rng.uniform(1 / zoom_out, zoom_out, CROP_TRIALS)
-    size = np.stack([width, width / rng.uniform(*crop_aspect, CROP_TRIALS)], axis=1)
+    most = options.zoom_out
+    width = rng.uniform(1 / most, most, CROP_TRIALS)
+    size = np.stack([width, width / rng.uniform(*options.crop_aspect, CROP_TRIALS)], axis=1)
     corner = rng.random((CROP_TRIALS, 2)) * (1 - size)
     windows = np.concatenate([corner, corner + size], axis=1) * np.tile(frame, 2)
-    fits = (np.abs(np.log(np.column_stack([size, size.prod(1)]))) <= np.log(zoom_out)).all(1)
+    fits = (np.abs(np.log(np.column_stack([size, size.prod(1)]))) <= np.log(most)).all(1)
     if len(people):
         holds = (people[:, :2] > windows[:, None, :2]) & (people[:, 2:] < windows[:, None, 2:])
         fits &= holds.all(2).any(1)
@@ -159,13 +147,9 @@ class Crop(NamedTuple):
     flip: bool
 
 
-def round_to_pixels(
-    window: Window, size: tuple[int, int], flip: bool, frame: tuple[int, int] = KAIST_FRAME
-) -> Crop:
-    """The part of a window inside a frame of (width, height) and its place in an input of (height, width).
-
-    Boxes are moved by the crop in whole pixels, so that they keep to what is seen exactly.
-    """
+def round_to_pixels(window: Window, size: Size, flip: bool, frame: Size = KAIST_FRAME) -> Crop:
+    """The part of a window inside a frame of (width, height) and its place in an input of (height, width), in
+    whole pixels, by which boxes are moved too: they keep to what is seen exactly."""
     source, target = [0] * 4, [0] * 4
     for axis, (extent, length) in enumerate(zip(frame, size[::-1], strict=True)):
         low, high = window[axis], window[axis + 2]
@@ -191,10 +175,8 @@ def colour_matrix(
     c = len(mean)
     luma = LUMA if c == 3 else np.ones(1)
     matrix, offset = np.eye(c), np.zeros(c)
-    kinds = ["brightness", "contrast"]
-    if c == 3 and hue_saturation:
-        kinds += ["saturation", "hue"]
-    for kind in rng.permutation(kinds):
+    kinds = ["brightness", "contrast", "saturation", "hue"]
+    for kind in rng.permutation(kinds if c == 3 and hue_saturation else kinds[:2]):
         apply, factor, angle = rng.random() < 0.5, rng.uniform(0.5, 1.5), rng.uniform(-18, 18)
         if not apply:
             continue
@@ -250,23 +232,21 @@ def frame_mean(frame: np.ndarray) -> np.ndarray:
 class Transform:
     """How a sample is made of a frame: it moves pixels and boxes alike.
 
-    crops: which part of the frame goes where: one for all channels, or visible's and LWIR's; matrix:
-    (C, C) and offset: (C,) float32, by which colours are distorted; size: (height, width) of the
-    network's input; filler: (C,) uint8, the colour outside of the frame; min_height: persons lower in
-    the input, in its pixels, are ignored; ignore_cut: so are persons whom the input's border cuts.
+    crops: one for all channels, or visible's and LWIR's; matrix (C, C) and offset (C,) float32: of colours;
+    size: (height, width) of the network's input; filler: (C,) uint8, the colour outside of the frame;
+    min_height: persons lower in the input, in its pixels, are ignored; ignore_cut: so are those that it cuts.
     """
 
     crops: tuple[Crop, ...]
     matrix: np.ndarray
     offset: np.ndarray
-    size: tuple[int, int]
+    size: Size
     filler: np.ndarray
     min_height: float = 0.0
     ignore_cut: bool = False
 
     def apply(self, pixels: np.ndarray) -> Tensor:
-        """The network's input (C, *size) uint8 of a frame's pixels (h, w, C) uint8: cut out, resized once
-        (antialiased), distorted, placed on the filler and mirrored."""
+        """The network's input (C, *size) uint8 of a frame's pixels (h, w, C) uint8."""
         height, width = self.size
         image = torch.from_numpy(self.filler).view(-1, 1, 1).repeat(1, height, width)
         parts = channel_parts(len(image)) if len(self.crops) == 2 else [slice(None)]
@@ -286,9 +266,8 @@ class Transform:
     ) -> tuple[np.ndarray, np.ndarray]:
         """A frame's objects, as in `Frame`, in the input: boxes (k, 4) float32 xyxy fractions, labels (k,).
 
-        While visible and LWIR are a pair, all persons are seen in both: their label is `BOTH`. Of
-        modalities moved apart each has the boxes that are seen in it, and their label is that modality.
-        Boxes that come to lie on one another are joined; ignored objects stay -1.
+        Persons of a pair are labelled `BOTH`. Of modalities moved apart each has the boxes that are seen in
+        it, labelled as it; boxes that come to lie on one another are joined. Ignored objects stay -1.
         """
         moved, modalities = [], (VISIBLE, LWIR) if len(self.crops) == 2 else (BOTH,)
         for crop, modality in zip(self.crops, modalities, strict=True):
@@ -303,11 +282,10 @@ class Transform:
         A person stays when its centre is in view, as in SSD; an ignored object as long as anything of it
         does, so that no remnant of a crowd is mined. Boxes left with less than a pixel are dropped.
         """
-        source = np.array(crop.source, dtype=np.float32)
-        target = np.array(crop.target, dtype=np.float32)
+        source, target = np.array(crop[:2], dtype=np.float32)
         scale = (target[2:] - target[:2]) / (source[2:] - source[:2])
         boxes = (boxes_px.reshape(-1, 2, 2) - source[:2]) * scale + target[:2]
-        limit = np.array([self.size[1], self.size[0]], dtype=np.float32)
+        limit = np.array(self.size[::-1], dtype=np.float32)
         if crop.flip:
             boxes[..., 0] = limit[0] - boxes[:, ::-1, 0]
         centre = boxes.mean(1)
@@ -320,7 +298,7 @@ class Transform:
         return (boxes[stays] / limit).reshape(-1, 4), labels[stays]
 
 
-def whole_frame(channels: int, size: tuple[int, int], frame: tuple[int, int] = KAIST_FRAME) -> Transform:
+def whole_frame(channels: int, size: Size, frame: Size = KAIST_FRAME) -> Transform:
     """The undistorted frame of (width, height) in an input of (height, width), which it fills."""
     crop = round_to_pixels((0, 0, *frame), size, False, frame)
     nothing = np.zeros(channels, np.float32)
@@ -332,20 +310,19 @@ def sample_transform(
     people: np.ndarray,
     mean: np.ndarray,
     options: Augmentation,
-    size: tuple[int, int],
+    size: Size,
     filler: np.ndarray,
-    frame: tuple[int, int] = KAIST_FRAME,
+    frame: Size = KAIST_FRAME,
 ) -> Transform:
     """Draw a window and a flip, of both modalities or of each, and a distortion of each by itself.
 
     What options of 0 ask for draws nothing, so that all else is the same without it.
-    With `modality_dropout` one modality of a pair, by a fair coin, becomes filler alone.
 
     Args:
         people: (n, 4) xyxy pixels of the persons in the frame; mean: as from `frame_mean`.
         size: (height, width) of the network's input; filler: (C,) uint8; frame: its width and height.
     """
-    how = (rng, people, options.zoom_out, options.crop_aspect, frame)
+    how = (rng, people, options, frame)
     if not options.crop_apart:
         windows = [random_window(*how)] * 2
     elif rng.random() < options.crop_apart:
@@ -366,7 +343,7 @@ def sample_transform(
         if options.jitter and rng.random() < options.jitter:
             matrix[part, part], offset[part] = widen(rng, matrix[part, part], offset[part])
     if options.modality_dropout and rng.random() < options.modality_dropout:
-        gone = slice(0, 3) if rng.random() < 0.5 else slice(3, 4)
+        gone = channel_parts(4)[int(rng.random() >= 0.5)]
         matrix[gone], offset[gone] = 0, filler[gone]
     crops = tuple(dict.fromkeys(crops))  # equal ones are one of both
     limits = (options.min_input_height, options.crop_apart > 0)
@@ -375,7 +352,7 @@ def sample_transform(
 
 def channel_parts(channels: int) -> list[slice]:
     """The channels of each modality, visible first."""
-    return {1: [slice(0, 1)], 3: [slice(0, 3)], 4: [slice(0, 3), slice(3, 4)]}[channels]
+    return [slice(0, 3), slice(3, 4)] if channels == 4 else [slice(0, channels)]
 
 
 def mean_colour(channels: int) -> np.ndarray:
@@ -387,8 +364,7 @@ def distort(content: Tensor, matrix: np.ndarray, offset: np.ndarray) -> Tensor:
     """matrix (C, C) times each colour of (C, h, w) uint8, plus offset (C,), rounded and clipped."""
     if not offset.any() and np.array_equal(matrix, np.eye(len(matrix))):
         return content
-    # + 0.5: the conversion to uint8 truncates
-    offset = torch.from_numpy(offset).unsqueeze(1) + 0.5
+    offset = torch.from_numpy(offset).unsqueeze(1) + 0.5  # the conversion to uint8 truncates
     pixels = torch.addmm(offset, torch.from_numpy(matrix), content.flatten(1).float())
     # By numpy: torch converts float to uint8 six times slower on a CPU.
     pixels = pixels.clamp_(0, 255).numpy().astype(np.uint8)
@@ -410,8 +386,7 @@ def paste_people(
         boxes, labels: (n, 4) float32 xyxy pixels and (n,) int64 of the frame's objects.
         people: (m, 4) xyxy pixels of the other frame's persons, at least one.
     """
-    pixels = pixels.copy()
-    count = rng.integers(1, MAX_PASTED + 1)
+    pixels, count = pixels.copy(), rng.integers(1, MAX_PASTED + 1)
     for box in people[rng.permutation(len(people))[:count]]:
         width = box[2] - box[0]
         for start in rng.uniform(0, pixels.shape[1] - width, PLACEMENT_TRIALS).round():

@@ -54,13 +54,9 @@ class Grid(NamedTuple):
 def feature_map_sizes(size: tuple[int, int], network: str = "ssd300") -> list[tuple[int, int]]:
     """(height, width) of a network's six feature maps for an input of (height, width) pixels.
 
-    The maps of "mlpd" and "insanet" are an eighth of the input, a 16th, a 32nd and three times a
-    64th, rounded up.
-
     Raises:
         InputError: the input is too small for six maps, or larger than any use of it.
     """
-
     if max(size) > 10_000:
         raise InputError("INPUT_SIZE is beyond 10,000 pixels a side", "KAIST frames are 512,640")
     if network != "ssd300":
@@ -89,18 +85,11 @@ def prior_shapes(prior_set: str) -> list[list[tuple[float, float]]]:
     suit its width; as `python -m tools.priors --derive 8` prints it for KAIST's train-all-02 list.
 
     "multispectral": MLPD's and INSANet's, half as wide as high and square in a 640x512 frame, each
-    in three sizes; larger than the frame where they are.
+    in three sizes.
     """
     if prior_set == "pedestrian":
-        heights = (
-            (0.062, 0.093, 0.138, 0.205),
-            (0.093, 0.138, 0.205, 0.305),
-            (0.205, 0.305, 0.453, 0.673),
-            (0.305, 0.453, 0.673, 1.0),
-            (0.673, 1.0),
-            (1.0,),
-        )
-        return [[(0.35 * h, h) for h in map_heights] for map_heights in heights]
+        heights, maps = (0.062, 0.093, 0.138, 0.205, 0.305, 0.453, 0.673, 1.0), (0, 1, 3, 4, 6, 7)
+        return [[(0.35 * h, h) for h in heights[first:][:4]] for first in maps]
     if prior_set == "multispectral":
         return [
             [
@@ -127,11 +116,9 @@ def prior_shapes(prior_set: str) -> list[list[tuple[float, float]]]:
 def make_grids(size: tuple[int, int], centres: str, network: str = "ssd300") -> list[Grid]:
     """The cells of a network's six feature maps, see `feature_map_sizes`.
 
-    Args:
-        centres: "even" divides the input evenly among a map's cells, as the logged experiments did.
-            "stride" takes SSD300's own stride on the four finest maps, as torchvision does: 38 cells
-            of 8 pixels reach beyond an input of 300. The two coarsest maps stay even, because their
-            convolutions are not padded; so are all of other networks.
+    centres: "even" divides the input evenly among a map's cells, as the logged experiments did. "stride"
+    takes SSD300's own stride on the four finest maps, as torchvision does: 38 cells of 8 pixels reach
+    beyond an input of 300. The two coarsest maps, not padded, stay even; so do all of other networks.
     """
     grids = [Grid(h, w, 1 / h, 1 / w) for h, w in feature_map_sizes(size, network)]
     if centres == "stride" and network == "ssd300":
@@ -155,10 +142,7 @@ def make_priors(grids: list[Grid], shapes: list[list[tuple[float, float]]]) -> T
 
 
 def encode(boxes: Tensor, priors: Tensor) -> Tensor:
-    """Offsets (…, 4) that turn priors (…, 4) cxcywh into boxes (…, 4) cxcywh (SSD, eq. 2).
-
-    A box without width or height counts as `MIN_SIZE` wide or high, so that its offsets are finite.
-    """
+    """Offsets (…, 4) that turn priors (…, 4) cxcywh into boxes (…, 4) cxcywh (SSD, eq. 2), finite of all."""
     centre = (boxes[..., :2] - priors[..., :2]) / (priors[..., 2:] * VARIANCES[0])
     size = torch.log(boxes[..., 2:].clamp(min=MIN_SIZE) / priors[..., 2:]) / VARIANCES[1]
     return torch.cat([centre, size], dim=-1)
@@ -187,8 +171,7 @@ def to_centres(boxes: Tensor) -> Tensor:
 def load_nms() -> Callable[[Tensor, Tensor, float], Tensor]:
     """torchvision's NMS: (boxes (k, 4) xyxy, scores (k,), IoU) -> indices kept, by descending score.
 
-    Its compiled library is loaded by itself, because `import torchvision` takes two seconds for models
-    that nobody asked for.
+    Its compiled library is loaded by itself, because `import torchvision` takes two seconds.
     """
     try:
         for library in Path(importlib.util.find_spec("torchvision").origin).parent.glob("_C*"):
@@ -218,12 +201,10 @@ def detect(
 
     Args:
         priors: (P, 4) cxcywh fractions.
-        min_score: candidates up to this score are dropped.
+        min_score: candidates up to this score are dropped; max_boxes: at most so many an image are kept.
         nms_iou: of two boxes that overlap by more than this IoU the lower-scored one is dropped.
-        max_boxes: keep at most so many boxes an image.
 
-    Returns:
-        For each image xyxy boxes (k, 4) as fractions of the frame and their scores (k,), best first.
+    Returns: of each image xyxy boxes (k, 4) as fractions of the frame and their scores (k,), best first.
     """
     scores = person_scores(predictions.conf)
     is_ssd = predictions.conf.shape[-1] == 2

@@ -85,21 +85,16 @@ def take(values: Tensor, index: Tensor) -> Tensor:
 
 
 def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """(n, h, w, C) uint8 -> (n, C, *size) float32 of whole numbers: torch's antialiased resize of uint8.
-
-    As two matrix products, which every runtime has. Of torch's pixels less than one in a hundred differ,
-    by one grey level, because it keeps its weights in 16 bits.
-    """
+    """(n, h, w, C) uint8 -> (n, C, *size) float32 of whole numbers: torch's antialiased resize of uint8, by
+    two matrix products, which every runtime has. Less than a pixel in a hundred differs, by a grey level."""
     x = frames.permute(0, 3, 1, 2).float()
     x = (x @ resize_weights(frames.shape[2], size[1]).T + HALF).floor()
     return (resize_weights(frames.shape[1], size[0]) @ x + HALF).floor().clamp(0, 255)
 
 
 def resize_weights(source: int, target: int) -> Tensor:
-    """(target, source) float32: how much each pixel of a side is in each pixel of the resized side.
-
-    A triangle around the target's centre, as wide as its pixels, but at least as the source's.
-    """
+    """(target, source) float32: how much each pixel of a side is in each pixel of the resized side. A
+    triangle around the target's centre, as wide as its pixels, but at least as the source's."""
     step = torch.scalar_tensor(source, dtype=torch.float32) / target
     centre = (torch.arange(target) + 0.5) * step
     distance = (torch.arange(source) + 0.5 - centre.unsqueeze(1)).abs()

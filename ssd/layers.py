@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -30,14 +30,13 @@ class Detector(nn.Module):
 
     A subclass makes its backbone, calls `add_heads`, and says in `feature_maps` what the heads read. In
     `backbones` it lists VGG16's layers of each input stream in their order; shared ones are in both.
-    The priors are the non-persistent buffer `priors`, (P, 4) cxcywh fractions of the input.
 
     Args:
         width: multiplier of every layer's width; 1.0 is VGG16's.
-        prior_set: a name in `prior_shapes`.
-        size: (height, width) of the input in pixels; feature maps and priors follow from it.
+        prior_set: a name in `prior_shapes`; size: (height, width) of the input in pixels.
 
     Attributes:
+        priors: (P, 4) cxcywh fractions of the input, a non-persistent buffer.
         n_logits: of a prior: background and person, or background and a person in each modality.
         map_sizes: (height, width) of each feature map, finest first.
         grids: the cells of each, and of visible's and LWIR's map where these have heads of their own.
@@ -50,16 +49,19 @@ class Detector(nn.Module):
 
     def __init__(self, width: float, prior_set: str, size: tuple[int, int]) -> None:
         super().__init__()
-        self.prior_set, self.size = prior_set, tuple(size)
-        self.scaled = partial(scaled_width, width=width)
+        self.prior_set, self.size, self.width = prior_set, tuple(size), width
+
+    def scaled(self, channels: int) -> int:
+        """A layer's channels under the width multiplier, in eights."""
+        return max(8, round(channels * self.width / 8) * 8)
 
     def add_heads(self, map_widths: Sequence[int], infusion: Sequence[int], infusion_conv: bool) -> None:
         """Make priors and heads, and initialise all convolutions.
 
         Args:
             map_widths: channels of each map.
-            infusion: for each map 1 where it has a segmentation head, else 0. A 2 of the first map adds
-                one on visible's and one on LWIR's stream, before they are fused.
+            infusion: for each map 1 where it has a segmentation head of (N, 2, h, w) logits, else 0. A 2 of
+                the first map adds one on visible's and one on LWIR's stream, before they are fused.
             infusion_conv: a 3x3 convolution of the map's own width before a head's 1x1.
         """
         self.grids, widths = make_grids(self.size, self.centres, self.family), list(map_widths)
@@ -72,7 +74,7 @@ class Detector(nn.Module):
         self.apply(init_convolution)
         # conv4_3's features arrive 20 times longer than others: start from small predictions.
         for head in (*self.loc_heads, *self.conf_heads):
-            init_small(head)
+            init_convolution(head, small=True)
         # Last, so that networks of one seed start alike whatever is infused.
         self.infused_maps = [i for i, infused in enumerate(infusion) if infused]
         if infusion[0] == 2:
@@ -80,10 +82,13 @@ class Detector(nn.Module):
             self.grids += [Grid(h, w, 1 / h, 1 / w, modality) for modality in (VISIBLE, LWIR)]
             self.infused_maps += [len(widths), len(widths) + 1]
             widths += [self.scaled(self.stream[0])] * 2
-        self.seg_heads = nn.ModuleList(infusion_head(widths[i], infusion_conv) for i in self.infused_maps)
+        self.seg_heads = nn.ModuleList()
+        for width in (widths[i] for i in self.infused_maps):
+            conv = conv_relu(width, width, 3, padding=1) if infusion_conv else []
+            self.seg_heads.append(nn.Sequential(*conv, nn.Conv2d(width, 2, 1)))
         self.seg_heads.apply(init_convolution)
         for head in self.seg_heads:
-            init_small(head[-1])
+            init_convolution(head[-1], small=True)
 
     def add_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Make the buffers by which images are normalised, from shares of 255 a channel."""
@@ -122,11 +127,6 @@ class Detector(nn.Module):
         raise NotImplementedError
 
 
-def scaled_width(channels: int, width: float) -> int:
-    """A layer's channels under a width multiplier, in eights."""
-    return max(8, round(channels * width / 8) * 8)
-
-
 def conv_relu(*shape: int, batch_norm: bool = False, **how: int) -> list[nn.Module]:
     """A convolution, as `nn.Conv2d` takes it, with BatchNorm where asked, and a ReLU."""
     norm = [nn.BatchNorm2d(shape[1])] if batch_norm else []
@@ -141,18 +141,17 @@ def vgg_stage(
     for width in stage:
         if width == "M":
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
-            continue
-        layers += conv_relu(in_channels, scaled(width), 3, padding=1, batch_norm=batch_norm)
-        in_channels = scaled(width)
+        else:
+            layers += conv_relu(in_channels, scaled(width), 3, batch_norm=batch_norm, padding=1)
+            in_channels = scaled(width)
     return nn.Sequential(*layers)
 
 
 class L2Norm(nn.Module):
     """Each cell's feature vector scaled to unit length, times a learned factor a channel.
 
-    ParseNet (Liu et al., 2015), with SSD's initial factor 20. Computed in float32. A cell of hardly any
-    features is not scaled up all the way: the gradient is at most 20 / NORM_FLOOR times its own, where it
-    could else be as good as infinite (flat images, a network's first steps).
+    ParseNet (Liu et al., 2015), with SSD's initial factor 20. A cell of hardly any features is not scaled up
+    all the way, so that the gradient is at most 20 / NORM_FLOOR times its own (flat images, first steps).
     """
 
     def __init__(self, channels: int) -> None:
@@ -164,27 +163,16 @@ class L2Norm(nn.Module):
         return F.normalize(x.float(), eps=NORM_FLOOR) * self.scale.view(1, -1, 1, 1)
 
 
-def infusion_head(width: int, with_conv: bool) -> nn.Sequential:
-    """Segmentation infusion: (N, width, h, w) -> (N, 2, h, w) logits of background and person."""
-    conv = conv_relu(width, width, 3, padding=1) if with_conv else []
-    return nn.Sequential(*conv, nn.Conv2d(width, 2, 1))
-
-
-def init_convolution(module: nn.Module) -> None:
-    """He initialisation for convolutions, biases zero; other modules are left alone.
-
-    So are shapes alone, on "meta": normal numbers there would import torch._dynamo, a second and more.
-    """
+def init_convolution(module: nn.Module, small: bool = False) -> None:
+    """He initialisation for convolutions, or normal weights of spread 0.01; biases zero. Others are left
+    alone, and shapes on "meta" too: normal numbers there would import torch._dynamo, a second and more."""
     if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
-        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        if small:
+            nn.init.normal_(module.weight, std=0.01)
+        else:
+            nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def init_small(head: nn.Conv2d) -> None:
-    """Normal weights of spread 0.01; on "meta" nothing, as in `init_convolution`."""
-    if not head.weight.is_meta:
-        nn.init.normal_(head.weight, std=0.01)
 
 
 def flatten_heads(heads: nn.ModuleList, maps: list[Tensor], values: int) -> Tensor:
@@ -197,7 +185,4 @@ def flatten_heads(heads: nn.ModuleList, maps: list[Tensor], values: int) -> Tens
 
 def map_chain(first: Tensor, stages: nn.ModuleList) -> list[Tensor]:
     """The first map and what each stage makes of the one before it."""
-    maps = [first]
-    for stage in stages:
-        maps.append(stage(maps[-1]))
-    return maps
+    return list(accumulate(stages, lambda x, stage: stage(x), initial=first))

@@ -40,14 +40,12 @@ class MultiBoxLoss(nn.Module):
     what all of it holds: the mean of their losses is the batch's.
 
     Args:
-        priors: (P, 4) cxcywh fractions.
-        loc_loss: "l1" or "smooth_l1".
+        priors: (P, 4) cxcywh fractions; loc_loss: "l1" or "smooth_l1".
         loc_reduction: "sum" over coordinates, divided by the positives as in the paper; or
             "mean" over coordinates too (a quarter of it), as the logged experiments did.
         conf_divisor: what confidence is divided by. "positives": their number, as in the paper.
-            Frames without people add negatives to it, so that a small batch with few positives
-            has many terms a positive. "balanced": a third of the negatives where that is more, so
-            that there are 3 to 4 terms to one of the divisor.
+            "balanced": a third of the negatives where that is more, as in small batches whose frames
+            are without people, so that there are 3 to 4 terms to one of the divisor.
     """
 
     min_negatives = 3
@@ -164,19 +162,17 @@ def hardest_negatives(conf: Tensor, target: Tensor, n_negatives: Tensor) -> Tens
     """The `n_negatives` (N,) background priors of highest loss of each frame, or all that it has, as indices
     into a batch's (N P) priors; conf: (N, P, 2) logits, without gradient; target: (N, P) as from `match`."""
     margin = (conf[..., 1] - conf[..., 0]).masked_fill_(target != BACKGROUND, -torch.inf)
-    hardest = [
-        row.topk(min(k, len(row)), sorted=False) for row, k in zip(margin, n_negatives.tolist(), strict=True)
-    ]
-    frame = torch.arange(len(margin)).repeat_interleave(torch.tensor([len(x[0]) for x in hardest]))
-    index = torch.cat([index for _, index in hardest]) + frame * margin.shape[1]
-    return index[torch.cat([values for values, _ in hardest]) != -torch.inf]
+    n_priors = margin.shape[1]
+    counts = n_negatives.clamp(max=n_priors).tolist()
+    hardest = [row.topk(k, sorted=False).indices for row, k in zip(margin, counts, strict=True)]
+    index = torch.cat([own + i * n_priors for i, own in enumerate(hardest)])
+    return index[target.flatten()[index] == BACKGROUND]
 
 
 class SegmentationLoss(nn.Module):
-    """Cross-entropy between mask logits and box-shaped masks, summed up over the infused maps.
+    """Cross-entropy between mask logits and box-shaped masks, summed up over `n_maps` infused maps.
 
     Args:
-        n_maps: number of infused maps.
         cells: "mean" over a batch's cells, or "sum" over a frame's cells (mean over frames).
         maps: "mean" or "sum" over the feature maps, or "uncertainty": a sum in which each map's
             loss L counts exp(-s) L + s / 2 with a learned s, the logarithm of its variance (Kendall

@@ -22,7 +22,7 @@ from ssd.boxes import to_corners
 PERSON, BACKGROUND, IGNORE = 1, 0, -1
 MATCH_IOU = 0.5  # from which a prior answers for an object
 LEVELS = (*(MATCH_IOU / 2**i for i in range(10)), 0.0)  # of IoU, down which a best prior is looked for
-TIE = 1e-5  # overlaps that differ by no more than this share are equal
+TIE = 1e-5  # shares by which overlaps may differ and be equal: those with priors that enclose the object
 
 
 class PriorTable:
@@ -138,14 +138,14 @@ def match(boxes: Tensor, labels: Tensor, priors: PriorTable) -> tuple[Tensor, Te
 @torch.no_grad()
 def match_static(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
     """`match` as a fixed sequence of operations, whatever the values are."""
-    corners, areas = prior_corners(priors)
-    shared = intersection(boxes, corners)  # (N, M, P)
+    shared, areas = intersection(boxes, to_corners(priors)), priors[:, 2] * priors[:, 3]
     iou = shared / (box_areas(boxes).unsqueeze(2) + areas - shared)
     person, ignored = (labels == PERSON).unsqueeze(2), (labels == IGNORE).unsqueeze(2)
     inside = ((shared >= 0.5 * areas) & ignored).any(1)
     of_ignored = iou.masked_fill(~ignored, -1.0)
     iou = iou.masked_fill(~person, -1.0)
-    taken = is_best(of_ignored).any(1)
+    best = of_ignored.amax(2, keepdim=True)
+    taken = ((of_ignored >= best * (1 - TIE)) & (of_ignored > 0)).any(1)
 
     best, matched_idxs = iou.max(1)
     near = torch.maximum(best, of_ignored.amax(1)) >= MATCH_IOU
@@ -161,10 +161,8 @@ def match_static(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor,
 
 
 def match_bipartite_static(iou: Tensor) -> Tensor:
-    """`match_bipartite` of a batch: the highest overlap left is served, min(M, P) times.
-
-    Of iou (N, M, P), -1 for what is no person: (N, M) int64 index of the prior each object owns, or P.
-    """
+    """Of iou (N, M, P), -1 for what is no person: (N, M) int64 index of the prior each object owns, or P. The
+    highest overlap left is served, min(M, P) times."""
     n, m, p = iou.shape
     rows, columns = (torch.arange(k, device=iou.device) for k in (m, p))
     owned = torch.full((n, m), p, device=iou.device)
@@ -185,17 +183,13 @@ def match_multilabel(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Ten
     object takes the prior that overlaps it most, whatever the IoU; of objects that take the same
     prior the later one has it.
 
-    Args:
-        boxes: (N, M, 4) xyxy fractions; labels: (N, M) int64, 0 padding; priors: (P, 4) cxcywh.
-
-    Returns:
-        target: (N, P) int64, the label of the object, 0 background;
-        matched_idxs: (N, P) int64, that object, meaningful where target is not 0.
+    Args: boxes (N, M, 4) xyxy fractions; labels (N, M) int64, 0 padding; priors (P, 4) cxcywh.
+    Returns: (N, P) int64 label of each prior's object, 0 background; and (N, P) int64 index of that object.
     """
     # An object inside of several priors of a size overlaps them alike, and rounding says which one it
     # takes: as in the published loss areas are those of corners, and divided by in this order.
     corners = to_corners(priors)
-    shared = intersection(boxes, corners.T)  # (N, M, P)
+    shared = intersection(boxes, corners)
     iou = shared / (box_areas(boxes).unsqueeze(2) + box_areas(corners) - shared)
     padding = labels == 0
     overlap, matched_idxs = iou.masked_fill(padding.unsqueeze(2), -1.0).max(1)
@@ -209,23 +203,12 @@ def match_multilabel(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Ten
     return target, matched_idxs
 
 
-def is_best(iou: Tensor) -> Tensor:
-    """Which of overlaps (…, P) are the highest of their row, but for rounding: an object that several priors
-    of one size enclose overlaps all of them alike. A row without any overlap has no best one."""
-    return (iou >= iou.amax(-1, keepdim=True) * (1 - TIE)) & (iou > 0)
-
-
-def prior_corners(priors: Tensor) -> tuple[Tensor, Tensor]:
-    """xyxy corners (4, P) of cxcywh priors, a row each, and their areas (P,)."""
-    return to_corners(priors).T.contiguous(), priors[:, 2] * priors[:, 3]
-
-
 def intersection(boxes: Tensor, corners: Tensor) -> Tensor:
-    """(…, P) overlap areas of boxes (…, 4) xyxy with priors' `corners` (4, P)."""
+    """(N, M, P) areas that boxes (N, M, 4) and priors (P, 4), both xyxy, have in common."""
     x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(-2)
-    width = torch.minimum(x1, corners[2]).sub_(torch.maximum(x0, corners[0])).clamp_(min=0)
-    height = torch.minimum(y1, corners[3]).sub_(torch.maximum(y0, corners[1])).clamp_(min=0)
-    return width.mul_(height)
+    left, top, right, bottom = corners.unbind(1)
+    width = torch.minimum(x1, right).sub_(torch.maximum(x0, left)).clamp_(min=0)
+    return width.mul_(torch.minimum(y1, bottom).sub_(torch.maximum(y0, top)).clamp_(min=0))
 
 
 def box_areas(boxes: Tensor) -> Tensor:

@@ -29,11 +29,7 @@ SPARE = 1.3  # what recorded steps took over the plan and `ROOM` on an H100, at 
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within and not yet gone.
-
-    Attributes:
-        peak: the most that there were at a time.
-    """
+    """Counts the bytes of the tensors that are made within and not yet gone. `peak`: the most there were."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,8 +87,8 @@ def plan_memory(model: nn.Module, criterion: nn.Module, optimizer: str, precisio
 def plan_batch(
     model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, precision: torch.dtype
 ) -> Callable[[], int]:
-    """A function that gives the largest batch that fits into a GPU beside what is there now, before
-    the first step; 0 where none does or the model is on no GPU."""
+    """What gives the largest batch that fits into a GPU beside what is there now, before the first step; 0
+    where none does or the model is on no GPU."""
     device = model.priors.device
     resident = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 

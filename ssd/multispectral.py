@@ -9,6 +9,7 @@ what the authors' networks do.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,22 +32,14 @@ class MultispectralSSD(Detector):
     (N, 4, H, W) uint8. conf has three logits a prior: background, person in visible, person in LWIR.
 
     Args:
-        infusion, infusion_conv: as in `Detector.add_heads`; the others as of `Detector`, published are
-            the width 1.0, the priors "multispectral" and the size (512, 640).
+        infusion, infusion_conv: as in `Detector.add_heads`.
+        detector: of `Detector`; published are width 1.0, prior_set "multispectral", size (512, 640).
     """
 
     n_logits, family, input_mode = 3, "mlpd", "halfway"
 
-    def __init__(
-        self,
-        *,
-        width: float,
-        infusion: Sequence[int],
-        infusion_conv: bool,
-        prior_set: str,
-        size: tuple[int, int],
-    ) -> None:
-        super().__init__(width, prior_set, size)
+    def __init__(self, *, infusion: Sequence[int], infusion_conv: bool, **detector: Any) -> None:
+        super().__init__(**detector)
         self.add_backbone(self.scaled)
         self.conv4_3_norm = L2Norm(self.scaled(512))
         self.add_heads([self.scaled(512)] * 6, infusion, infusion_conv)
@@ -210,27 +203,22 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """What queries of `x` find in `source`, both (N, windows, tokens, C).
-
-        `mask` (windows, tokens, tokens) is added to the attention's logits.
-        """
+        """What queries of `x` find in `source`, both (N, windows, tokens, C); the mask (windows, tokens,
+        tokens) is added to the attention's logits."""
         found = F.scaled_dot_product_attention(self.q(x), self.k(source), self.v(source), attn_mask=mask)
         return self.norm(self.fc(found))
 
 
 def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
     """(N, H, W, C) -> (N, windows, tokens, C): windows and tokens by row, then column."""
-    n, height, width, channels = x.shape
-    h, w = window
-    x = x.reshape(n, height // h, h, width // w, w, channels).transpose(2, 3)
-    return x.reshape(n, -1, h * w, channels)
+    x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0])).transpose(2, 3)
+    return x.flatten(3, 4).flatten(1, 2)
 
 
 def from_windows(x: Tensor, window: tuple[int, int], height: int, width: int) -> Tensor:
     """The inverse of `to_windows`: (N, windows, tokens, C) -> (N, height, width, C)."""
-    h, w = window
-    x = x.reshape(x.shape[0], height // h, width // w, h, w, -1).transpose(2, 3)
-    return x.reshape(x.shape[0], height, width, -1)
+    x = x.unflatten(2, window).unflatten(1, (height // window[0], width // window[1]))
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def shift_mask(window: tuple[int, int], shift: tuple[int, int]) -> Tensor:

@@ -33,8 +33,7 @@ def load_pretrained(model: nn.Module, source: str, lwir_filters: str = "mean") -
     """Fill a network of width 1.0 with published weights, in place; downloads them once.
 
     Args:
-        model: the network. conv1_1 is adapted to its channels, see `adapt_channels`.
-        lwir_filters: how, "mean" or "sum".
+        model: conv1_1 is adapted to its channels; lwir_filters: how, see `adapt_channels`.
         source: "imagenet" (the backbone; VGG16-BN's where the model has BatchNorm), "coco"
             (backbone, extra layers and, where the priors are COCO's, the heads, of whose 91
             classes background and person are kept), "none", or the path of a file that
@@ -131,11 +130,8 @@ def download(weights: WeightsEnum) -> dict[str, Tensor]:
 
 
 def convert_torchvision_vgg(model: nn.Module, state: dict[str, Tensor], lwir_filters: str = "mean") -> None:
-    """Copy a torchvision VGG16 or VGG16-BN classifier's state into a model's backbone.
-
-    The fully connected fc6 (4096 x 512 x 7 x 7) and fc7 (4096 x 4096) become conv6 (3x3) and
-    conv7 (1x1) by keeping every fourth output and every third row and column, as SSD does.
-    """
+    """Copy a torchvision VGG16 or VGG16-BN classifier's state into a model's backbone: fully connected fc6
+    and fc7 become conv6 and conv7 by every fourth output and every third row and column, as in SSD."""
     for stream in model.backbones():
         for i, layer in enumerate(stream):  # both number ReLUs and pools too
             names = {name: f"features.{i}.{name}" for name in layer.state_dict()}
@@ -154,21 +150,19 @@ def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor], lwir_fil
     """Copy the state of torchvision's `ssd300_vgg16` into a model, keeping the person class.
 
     The heads belong to COCO's priors: a model with others keeps its own, untrained.
-
-    Both networks list their convolutions in the order of computation, so layers pair up by position.
     torchvision feeds its network 255 x (image - mean), which ImageNet's standard deviations in conv1_1 make
     up for. A network of torchvision's `pixel_mean`, such as row 35's, then detects what torchvision's does.
     """
+    # Both networks list their convolutions in the order of computation: layers pair up by position.
     rest = [layer for part in (model.conv6_7, *model.extras) for layer in part]
-    names = [key.removesuffix(".weight") for key, value in state.items() if value.ndim == 4]
-    names = [name for name in names if name.startswith("backbone.")]
+    convs = [key for key, value in state.items() if value.ndim == 4 and key.startswith("backbone.")]
     for stream in model.backbones():
         ours = [layer for layer in (*stream, *rest) if isinstance(layer, nn.Conv2d)]
-        for i, (layer, name) in enumerate(zip(ours, names, strict=True)):
-            weight = state[f"{name}.weight"]
-            if i == 0:
+        for layer, key in zip(ours, convs, strict=True):
+            weight, bias = state[key], state[f"{key.removesuffix('weight')}bias"]
+            if key == convs[0]:
                 weight = weight * (255 * weight.new_tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1))
-            copy_layer(layer, {"weight": weight, "bias": state[f"{name}.bias"]}, lwir_filters)
+            copy_layer(layer, {"weight": weight, "bias": bias}, lwir_filters)
     model.conv4_3_norm.scale.data.copy_(state["backbone.scale_weight"])
     if model.prior_set != "ssd300-coco":
         return
@@ -196,7 +190,5 @@ def adapt_channels(weight: Tensor, channels: int, lwir_filters: str) -> Tensor:
     LWIR's "sum" of the RGB filters answers to it as they do to a grey picture, the "mean" a third as much
     with all of the bias, as in the logged experiments.
     """
-    lwir = weight.sum(dim=1, keepdim=True) if lwir_filters == "sum" else weight.mean(dim=1, keepdim=True)
-    if channels == 4:
-        return torch.cat([weight, lwir], dim=1)
-    return lwir if channels == 1 else weight
+    lwir = getattr(weight, lwir_filters)(dim=1, keepdim=True)
+    return {1: lwir, 3: weight, 4: torch.cat([weight, lwir], dim=1)}[channels]

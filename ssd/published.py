@@ -44,9 +44,6 @@ class StandIn:
 
     state: dict[str, Any] = {}
 
-    def __new__(cls, *_: object) -> StandIn:
-        return object.__new__(cls)
-
     def __init__(self, *_: object) -> None:
         pass
 
@@ -61,9 +58,7 @@ def plain_dict(*_: object) -> dict:
 
 
 def read_published(path: Path) -> dict[str, Tensor]:
-    """The state dictionary of a file's network; nothing in the file can run code.
-
-    Keys are the author's, without the "module." of DataParallel.
+    """The state dictionary of a file's network, by its author's names without DataParallel's "module.".
 
     Raises:
         InputError: no such file, a damaged one, one that names other classes or functions than
@@ -85,14 +80,10 @@ def read_published(path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict | StandIn):
             content = content[key]
     state = module_state(content) if isinstance(content, StandIn) else content
-    if not isinstance(state, dict) or not all(map(is_dense, state.values())):
+    values = state.values() if isinstance(state, dict) else [None]
+    if not all(isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta for x in values):
         raise InputError("not a state dictionary of tensors", REMEDY, file=path)
     return {str(key).removeprefix("module."): value.detach() for key, value in state.items()}
-
-
-def is_dense(value: object) -> bool:
-    """Whether a value is a tensor with values at every place."""
-    return isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
 
 
 def stand_ins(path: Path) -> list[tuple[Any, str]]:

@@ -102,7 +102,9 @@ def test_persons_cut_by_the_input_are_ignored_where_that_is_asked_for():
 def test_windows_apart_are_as_published():
     rng = np.random.default_rng(1)
     people = np.array([[200.0, 150, 240, 250], [500, 200, 530, 270]])
-    windows = np.array([window_apart(rng, people, 4.0, (0.8, 1.2)) for _ in range(1500)])
+    windows = np.array(
+        [window_apart(rng, people, Augmentation(zoom_out=4.0, crop_aspect=(0.8, 1.2))) for _ in range(1500)]
+    )
     size = (windows[:, 2:] - windows[:, :2]) / (640, 512)
     area, aspect = size.prod(1), size[:, 0] / size[:, 1]
     assert 0.25 <= area.min() < 0.3 and 3.7 < area.max() <= 4
@@ -114,9 +116,17 @@ def test_windows_apart_are_as_published():
     around = (windows[:, :2] <= 0) & (windows[:, 2:] >= (640, 512))
     assert np.where(smaller, inside, around).all() and 0.1 < smaller.mean() < 0.6
     everywhere = np.array([[-1.0, -1, 641, 513]])
-    zoomed = [window_apart(rng, everywhere, 1.01, (0.99, 1.01)) for _ in range(50)]
+    zoomed = [
+        window_apart(rng, everywhere, Augmentation(zoom_out=1.01, crop_aspect=(0.99, 1.01)))
+        for _ in range(50)
+    ]
     assert (0.0, 0.0, 640.0, 512.0) in zoomed  # no window holds it: the frame
-    assert len({window_apart(rng, NOBODY, 4.0, (0.8, 1.2)) for _ in range(50)}) == 50
+    assert (
+        len(
+            {window_apart(rng, NOBODY, Augmentation(zoom_out=4.0, crop_aspect=(0.8, 1.2))) for _ in range(50)}
+        )
+        == 50
+    )
 
 
 def test_how_often_modalities_move_apart():

@@ -45,7 +45,7 @@ def test_boxes_follow_the_pixels():
         frame = np.zeros((512, 640, 4), np.uint8)
         frame[y : y + h, x : x + w] = 255
         box = np.array([[x, y, x + w, y + h]], np.float32)
-        t = geometry(random_window(rng, box, 4.0), flip=bool(rng.random() < 0.5))
+        t = geometry(random_window(rng, box, Augmentation(zoom_out=4.0)), flip=bool(rng.random() < 0.5))
         image = t.apply(frame)
         filler = (image == torch.from_numpy(t.filler).view(4, 1, 1)).all(0)
         boxes, labels = t.move(box, np.array([1]), np.array([BOTH]))
@@ -81,7 +81,7 @@ def test_one_resize_equals_canvas_crop_and_resize():
     frame = np.array(smooth.resize((640, 512), Image.Resampling.BICUBIC))
     differences = []
     for _ in range(40):
-        window = random_window(rng, np.zeros((0, 4)), 3.0)
+        window = random_window(rng, np.zeros((0, 4)), Augmentation(zoom_out=3.0))
         window = tuple(float(round(edge)) for edge in window)
         ours = geometry(window, channels=3).apply(frame).numpy().transpose(1, 2, 0)
         x0, y0, x1, y1 = map(int, window)
@@ -146,13 +146,13 @@ def test_windows_have_the_recipes_distribution(recipe):
     people = np.array([[100.0, 100, 300, 480], [500, 200, 530, 280]])
     n = 4000 if recipe == "the paper's" else 500
     ours_rng, plain_rng = np.random.default_rng(2), random.Random(3)  # numpy's is slow, number by number
-    ours = np.array([random_window(ours_rng, people, 4.0) for _ in range(n)])
+    ours = np.array([random_window(ours_rng, people, Augmentation(zoom_out=4.0)) for _ in range(n)])
     if recipe == "the paper's":
         plain = np.array([plain_window(plain_rng, people, 4.0) for _ in range(n)])
     else:
         people = people[:1]  # of several, torchvision's overlap and centre are the same person's
         torch.manual_seed(0)
-        ours = np.array([random_window(ours_rng, people, 4.0) for _ in range(n)])
+        ours = np.array([random_window(ours_rng, people, Augmentation(zoom_out=4.0)) for _ in range(n)])
         plain = np.array([torchvision_window(people) for _ in range(n)])
     size = ours[:, 2:] - ours[:, :2], plain[:, 2:] - plain[:, :2]
     columns = [(ours[:, k], plain[:, k]) for k in range(4)]
@@ -165,7 +165,7 @@ def test_windows_have_the_recipes_distribution(recipe):
 
 def test_frames_without_people_are_cropped_too():
     rng = np.random.default_rng(0)
-    windows = np.array([random_window(rng, np.zeros((0, 4)), 1.0) for _ in range(200)])
+    windows = np.array([random_window(rng, np.zeros((0, 4)), Augmentation(zoom_out=1.0)) for _ in range(200)])
     assert 0.7 < ((windows[:, 2] - windows[:, 0]) < 639).mean() < 0.95
 
 
@@ -242,7 +242,7 @@ def test_distortion_is_the_matrix_rounded_and_clipped():
     for seed in range(20):
         t = draw(frame, np.random.default_rng(seed))
         rng = np.random.default_rng(seed)  # the window and the flip are drawn first
-        random_window(rng, np.zeros((0, 4)), 4.0), rng.random()
+        random_window(rng, np.zeros((0, 4)), Augmentation(zoom_out=4.0)), rng.random()
         mean = frame[::8, ::8].mean((0, 1))
         expected = []
         for part in (slice(0, 3), slice(3, 4)):
@@ -258,7 +258,7 @@ def test_crops_keep_the_aspect_they_are_asked_for():
     widest = {(0.4, 1.6): 0.0, (0.8, 1.2): 0.0}
     for limits in widest:
         for _ in range(300):
-            x0, y0, x1, y1 = random_window(rng, person, 1.0, limits)
+            x0, y0, x1, y1 = random_window(rng, person, Augmentation(zoom_out=1.0, crop_aspect=limits))
             aspect = (x1 - x0) / (y1 - y0) / 1.25  # in that of the frame, 640 x 512
             assert limits[0] < aspect < limits[1]
             widest[limits] = max(widest[limits], aspect)
