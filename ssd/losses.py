@@ -26,6 +26,7 @@ TERMS = (
     *("loc_loss", "loc_reduction", "conf_divisor"),
     *("seg_cells", "seg_maps", "seg_balance", "seg_person_share", "seg_weight"),
 )
+Sums = tuple[Tensor, Tensor, Tensor, Tensor]
 NEGATIVE_RATIO = 3  # mined negatives for each positive
 LOG_VARIANCE_LIMIT = 5.0  # learned weights stay between exp(-5) and exp(5)
 HEIGHT_UNIT = 50.0  # pixels of height that add 1 to the weight of a person's cells, SDS-RCNN's
@@ -62,7 +63,8 @@ class MultiBoxLoss(nn.Module):
     def forward(self, predictions: Predictions, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(loc, conf) losses, two float32 scalars, for the whole batch: boxes (N, M, 4) xyxy fractions and
         labels (N, M) int64, padded."""
-        loc, conf, positives, negatives = self.sums(predictions, boxes, labels)
+        way = self.sparse if predictions.loc.device.type == "cpu" else self.static
+        loc, conf, positives, negatives = way(predictions, boxes, labels)
         positives = all_reduce_sum(positives).clamp(min=1) / world_size()
         divisor = positives
         if self.balanced:
@@ -70,20 +72,13 @@ class MultiBoxLoss(nn.Module):
             divisor = torch.maximum(positives, negatives / NEGATIVE_RATIO)
         return loc / (self.loc_terms * positives), conf / divisor
 
-    def sums(self, predictions: Predictions, *objects: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Sums of loc and conf, and the numbers of positives and of mined negatives."""
-        way = self.sparse if predictions.loc.device.type == "cpu" else self.static
-        return way(predictions, *objects)
-
     @cached_property
     def prior_table(self) -> PriorTable:
         """The priors as `match` takes them."""
         return PriorTable(self.priors)
 
-    def sparse(
-        self, predictions: Predictions, boxes: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`sums` that look only at priors that have a loss: on a CPU 4 to 100 times as fast."""
+    def sparse(self, predictions: Predictions, boxes: Tensor, labels: Tensor) -> Sums:
+        """`static` that looks only at priors that have a loss: on a CPU 4 to 100 times as fast."""
         target, matched_idxs = match(boxes, labels, self.prior_table)
         positive = torch.from_numpy(np.flatnonzero(target.numpy() == PERSON))
         image, prior = positive // len(self.priors), positive % len(self.priors)
@@ -99,10 +94,9 @@ class MultiBoxLoss(nn.Module):
         sums = self.distance(loc, offsets, reduction="sum"), F.softplus(margin).sum()
         return *sums, torch.tensor(len(positive)), torch.tensor(len(negative))
 
-    def static(
-        self, predictions: Predictions, boxes: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`sums` of all priors, with shapes that no value changes: a GPU never waits for the host."""
+    def static(self, predictions: Predictions, boxes: Tensor, labels: Tensor) -> Sums:
+        """Sums of loc and conf, and the numbers of positives and of mined negatives; with shapes that no
+        value changes, so that a GPU never waits for the host."""
         target, matched_idxs = self.match(boxes, labels)
         positive = target > BACKGROUND
         matched = boxes.gather(1, matched_idxs.unsqueeze(2).expand(-1, -1, 4))
@@ -141,13 +135,10 @@ class MultiLabelLoss(MultiBoxLoss):
     none. Priors that answer for an ignored object have no loss. One way serves every device.
     """
 
-    min_negatives = 0
+    min_negatives, sparse = 0, MultiBoxLoss.static
 
     def __init__(self, priors: Tensor) -> None:
         super().__init__(priors, loc_loss="l1", loc_reduction="mean")
-
-    def sums(self, predictions: Predictions, *objects: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.static(predictions, *objects)
 
     def match(self, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return match_multilabel(boxes, labels, self.priors)
@@ -204,10 +195,8 @@ class SegmentationLoss(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """The loss, a float32 scalar, and each map's own, (maps,).
 
-        Args:
-            seg: per infused map (N, 2, h, w) logits of background and person.
-            masks: per infused map (N, h, w) int64: 1 person, 0 background, -1 left out.
-            heights: per infused map (N, h, w) as from `cell_heights`, where `balance` asks for them.
+        Args, each per infused map: seg: (N, 2, h, w) logits of background and person; masks: (N, h, w) int64,
+        1 person, 0 background, -1 left out; heights: as from `cell_heights`, where `balance` asks for them.
         """
         losses = []
         for i, (logits, mask) in enumerate(zip(seg, masks, strict=True)):
@@ -264,9 +253,7 @@ class Criterion(nn.Module):
         n_logits: of a prior: 2 (`MultiBoxLoss`) or 3 (`MultiLabelLoss`).
         seg: what `SegmentationLoss` takes, each name after "seg_".
 
-    Attributes:
-        terms: names of the losses: the total, loc, conf, seg, and seg of each infused map (map 1
-            is the finest).
+    Attributes: terms, names of the losses: the total, loc, conf, seg, and seg of each infused map from 1.
     """
 
     def __init__(

@@ -55,8 +55,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes: of the weights; of what a step adds whatever the batch (gradients, optimiser); of what
-    each frame of the batch adds."""
+    """Bytes of the weights, of what any step adds (gradients, optimiser), and of what each frame adds."""
 
     weights: int
     fixed: int
@@ -72,12 +71,8 @@ class MemoryPlan(NamedTuple):
 
 
 def plan_memory(model: nn.Module, criterion: nn.Module, optimizer: str, precision: torch.dtype) -> MemoryPlan:
-    """The plan of eager training steps; a compiled network takes no more.
-
-    Args:
-        model: a `Detector` on any device, "meta" included; criterion: its `Criterion`.
-        optimizer: "sgd" or "adam"; precision: of the convolutions.
-    """
+    """The plan of eager training steps of a `Detector` on any device, "meta" included, by its `Criterion` and
+    the optimizer "sgd" or "adam"; a compiled network takes no more."""
     few, many = (added_bytes(model, criterion, optimizer, precision, n) for n in BATCHES)
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     per_frame = (many - few) // (BATCHES[1] - BATCHES[0])
@@ -119,8 +114,7 @@ def added_bytes(
             learner.step()
             images = torch.empty(n, model.mean.shape[1], *model.size, dtype=torch.uint8)
             boxes, labels = torch.empty(n, OBJECTS, 4), torch.empty(n, OBJECTS, dtype=torch.int64)
-            sizes = (model.grids[i][:2] for i in model.infused_maps)
-            masks = [torch.empty(n, *size, dtype=torch.int64) for size in sizes]
+            masks = [torch.empty(n, *model.grids[i][:2], dtype=torch.int64) for i in model.infused_maps]
             with torch.autocast("cpu", torch.bfloat16, enabled=precision != torch.float32):
                 predictions = model(images)
             loss = criterion(predictions, boxes, labels, masks)[0]

@@ -52,11 +52,6 @@ class StandIn:
             self.state = state
 
 
-def plain_dict(*_: object) -> dict:
-    """What stands in for a defaultdict: a dict can be filled without a call of anything."""
-    return {}
-
-
 def read_published(path: Path) -> dict[str, Tensor]:
     """The state dictionary of a file's network, by its author's names without DataParallel's "module.".
 
@@ -73,9 +68,8 @@ def read_published(path: Path) -> dict[str, Tensor]:
         with torch.serialization.safe_globals(stand_ins(path)):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever torch meets in a foreign or damaged file
-        raise InputError(
-            f"not a readable file of weights ({unpickling_problem(error)})", REMEDY, file=path
-        ) from None
+        problem = f"not a readable file of weights ({unpickling_problem(error)})"
+        raise InputError(problem, REMEDY, file=path) from None
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict | StandIn):
             content = content[key]
@@ -92,7 +86,8 @@ def stand_ins(path: Path) -> list[tuple[Any, str]]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except ValueError:  # of the format before zip archives, where only state dictionaries are read
         return []
-    known = {"collections.defaultdict": plain_dict, "builtins.dict": StandIn}
+    # A plain dict stands in for a defaultdict: it can be filled without a call of anything.
+    known = {"collections.defaultdict": lambda *_: {}, "builtins.dict": StandIn}
     known |= {name: StandIn for name in names if name.startswith(STAND_IN_MODULES)}
     return [(known[name], name) for name in names if name in known]
 
@@ -173,13 +168,12 @@ def check_tensors(
 
     kind: what the network is called; hint: what the file seems to hold where it lacks tensors.
 
-    Raises:
-        InputError: names the first tensor that is missing, or has another shape.
+    Raises: InputError: names the first tensor that is missing, or has another shape.
     """
     missing = [key for key in wanted if key not in state and not key.endswith("num_batches_tracked")]
     if missing:
-        problem = f"it lacks {missing[0]} and so is not {kind} "
-        problem += f"({len(missing)} of {len(wanted)} tensors are missing){hint}"
+        how_many = f"({len(missing)} of {len(wanted)} tensors are missing)"
+        problem = f"it lacks {missing[0]} and so is not {kind} {how_many}{hint}"
         raise InputError(problem, remedy, file=file)
     for key, shape in wanted.items():
         if key in state and state[key].shape != shape:
@@ -188,11 +182,7 @@ def check_tensors(
 
 
 def published_names(model: Detector) -> dict[str, str]:
-    """Our state-dict keys -> the published ones of the same network.
-
-    Raises:
-        InputError: no published network is like this one.
-    """
+    """Our state-dict keys -> the published ones of the same network. InputError: there is none like it."""
     is_multispectral = isinstance(model, MLPD | INSANet)
     if not is_multispectral and (model.input_mode == "halfway" or model.prior_set != "ssd300"):
         problem = "the SSD tutorial's weights do not fit this network"
