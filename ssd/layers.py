@@ -177,10 +177,8 @@ def init_convolution(module: nn.Module, small: bool = False) -> None:
 
 def flatten_heads(heads: nn.ModuleList, maps: list[Tensor], values: int) -> Tensor:
     """Apply head i to map i; (N, P, values) in the priors' order: map, row, column, shape."""
-    pairs = zip(heads, maps, strict=True)
-    return torch.cat(
-        [head(x).permute(0, 2, 3, 1).reshape(x.shape[0], -1, values) for head, x in pairs], dim=1
-    )
+    found = [head(x).permute(0, 2, 3, 1) for head, x in zip(heads, maps, strict=True)]
+    return torch.cat([x.reshape(x.shape[0], -1, values) for x in found], dim=1)
 
 
 def map_chain(first: Tensor, stages: nn.ModuleList) -> list[Tensor]:

@@ -152,7 +152,7 @@ def match_static(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor,
     positive = near & (best >= of_ignored.amax(1)) & ~taken
     target = torch.where(positive, PERSON, (near | inside | taken) * IGNORE).to(torch.int8)
 
-    owned = match_bipartite_static(iou.masked_fill(taken.unsqueeze(1), -1.0))
+    owned = match_bipartite(iou.masked_fill(taken.unsqueeze(1), -1.0))
     rows = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
     spare = target.new_zeros((len(target), 1))  # where those who own none are written
     target = torch.cat([target, spare], 1).scatter(1, owned, PERSON)[:, :-1]
@@ -160,7 +160,7 @@ def match_static(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor,
     return target, matched_idxs
 
 
-def match_bipartite_static(iou: Tensor) -> Tensor:
+def match_bipartite(iou: Tensor) -> Tensor:
     """Of iou (N, M, P), -1 for what is no person: (N, M) int64 index of the prior each object owns, or P. The
     highest overlap left is served, min(M, P) times."""
     n, m, p = iou.shape

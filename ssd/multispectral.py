@@ -140,9 +140,6 @@ def join(channels: int) -> nn.Sequential:
     )
 
 
-# ------------------------------------------------------------------------ spectral attention
-
-
 class SpectralAttention(nn.Module):
     """INSANet's intra-inter spectral attention: two rounds in windows, the second one shifted.
 

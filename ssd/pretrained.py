@@ -62,9 +62,7 @@ def load_pretrained(model: nn.Module, source: str, lwir_filters: str = "mean") -
 
 
 def check_pretrained(source: str, model: Detector, *, width: float, batch_norm: bool) -> None:
-    """Refuse published weights that the network cannot take, before anything else is read.
-
-    Args: as of `load_pretrained`; the network's tensors may be without values (on the "meta" device).
+    """Refuse published weights that the network, on "meta" perhaps, cannot take, before all else is read.
 
     Raises:
         InputError: the combination cannot be, or the file is no torchvision state of VGG16,

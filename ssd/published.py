@@ -36,9 +36,6 @@ HEADS = {
 }
 
 
-# --------------------------------------------------------------------------------- reading
-
-
 class StandIn:
     """An object of a class that a file names: it keeps the state it is given and does nothing."""
 
@@ -109,9 +106,6 @@ def module_state(module: StandIn) -> dict[str, Tensor]:
     return state
 
 
-# --------------------------------------------------------------------------------- converting
-
-
 def is_published(state: dict[str, Tensor]) -> bool:
     """Whether a state has the names of MLPD, INSANet or the SSD tutorial's network."""
     return any(key.startswith("pred_convs.") for key in state)
@@ -127,11 +121,8 @@ def tutorial_input_mode(state: dict[str, Tensor], input_mode: str) -> str:
 
 
 def load_published(model: Detector, state: dict[str, Tensor], file: Path) -> None:
-    """Fill a network with the state that `read_published` returned, in place, once `check_published` passes.
-
-    Segmentation heads are left alone: the published networks have none. The loc heads of the
-    tutorial's SSD300 are converted from its priors to ours, so that they predict the same boxes.
-    """
+    """Fill a network with the state that `read_published` returned, in place, once `check_published` passes:
+    all but segmentation heads, which published networks have none of."""
     check_published(model, state, file)
     own, names = model.state_dict(), published_names(model)
     values = {ours: state[theirs] for ours, theirs in names.items() if theirs in state}
@@ -242,11 +233,10 @@ def pair_layers(model: Detector, sequence: str, convs: Iterable[str]) -> dict[st
 
 
 def convert_tutorial_heads(values: dict[str, Tensor], i: int, shapes: list[tuple[float, float]]) -> None:
-    """Bring the heads of map `i` from the tutorial's priors to ours, in place.
+    """Bring the heads of map `i` from the tutorial's priors to ours, in place: they predict the same boxes.
 
-    The tutorial has the ratios above 1 before those below, ours come in pairs. Two of its shapes
-    differ from the paper's (the last map's second square; ratios of 0.333): what is predicted
-    relative to those is rescaled, so that the decoded boxes are the same.
+    The tutorial has the ratios above 1 before those below, ours come in pairs. Two of its shapes differ from
+    the paper's (the last map's second square; ratios of 0.333).
     """
     scales = (0.1, 0.2, 0.375, 0.55, 0.725, 0.9)
     between = math.sqrt(scales[i] * scales[i + 1]) if i < 5 else 1.0
