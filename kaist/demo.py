@@ -45,7 +45,6 @@ from kaist.streets import ROOTS, draw_frame, frame_id, save_frame, text_path
 ROOT, SHIFTED_ROOT = Path("data/demo"), Path("data/demo-shifted")
 STREETS_ROOTS = tuple(ROOT.with_name(place) for place in ROOTS)
 MAX_ASIDE = 10  # pixels to either side that a shifted video's visible camera looks aside
-SEED, STREETS_SEED = 4, 20  # of every random choice
 FRAME_SECONDS = 0.12  # of a core, about, that drawing a frame takes
 FRAMES_PER_VIDEO = 8  # a second lies between two of them
 CROWD_SIZES = (1, 2, 3, 4, 5, 6, 8, 11)  # people in a frame that is not empty,
@@ -209,14 +208,20 @@ def video_frame(set_id: int, video: int, frame: int) -> str:
 
 
 def draw_set(
-    root: Path, *, train_frames: int | None = None, test_frames: int | None = None, progress: bool = True
+    root: Path,
+    *,
+    train_frames: int | None = None,
+    test_frames: int | None = None,
+    seed: int | None = None,
+    progress: bool = True,
 ) -> None:
     """Draws the set that belongs at `root` by its name: a streets set of `ROOTS`, the shifted demo set, or a
-    plain one; or what it lacks. The bytes are always the same, however many processors draw.
+    plain one; or what it lacks. The same seed gives the same bytes, however many processors draw.
 
     Args:
         root: a folder that is absent, empty, or holds this set half drawn.
         train_frames, test_frames: frames over set00-05 and over set06-11; None: as many as the set has.
+        seed: of every random choice; None: the set's own.
         progress: whether to say how long it will take, and to show a bar.
 
     Raises:
@@ -225,22 +230,23 @@ def draw_set(
     from tqdm import tqdm
 
     world, paired = ROOTS.get(root.name), "lwir" if root.name == SHIFTED_ROOT.name else ""
-    train, test = (480, 180) if world is None else (3600, 240)
+    own_seed, train, test = (4, 480, 180) if world is None else (20, 3600, 240)
+    seed = own_seed if seed is None else seed
     totals = [train if train_frames is None else train_frames, test if test_frames is None else test_frames]
     if min(totals) < 6:
         raise InputError("each of the set's 12 sets needs a frame", "ask for 6 or more")
     counts = [total // 6 + (k < total % 6) for total in totals for k in range(6)]
     jobs = {}  # what `draw` takes -> the frames that it writes, one after the other
     if world is None:
-        recipe = "demo set of {} and {} frames\n".format(*totals)
-        draw = partial(draw_video, root, SEED, paired)
+        recipe = "seed {}, demo set of {} and {} frames\n".format(seed, *totals)
+        draw = partial(draw_video, root, seed, paired)
         for set_id, count in enumerate(counts):
             for video, start in enumerate(range(0, count, FRAMES_PER_VIDEO)):
                 n = min(FRAMES_PER_VIDEO, count - start)
                 jobs[set_id, video, n] = [video_frame(set_id, video, frame) for frame in range(n)]
     else:
-        recipe = f"seed {STREETS_SEED}, {world}\n"
-        draw = partial(draw_frame, root, world, STREETS_SEED)
+        recipe = f"seed {seed}, {world}\n"
+        draw = partial(draw_frame, root, world, seed)
         jobs = {(k, number): [frame_id(k, number)] for k in range(12) for number in range(counts[k])}
     note = root / "recipe.txt"
     held = note.read_text(encoding="utf-8") if note.exists() else ""
@@ -249,8 +255,10 @@ def draw_set(
     left = {job: ids for job, ids in jobs.items() if not text_path(root, ids[-1], paired).exists()}
     n_frames, workers = sum(map(len, left.values())), os.cpu_count() or 1
     if progress:
-        minutes = n_frames * FRAME_SECONDS / workers / 60
-        print(f"drawing {n_frames} frames at {root}: about {minutes:.0f} minutes in {workers} processes")
+        expected = tqdm.format_interval(n_frames * FRAME_SECONDS / workers)
+        print(f"drawing {n_frames} frames at {root}: about {expected} in {workers} processes")
+        if world:
+            print("the row streets then trains on them for about an hour on two cores")
     try:
         make_folder(root)
         write_text(note, recipe)
@@ -329,6 +337,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=ROOT, help=f"a folder, called {sets} for those sets")
     parser.add_argument("--train-frames", type=int)
     parser.add_argument("--test-frames", type=int)
+    parser.add_argument("--seed", type=int)
     draw_set(**vars(parser.parse_args()))
 
 

@@ -9,14 +9,14 @@ A frame depends on (seed, set, number) alone.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
-from kaist.files import make_folder, write_text
+from kaist.files import make_folder, write_atomically, write_text
 from kaist.street import (
     EYE,
     FOCAL,
@@ -400,7 +400,8 @@ def save_frame(
     video, name = frame_id.rsplit("/", 1)
     for kind, (image, quality) in pictures.items():
         make_folder(root / "images" / video / kind)
-        image.save(root / "images" / video / kind / f"{name}.jpg", quality=quality)
+        save = partial(image.save, format="JPEG", quality=quality)
+        write_atomically(root / "images" / video / kind / f"{name}.jpg", save)
     for kind, marks in boxes.items():
         place = text_path(root, frame_id, kind)
         make_folder(place.parent)

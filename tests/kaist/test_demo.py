@@ -200,7 +200,7 @@ def test_same_seed_same_bytes(root: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     demo_data.draw_set(again, train_frames=6, test_frames=12, progress=False)
     assert digest(again) == digest(root)
-    demo_data.draw_video(other, 1, "", 6, 0, frames=1)
+    demo_data.draw_set(other, train_frames=6, test_frames=6, seed=1, progress=False)
     frame = "images/set06/V000/lwir/I00000.jpg"
     assert digest(other)[frame] != digest(root)[frame]
 
