@@ -13,11 +13,12 @@ with 1 if there are faults, with 2 if it cannot check at all.
 
 import csv
 import io
+import signal
 import sys
 from argparse import Namespace, RawDescriptionHelpFormatter
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -178,12 +179,13 @@ def check_frames(
         faults, annotated[path] = check_json(path)
         yield from faults
     by_list: dict[Path, list[str]] = defaultdict(list)
-    with ThreadPoolExecutor() as pool:
-        reports = pool.map(partial(check_frame, root, modalities, forms), frames)
+    ignore_sigint = (signal.SIGINT, signal.SIG_IGN)  # the main process handles it
+    with ProcessPoolExecutor(initializer=signal.signal, initargs=ignore_sigint) as pool:
+        reports = pool.map(partial(check_frame, root, modalities, forms), frames, chunksize=64)
         bar = tqdm(reports, "checking", len(frames), unit="frame", leave=False)
         for (frame_id, place), (faults, digests, sources) in zip(frames.items(), bar, strict=True):
-            for form in sources:
-                annotated[form].add(frame_id)
+            for i in sources:
+                annotated[forms[i]].add(frame_id)
             is_known = any(frame_id in own for own in annotated.values())
             if not is_known and [fault.name for fault in faults] == [f"missing-{m}" for m in modalities]:
                 yield Fault("unknown-frame", *place, f"{frame_id} has no file at all")
@@ -207,18 +209,18 @@ def check_frames(
 
 def check_frame(
     root: Path | PairSet, modalities: Sequence[str], forms: Sequence[Annotations], frame_id: str
-) -> tuple[list[Fault], dict[bytes, Path], list[Annotations]]:
-    """The faults of one frame that its own files tell; digest -> file of its sound images; which of the
-    annotations hold it."""
+) -> tuple[list[Fault], dict[bytes, Path], list[int]]:
+    """The faults of one frame that its own files tell; digest -> file of its sound images; places of the
+    annotations that hold it."""
     paths = {modality: image_path(root, frame_id, modality) for modality in modalities}
     how = (root.sizes[frame_id], root.lwir_range) if isinstance(root, PairSet) else ()
     faults, digests = check_images(paths, *how)
     sources = []
-    for form in forms:
+    for i, form in enumerate(forms):
         found = check_annotation(form, frame_id)
         if found is not None:
             faults += found
-            sources.append(form)
+            sources.append(i)
     return faults, digests, sources
 
 
