@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from engine.config import CHOICES, OneLineParser, find_folder, output, pick
+from engine.config import CHOICES, OneLineParser, check_folders, find_folder, output, pick
 from kaist.annotations import (
     FRAME_HEIGHT,
     FRAME_ID,
@@ -201,6 +201,8 @@ def parse_arguments() -> Namespace:
     add("--device", default=DEVICE, help="auto, cpu, cuda, mps (%(default)s)")
     add("--precision", choices=CHOICES["precision"], help="default: the checkpoint's own")
     arguments = parser.parse_args()
+    files = [path for path in (arguments.json, arguments.sheet, arguments.animation) if path]
+    check_folders(*(path for path in files if arguments.out not in path.parents))  # which will be made
     if not 0 <= arguments.min_score <= 1:
         parser.error(f"--min-score {arguments.min_score} is not a number from 0 to 1")
     if arguments.experiment and not arguments.checkpoint:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.config import OneLineParser, find_folder, limit_workers, output, pick
+from engine.config import OneLineParser, check_folders, find_folder, limit_workers, output, pick
 from engine.curves import compare_runs, tell_apart
 from engine.history import find_run
 from kaist.annotations import MODALITIES, PairSet, read_image_list
@@ -144,6 +144,7 @@ def parse_arguments() -> Namespace:
     ):
         if not 0 <= number <= most:
             parser.error(f"{flag} takes a number from 0 to {most}")
+    check_folders(arguments.json, arguments.out, arguments.errors_out)
     if arguments.experiment and not arguments.checkpoint:
         parser.error("--experiment says whose network --checkpoint holds: name that file too")
     for path in arguments.detections or ():

@@ -69,10 +69,11 @@ class CapturedStep:
         try:  # other threads pin memory meanwhile
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.outputs = self.step(*self.inputs)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
-            problem = f"a step cannot be recorded as a CUDA graph ({str(error).splitlines()[0]})"
+            for cause in (error, error.__context__):  # the recording's end may fail after the step's memory
+                if isinstance(cause, torch.OutOfMemoryError):
+                    raise cause from None
+            problem = f"a step cannot be recorded as a CUDA graph ({str(error).partition(chr(10))[0]})"
             raise InputError(problem, 'set COMPILE = "off" (--compile off)') from None
         finally:
             self.optimizer.param_groups = groups

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import zipfile
@@ -29,11 +28,13 @@ def save_checkpoint(path: Path, content: dict[str, Any], previous: Path | None =
             and for training also the optimiser, the history and where the run stands.
         previous: the name that the checkpoint which is replaced gets.
     """
-    archive = io.BytesIO()  # of a file's own errors torch would hide why
-    torch.save({"format": CHECKPOINT_FORMAT, **content}, archive)
 
     def write(beside: Path) -> None:
-        beside.write_bytes(archive.getbuffer())
+        with beside.open("wb") as file:
+            try:
+                torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
+            except RuntimeError as error:  # torch, closing the file, hides why it cannot
+                raise error.__context__ or error from None
         if previous and path.exists():
             previous.unlink(missing_ok=True)
             try:
@@ -41,7 +42,16 @@ def save_checkpoint(path: Path, content: dict[str, Any], previous: Path | None =
             except OSError:  # a file system without hard links
                 os.replace(path, previous)
 
-    write_atomically(path, write, size=archive.tell())
+    write_atomically(path, write, size=tensor_bytes(content))
+
+
+def tensor_bytes(content: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists: nearly those of their checkpoint."""
+    if isinstance(content, Tensor):
+        return content.nbytes
+    if isinstance(content, dict):
+        content = list(content.values())
+    return sum(map(tensor_bytes, content)) if isinstance(content, list) else 0
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

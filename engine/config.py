@@ -161,8 +161,8 @@ def read_config(script: str, argv: list[str] | None = None) -> Namespace:
         flags = find_parts(Path(root), flags) | flags
     values = {name: value for name, (value, _) in constants.items()}
     own = {name: from_root(values[name]) for name in PATHS if values[name]}
-    if not Path(own["data"]).is_file():  # but a set's name
-        del own["data"]
+    if not os.path.isfile(own.get("data", "")):  # but a set's name
+        own.pop("data", None)
     values |= own | flags
     if values["experiment"]:
         row = resolve_row(values["experiment"])
@@ -178,14 +178,14 @@ def from_root(folder: str) -> str:
 
 def find_folder(name: str) -> Path:
     """A folder to read from: below the working directory, or else the repository's own of that name."""
-    return Path(name if Path(name).exists() else from_root(name))
+    return Path(name if os.path.exists(name) else from_root(name))
 
 
 def find_data(values: dict[str, Any]) -> dict[str, str]:
     """A run's DATA_ROOT, and its DATA where that is a file, as they are found by `find_folder`."""
     data = find_folder(values.get("data", KAIST))
     found = {"data_root": str(find_folder(values["data_root"]))}
-    return found | {"data": str(data)} if data.is_file() else found
+    return found | {"data": str(data)} if os.path.isfile(data) else found
 
 
 def same_value(name: str, a: Any, b: Any) -> bool:
@@ -409,16 +409,21 @@ def tuple_of(default: tuple) -> Any:
 
 
 def output(*endings: str) -> Callable[[str], Path]:
-    """A parser of the path of a file to be written: its folder is there, and it has one of these endings."""
+    """A parser of the path of a file to be written, which has one of these endings, or any."""
 
     def parse(text: str) -> Path:
-        if endings and not text.lower().endswith(endings):
+        if endings and Path(text).suffix.lower() not in endings:
             raise argparse.ArgumentTypeError(f"{text} does not end in {' or '.join(endings)}")
-        if not os.path.isdir(Path(text).parent):  # unlike Path's own, it takes any name
-            raise InputError("no such folder", "make it first", file=Path(text).parent)
         return Path(text)
 
     return parse
+
+
+def check_folders(*files: Path | None) -> None:
+    """Refuse files to be written whose folders are not there."""
+    for path in filter(None, files):
+        if not os.path.isdir(path.parent):  # unlike Path's own, it takes any name
+            raise InputError("no such folder", "make it first", file=path.parent)
 
 
 def show(value: Any) -> str:

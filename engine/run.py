@@ -141,7 +141,7 @@ class Run:
         one does. InputError: the checkpoint, of an older version of this code, lacks a part's state."""
         self.parts, lost = parts, None
         if len(self.sums) not in (0, len(self.terms)):
-            lost = "loss terms"
+            lost = "these loss terms"
         for name, part in parts.items() if self.state else ():
             try:
                 if name in self.state or part.state_dict():

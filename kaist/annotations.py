@@ -16,7 +16,7 @@ import fnmatch
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +153,11 @@ class PairSet(LabelledFrames):
     def sizes_of(self, frame_ids: Sequence[str]) -> np.ndarray:
         """(n, 2) int64 width and height of frames."""
         return np.array([self.sizes[frame_id] for frame_id in frame_ids], np.int64).reshape(-1, 2)
+
+    def take(self, frame_id: str) -> PairSet:
+        """One frame alone, without its objects: quick to send to another process."""
+        files, size = {frame_id: self.images[frame_id]}, {frame_id: self.sizes[frame_id]}
+        return replace(self, frames=(frame_id,), images=files, sizes=size, objects={})
 
     def read_rows(self, frame_id: str) -> list[ObjectRow]:
         """The objects of a frame."""

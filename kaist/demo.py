@@ -248,12 +248,20 @@ def draw_set(
         recipe = f"seed {seed}, {world}\n"
         draw = partial(draw_frame, root, world, seed)
         jobs = {(k, number): [frame_id(k, number)] for k in range(12) for number in range(counts[k])}
+
+    def is_drawn(frame: str) -> bool:
+        return text_path(root, frame, paired).exists()
+
     note = root / "recipe.txt"
     held = note.read_text(encoding="utf-8") if note.exists() else ""
-    if root.is_file() or (root.is_dir() and held != recipe and any(root.iterdir())):
+    names = {path.name for path in root.iterdir()} if root.is_dir() else set()
+    others = [name for name in names if not name.startswith(".recipe")]  # another process may begin too
+    if root.is_file() or (held != recipe and others):
         raise InputError("the place is taken by other files", "remove it or name another", file=root)
-    left = {job: ids for job, ids in jobs.items() if not text_path(root, ids[-1], paired).exists()}
-    n_frames, workers = sum(map(len, left.values())), os.cpu_count() or 1
+    if JSON_NAME in names:
+        raise InputError("this set is drawn already", "remove it to draw it anew", file=root)
+    left = {job: ids for job, ids in jobs.items() if not all(map(is_drawn, ids))}
+    n_frames, workers = sum(map(len, left.values())), min(os.cpu_count() or 1, 61)  # Windows has no more
     if progress:
         expected = tqdm.format_interval(n_frames * FRAME_SECONDS / workers)
         print(f"drawing {n_frames} frames at {root}: about {expected} in {workers} processes")

@@ -319,7 +319,8 @@ def json_rows(items: Sequence[Any], names: Mapping[Any, str]) -> list[ObjectRow]
     columns = labels, boxes.tolist(), levels.tolist(), map(bool, ignore), range(len(items))
     rows = [*map(ObjectRow._make, zip(*columns, strict=True))]
     x, y, w, h = boxes.T
-    good = (w > 0) & (h > 0) & (abs(x) + abs(y) + w + h < 1e6) & np.isin(levels, (0, 1, 2))
+    with np.errstate(over="ignore"):
+        good = (w > 0) & (h > 0) & (abs(x) + abs(y) + w + h < 1e6) & np.isin(levels, (0, 1, 2))
     for place in np.flatnonzero(~good):
         check_object(rows[place])
     return rows

@@ -82,7 +82,7 @@ def prior_shapes(prior_set: str) -> list[list[tuple[float, float]]]:
 
     "pedestrian": upright boxes alone, of the median person's shape (width/height 0.44 in a 640x512
     frame, so 0.35 in its fractions) and eight heights from 0.062 to 1, each on the maps whose cells
-    suit its width; as `python -m tools.priors --derive 8` prints it for KAIST's train-all-02 list.
+    suit its width. `python -m tools.priors --derive 8` gave them on KAIST's train-all-02 list.
 
     "multispectral": MLPD's and INSANet's, half as wide as high and square in a 640x512 frame, each
     in three sizes.

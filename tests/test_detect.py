@@ -145,6 +145,7 @@ def test_a_bad_image_costs_a_line_and_never_the_rest(run, found, tmp_path, capsy
         (["notes.txt"], "notes.txt: not an image"),
         (["lone.png"], "lone.png: the lwir image is missing.*--pair or --visible and.*MODALITY_DROPOUT"),
         (["lone.png", "--json", "none/found.json"], "none: no such folder; make it first"),
+        (["lone.png", "--sheet", "./.png"], "./.png does not end in .png or .jpg"),
         (["lone.png", "--min-score", "2"], "--min-score 2.0 is not a number from 0 to 1"),
         ([], "name an image or a folder"),
     ],
@@ -328,14 +329,14 @@ def test_folders_are_gone_through_as_people_count(run, found, tmp_path):
 
 def test_a_sheet_and_an_animation_have_every_picture(run, found, tmp_path, capsys):
     draw_drive(tmp_path)
-    outputs = ("--sheet", "s.jpg", "--animation", "a.gif")
+    outputs = ("--sheet", "detections/s.jpg", "--animation", "a.gif")
     run("--pair", "drive/*_rgb.jpg", "drive/*_ir.png", *outputs)
     with Image.open("a.gif") as film:
         assert film.n_frames == 3 and film.info["duration"] == 100
-    with Image.open("s.jpg") as sheet, Image.open("detections/1_rgb.png") as picture:
+    with Image.open("detections/s.jpg") as sheet, Image.open("detections/1_rgb.png") as picture:
         assert sheet.width == 1920 and sheet.height == 2 * round(picture.height * 960 / picture.width)
     said = capsys.readouterr().out
-    assert "s.jpg: 3 images" in said and "a.gif: 3 images" in said
+    assert "detections/s.jpg: 3 images" in said and "a.gif: 3 images" in said
     with pytest.raises(InputError, match="--animation: a.mp4 does not end in .gif or .webp"):
         run("drive", "--animation", "a.mp4")
 

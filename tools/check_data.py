@@ -20,8 +20,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from functools import partial
-from itertools import product
+from itertools import product, repeat
 from pathlib import Path
 
 from tqdm import tqdm
@@ -181,7 +180,8 @@ def check_frames(
     by_list: dict[Path, list[str]] = defaultdict(list)
     ignore_sigint = (signal.SIGINT, signal.SIG_IGN)  # the main process handles it
     with ProcessPoolExecutor(initializer=signal.signal, initargs=ignore_sigint) as pool:
-        reports = pool.map(partial(check_frame, root, modalities, forms), frames, chunksize=64)
+        roots = (root.take(frame_id) if isinstance(root, PairSet) else root for frame_id in frames)
+        reports = pool.map(check_frame, roots, repeat(modalities), repeat(forms), frames, chunksize=8)
         bar = tqdm(reports, "checking", len(frames), unit="frame", leave=False)
         for (frame_id, place), (faults, digests, sources) in zip(frames.items(), bar, strict=True):
             for i in sources:

@@ -227,7 +227,7 @@ def test_an_interrupted_drawing_goes_on(root: Path, tmp_path: Path, monkeypatch:
         patch.setattr(demo_data, "write_lists", interrupt)
         demo_data.draw_set(place, **sizes)
     assert not (place / "KAIST_annotation.json").exists()
-    (place / "annotations/set06/V000/I00019.txt").unlink()
+    (place / "annotations/set06/V000/I00000.txt").unlink()  # of two frames of a video
     image = "images/set{}/V000/lwir/I00000.jpg"
     before = {name: (place / name).stat().st_mtime_ns for name in (image.format("06"), image.format("07"))}
     demo_data.draw_set(place, **sizes)
@@ -312,6 +312,8 @@ def test_script(tmp_path: Path) -> None:
     assert run("--root", "set", *sizes).returncode == 0
     assert (tmp_path / "set" / "KAIST_annotation.json").is_file()
     other, few = run("--root", "set", *sizes[:3], "7"), run("--root", "few", "--test-frames", "5")
-    assert other.returncode == few.returncode == 2
+    again = run("--root", "set", *sizes)
+    assert other.returncode == few.returncode == again.returncode == 2
+    assert again.stderr.count("\n") == 1 and "drawn already" in again.stderr
     assert other.stderr.count("\n") == 1 and "taken by other files" in other.stderr
     assert "ask for 6 or more" in few.stderr

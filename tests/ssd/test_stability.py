@@ -42,7 +42,9 @@ IMAGES = {
 }
 
 
-@pytest.mark.parametrize(("precision", "batch_norm"), [(torch.float32, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize(
+    ("precision", "batch_norm"), [(torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True)]
+)
 def test_training_on_adversarial_batches_stays_finite(precision, batch_norm):
     torch.manual_seed(0)
     model = SSD300(
