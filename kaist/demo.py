@@ -334,8 +334,8 @@ def drawings_note(data_root: str | Path) -> str:
     """What to know of a network that was trained at `data_root`, where that is the streets set; else ""."""
     if Path(*Path(data_root).parts[-2:]) not in STREETS_ROOTS:
         return ""
-    found = "found 23 of 32 people in 8 real pairs at one false positive a frame (docs/streets.md)"
-    return f"note: this network has seen drawings alone, and no photograph; one like it {found}"
+    found = "found 22 or 23 of 32 people in 8 real pairs at one false positive a frame (docs/streets.md)"
+    return f"note: this network has seen drawings alone, and no photograph; three like it {found}"
 
 
 def main() -> None:

@@ -91,10 +91,10 @@ STUDIES = {
             "visible alone": ("streets", {"input_mode": "visible", "modality_dropout": 0.0}),
             "LWIR alone": ("streets", {"input_mode": "lwir", "modality_dropout": 0.0}),
             "a quarter of the frames": ("streets", {"train_list": "imageSets/train-quarter.txt"}),
-            "twice the width": ("streets", {"width": 0.5}),
+            "twice the width": ("streets", {"width": 0.25}),
         },
         seeds=3,
-        small=dict.fromkeys(SMALL),
+        small=dict.fromkeys(SMALL) | {"width": 0.125, "epochs": 3, "eval_every": 3},
     ),
     "kaist": Study(
         "What does each row reach as the lab book has it, at full size?",
