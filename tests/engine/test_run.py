@@ -276,7 +276,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_what_is_needed(tmp_path,
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(torch, "save", full)
     big = {**CONTENT, "model": {"weight": torch.zeros(3_000_000)}}
     with pytest.raises(
         InputError,
