@@ -147,7 +147,7 @@ def check_torchrun(setting: Setting) -> Iterator[Line]:
 def train_command(setting: Setting, name: str, *launcher: str) -> list[str]:
     """How a run of train.py is started, and gone on with."""
     settings = {"data_root": setting.demo()[0], "checkpoints": setting.folder / "runs", "name": name}
-    settings |= {"device": setting.device, "width": setting.width, "workers": setting.workers}
+    settings |= {"device": setting.device, "width": setting.width, "workers": min(2, setting.workers)}
     settings |= {"deterministic": True, "epochs": 12, "eval_every": 12}
     return [sys.executable, *launcher, str(ROOT / "train.py"), *as_flags(settings)]
 

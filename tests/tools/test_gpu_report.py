@@ -4,6 +4,7 @@ The parts run in this process; what one of their own says of a failure there, `t
 """
 
 import json
+import pickle
 import time
 from functools import partial
 
@@ -26,6 +27,7 @@ class Here:
     """A function that is made and called in this process, in place of `Subprocess`."""
 
     def __init__(self, make, *arguments):
+        make, *arguments = pickle.loads(pickle.dumps((make, *arguments)))  # as to another process
         self.make, self.function = partial(make, *arguments), None
 
     def __call__(self, seconds):
