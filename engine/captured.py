@@ -73,7 +73,8 @@ class CapturedStep:
             for cause in (error, error.__context__):  # the recording's end may fail after the step's memory
                 if isinstance(cause, torch.OutOfMemoryError):
                     raise cause from None
-            problem = f"a step cannot be recorded as a CUDA graph ({str(error).partition(chr(10))[0]})"
+            said = str(error).partition("\n")[0]
+            problem = f"a step cannot be recorded as a CUDA graph ({said})"
             raise InputError(problem, 'set COMPILE = "off" (--compile off)') from None
         finally:
             self.optimizer.param_groups = groups

@@ -139,17 +139,16 @@ class Run:
     def restore(self, parts: dict[str, Any]) -> None:
         """Take charge of parts with state_dict and load_state_dict, in the state of the run that goes on, if
         one does. InputError: the checkpoint, of an older version of this code, lacks a part's state."""
-        self.parts, lost = parts, None
+        self.parts, problem = parts, ""
         if len(self.sums) not in (0, len(self.terms)):
-            lost = "these loss terms"
+            problem = "its loss terms are others"
         for name, part in parts.items() if self.state else ():
             try:
                 if name in self.state or part.state_dict():
                     part.load_state_dict(self.state[name])
             except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
-                lost = name
-        if lost:
-            problem = f"it does not hold the state of {lost!r}, so that this run cannot go on"
+                problem = problem or f"it does not hold the state of {name!r}, so that this run cannot go on"
+        if problem:
             raise InputError(problem, "move its folder away to start anew", file=self.folder / LAST)
         self.state = {}
 

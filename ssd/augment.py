@@ -343,7 +343,8 @@ def sample_transform(
         if options.jitter and rng.random() < options.jitter:
             matrix[part, part], offset[part] = widen(rng, matrix[part, part], offset[part])
     if options.modality_dropout and rng.random() < options.modality_dropout:
-        gone = channel_parts(4)[int(rng.random() >= 0.5)]
+        visible, lwir = channel_parts(4)
+        gone = visible if rng.random() < 0.5 else lwir
         matrix[gone], offset[gone] = 0, filler[gone]
     crops = tuple(dict.fromkeys(crops))  # equal ones are one of both
     limits = (options.min_input_height, options.crop_apart > 0)

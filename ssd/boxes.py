@@ -89,7 +89,7 @@ def prior_shapes(prior_set: str) -> list[list[tuple[float, float]]]:
     """
     if prior_set == "pedestrian":
         heights, maps = (0.062, 0.093, 0.138, 0.205, 0.305, 0.453, 0.673, 1.0), (0, 1, 3, 4, 6, 7)
-        return [[(0.35 * h, h) for h in heights[first:][:4]] for first in maps]
+        return [[(0.35 * h, h) for h in heights[first : first + 4]] for first in maps]
     if prior_set == "multispectral":
         return [
             [
