@@ -22,7 +22,6 @@ from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,15 +29,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.config import CHOICES, OneLineParser, check_folders, find_folder, output, pick
-from kaist.annotations import (
-    FRAME_HEIGHT,
-    FRAME_ID,
-    FRAME_WIDTH,
-    MODALITIES,
-    SUFFIXES,
-    Objects,
-    open_test_annotations,
-)
+from kaist.annotations import FRAME_ID, FRAME_SIZE, MODALITIES, SUFFIXES, Objects, open_test_annotations
 from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
 from kaist.pair_sets import find_files
 from kaist.report import persons
@@ -46,7 +37,10 @@ from kaist.results import PEDESTRIAN
 from kaist.sources import KAIST
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
+
+    from ssd.layers import Detector
 
 CHECKPOINTS = "checkpoints"  # the newest finished run here is used unless --checkpoint names one
 MIN_SCORE = 0.3  # draw and print detections from this score up
@@ -79,9 +73,8 @@ def main() -> None:
 
     from engine.checkpoint import choose_checkpoint
     from kaist.demo import drawings_note
-    from kaist.images import join_modalities, open_view, to_array
-    from kaist.picture import draw_pair, save_animation, save_sheet
-    from utils import choose_device, choose_precision, detect_image, open_network
+    from kaist.picture import draw_pair
+    from utils import choose_device, choose_precision, open_network
 
     device = choose_device(arguments.device)
     path = choose_checkpoint(arguments.checkpoint, find_folder(CHECKPOINTS))
@@ -89,11 +82,9 @@ def main() -> None:
     if note := drawings_note(config.data_root):
         print(note)
     precision = choose_precision(arguments.precision or config.precision, device)
-    wanted = MODALITIES[config.input_mode]
-    detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")
     pairs += find_pairs(images, config, failures)
     pairs += [pair for pair in matched if can_use(pair, config, failures, len(matched))]
-    if alone := sum(not pair.keys() >= set(wanted) for pair in pairs):
+    if alone := sum(not pair.keys() >= set(MODALITIES[config.input_mode]) for pair in pairs):
         print(f"note: {count_of(alone)} without the other modality, which is blanked")
 
     annotated, few, table = read_annotated(pairs), len(pairs) <= LISTED, arguments.out / "detections.csv"
@@ -102,20 +93,12 @@ def main() -> None:
     bar = tqdm(pairs, "detecting", unit="image", leave=False, disable=few)
     for pair, name in zip(bar, output_names(pairs), strict=True):
         try:
-            views = {m: open_view(file, m, config.lwir_range) for m, file in pair.items()}
-            fitted = fit_views(views, pair, config.data)
+            views, boxes, scores = detect_pair(model, pair, config, precision)
         except InputError as error:
             skip(error, failures, len(pairs))
             continue
-        arrays = {modality: to_array(view) for modality, view in fitted.items() if modality in wanted}
-        frame = join_modalities(arrays, config.input_mode, model.filler())
-        boxes, scores = detect_image(model, frame, precision, **detection)
-        width, height = next(iter(views.values())).size
-        boxes = boxes * np.tile((width / frame.shape[1], height / frame.shape[0]), 2)
-        n_rescaled += any(fitted[m].size != view.size for m, view in views.items())
+        n_rescaled += config.data == KAIST and any(view.size != FRAME_SIZE for view in views.values())
         objects = annotated.get(next(iter(pair.values())))
-        scale = np.tile((width / FRAME_WIDTH, height / FRAME_HEIGHT), 2)
-        objects = objects and replace(objects, boxes=objects.boxes * scale)
         picture, out = draw_pair(views, boxes, scores, objects, name), arguments.out / f"{name}.png"
         make_folder(arguments.out)
         write_atomically(out, lambda beside, p=picture: p.save(beside, format="PNG", compress_level=1))
@@ -130,17 +113,7 @@ def main() -> None:
     if not few:
         speed, n = len(found) / (time.monotonic() - start), sum(len(scores) for _, scores in found.values())
         print(f"{arguments.out}: {count_of(len(found))}, {persons(n)}, {speed:.1f} images/s")
-    if found and arguments.json:
-        entries = [
-            {"image_id": name, "category_id": PEDESTRIAN, "bbox": box, "score": score}
-            for name, (boxes, scores) in found.items()
-            for box, score in zip(boxes.round(4).tolist(), scores.tolist(), strict=True)
-        ]
-        write_text(arguments.json, json.dumps(entries))
-    pictures = [arguments.out / f"{name}.png" for name in found]
-    for path, save in ((arguments.sheet, save_sheet), (arguments.animation, save_animation)):
-        if found and path:
-            print(f"{path}: {count_of(save(path, pictures))}")
+    write_together(found, arguments)
     if n_rescaled:
         print(f"note: {count_of(n_rescaled)} of another size than KAIST's; boxes are in their own pixels")
     full = [np.count_nonzero(scores >= MIN_SCORE) >= config.max_boxes for _, scores in found.values()]
@@ -149,6 +122,24 @@ def main() -> None:
         print(f"warning: {count_of(n_full)} with {most}: this network is not trained")
     if failures:
         raise InputError(f"{count_of(len(failures))} could not be used", "the lines above say why")
+
+
+def detect_pair(
+    model: Detector, pair: Pair, config: Namespace, precision: torch.dtype
+) -> tuple[dict[str, Image.Image], np.ndarray, np.ndarray]:
+    """A frame's images, boxes (k, 4) xywh in pixels of the first, and scores (k,). InputError:
+    an image cannot be used."""
+    from kaist.images import join_modalities, open_view, to_array
+    from utils import detect_image
+
+    views = {modality: open_view(file, modality, config.lwir_range) for modality, file in pair.items()}
+    fitted, wanted = fit_views(views, pair, config.data), MODALITIES[config.input_mode]
+    arrays = {modality: to_array(view) for modality, view in fitted.items() if modality in wanted}
+    frame = join_modalities(arrays, config.input_mode, model.filler())
+    detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")
+    boxes, scores = detect_image(model, frame, precision, **detection)
+    width, height = next(iter(views.values())).size
+    return views, boxes * np.tile((width / frame.shape[1], height / frame.shape[0]), 2), scores
 
 
 def fit_views(views: dict[str, Image.Image], pair: Pair, data: str) -> dict[str, Image.Image]:
@@ -163,6 +154,24 @@ def fit_views(views: dict[str, Image.Image], pair: Pair, data: str) -> dict[str,
         problem = f"its visible and LWIR images are {sizes}"
         raise InputError(problem, "register and scale both to one size", file=pair["lwir"])
     return views
+
+
+def write_together(found: dict[str, tuple[np.ndarray, np.ndarray]], arguments: Namespace) -> None:
+    """Write what is asked for of all pictures (name -> boxes, scores) in one file: COCO's JSON, a sheet, an
+    animation."""
+    from kaist.picture import save_animation, save_sheet
+
+    if arguments.json and found:
+        entries = [
+            {"image_id": name, "category_id": PEDESTRIAN, "bbox": box, "score": score}
+            for name, (boxes, scores) in found.items()
+            for box, score in zip(boxes.round(4).tolist(), scores.tolist(), strict=True)
+        ]
+        write_text(arguments.json, json.dumps(entries))
+    pictures = [arguments.out / f"{name}.png" for name in found]
+    for path, save in ((arguments.sheet, save_sheet), (arguments.animation, save_animation)):
+        if path and found:
+            print(f"{path}: {count_of(save(path, pictures))}")
 
 
 def count_of(n: int) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 from kaist.files import InputError, read_text
 from kaist.labels import FRAME_ID, Errors, ObjectRow, Objects, make_objects, read_json, read_labels, refuse
 
-FRAME_WIDTH, FRAME_HEIGHT = 640, 512
+FRAME_SIZE = FRAME_WIDTH, FRAME_HEIGHT = 640, 512
 DAY_SETS = {"set00", "set01", "set02", "set06", "set07", "set08"}
 SCENES = ("campus", "road", "downtown")  # by set number modulo 3
 JSON_NAME = "KAIST_annotation.json"
@@ -109,7 +109,7 @@ class LabelledFrames:
 
     def sizes_of(self, frame_ids: Sequence[str]) -> np.ndarray:
         """(n, 2) int64 width and height of frames."""
-        return np.tile((FRAME_WIDTH, FRAME_HEIGHT), (len(frame_ids), 1))
+        return np.tile(FRAME_SIZE, (len(frame_ids), 1))
 
     def read(self, frame_id: str) -> Objects:
         """The objects of a frame."""

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES, PairSet, image_path
+from kaist.annotations import FRAME_SIZE, MODALITIES, PairSet, image_path
 from kaist.files import InputError, write_atomically
 from kaist.images import read_frame
 
@@ -102,7 +102,7 @@ def cache_frames(
     path = Path(folder) / f"frames-{names}-{states}.u8"
     channels = sum({"visible": 3, "lwir": 1}[modality] for modality in modalities)
     rows = {frame_id: i for i, frame_id in enumerate(frame_ids)}
-    sizes = {root.sizes[i] if isinstance(root, PairSet) else (FRAME_WIDTH, FRAME_HEIGHT) for i in frame_ids}
+    sizes = {root.sizes[i] if isinstance(root, PairSet) else FRAME_SIZE for i in frame_ids}
     if len(sizes) > 1:
         problem = f"its frames are of {len(sizes)} sizes, and those of a cache have one"
         raise InputError(problem, "leave CACHE empty", file=root.source)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, Annotations, PairSet, time_of_day
+from kaist.annotations import FRAME_SIZE, Annotations, PairSet, time_of_day
 from kaist.files import InputError
 from kaist.miss_rate import GroundTruth, is_inside
 
@@ -32,7 +32,7 @@ class Frame:
     boxes_px: np.ndarray
     labels: np.ndarray
     seen: np.ndarray
-    size: tuple[int, int] = (FRAME_WIDTH, FRAME_HEIGHT)
+    size: tuple[int, int] = FRAME_SIZE
 
     @property
     def people(self) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, MODALITIES, PairSet, image_path
+from kaist.annotations import FRAME_HEIGHT, FRAME_SIZE, FRAME_WIDTH, MODALITIES, PairSet, image_path
 from kaist.files import InputError, check_file
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def check_images(root: Path | PairSet, frame_ids: Sequence[str], input_mode: str
     modalities = [modality for modality in MODALITIES[input_mode] if modality != without]
     paths = [image_path(root, frame_id, modality) for frame_id in frame_ids for modality in modalities]
     sizes = ((path, *image_size(path)) for path in paths)
-    other_sizes = ["{} is {}x{}".format(*x) for x in sizes if x[1:] != (FRAME_WIDTH, FRAME_HEIGHT)]
+    other_sizes = ["{} is {}x{}".format(*x) for x in sizes if x[1:] != FRAME_SIZE]
     if other_sizes:
         n = f"{len(other_sizes)} of {len(paths)} images are scaled to {FRAME_WIDTH}x{FRAME_HEIGHT}"
         print(f"note: {n}, of which annotations and detections are pixels ({other_sizes[0]})")
@@ -123,8 +123,7 @@ def rescale(view: Image.Image) -> Image.Image:
     """A view at 640x512."""
     from PIL import Image
 
-    size = (FRAME_WIDTH, FRAME_HEIGHT)
-    return view if view.size == size else view.resize(size, Image.Resampling.BILINEAR)
+    return view if view.size == FRAME_SIZE else view.resize(FRAME_SIZE, Image.Resampling.BILINEAR)
 
 
 def to_array(view: Image.Image) -> np.ndarray:
@@ -165,7 +164,7 @@ def black_out(frame: np.ndarray, blackout: str, filler: np.ndarray) -> np.ndarra
     dark = np.broadcast_to(filler, frame.shape).copy()
     height, width, _ = frame.shape
     for modality, channels in (("visible", slice(3)), ("lwir", slice(3, 4))):
-        view = VIEWS_LEFT[blackout].get(modality, (0, 0, FRAME_WIDTH, FRAME_HEIGHT))
+        view = VIEWS_LEFT[blackout].get(modality, (0, 0, *FRAME_SIZE))
         left, right = (x * width // FRAME_WIDTH for x in view[::2])
         top, bottom = (y * height // FRAME_HEIGHT for y in view[1::2])
         dark[top:bottom, left:right, channels] = frame[top:bottom, left:right, channels]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from kaist.annotations import Objects
+from kaist.annotations import FRAME_SIZE, Objects
 from kaist.files import write_atomically
 
 FOUND, PERSON, IGNORED = "lime", "white", "orange"  # colours of boxes
@@ -36,7 +36,7 @@ def draw_pair(
     Args:
         images: modality -> image; all are drawn at the first one's size.
         boxes: (k, 4) float xywh pixels of the first image; scores: (k,).
-        annotated: the frame's annotated objects, in the same pixels, if they are known.
+        annotated: the frame's objects, in KAIST's pixels, if they are known.
         title: of the picture, beside the first modality's name.
     """
     width, height = next(iter(images.values())).size
@@ -46,6 +46,7 @@ def draw_pair(
     sheet = Image.new("RGB", (width * len(images) + line * (len(images) - 1), height + 2 * bar), STRIP)
     legend = [(FOUND, f"{len(boxes)} found" + ", with score" * (len(boxes) > 0))]
     if annotated is not None:
+        scale = np.tile((width, height) / np.array(FRAME_SIZE), 2)
         n_people = int(annotated.is_person.sum())
         legend.append((PERSON, f"{n_people} annotated (dashed)"))
         if n_people < len(annotated.boxes):
@@ -54,7 +55,7 @@ def draw_pair(
         panel = image.convert("RGB").resize((width, height))
         pen = ImageDraw.Draw(panel)
         if annotated is not None:
-            for box, is_person in zip(annotated.boxes, annotated.is_person, strict=True):
+            for box, is_person in zip(annotated.boxes * scale, annotated.is_person, strict=True):
                 draw_dashed(pen, box, PERSON if is_person else IGNORED, line)
         for x, y, w, h in boxes.tolist():
             pen.rectangle((x, y, x + w, y + h), outline=FOUND, width=line)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
+from kaist.annotations import FRAME_HEIGHT, FRAME_SIZE, FRAME_WIDTH
 from kaist.files import make_folder, write_atomically, write_text
 from kaist.street import (
     EYE,
@@ -350,7 +350,7 @@ def enlarge(field: np.ndarray) -> np.ndarray:
     from PIL import Image
 
     image = Image.fromarray(np.float32(field))
-    return np.array(image.resize((FRAME_WIDTH, FRAME_HEIGHT), Image.Resampling.BILINEAR))
+    return np.array(image.resize(FRAME_SIZE, Image.Resampling.BILINEAR))
 
 
 def blur(pixels: np.ndarray, radius: float) -> np.ndarray:

@@ -17,13 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
+from kaist.annotations import FRAME_SIZE
 from kaist.frames import BOTH, LWIR, VISIBLE, merge_equal
 from kaist.images import MEAN_COLOUR
 
 CROP_OVERLAPS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # None: no crop
 CROP_TRIALS = 50
-KAIST_FRAME = (FRAME_WIDTH, FRAME_HEIGHT)
 Window = tuple[float, float, float, float]
 Size = tuple[int, int]
 MAX_SHIFT = 20  # pixels of the frame that a pair is shifted to the left
@@ -71,7 +70,7 @@ class Augmentation:
 
 
 def random_window(
-    rng: np.random.Generator, people: np.ndarray, options: Augmentation, frame: Size = KAIST_FRAME
+    rng: np.random.Generator, people: np.ndarray, options: Augmentation, frame: Size = FRAME_SIZE
 ) -> Window:
     """Zoom-out and IoU crop as one xyxy window in pixels of the frame (width, height); it may reach outside.
 
@@ -118,7 +117,7 @@ def crop_overlaps(crops: np.ndarray, people: np.ndarray, overlap: float) -> np.n
 
 
 def window_apart(
-    rng: np.random.Generator, people: np.ndarray, options: Augmentation, frame: Size = KAIST_FRAME
+    rng: np.random.Generator, people: np.ndarray, options: Augmentation, frame: Size = FRAME_SIZE
 ) -> Window:
     """MLPD's crop of one modality; arguments and result as of `random_window`.
 
@@ -147,7 +146,7 @@ class Crop(NamedTuple):
     flip: bool
 
 
-def round_to_pixels(window: Window, size: Size, flip: bool, frame: Size = KAIST_FRAME) -> Crop:
+def round_to_pixels(window: Window, size: Size, flip: bool, frame: Size = FRAME_SIZE) -> Crop:
     """The part of a window inside a frame of (width, height) and its place in an input of (height, width), in
     whole pixels, by which boxes are moved too: they keep to what is seen exactly."""
     source, target = [0] * 4, [0] * 4
@@ -298,7 +297,7 @@ class Transform:
         return (boxes[stays] / limit).reshape(-1, 4), labels[stays]
 
 
-def whole_frame(channels: int, size: Size, frame: Size = KAIST_FRAME) -> Transform:
+def whole_frame(channels: int, size: Size, frame: Size = FRAME_SIZE) -> Transform:
     """The undistorted frame of (width, height) in an input of (height, width), which it fills."""
     crop = round_to_pixels((0, 0, *frame), size, False, frame)
     nothing = np.zeros(channels, np.float32)
@@ -312,7 +311,7 @@ def sample_transform(
     options: Augmentation,
     size: Size,
     filler: np.ndarray,
-    frame: Size = KAIST_FRAME,
+    frame: Size = FRAME_SIZE,
 ) -> Transform:
     """Draw a window and a flip, of both modalities or of each, and a distortion of each by itself.
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine.config import OneLineParser
-from kaist.annotations import JSON_NAME, PairSet
+from kaist.annotations import FRAME_SIZE, JSON_NAME, PairSet
 from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
 from kaist.images import open_view, rescale
 from kaist.labels import ObjectRow, class_name, coco_content, yolo_text
 from kaist.pair_sets import NAMED, SPLITS, find_lwir_range, kaist_ids, open_pairs
-from tools.faults import KAIST_SIZE, LABELS
+from tools.faults import LABELS
 
 JPEG_QUALITY = 95  # of frames that are scaled
 FOLDERS = {"visible": "images", "lwir": "lwir"}  # of the images of COCO and YOLO
@@ -123,7 +123,7 @@ def write_kaist(sets: dict[str, PairSet], out: Path) -> None:
         with ThreadPoolExecutor() as pool:
             list(tqdm(pool.map(draw, pairs.frames), split, len(pairs.frames), unit="frame", leave=False))
         for i, name in named[split].items():
-            images.append((name, KAIST_SIZE, [scale(row, pairs.sizes[i]) for row in pairs.objects[i]]))
+            images.append((name, FRAME_SIZE, [scale(row, pairs.sizes[i]) for row in pairs.objects[i]]))
             table.append(f"{name},{split},{pairs.images[i]['visible']},{pairs.images[i]['lwir']}\n")
     write_new(out / "names.csv", "".join(table))
     write_new(out / JSON_NAME, json.dumps(coco_content(images, "im_name")) + "\n")
@@ -135,7 +135,7 @@ def scale(row: ObjectRow, size: tuple[int, int]) -> ObjectRow:
     """An object of a frame of `size` (width, height) as it lies in the frame scaled to KAIST's size, under
     a label that KAIST has."""
     label = row.label if row.label in LABELS else "__ignore__"
-    factors = [to / side for to, side in zip(KAIST_SIZE, size, strict=True)] * 2
+    factors = [to / side for to, side in zip(FRAME_SIZE, size, strict=True)] * 2
     return row._replace(label=label, box=[a * b for a, b in zip(row.box, factors, strict=True)])
 
 
@@ -147,7 +147,7 @@ def draw_frame(
     for modality in ("visible", "lwir"):
         source = pairs.images[frame_id][modality]
         target = out / "images" / video / modality / name
-        if pairs.sizes[frame_id] == KAIST_SIZE and not (modality == "lwir" and deep[1]):
+        if pairs.sizes[frame_id] == FRAME_SIZE and not (modality == "lwir" and deep[1]):
             place_file(source, target.with_suffix(source.suffix))
             continue
         make_folder(target.parent)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
+from kaist.annotations import FRAME_HEIGHT, FRAME_SIZE, FRAME_WIDTH
 from kaist.files import InputError, load_json, read_text
 from kaist.images import open_image, open_view
 from kaist.labels import ObjectRow, json_objects, parse_xml, read_labels
@@ -61,7 +61,6 @@ FAULTS = {
         "lacks|annotation ",
     ),
 }
-KAIST_SIZE = (FRAME_WIDTH, FRAME_HEIGHT)
 LABELS = {"person", "people", "cyclist", "person?", "__ignore__"}
 HEIGHTS = (10, 450)  # pixels of a frame 512 high; KAIST's objects have 20 to 309
 PERSON_ASPECTS = (0.08, 4.0)  # width / height
@@ -101,7 +100,7 @@ def unreadable(path: Path, missing: str) -> Fault | None:
 def check_image(
     path: Path,
     modality: str,
-    size: tuple[int, int] = KAIST_SIZE,
+    size: tuple[int, int] = FRAME_SIZE,
     lwir_range: tuple[float, float] = (0.0, 0.0),
 ) -> Fault | tuple[bytes, float]:
     """What is wrong with one image, or a digest of its pixels and how coloured it is, see `COLOURED`.
@@ -128,7 +127,7 @@ def check_image(
 
 
 def check_images(
-    paths: dict[str, Path], size: tuple[int, int] = KAIST_SIZE, lwir_range: tuple[float, float] = (0.0, 0.0)
+    paths: dict[str, Path], size: tuple[int, int] = FRAME_SIZE, lwir_range: tuple[float, float] = (0.0, 0.0)
 ) -> tuple[list[Fault], dict[bytes, Path]]:
     """Faults of a frame's images by modality, as of `check_image`, and digest -> file of the sound ones."""
     seen = {modality: check_image(path, modality, size, lwir_range) for modality, path in paths.items()}
@@ -170,7 +169,7 @@ def check_file(path: Path, form: str, frame_id: str) -> tuple[list[Fault], list[
         if set(re.findall(r"set\d\d|V\d{3}|I\d{5}", name)) - set(frame_id.split("/")):
             faults.append(Fault("contradicting-file", path, 0, f"its filename is {name!r}"))
         size = [root.findtext(f"size/{side}", "").strip() for side in ("width", "height")]
-        if any(size) and size != [*map(str, KAIST_SIZE)]:
+        if any(size) and size != [*map(str, FRAME_SIZE)]:
             faults.append(Fault("contradicting-file", path, 0, f"its size is {size[0]}x{size[1]}"))
     return faults, rows
 
@@ -187,7 +186,7 @@ def check_json(path: Path) -> tuple[list[Fault], set[str]]:
     faults += [fault for rows in frames.values() for fault in implausible_objects(rows, path)]
     for image in content["images"]:
         size = image.get("width", FRAME_WIDTH), image.get("height", FRAME_HEIGHT)
-        if size != KAIST_SIZE:
+        if size != FRAME_SIZE:
             problem = f"{image['im_name']} is of size {size[0]}x{size[1]}"
             faults.append(Fault("contradicting-file", path, 0, problem))
     items = (item for item in content["annotations"] if isinstance(item, dict) and "id" in item)
@@ -199,7 +198,7 @@ def check_json(path: Path) -> tuple[list[Fault], set[str]]:
 
 
 def implausible_objects(
-    rows: list[ObjectRow], path: Path, size: tuple[int, int] = KAIST_SIZE, kaist: bool = True
+    rows: list[ObjectRow], path: Path, size: tuple[int, int] = FRAME_SIZE, kaist: bool = True
 ) -> Iterator[Fault]:
     """What is odd about well-formed objects of one frame of (width, height); kaist: and of their labels."""
     lowest, highest = (limit * size[1] / FRAME_HEIGHT for limit in HEIGHTS)

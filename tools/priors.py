@@ -18,12 +18,11 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.config import CHOICES, OneLineParser, find_folder
-from kaist.annotations import Annotations, find_file, open_annotations, read_image_list
+from kaist.annotations import FRAME_SIZE, Annotations, find_file, open_annotations, read_image_list
 from kaist.demo import open_root
 from kaist.files import InputError, run_script, write_atomically
 from kaist.frames import load_frames
 from kaist.report import markdown_table
-from tools.faults import KAIST_SIZE
 
 MATCH_IOU = 0.5  # from which a prior learns a person
 BANDS = {"all": (0, np.inf), "< 55 px": (0, 55), "55 to 115": (55, 115), ">= 115": (115, np.inf)}  # heights
@@ -97,7 +96,7 @@ def read_persons(arguments: Namespace) -> tuple[np.ndarray, np.ndarray]:
     chosen = f"from {arguments.min_height:g} px, {arguments.margin:g} px inside the frame"
     print(f"{len(low):,} persons in {len(frames):,} frames of {annotations.source}, {chosen}\n")
     persons = np.concatenate([(low + high) / 2, high - low], axis=1)
-    return persons / (KAIST_SIZE * 2), (high - low)[:, 1]
+    return persons / (FRAME_SIZE * 2), (high - low)[:, 1]
 
 
 def annotated_frames(annotations: Annotations) -> list[str]:
@@ -199,7 +198,7 @@ def derive(persons: np.ndarray, count: int, size: tuple[int, int]) -> str:
     shapes = [[(ratio * h, h) for h in map_heights] for map_heights in heights]
     best = best_overlaps(persons, shapes, make_grids(size, "stride"))
     rows = "\n".join(f"            {tuple(map_heights)}," for map_heights in heights)
-    in_frame, matched = ratio * KAIST_SIZE[0] / KAIST_SIZE[1], 100 * np.mean(best >= MATCH_IOU)
+    in_frame, matched = ratio * FRAME_SIZE[0] / FRAME_SIZE[1], 100 * np.mean(best >= MATCH_IOU)
     return (
         f"width/height {ratio:g} in fractions of the input, {in_frame:.2f} in the frame; "
         f"{matched:.1f}% of the persons matched\n\n        heights = (\n{rows}\n        )\n"

@@ -22,7 +22,7 @@ from datasets import AUGMENTATION, PAIRS, Batch, Collate, KaistPairs
 from engine.captured import capture_steps
 from engine.config import ROOT, model_arguments, pick, read_constants, resolve_row
 from engine.optim import make_optimizer, update_ema
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, image_path
+from kaist.annotations import FRAME_HEIGHT, FRAME_SIZE, FRAME_WIDTH, image_path
 from kaist.frame_cache import cache_frames
 from kaist.frames import Frame
 from kaist.images import read_frame
@@ -318,7 +318,7 @@ def random_result(path: Path, n_frames: int) -> GroundTruth:
     ids = tuple(f"set{6 + i % 6:02d}/V000/I{i // 6:05d}" for i in range(n_frames))
     height = rng.uniform(30, 200, 2 * n_frames)
     size = np.stack([0.41 * height, height], 1)
-    boxes = np.concatenate([rng.random(size.shape) * ((FRAME_WIDTH, FRAME_HEIGHT) - size), size], 1)
+    boxes = np.concatenate([rng.random(size.shape) * (FRAME_SIZE - size), size], 1)
     frame, occlusion = np.repeat(np.arange(n_frames), 2), rng.choice(3, len(boxes), p=(0.7, 0.2, 0.1))
     found = np.concatenate([boxes, np.tile(boxes, (2, 1))[rng.permutation(2 * len(boxes))]])
     found = (found + rng.normal(0, 3, found.shape)).clip(1)
