@@ -18,14 +18,15 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH, JSON_NAME, time_of_day
+from kaist.annotations import FRAME_HEIGHT, FRAME_SIZE, FRAME_WIDTH, JSON_NAME, time_of_day
 from kaist.files import InputError, OneLineParser, make_folder, run_script, write_text
 from kaist.labels import coco_content, read_labels
 from kaist.street import (
@@ -40,10 +41,11 @@ from kaist.street import (
     draw_figure,
     paint,
 )
-from kaist.streets import ROOTS, draw_frame, frame_id, save_frame, text_path
+from kaist.streets import ROOTS, World, draw_frame, frame_id, save_frame, text_path
 
 ROOT, SHIFTED_ROOT = Path("data/demo"), Path("data/demo-shifted")
 STREETS_ROOTS = tuple(ROOT.with_name(place) for place in ROOTS)
+RECIPE = "recipe.txt"  # says in a half drawn set what it is to become
 MAX_ASIDE = 10  # pixels to either side that a shifted video's visible camera looks aside
 FRAME_SECONDS = 0.12  # of a core, about, that drawing a frame takes
 FRAMES_PER_VIDEO = 8  # a second lies between two of them
@@ -173,7 +175,7 @@ def box_around(mask: np.ndarray) -> tuple[int, int, int, int] | None:
     return tuple(map(int, (columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1)))
 
 
-def draw_video(root: Path, seed: int, paired: str, set_id: int, video: int, frames: int) -> None:
+def draw_video(root: Path, seed: int, paired: bool, set_id: int, video: int, frames: int) -> None:
     """Draws and writes one video."""
     from PIL import Image, ImageFilter
 
@@ -207,82 +209,93 @@ def video_frame(set_id: int, video: int, frame: int) -> str:
     return f"set{set_id:02}/V{video:03}/I{max(0, 20 * frame - 1):05}"
 
 
-def draw_set(
-    root: Path,
-    *,
-    train_frames: int | None = None,
-    test_frames: int | None = None,
-    seed: int | None = None,
-    progress: bool = True,
-) -> None:
-    """Draws the set that belongs at `root` by its name: a streets set of `ROOTS`, the shifted demo set, or a
-    plain one; or what it lacks. The same seed gives the same bytes, however many processors draw.
+class DrawnSet(NamedTuple):
+    """What is drawn: frames over set00-05 and over set06-11; the world of a streets set, None of a demo set;
+    paired: annotations of each modality, whose cameras look aside of each other."""
+
+    seed: int = 4
+    train_frames: int = 480
+    test_frames: int = 180
+    world: World | None = None
+    paired: bool = False
+
+
+# By their folders' names; a folder of any other name is a demo set.
+SETS = {SHIFTED_ROOT.name: DrawnSet(paired=True)}
+SETS |= {name: DrawnSet(20, 3600, 240, world) for name, world in ROOTS.items()}
+
+
+def draw_set(root: Path, progress: bool = True, **changes: int | None) -> None:
+    """Draws the set that belongs at `root` by its name, see `SETS`, or what it lacks. The same seed gives the
+    same bytes, however many processors draw.
 
     Args:
         root: a folder that is absent, empty, or holds this set half drawn.
-        train_frames, test_frames: frames over set00-05 and over set06-11; None: as many as the set has.
-        seed: of every random choice; None: the set's own.
         progress: whether to say how long it will take, and to show a bar.
+        changes: seed, train_frames and test_frames; None: the set's own.
 
     Raises:
         InputError: root holds something else or cannot be written, or there are too few frames.
     """
     from tqdm import tqdm
 
-    world, paired = ROOTS.get(root.name), "lwir" if root.name == SHIFTED_ROOT.name else ""
-    own_seed, train, test = (4, 480, 180) if world is None else (20, 3600, 240)
-    seed = own_seed if seed is None else seed
-    totals = [train if train_frames is None else train_frames, test if test_frames is None else test_frames]
-    if min(totals) < 6:
+    own = SETS.get(root.name, DrawnSet())
+    own = own._replace(**{name: value for name, value in changes.items() if value is not None})
+    if min(own.train_frames, own.test_frames) < 6:
         raise InputError("each of the set's 12 sets needs a frame", "ask for 6 or more")
-    counts = [total // 6 + (k < total % 6) for total in totals for k in range(6)]
-    jobs = {}  # what `draw` takes -> the frames that it writes, one after the other
-    if world is None:
-        recipe = "seed {}, demo set of {} and {} frames\n".format(seed, *totals)
-        draw = partial(draw_video, root, seed, paired)
-        for set_id, count in enumerate(counts):
-            for video, start in enumerate(range(0, count, FRAMES_PER_VIDEO)):
-                n = min(FRAMES_PER_VIDEO, count - start)
-                jobs[set_id, video, n] = [video_frame(set_id, video, frame) for frame in range(n)]
-    else:
-        recipe = f"seed {seed}, {world}\n"
-        draw = partial(draw_frame, root, world, seed)
-        jobs = {(k, number): [frame_id(k, number)] for k in range(12) for number in range(counts[k])}
-
-    def is_drawn(frame: str) -> bool:
-        return text_path(root, frame, paired).exists()
-
-    note = root / "recipe.txt"
-    held = note.read_text(encoding="utf-8") if note.exists() else ""
-    names = {path.name for path in root.iterdir()} if root.is_dir() else set()
-    others = [name for name in names if not name.startswith(".recipe")]  # another process may begin too
-    if root.is_file() or (held != recipe and others):
-        raise InputError("the place is taken by other files", "remove it or name another", file=root)
-    if JSON_NAME in names:
-        raise InputError("this set is drawn already", "remove it to draw it anew", file=root)
-    left = {job: ids for job, ids in jobs.items() if not all(map(is_drawn, ids))}
+    recipe, draw, jobs = plan(root, own)
+    check_place(root, recipe)
+    kind = "lwir" * own.paired
+    left = {job: ids for job, ids in jobs.items() if not all(text_path(root, i, kind).exists() for i in ids)}
     n_frames, workers = sum(map(len, left.values())), min(os.cpu_count() or 1, 61)  # Windows has no more
     if progress:
         expected = tqdm.format_interval(n_frames * FRAME_SECONDS / workers)
         print(f"drawing {n_frames} frames at {root}: about {expected} in {workers} processes")
-        if world:
+        if own.world:
             print("the row streets then trains on them for about an hour on two cores")
     try:
         make_folder(root)
-        write_text(note, recipe)
+        write_text(root / RECIPE, recipe)
         with (
             ProcessPoolExecutor(workers, initializer=begin_drawing) as pool,
             tqdm(total=n_frames, unit="frame", disable=not progress) as bar,
         ):
             for ids, _ in zip(left.values(), pool.map(draw, *zip(*left, strict=True)), strict=True):
                 bar.update(len(ids))
-        write_lists(root, [*itertools.chain(*jobs.values())], paired)
+        write_lists(root, [*itertools.chain(*jobs.values())], own.paired)
     except OSError as error:
         problem = f"the set cannot be written ({error.strerror or error})"
         raise InputError(problem, "make room or name another root", file=root) from error
 
 
-def write_lists(root: Path, ids: list[str], paired: str) -> None:
+def plan(root: Path, own: DrawnSet) -> tuple[str, Callable[..., None], dict[tuple[int, ...], list[str]]]:
+    """A set's recipe in words; what draws a job; and the jobs, with the ids of the frames of each."""
+    totals, jobs = (own.train_frames, own.test_frames), {}
+    counts = [total // 6 + (k < total % 6) for total in totals for k in range(6)]
+    if own.world:
+        jobs = {(k, number): [frame_id(k, number)] for k in range(12) for number in range(counts[k])}
+        return f"seed {own.seed}, {own.world}\n", partial(draw_frame, root, own.world, own.seed), jobs
+    for set_id, count in enumerate(counts):
+        for video, start in enumerate(range(0, count, FRAMES_PER_VIDEO)):
+            n = min(FRAMES_PER_VIDEO, count - start)
+            jobs[set_id, video, n] = [video_frame(set_id, video, frame) for frame in range(n)]
+    recipe = "seed {}, demo set of {} and {} frames\n".format(own.seed, *totals)
+    return recipe, partial(draw_video, root, own.seed, own.paired), jobs
+
+
+def check_place(root: Path, recipe: str) -> None:
+    """Refuse a folder that holds anything but a set of this recipe, half drawn."""
+    note = root / RECIPE
+    held = note.read_text(encoding="utf-8") if note.exists() else ""
+    names = {path.name for path in root.iterdir()} if root.is_dir() else set()
+    others = [name for name in names if not name.startswith(f".{RECIPE}")]  # another process may begin too
+    if root.is_file() or (held != recipe and others):
+        raise InputError("the place is taken by other files", "remove it or name another", file=root)
+    if JSON_NAME in names:
+        raise InputError("this set is drawn already", "remove it to draw it anew", file=root)
+
+
+def write_lists(root: Path, ids: list[str], paired: bool) -> None:
     """Writes imageSets/ and, for the test frames, KAIST_annotation.json."""
     make_folder(root / "imageSets")
     train, test = ([own for own in ids if (own < "set06") == is_train] for is_train in (True, False))
@@ -295,9 +308,9 @@ def write_lists(root: Path, ids: list[str], paired: str) -> None:
         write_text(root / "imageSets" / f"{name}.txt", "\n".join(frames) + "\n")
     images = []
     for own in test:
-        rows = read_labels(text_path(root, own, paired), "bbgt")
+        rows = read_labels(text_path(root, own, "lwir" * paired), "bbgt")
         rows = [row._replace(ignore=row.label != "person") for row in rows]
-        images.append((own, (FRAME_WIDTH, FRAME_HEIGHT), rows))
+        images.append((own, FRAME_SIZE, rows))
     info = {"dataset": "a set in KAIST's layout, drawn by python -m kaist.demo"}
     content = {"info": info, **coco_content(images, "im_name")}
     write_text(root / JSON_NAME, json.dumps(content, indent=1) + "\n")
@@ -343,9 +356,8 @@ def main() -> None:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     sets = ", ".join(place.name for place in (SHIFTED_ROOT, *STREETS_ROOTS))
     parser.add_argument("--root", type=Path, default=ROOT, help=f"a folder, called {sets} for those sets")
-    parser.add_argument("--train-frames", type=int)
-    parser.add_argument("--test-frames", type=int)
-    parser.add_argument("--seed", type=int)
+    for flag in ("--train-frames", "--test-frames", "--seed"):
+        parser.add_argument(flag, type=int)
     draw_set(**vars(parser.parse_args()))
 
 

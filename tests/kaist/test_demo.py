@@ -267,7 +267,7 @@ def test_a_set_is_chosen_by_its_folders_name(tmp_path: Path, monkeypatch: pytest
     for place in (*demo_data.STREETS_ROOTS, demo_data.SHIFTED_ROOT, "any"):
         demo_data.draw_set(tmp_path / place, progress=False)
     streets, demo = (3840, "set00/V000/I00001"), (660, "set00/V000/I00019")
-    assert drawn == [(*streets, "")] * 3 + [(*demo, "lwir"), (*demo, "")]
+    assert drawn == [(*streets, False)] * 3 + [(*demo, True), (*demo, False)]
 
 
 class Idle(contextlib.nullcontext):
