@@ -6,7 +6,6 @@ import csv
 import errno
 import os
 import platform
-import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -64,33 +63,26 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 
 def runs_table(folder: str | Path, differences: Callable[[dict[str, Any]], str]) -> str:
-    """The runs of a folder, newest first: name, row, epochs, best miss rate, age, and what `differences`
-    says of how its config differs from its row."""
+    """The runs of a folder, newest first: name, row, epochs, best miss rate, when it was last written, and
+    what `differences` says of how its config differs from its row."""
     found = [(path, run) for path in sorted(Path(folder).glob("*/")) if (run := read_run(path))]
-    width, rows = max((len(path.name) for path, _ in found), default=0), []
-    for path, run in found:
-        rates = [100 * row["miss_rate"] for row in run["log"] if row.get("miss_rate", -1) >= 0]
-        state = "finished" if run["finished"] else "unfinished"
-        trained = path / LAST if (path / LAST).exists() else path  # an evaluation writes in the folder too
-        changed = trained.stat().st_mtime
-        row = str(run["config"].get("experiment") or "demo")
-        done = f"{len(run['log'])}/{run['epochs']}"
-        best = f"{min(rates):.2f}" if rates else "–"
-        text = f"{path.name:{width}} {row:>5} {done:>9}  {state:10} {best:>9}  {age(changed):12}"
-        rows.append((changed, f"{text}  {differences(run['config'])}".rstrip()))
-    if not rows:
+    if not found:
         return f"{folder}: no runs yet; python train.py starts one"
-    head = f"{'run':{width}} {'row':>5} {'epochs':>9}  {'':10} {'miss rate':>9}  last written  what differs"
-    return "\n".join([f"{folder}:", head, *(text for _, text in sorted(rows, reverse=True))])
+    width = max(len(path.name) for path, _ in found)
+    columns = f"{{:{width}}} {{:>5}} {{:>9}}  {{:10}} {{:>9}}  {{:16}}  {{}}"
+    head, rows = ("run", "row", "epochs", "", "miss rate", "last written", "what differs"), []
 
+    def written(path: Path) -> float:
+        trained = path / LAST if (path / LAST).exists() else path  # an evaluation writes in the folder too
+        return trained.stat().st_mtime
 
-def age(moment: float) -> str:
-    """How long ago a time of day was, in words."""
-    minutes = max(0.0, time.time() - moment) / 60
-    for size, word in ((60 * 24, "d"), (60, "h")):
-        if minutes >= size:
-            return f"{minutes / size:.0f} {word} ago"
-    return f"{minutes:.0f} min ago"
+    for path, run in sorted(found, key=lambda item: written(item[0]), reverse=True):
+        rates = [100 * row["miss_rate"] for row in run["log"] if row.get("miss_rate", -1) >= 0]
+        moment = f"{datetime.fromtimestamp(written(path)):%Y-%m-%d %H:%M}"
+        row, done = str(run["config"].get("experiment") or "demo"), f"{len(run['log'])}/{run['epochs']}"
+        state, best = "un" * (not run["finished"]) + "finished", f"{min(rates):.2f}" if rates else "–"
+        rows.append((path.name, row, done, state, best, moment, differences(run["config"])))
+    return "\n".join([f"{folder}:", *(columns.format(*row).rstrip() for row in (head, *rows))])
 
 
 def lock_folder(folder: Path) -> TextIO:
