@@ -114,8 +114,7 @@ class HalfwayFusion(nn.Module):
 
     def __init__(self, visible: nn.Sequential, lwir: nn.Sequential, channels: int) -> None:
         super().__init__()
-        self.visible = visible
-        self.lwir = lwir
+        self.visible, self.lwir = visible, lwir
         self.join = nn.Sequential(*conv_relu(2 * channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -83,9 +83,7 @@ class EpochBatches(Sampler):
         if seed is not None and length < world_size():
             problem = f"{length} frames cannot be split among {world_size()} processes"
             raise InputError(problem, "start fewer, or take a longer list")
-        self.length = length
-        self.batch_size = batch_size
-        self.seed = seed
+        self.length, self.batch_size, self.seed = length, batch_size, seed
         self.epoch = self.skip = 0
 
     def __len__(self) -> int:
@@ -130,8 +128,7 @@ class BatchLoader:
         pin_memory: bool,
         max_bad_frames: int = 0,
     ) -> None:
-        self.max_bad_frames = max_bad_frames
-        self.bad: dict[str, InputError] = {}
+        self.max_bad_frames, self.bad = max_bad_frames, {}
         self.batches = EpochBatches(len(dataset), batch_size, dataset.seed if shuffle else None)
         workers = min(workers, len(self.batches))
         self.loader = DataLoader(

@@ -70,9 +70,7 @@ class Run:
     """
 
     def __init__(self, config: Namespace, name: str, model_args: dict[str, Any]) -> None:
-        self.config = config
-        self.name = name
-        self.model_args = model_args
+        self.config, self.name, self.model_args = config, name, model_args
         self.terms: tuple[str, ...] = ()
         self.planned_batch: Callable[[], int] = int
         self.parts: dict[str, Any] = {}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from kaist.frames import video_of
 from kaist.miss_rate import (
     FPPI_POINTS,
     SETUPS,
@@ -44,7 +45,7 @@ def bootstrap(
     samples is the paired one, whose interval says whether they differ on these frames.
     """
     ranked = rank(detections)
-    videos = [frame_id.rsplit("/", 1)[0] for frame_id in ground_truth.frames]
+    videos = [*map(video_of, ground_truth.frames)]
     units = np.unique(videos, return_inverse=True)[1] if by_video else np.arange(len(videos))
     n_units, samples = int(units.max()) + 1, {}
     for name, matching in match_setups(ground_truth, ranked, setups):

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from kaist.annotations import PairSet, image_path
 from kaist.files import InputError, write_atomically
+from kaist.frames import video_of
 from kaist.images import frame_view
 from kaist.miss_rate import SETUPS, GroundTruth, Matching, allowed_false_positives, match_setups, rank
 from kaist.results import Detections
@@ -110,7 +111,7 @@ def spread(ground_truth: GroundTruth, frame: np.ndarray, errors: np.ndarray) -> 
     seen: Counter[str] = Counter()
     later = []
     for i in errors:
-        video = ground_truth.frames[frame[i]].rsplit("/", 1)[0]
+        video = video_of(ground_truth.frames[frame[i]])
         later.append(seen[video] >= PER_VIDEO)
         seen[video] += 1
     return errors[np.argsort(later, kind="stable")]

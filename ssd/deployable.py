@@ -36,8 +36,7 @@ class Deployable(nn.Module):
         predict_mirrored: Callable[[Detector, Tensor], Predictions] | None = None,
     ) -> None:
         super().__init__()
-        self.model = model
-        self.predict_mirrored = predict_mirrored
+        self.model, self.predict_mirrored = model, predict_mirrored
         self.min_score, self.nms_iou, self.max_boxes, self.raw = min_score, nms_iou, max_boxes, raw
 
     def forward(self, *frames: Tensor) -> tuple[Tensor, Tensor]:

@@ -174,8 +174,7 @@ class AttentionRound(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.intra = Attention(channels)
-        self.inter = Attention(channels)
+        self.intra, self.inter = Attention(channels), Attention(channels)
         self.mlp = nn.Sequential(
             nn.Linear(2 * channels, 8 * channels, bias=False),
             nn.GELU(),

@@ -15,6 +15,7 @@ import numpy as np
 from engine.config import OneLineParser
 from kaist.bootstrap import MOST_RESAMPLES, bootstrap, interval
 from kaist.files import InputError, run_script, write_atomically
+from kaist.frames import video_of
 from kaist.miss_rate import SETUPS, GroundTruth, load_ground_truth
 from kaist.report import (
     ALL,
@@ -93,7 +94,7 @@ def page(
     scores: Sequence[Scores], videos: dict[str, dict[str, np.ndarray]], people: GroundTruth, figure: str
 ) -> str:
     """The page's Markdown; videos: detector -> setup -> samples over videos."""
-    n_frames, n_videos = len(people.frames), len({f.rsplit("/", 1)[0] for f in people.frames})
+    n_frames, n_videos = len(people.frames), len({*map(video_of, people.frames)})
     best, published = scores[0], {name: [paper, source] for name, paper, source in SOURCES.values()}
     rates, bounds, gaps = [], [], []
     for s in scores:
