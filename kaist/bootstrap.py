@@ -42,7 +42,8 @@ def bootstrap(
     bootstrap; Davison and Hinkley, Bootstrap Methods, 1997, section 3.8).
 
     The draws depend on the seed and the frames alone: for two detectors, the difference of their
-    samples is the paired one, whose interval says whether they differ on these frames.
+    samples is the paired one, whose interval says whether they differ on these frames. Of a single frame or
+    video samples are nan.
     """
     ranked = rank(detections)
     videos = [*map(video_of, ground_truth.frames)]
@@ -51,6 +52,9 @@ def bootstrap(
     for name, matching in match_setups(ground_truth, ranked, setups):
         rng = np.random.default_rng(seed)
         drawn = np.unique(units[matching.frames])
+        if len(drawn) == 1:  # which says nothing about others
+            samples[name] = np.full(resamples, np.nan)
+            continue
         people = np.bincount(ground_truth.frame[matching.positive], minlength=len(videos))
         hits, false = matching.outcome == 1, matching.outcome == 0
         hits_before = np.append(np.cumsum(hits)[false], np.count_nonzero(hits))  # each false one, and the end

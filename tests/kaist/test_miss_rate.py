@@ -428,6 +428,13 @@ def slow_resample(people, detections, setup, picks):
     return evaluate(copied, make_detections(*boxes), {"it": setup})["it"].miss_rate
 
 
+def test_a_single_video_gives_no_interval():
+    people, found = random_case(np.random.default_rng(11))
+    one = replace(people, frames=tuple(f"set06/V000/I{i:05}" for i in range(len(people.frames))))
+    assert not np.isnan(bootstrap(one, found, resamples=5)["Reasonable-all"]).all()
+    assert np.isnan(bootstrap(one, found, resamples=5, by_video=True)["Reasonable-all"]).all()
+
+
 @pytest.mark.parametrize("by_video", [False, True])
 def test_bootstrap_equals_writing_the_drawn_frames_out(by_video):
     people, detections = random_case(np.random.default_rng(11))
