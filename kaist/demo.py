@@ -27,7 +27,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_SIZE, FRAME_WIDTH, JSON_NAME, time_of_day
-from kaist.files import InputError, OneLineParser, make_folder, run_script, write_text
+from kaist.files import InputError, OneLineParser, make_folder, read_text, run_script, write_text
 from kaist.labels import coco_content, read_labels
 from kaist.street import (
     FOCAL,
@@ -241,8 +241,8 @@ def draw_set(root: Path, progress: bool = True, **changes: int | None) -> None:
 
     own = SETS.get(root.name, DrawnSet())
     own = own._replace(**{name: value for name, value in changes.items() if value is not None})
-    if min(own.train_frames, own.test_frames) < 6:
-        raise InputError("each of the set's 12 sets needs a frame", "ask for 6 or more")
+    if min(own.train_frames, own.test_frames) < 6 or own.seed < 0:
+        raise InputError("each of the set's 12 sets needs a frame", "ask for 6 or more, and a seed from 0 up")
     recipe, draw, jobs = plan(root, own)
     check_place(root, recipe)
     kind = "lwir" * own.paired
@@ -286,7 +286,7 @@ def plan(root: Path, own: DrawnSet) -> tuple[str, Callable[..., None], dict[tupl
 def check_place(root: Path, recipe: str) -> None:
     """Refuse a folder that holds anything but a set of this recipe, half drawn."""
     note = root / RECIPE
-    held = note.read_text(encoding="utf-8") if note.exists() else ""
+    held = read_text(note) if note.exists() else ""
     names = {path.name for path in root.iterdir()} if root.is_dir() else set()
     others = [name for name in names if not name.startswith(f".{RECIPE}")]  # another process may begin too
     if root.is_file() or (held != recipe and others):

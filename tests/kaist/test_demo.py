@@ -216,6 +216,13 @@ def test_never_overwrites(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine", "notes.txt"]
 
 
+def test_a_set_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    for changes in ({"seed": -1}, {"train_frames": 5}):
+        with pytest.raises(InputError, match="ask for 6 or more, and a seed from 0 up"):
+            demo_data.draw_set(tmp_path / "new", **changes)
+    assert not (tmp_path / "new").exists()
+
+
 def test_an_interrupted_drawing_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is no set until all is there; the videos that are there are not drawn again."""
 
