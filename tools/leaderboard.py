@@ -6,15 +6,23 @@ writes docs/leaderboard.md and its figure. Every file of `SOURCES` that is found
 it under its detector's name; other result files under their own. The files are not part of this project.
 """
 
+import os
 from collections.abc import Sequence
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 
-from engine.config import OneLineParser
 from kaist.bootstrap import MOST_RESAMPLES, bootstrap, interval
-from kaist.files import InputError, run_script, write_atomically
+from kaist.files import (
+    InputError,
+    OneLineParser,
+    check_folders,
+    output,
+    run_script,
+    write_atomically,
+    write_text,
+)
 from kaist.frames import video_of
 from kaist.miss_rate import SETUPS, GroundTruth, load_ground_truth
 from kaist.report import (
@@ -59,14 +67,12 @@ def main() -> None:
     add("--annotations", type=Path, required=True, help="KAIST_annotation.json")
     add("--only-published", action="store_true", help="leave out files that are not of a known detector")
     add("--resamples", type=int, default=2000, help="of frames, and of videos (%(default)s)")
-    add("--out", type=Path, default=Path("docs/leaderboard.md"), help="the page (%(default)s)")
-    add("--figure", type=Path, default=Path("docs/figures/leaderboard.png"), help="(%(default)s)")
+    add("--out", type=output(), default=Path("docs/leaderboard.md"), help="the page (%(default)s)")
+    add("--figure", type=output(".png"), default=Path("docs/figures/leaderboard.png"), help="(%(default)s)")
     arguments = parser.parse_args()
     if not 1 <= arguments.resamples <= MOST_RESAMPLES:
         parser.error(f"--resamples takes a number from 1 to {MOST_RESAMPLES}")
-    for path in (arguments.out, arguments.figure):
-        if not path.parent.is_dir():
-            raise InputError("no such folder", "make it first", file=path.parent)
+    check_folders(arguments.out, arguments.figure)
     people = load_ground_truth(arguments.annotations)
     found = read_all(arguments.folders, people, arguments.only_published)
     scores = by_miss_rate([score(name, people, d, arguments.resamples) for name, d in found.items()])
@@ -74,20 +80,29 @@ def main() -> None:
     settings = {"resamples": arguments.resamples, "by_video": True}
     videos = {name: bootstrap(people, d, headline, **settings) for name, d in found.items()}
     write_atomically(arguments.figure, lambda beside: draw(scores, videos, beside))
-    text = page(scores, videos, people, arguments.figure.name)
-    write_atomically(arguments.out, lambda beside: beside.write_text(text, encoding="utf-8"))
+    place = os.path.relpath(arguments.figure, arguments.out.parent)
+    write_text(arguments.out, page(scores, videos, people, Path(place).as_posix()))
+    for s in scores:
+        for note in s.notes:
+            print(f"warning: {s.name}: {note}")
     print(f"{len(scores)} detectors: {arguments.out}, {arguments.figure}")
 
 
 def read_all(folders: Sequence[Path], people: GroundTruth, only_published: bool) -> dict[str, Detections]:
-    """Detector -> detections; of one in two forms the text file."""
-    files = {path.stem: path for f in folders for form in ("json", "txt") for path in f.glob(f"*.{form}")}
-    stems = [stem for stem in sorted(files) if not stem.endswith((".frames", "reference"))]
-    if only_published:
-        stems = [stem for stem in stems if stem in SOURCES]
-    if not stems:
+    """Detector -> detections; of one in two forms the text file. InputError: two are of one detector."""
+    known, files = {name for name, *_ in SOURCES.values()}, {}
+    for folder in folders:
+        own = {path.stem: path for form in ("json", "txt") for path in folder.glob(f"*.{form}")}
+        for stem, path in sorted(own.items()):
+            if stem.endswith((".frames", "reference")) or (only_published and stem not in SOURCES):
+                continue
+            name = SOURCES.get(stem, (stem,))[0]
+            if name in files or (name in known and stem not in SOURCES):
+                raise InputError(f"another detector is called {name}", "rename this file", file=path)
+            files[name] = path
+    if not files:
         raise InputError("no result files in it", "name folders with .txt or .json results", file=folders[0])
-    return {SOURCES.get(s, (s,))[0]: read_detections(files[s], people.frames) for s in stems}
+    return {name: read_detections(path, people.frames) for name, path in files.items()}
 
 
 def page(
@@ -122,7 +137,7 @@ from the detectors' own result files, on the improved annotations of the test li
 Miss rates in per cent, lower is better. *Official* is the benchmark's own tool; *leaderboard* is
 the script behind the public tables, which drops the people of frames without detections.
 
-![curves, and the intervals of each detector](figures/{figure})
+![curves, and the intervals of each detector]({figure})
 
 {markdown_table(["detector", *(f"{kind} {t}" for kind in ("official", "leaderboard") for t in times)], rates)}
 

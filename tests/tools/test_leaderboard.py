@@ -46,6 +46,17 @@ def test_the_page_holds_rates_intervals_and_gaps(demo_root, tmp_path, monkeypatc
     assert figure.stat().st_size > 10_000
 
 
+def test_every_file_has_a_name_of_its_own(demo_root, tmp_path):
+    people = load_ground_truth(demo_root, read_image_list(demo_root / "imageSets/test-all.txt"))
+    a, b, mine = tmp_path / "a", tmp_path / "b", tmp_path / "mine"
+    for path in (a / "x.txt", b / "x.txt", mine / "CFR.txt"):
+        path.parent.mkdir()
+        path.write_text("1,100,100,40,100,0.9\n")
+    for folders, name in (([a, b], "x"), ([mine], "CFR")):  # CFR is a published detector's
+        with pytest.raises(InputError, match=f"another detector is called {name}; rename this file"):
+            leaderboard.read_all(folders, people, only_published=False)
+
+
 @pytest.mark.parametrize(("samples", "shown"), [([0.1, 0.2, 0.3], True), ([-0.1, 0.2, 0.3], False)])
 def test_a_gap_is_shown_where_zero_is_left_out(samples, shown):
     assert differs(np.array(samples)) is shown
