@@ -28,9 +28,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from engine.config import CHOICES, OneLineParser, check_folders, find_folder, output, pick
+from engine.config import CHOICES, find_folder, pick
 from kaist.annotations import FRAME_ID, FRAME_SIZE, MODALITIES, SUFFIXES, Objects, open_test_annotations
-from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
+from kaist.files import (
+    InputError,
+    OneLineParser,
+    check_folders,
+    keep_inputs,
+    make_folder,
+    output,
+    run_script,
+    write_atomically,
+    write_text,
+)
 from kaist.pair_sets import find_files
 from kaist.report import persons
 from kaist.results import PEDESTRIAN
@@ -62,7 +72,7 @@ def main() -> None:
     were."""
     arguments = parse_arguments()
     failures: list[InputError] = []
-    images = list_images(arguments.images, failures)
+    images = list_images(arguments.images, failures, arguments.out)
     pairs = [{"visible": arguments.visible, "lwir": arguments.lwir}] if arguments.visible else []
     matched = match_names(*arguments.pair) if arguments.pair else []
     if not images and not pairs and not matched:
@@ -87,11 +97,14 @@ def main() -> None:
     if alone := sum(not pair.keys() >= set(MODALITIES[config.input_mode]) for pair in pairs):
         print(f"note: {count_of(alone)} without the other modality, which is blanked")
 
-    annotated, few, table = read_annotated(pairs), len(pairs) <= LISTED, arguments.out / "detections.csv"
+    names, table = output_names(pairs), arguments.out / "detections.csv"
+    written = [table, *(arguments.out / f"{name}.png" for name in names), *together(arguments)]
+    keep_inputs(written, [path, *(file for pair in pairs for file in pair.values())])
+    annotated, few = read_annotated(pairs), len(pairs) <= LISTED
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # name of a picture -> boxes, scores
     n_rescaled, start = 0, time.monotonic()
     bar = tqdm(pairs, "detecting", unit="image", leave=False, disable=few)
-    for pair, name in zip(bar, output_names(pairs), strict=True):
+    for pair, name in zip(bar, names, strict=True):
         try:
             views, boxes, scores = detect_pair(model, pair, config, precision)
         except InputError as error:
@@ -210,17 +223,21 @@ def parse_arguments() -> Namespace:
     add("--device", default=DEVICE, help="auto, cpu, cuda, mps (%(default)s)")
     add("--precision", choices=CHOICES["precision"], help="default: the checkpoint's own")
     arguments = parser.parse_args()
-    files = [path for path in (arguments.json, arguments.sheet, arguments.animation) if path]
-    check_folders(*(path for path in files if arguments.out not in path.parents))  # which will be made
-    if not 0 <= arguments.min_score <= 1:
-        parser.error(f"--min-score {arguments.min_score} is not a number from 0 to 1")
+    check_folders(*(path for path in together(arguments) if arguments.out not in path.parents))
     if arguments.experiment and not arguments.checkpoint:
         parser.error("--experiment says whose network --checkpoint holds: name that file too")
+    if not 0 <= arguments.min_score <= 1:
+        parser.error(f"--min-score {arguments.min_score} is not a number from 0 to 1")
     if bool(arguments.visible) != bool(arguments.lwir):
         parser.error("--visible and --lwir belong together; name a lone image without a flag")
     if not arguments.images and not arguments.visible and not arguments.pair:
         parser.error("name an image or a folder, or --visible and --lwir, or --pair")
     return arguments
+
+
+def together(arguments: Namespace) -> list[Path]:
+    """The files that are asked for of all pictures together."""
+    return [path for path in (arguments.json, arguments.sheet, arguments.animation) if path]
 
 
 def skip(error: InputError, failures: list[InputError], n_images: int) -> None:
@@ -231,13 +248,16 @@ def skip(error: InputError, failures: list[InputError], n_images: int) -> None:
     tqdm.write(f"error: {error}", file=sys.stderr)
 
 
-def list_images(paths: Sequence[Path], failures: list[InputError]) -> list[Path]:
-    """The images named, and those anywhere in the folders named, by path."""
+def list_images(paths: Sequence[Path], failures: list[InputError], out: Path | None = None) -> list[Path]:
+    """The images named, and those anywhere in the folders named, by path; but for pictures of ours, in a
+    folder `out` below a folder named."""
     images: list[Path] = []
     for path in paths:
         found, error = [path], None
         if path.is_dir():
-            found = sorted((p for p in path.rglob("*") if p.suffix.lower() in ENDINGS), key=in_order)
+            own = out.resolve() if out and out.resolve() != path.resolve() else None
+            files = (p for p in path.rglob("*") if p.suffix.lower() in ENDINGS)
+            found = sorted((p for p in files if own not in p.resolve().parents), key=in_order)
             error = ("no image in this folder", f"it may hold {', '.join(ENDINGS)}")
         elif not path.exists():
             found, error = [], ("no such image or folder", "check the path")

@@ -25,17 +25,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.config import OneLineParser, check_folders, find_folder, limit_workers, output, pick
+from engine.config import find_folder, limit_workers, pick
 from engine.curves import compare_runs, tell_apart
 from engine.history import find_run
 from kaist.annotations import MODALITIES, PairSet, read_image_list
 from kaist.bootstrap import MOST_RESAMPLES
-from kaist.files import InputError, run_script
+from kaist.files import InputError, OneLineParser, check_folders, keep_inputs, output, run_script
 from kaist.miss_rate import GroundTruth, load_ground_truth, select_frames
-from kaist.pair_sets import open_pairs
+from kaist.pair_sets import find_lwir_range, open_pairs
 from kaist.report import draw_curves, print_scores, score, write_json
 from kaist.results import NOTHING, Detections, frames_path, read_detections, write_and_read
-from kaist.sources import TEST_SET, find_parts, named_root, open_testing, set_name
+from kaist.sources import KAIST, TEST_SET, find_parts, named_root, open_testing, set_name
 
 CHECKPOINTS = "checkpoints"  # where the newest finished run is looked for
 ANNOTATIONS = ""  # KAIST_annotation.json, an annotation folder or a KAIST root
@@ -56,7 +56,7 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.compare:
         runs = [find_run(path, find_folder(CHECKPOINTS)) for path in arguments.compare]
-        compare_runs(runs, arguments.bootstrap, arguments.out or Path(COMPARISON))
+        compare_runs(runs, arguments.bootstrap, arguments.by_video, arguments.out or Path(COMPARISON))
         return
     found = read_result_files(arguments) if arguments.detections else evaluate_checkpoint(arguments)
     print(f"people of {found[0].test_set.source}")
@@ -130,6 +130,13 @@ def parse_arguments() -> Namespace:
     add("--show-errors", type=int, default=0, metavar="N", help=errors)
     add("--errors-out", type=output(*PICTURES), metavar="FILE", help=f"where to ({beside} {ERRORS})")
     arguments = parser.parse_args()
+    if arguments.compare:
+        taken = ("compare", "bootstrap", "by_video", "out")
+        others = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
+        if others := sorted(others - set(taken)):
+            parser.error(f"--compare takes no --{others[0].replace('_', '-')}")
+    if arguments.detections and arguments.data and (arguments.image_list or arguments.annotations):
+        parser.error("--data brings its own list and labels: leave --image-list and --annotations away")
     data = (arguments.data_root, arguments.image_list, arguments.annotations, arguments.kaist)
     arguments.data_flags = (set_name(arguments.data or ""), *data)
     if root := arguments.kaist:
@@ -144,10 +151,14 @@ def parse_arguments() -> Namespace:
     ):
         if not 0 <= number <= most:
             parser.error(f"{flag} takes a number from 0 to {most}")
-    check_folders(arguments.json, arguments.out, arguments.errors_out)
+    written = arguments.json, arguments.out, arguments.errors_out
+    check_folders(*written)
     if arguments.experiment and not arguments.checkpoint:
         parser.error("--experiment says whose network --checkpoint holds: name that file too")
-    for path in arguments.detections or ():
+    files = arguments.detections = leave_companions(arguments.detections or [])
+    named = arguments.annotations, arguments.image_list, arguments.checkpoint, Path(arguments.subset or "")
+    keep_inputs(written, [*files, *map(frames_path, files), *named])
+    for path in files:
         if not os.path.isfile(path):  # unlike Path's own, it takes any name
             raise InputError("result file not found", "check --detections", file=path)
     if arguments.detections and not (arguments.annotations or arguments.data):
@@ -160,6 +171,14 @@ def parse_arguments() -> Namespace:
 
 
 # ------------------------------------------------------------------- result files
+
+
+def leave_companions(files: Sequence[Path]) -> list[Path]:
+    """The files but for the lists of frames beside result files, which *.txt means too."""
+    results = [path for path in files if not path.name.endswith(".frames.txt")]
+    if len(results) < len(files):
+        print(f"note: {len(files) - len(results)} lists of frames (.frames.txt) are no result files")
+    return results
 
 
 def read_result_files(arguments: Namespace) -> list[Found]:
@@ -188,6 +207,8 @@ def open_test_frames(arguments: Namespace) -> GroundTruth:
     """
     if arguments.data:
         pairs = open_pairs(arguments.data, named_root(arguments.data, arguments.data_root or ""), "test")
+        if arguments.show_errors:
+            pairs = replace(pairs, lwir_range=find_lwir_range(pairs))
         return load_ground_truth(pairs, pairs.frames)
     if arguments.image_list:
         return load_ground_truth(arguments.annotations, read_image_list(arguments.image_list))
@@ -234,11 +255,14 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
 
     path = choose_checkpoint(arguments.checkpoint, find_folder(CHECKPOINTS))
     device = choose_device(arguments.device)
-    given = {"data": arguments.data, "data_root": arguments.data_root}
+    given = {"data": arguments.data or KAIST * bool(arguments.kaist), "data_root": arguments.data_root}
     given |= {"test_list": arguments.image_list, "test_annotations": arguments.annotations}
     given = {name: str(value) for name, value in given.items() if value}
     model, config, epoch = open_network(path, device, arguments.experiment, **given)
     limit_workers(config)
+    if config.data != KAIST and (arguments.image_list or arguments.annotations):
+        problem = "it brings its own list and labels"
+        raise InputError(problem, "leave --image-list and --annotations away", file=config.data)
     check_blackout(config, arguments.blackout)
     root, test_set = open_testing(**pick(config, *TEST_SET))
     if arguments.subset:
@@ -257,7 +281,7 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
 
     unfinished = epoch is not None and epoch < config.epochs
     weights = f"epoch{epoch}" * unfinished if path.stem == "last" else path.stem
-    flags = [Path(flag).stem for flag in (*arguments.data_flags, arguments.subset) if flag]
+    flags = [Path(os.path.abspath(flag)).stem for flag in (*arguments.data_flags, arguments.subset) if flag]
     blackout = f"without-{arguments.blackout}" if arguments.blackout else ""
     suffix = "".join(f"-{part}" for part in (weights, *flags, blackout) if part)
     name = path.resolve().parent.name + suffix

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import re
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -406,24 +406,6 @@ def tuple_of(default: tuple) -> Any:
         return values
 
     return parse
-
-
-def output(*endings: str) -> Callable[[str], Path]:
-    """A parser of the path of a file to be written, which has one of these endings, or any."""
-
-    def parse(text: str) -> Path:
-        if endings and Path(text).suffix.lower() not in endings:
-            raise argparse.ArgumentTypeError(f"{text} does not end in {' or '.join(endings)}")
-        return Path(text)
-
-    return parse
-
-
-def check_folders(*files: Path | None) -> None:
-    """Refuse files to be written whose folders are not there."""
-    for path in filter(None, files):
-        if not os.path.isdir(path.parent):  # unlike Path's own, it takes any name
-            raise InputError("no such folder", "make it first", file=path.parent)
 
 
 def show(value: Any) -> str:

@@ -108,11 +108,11 @@ def has(row: dict[str, float], key: str) -> bool:
 # ------------------------------------------------------------------- runs beside each other
 
 
-def compare_runs(folders: Sequence[Path], resamples: int, out: Path) -> None:
+def compare_runs(folders: Sequence[Path], resamples: int, by_video: bool, out: Path) -> None:
     """Print the runs' miss rates with intervals, recall and differences; draw them and their losses into a
     picture. InputError: a folder is not that of a finished run, or was evaluated on other frames.
 
-    resamples: of the bootstrap; 0 takes `RESAMPLES`.
+    resamples: of the bootstrap, over frames or videos; 0 takes `RESAMPLES`.
     """
     configs = [finished_constants(folder) for folder in folders]
     frames = [read_text(frames_path(folder / "detections.txt")).splitlines() for folder in folders]
@@ -125,7 +125,7 @@ def compare_runs(folders: Sequence[Path], resamples: int, out: Path) -> None:
     scores = []
     for folder, name in zip(folders, tell_apart(folders, "/"), strict=True):
         detections = read_detections(folder / "detections.txt", test_set.frames)
-        scores.append(score(name, test_set, detections, resamples or RESAMPLES))
+        scores.append(score(name, test_set, detections, resamples or RESAMPLES, by_video))
     print(f"people of {test_set.source}")
     print_scores(scores)
     logs = [read_log(folder) for folder in folders]

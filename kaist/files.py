@@ -15,7 +15,7 @@ import shutil
 import signal
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,34 @@ class OneLineParser(argparse.ArgumentParser):
         if unknown and (near := difflib.get_close_matches(unknown[1][2:], known, n=1)):
             remedy = f"did you mean --{near[0]}?"
         raise InputError(message, remedy)
+
+
+def output(*endings: str) -> Callable[[str], Path]:
+    """A parser of the path of a file to be written, which has one of these endings, or any."""
+
+    def parse(text: str) -> Path:
+        if not Path(text).name or os.path.isdir(text):
+            raise argparse.ArgumentTypeError(f"{text!r} is no file's name")
+        if endings and Path(text).suffix.lower() not in endings:
+            raise argparse.ArgumentTypeError(f"{text} does not end in {' or '.join(endings)}")
+        return Path(text)
+
+    return parse
+
+
+def check_folders(*files: Path | None) -> None:
+    """Refuse files to be written whose folders are not there."""
+    for path in filter(None, files):
+        if not os.path.isdir(path.parent):  # unlike Path's own, it takes any name
+            raise InputError("no such folder", "make it first", file=path.parent)
+
+
+def keep_inputs(written: Iterable[Path | None], read: Iterable[Path | None]) -> None:
+    """Refuse files to be written that are among those to be read."""
+    inputs = {os.path.realpath(path) for path in read if path}
+    for path in filter(None, written):
+        if os.path.realpath(path) in inputs:
+            raise InputError("it is to be read, and would be replaced", "choose another place", file=path)
 
 
 def check_flags(check: Callable[[], object]) -> None:

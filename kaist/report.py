@@ -24,6 +24,7 @@ HEADLINE = {"Reasonable-all": "all", "Reasonable-day": "day", "Reasonable-night"
 ALL = "Reasonable-all"
 FEW_PEOPLE = 50  # fewer make a rate that one person moves by 2 points or more
 TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of the miss rate
+CUT = 0.2  # least score of a file from which lower ones may have been left out
 FLOOR = 1e-4  # what stands for 0 on logarithmic axes
 MAX_FPPI = 10  # where curves end
 
@@ -70,7 +71,8 @@ def find_notes(
     """What is unusual about a result, a sentence each; results are those of Reasonable-all."""
     rate, lost = percent(official.miss_rate), official.n_positive - leaderboard.n_positive
     tied, reverse = reverse_ties(ground_truth, detections)
-    shift = id_shift(ground_truth, detections)
+    shift, scores = id_shift(ground_truth, detections), official.scores
+    is_cut = len(scores) and scores[0] <= 1 and scores[-1] >= CUT and official.fppi[-1] < 1
     notes = {
         f"the leaderboard's script drops frames without detections and so loses {lost} of "
         f"{official.n_positive} people: it says {percent(leaderboard.miss_rate)}, and {rate} is right": lost,
@@ -81,6 +83,8 @@ def find_notes(
         f"reversed the miss rate would be {percent(reverse)}, not {rate}": percent(reverse) != rate,
         f"its boxes fit the frames {'after' if shift > 0 else 'before'} their own far better; do its ids "
         "count from the right number (text 1, JSON 0) along the right list?": shift,
+        f"no score is below {CUT}, and the curve ends before one false positive per image: with lower "
+        "ones the miss rate would be lower (detect.py --min-score 0.01)": is_cut,
     }
     return [note for note, is_so in notes.items() if is_so]
 

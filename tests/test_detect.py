@@ -239,6 +239,22 @@ def test_a_run_is_named_and_one_of_drawings_is_told(run, found, tmp_path, checkp
     assert "seen drawings alone" not in capsys.readouterr().out
 
 
+def test_no_image_is_replaced(run, found, tmp_path):
+    draw(tmp_path / "a.png"), draw(tmp_path / "b.png", mode="L")
+    held = (tmp_path / "a.png").read_bytes()
+    pair = ("--visible", "a.png", "--lwir", "b.png")
+    for flags in (("--out", "."), ("--sheet", "b.png"), ("--json", "a.png")):
+        with pytest.raises(InputError, match="would be replaced; choose another place"):
+            run(*pair, *flags)
+    assert (tmp_path / "a.png").read_bytes() == held and len(list(tmp_path.iterdir())) == 2
+
+
+def test_pictures_of_ours_are_not_looked_at(tmp_path):
+    mine, ours = draw(tmp_path / "visible/a.png"), draw(tmp_path / "detections/a.png")
+    assert detect.list_images([tmp_path], [], tmp_path / "detections") == [mine]
+    assert detect.list_images([ours.parent], [], ours.parent) == [ours]  # named by the user
+
+
 def test_annotations_at_hand_are_drawn(demo_root, run, found):
     run(demo_root / "images/set06/V000/visible/I00000.jpg")
     with Image.open(Path("detections", pictures()[0])) as with_annotations:

@@ -133,6 +133,13 @@ def test_ties_that_matter_are_told():
     assert not any("equal" in note for note in score("x", truth, alone).notes)
 
 
+def test_a_file_without_low_scores_is_told():
+    truth = people([DAY, NIGHT])
+    for least, told in ((0.3, True), (0.1, False)):
+        notes = score("x", truth, detections([0, 1], [BOX, BOX], [0.9, least])).notes
+        assert any("no score is below" in note for note in notes) is told
+
+
 # ------------------------------------------------------------------- pictures
 
 
@@ -302,6 +309,48 @@ def test_result_files_get_names_that_tell_them_apart(run, tmp_path, capsys, demo
     assert "\na_detections " in said and "\nb_detections " in said
     truth = load_ground_truth(demo_root, frames)
     assert len(read_detections(tmp_path / "a/detections.txt", truth.frames).scores) == 1
+
+
+@pytest.fixture
+def result(demo_root, tmp_path):
+    """A result file of the demo set's frames, with its companion."""
+    path, frames = tmp_path / "mine.txt", read_image_list(demo_root / "imageSets/test-all.txt")
+    path.write_text("1,100,100,40,100,0.9\n")
+    path.with_suffix(".frames.txt").write_text("\n".join(frames))
+    return path
+
+
+def test_nothing_that_is_read_is_replaced(run, result, demo_root):
+    copy = result.with_name("people.json")
+    copy.write_bytes((demo_root / "KAIST_annotation.json").read_bytes())
+    held = {path: path.read_bytes() for path in (result, result.with_suffix(".frames.txt"), copy)}
+    for path in held:
+        with pytest.raises(InputError, match="would be replaced; choose another place"):
+            run("--detections", result, "--annotations", copy, "--json", path)
+    for name in ("", "."):
+        with pytest.raises(InputError, match="is no file's name"):
+            run("--detections", result, "--annotations", copy, "--json", name)
+    assert all(path.read_bytes() == content for path, content in held.items())
+
+
+def test_companions_among_the_result_files_are_left_out(run, result, demo_root, capsys):
+    run("--detections", *sorted(result.parent.glob("*.txt")), "--annotations", demo_root)
+    assert "note: 1 lists of frames (.frames.txt) are no result files" in capsys.readouterr().out
+
+
+def test_flags_that_would_do_nothing_are_refused(run, result):
+    with pytest.raises(InputError, match="--compare takes no --subset"):
+        run("--compare", "a", "b", "--by-video", "--subset", "night")
+    with pytest.raises(InputError, match="--data brings its own list and labels"):
+        run("--detections", result, "--data", "pairs.json", "--image-list", "list.txt")
+
+
+def test_a_root_named_by_a_dot_does_not_name_the_runs_own_files(run, save, demo_root, monkeypatch):
+    path = save(epoch=2)
+    monkeypatch.chdir(demo_root)
+    run("--checkpoint", path, "--data-root", ".")
+    assert not path.with_name("detections.txt").exists()
+    assert path.with_name(f"detections-{demo_root.name}.txt").exists()
 
 
 def test_a_network_is_compiled_where_that_is_asked_for(run, save, monkeypatch):

@@ -25,7 +25,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.config import OneLineParser
 from kaist.annotations import (
     MODALITIES,
     PLACES,
@@ -37,7 +36,7 @@ from kaist.annotations import (
     list_lines,
     open_annotations,
 )
-from kaist.files import InputError, run_script, write_text
+from kaist.files import InputError, OneLineParser, check_folders, output, read_text, run_script, write_text
 from kaist.pair_sets import NAMED, SPLITS, find_lwir_range, open_pairs
 from tools.faults import FAULTS, Fault, check_file, check_images, check_json, implausible_objects, to_fault
 
@@ -48,8 +47,7 @@ def main() -> int:
     """Check what the command line names; returns the exit code."""
     arguments = parse_arguments()
     root, out, modalities = arguments.root, arguments.out, MODALITIES[arguments.input_mode]
-    if not out.parent.is_dir():
-        raise InputError("no such folder", "name another, or make it first", file=out.parent)
+    check_folders(out)
     named = str(root) in NAMED and (arguments.data_root or not root.is_dir())
     if named or root.is_file():
         n_frames, faults = check_pairs(str(root), arguments.data_root, modalities)
@@ -70,7 +68,8 @@ def main() -> int:
         where = f"annotations {', '.join(sources)}"
     print(f"{n_frames} frames{of}, {' and '.join(modalities)}; {where}")
     if not faults:
-        out.unlink(missing_ok=True)  # of an earlier check
+        if out.is_file() and read_text(out).startswith("fault,file,line,problem"):
+            out.unlink()  # of an earlier check
         print("no fault found")
         return 0
     rows = io.StringIO()
@@ -100,7 +99,7 @@ def parse_arguments() -> Namespace:
     add("--input-mode", choices=MODALITIES, default="early", help=words)
     words = "bbgt, xml, xml-sanitized, paired, json, a path, or all that ROOT holds"
     add("--annotations", default="all", help=words)
-    add("--out", type=Path, default=Path("faults.csv"), help="all faults as CSV (%(default)s)")
+    add("--out", type=output(), default=Path("faults.csv"), help="all faults as CSV (%(default)s)")
     return parser.parse_args()
 
 

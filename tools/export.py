@@ -27,10 +27,10 @@ from tqdm import tqdm
 
 from detect import find_pairs, list_images
 from engine.checkpoint import choose_checkpoint
-from engine.config import ROOT, OneLineParser, find_folder, model_arguments, pick
+from engine.config import ROOT, find_folder, model_arguments, pick
 from engine.safetensors import read_safetensors, same_tensors, write_safetensors
 from kaist.annotations import MODALITIES
-from kaist.files import InputError, run_script, write_atomically
+from kaist.files import InputError, OneLineParser, check_folders, output, run_script, write_atomically
 from kaist.images import open_view, read_frame
 from kaist.report import headline_table, score
 from kaist.results import join_frames
@@ -115,7 +115,7 @@ def parse_arguments() -> Namespace:
     whose = "the checkpoint is its author's file of this row's network (docs/published.md)"
     add("--experiment", default="", metavar="ROW", help=whose)
     add("--format", choices=PACKAGES, default="onnx", help="of the file (%(default)s)")
-    add("--out", type=Path, metavar="FILE", help="(default: the run's name in the current folder)")
+    add("--out", type=output(), metavar="FILE", help="(default: the run's name in the current folder)")
     add("--min-score", type=float, help="boxes up to this score are left out (default: the checkpoint's)")
     add("--raw", action="store_true", help="all decoded boxes and scores: NMS is left to the program")
     add("--no-flip", action="store_true", help="do not average over mirror images, in half the time")
@@ -126,6 +126,13 @@ def parse_arguments() -> Namespace:
         parser.error("--evaluate runs a whole network over the test list: no --raw, images or safetensors")
     if arguments.format == "safetensors" and (arguments.raw or arguments.half or arguments.images):
         parser.error("safetensors are the weights alone: no --raw, --half or images")
+    if arguments.out and arguments.out.suffix.lower() != f".{arguments.format}":
+        parser.error(f"--out {arguments.out} does not end in .{arguments.format}")
+    if arguments.min_score is not None and not 0 <= arguments.min_score <= 1:
+        parser.error(f"--min-score {arguments.min_score} is not a number from 0 to 1")
+    check_folders(arguments.out)
+    if arguments.experiment and not arguments.checkpoint:
+        parser.error("--experiment says whose network --checkpoint holds: name that file too")
     packages = PACKAGES[arguments.format]
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         problem = f"--format {arguments.format} needs {', '.join(missing)}"

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.config import CHOICES, OneLineParser, find_folder
+from engine.config import CHOICES, find_folder
 from kaist.annotations import FRAME_SIZE, Annotations, find_file, open_annotations, read_image_list
 from kaist.demo import open_root
-from kaist.files import InputError, run_script, write_atomically
+from kaist.files import InputError, OneLineParser, check_folders, output, run_script, write_atomically
 from kaist.frames import load_frames
 from kaist.report import markdown_table
 
@@ -59,10 +59,11 @@ def parse_arguments() -> Namespace:
     add("--min-height", type=float, default=12.0, help="lower persons are left out, pixels")
     add("--margin", type=float, default=5.0, help="so are those closer to the border, pixels")
     add("--derive", type=int, default=0, metavar="K", help="print a set of K heights for the first size")
-    add("--out", type=Path, default=Path("priors.png"), help="the curve (default: %(default)s)")
+    add("--out", type=output(".png"), default=Path("priors.png"), help="the curve (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.derive == 1 or arguments.derive < 0:
         parser.error("--derive takes a number of heights, from 2 up")
+    check_folders(arguments.out)
     return arguments
 
 

@@ -63,7 +63,7 @@ def run(monkeypatch, *arguments):
 
 def test_a_clean_set_has_no_fault(root, tmp_path, monkeypatch, capsys):
     out = tmp_path / "faults.csv"
-    out.write_text("what an earlier check found")
+    out.write_text("fault,file,line,problem\n")  # what an earlier check found
     train = read_image_list(root / "imageSets/train-all.txt")
     (root / "imageSets/train-half.txt").write_text("\n".join(train[:6]))  # within train-all
     assert run(monkeypatch, root, "--out", out) == 0
@@ -223,7 +223,9 @@ def test_only_what_training_needs_is_asked_for(root, tmp_path, monkeypatch, caps
         path.unlink()
     shutil.rmtree(root / "annotations-xml-new/set03")
     flags = (root, "--list", "imageSets/train-all.txt", "--out", tmp_path / "x.csv")
+    (tmp_path / "x.csv").write_text("mine")
     assert run(monkeypatch, *flags, "--input-mode", "lwir", "--annotations", "bbgt") == 0
+    assert (tmp_path / "x.csv").read_text() == "mine"
     capsys.readouterr()
     assert run(monkeypatch, *flags, "--input-mode", "lwir") == 1
     assert capsys.readouterr().out.count("missing-annotation") == 2  # of set03, in the XML form

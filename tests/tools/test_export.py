@@ -221,7 +221,7 @@ def test_a_compiled_package_is_what_pytorch_is(run, capsys, demo_root):
 
 
 def test_flags_are_refused_in_a_line(run, monkeypatch):
-    for words in (("--evaluate", "--raw"), ("--format", "safetensors", "--half")):
+    for words in (("--evaluate", "--raw"), ("--format", "safetensors", "--half"), ("--out", "last.pt")):
         with pytest.raises(InputError):
             run(*words)
     monkeypatch.setitem(export.PACKAGES, "onnx", ("onnx_of_the_moon",))
