@@ -132,7 +132,7 @@ def main() -> None:
         make_deterministic()
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
-    device = distributed.init_distributed(device, config.batch_size)  # joins torchrun's processes, if any
+    distributed.init_distributed(device, config.batch_size)  # joins torchrun's processes, if any
     run = Run(config, run_name(config), model_arguments(config))
 
     # Model. Published weights are read by one process; the others get them from it.

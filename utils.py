@@ -41,12 +41,17 @@ def choose_device(name: str) -> torch.device:
         if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
             raise RuntimeError("it is none of cpu, cuda and mps")
         device = torch.device(name)
+        if device.type == "cuda":  # each of torchrun's processes has the GPU of its local rank
+            alone = os.environ.get("WORLD_SIZE", "1") == "1"
+            device = torch.device("cuda", device.index or 0 if alone else int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"DEVICE = {name!r} cannot be used ({reason})", "try auto") from None
     if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # shapes stay: the fastest kernel is worth a search
+        # Shapes stay: the fastest kernel is worth a search, but it may be another one each time.
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         torch.set_float32_matmul_precision("high")
     if device.type == "cpu":
         tune_malloc()
@@ -184,7 +189,7 @@ def detect_frames(
     in_turns = (shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares))))
     detections = join_frames(in_turns)
     names = [f"ap_map{i + 1}" for i in model.infused_maps]
-    return detections, dict(zip(names, map(average_precision, all_reduce_sum(cells)), strict=True))
+    return detections, dict(zip(names, map(average_precision, all_reduce_sum(cells).cpu()), strict=True))
 
 
 def margin_histogram(logits: Tensor, mask: Tensor) -> Tensor:

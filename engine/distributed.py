@@ -23,23 +23,18 @@ from kaist.files import InputError
 LOST = r"[Cc]onnection|Broken pipe|recv, got 0|remote process exited|[Tt]imed? ?out"
 
 
-def init_distributed(device: torch.device, batch_size: int) -> torch.device:
-    """Join the processes that torchrun's environment describes; returns this process's device.
+def init_distributed(device: torch.device, batch_size: int) -> None:
+    """Join the processes that torchrun's environment describes.
 
-    On CUDA each process takes the GPU of its local rank. Tensors there are reduced by NCCL, those on the host
-    by gloo. InputError: the global batch cannot be split evenly.
+    Tensors on GPUs are reduced by NCCL, others by gloo. InputError: the batch cannot be split evenly.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
-        return device
+        return
     if batch_size % processes:
         problem = f"BATCH_SIZE = {batch_size} cannot be split among {processes} processes"
         raise InputError(problem, "it is the batch of all processes together; choose a multiple")
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return device
 
 
 def run_together(main: Callable[[], None]) -> None:
@@ -136,7 +131,7 @@ def wrap_ddp(model: nn.Module) -> nn.Module:
     """The model with gradients averaged over the processes, starting from rank 0's weights.
 
     BatchNorm normalises by the whole batch on GPUs. On CPUs, where torch cannot, each process
-    normalises by its own frames; `average_statistics` joins what they have learned.
+    normalises by its own frames; each step begins with rank 0's statistics.
     """
     if world_size() == 1:
         return model

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils import average_precision, margin_histogram
+from utils import average_precision, choose_device, make_deterministic, margin_histogram
 
 
 def as_logits(margins):
@@ -38,3 +38,22 @@ def test_average_precision_needs_no_cell_above_one_half():
     shuffled = mask.flatten()[torch.randperm(mask.numel(), generator=g)].view_as(mask)
     chance = average_precision(margin_histogram(torch.stack([-margin / 2, margin / 2], dim=1), shuffled))
     assert chance < 0.04
+
+
+def test_a_gpu_is_each_processs_own_and_deterministic_where_asked(monkeypatch):
+    """A pretended one. cuDNN searches for the fastest kernel, another one each time perhaps."""
+    taken = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    assert str(choose_device("cuda:1")) == "cuda:1" and torch.backends.cudnn.benchmark
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert str(choose_device("cuda")) == "cuda:3" and [*map(str, taken)] == ["cuda:1", "cuda:3"]
+    make_deterministic()
+    try:
+        choose_device("cuda")
+        assert not torch.backends.cudnn.benchmark
+    finally:
+        torch.use_deterministic_algorithms(False)
