@@ -45,11 +45,16 @@ class CapturedStep:
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         shapes = tuple(tensor.shape for tensor in inputs)
         self.seen[shapes] += 1
-        if self.graph is None and self.seen[shapes] > WARM_UP:
+        # Before the optimiser has a state, the host looks whether its first step is finite.
+        if self.graph is None and self.seen[shapes] > WARM_UP and self.optimizer.state:
             self.capture(inputs)
             self.shapes = shapes
         if self.graph is not None and shapes == self.shapes:
             return self.replay(inputs)
+        for (
+            group
+        ) in self.optimizer.param_groups:  # in the precision of replays, so that a run resumes the same
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float32).item()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):  # on which it will be recorded
             outputs = self.step(*inputs)
@@ -63,8 +68,6 @@ class CapturedStep:
         self.rates = [torch.full((), group["lr"], device=inputs[0].device) for group in groups]
         recorded = [{"lr": rate, "capturable": True} for rate in self.rates]
         self.optimizer.param_groups = [a | b for a, b in zip(groups, recorded, strict=True)]
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()  # a graph has memory of its own
         graph = torch.cuda.CUDAGraph()
         try:  # other threads pin memory meanwhile
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):

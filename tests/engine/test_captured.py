@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +21,9 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 def recorded(monkeypatch):
     """A step whose \"GPU\" notes what happens: its calls, recordings and replays, by frames of the batch."""
     happened = []
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5, momentum=0.9)
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.5, momentum=0.9)
+    optimizer.state[weight] = {"momentum_buffer": torch.zeros(1)}
 
     def step(images):
         lr = optimizer.param_groups[0]["lr"]
@@ -31,7 +34,6 @@ def recorded(monkeypatch):
     stream = SimpleNamespace(wait_stream=lambda other: None)
     names = {"Stream": lambda: stream, "current_stream": lambda: stream, "CUDAGraph": lambda: graph}
     names |= {"stream": nullcontext, "graph": lambda *_, **__: nullcontext()}
-    names |= {"synchronize": lambda: None, "empty_cache": lambda: None}
     for name, fake in names.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     captured = CapturedStep(step, optimizer)
@@ -55,6 +57,26 @@ def test_a_shape_is_recorded_once_and_others_run_as_they_are(recorded):
     captured(last)
     assert happened == [("replay", 0.125), ("step", 3, 0.125, False)]
     assert optimizer.param_groups == [groups[0] | {"lr": 0.125}]  # a saved state is of numbers
+
+
+def test_nothing_is_recorded_before_the_optimiser_has_a_state(recorded):
+    """The first steps may not be finite: what decides on that waits for the GPU."""
+    captured, optimizer, happened = recorded
+    [(weight, state)] = optimizer.state.items()
+    optimizer.state.clear()
+    for _ in range(WARM_UP + 2):
+        captured(torch.ones(4, 1))
+    assert {kind for kind, *_ in happened} == {"step"}
+    optimizer.state[weight] = state
+    captured(torch.ones(4, 1))
+    assert happened[-1] == ("replay", 0.5)
+
+
+def test_rates_are_those_of_replays_from_the_first_step_on(recorded):
+    captured, optimizer, happened = recorded
+    optimizer.param_groups[0]["lr"] = 0.1  # no float32
+    captured(torch.ones(4, 1))
+    assert happened[-1][2] == float(np.float32(0.1))
 
 
 def test_inputs_are_copied_to_where_they_were_recorded(recorded):
