@@ -90,5 +90,6 @@ class StepMonitor:
             if not good:
                 evidence = self.run.save_evidence(ids, own, rank())
                 if self.consecutive == self.max_nonfinite_steps:
+                    self.run.in_step = True  # later steps have moved the weights: they are not to be saved
                     raise InputError(*NONFINITE, file=evidence)
             self.run.add_step(mean if good else None, seconds)
