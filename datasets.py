@@ -130,8 +130,12 @@ class KaistPairs(Dataset):
         if not donors or rng.random() >= self.augmentation.copy_paste:
             return frame, pixels
         donor = self.frames[rng.choice(donors)]
+        try:
+            theirs = self.read(donor.id)
+        except InputError:  # it is told when its own turn comes
+            return frame, pixels
         own = (frame.boxes_px, frame.labels)
-        pixels, boxes, labels = paste_people(rng, pixels, *own, self.read(donor.id), donor.people)
+        pixels, boxes, labels = paste_people(rng, pixels, *own, theirs, donor.people)
         seen = np.append(frame.seen, np.full(len(labels) - len(frame.labels), BOTH))
         return dataclasses.replace(frame, boxes_px=boxes, labels=labels, seen=seen), pixels
 

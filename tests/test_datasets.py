@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from datasets import Collate, KaistPairs, batch_loader, max_objects
+from engine.loader import BadFrame
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.files import InputError
 from kaist.frame_cache import cache_frames
@@ -51,6 +52,16 @@ def test_truncated_image_is_named_from_any_worker(demo_root, tmp_path, workers):
     check_images(root, [dataset.frames[5].id], "early")  # its header is whole
     with pytest.raises(InputError, match=r"I\d{5}\.jpg: broken image"):
         batches(dataset, workers)
+
+
+def test_a_donor_that_cannot_be_read_is_not_its_frames_fault(demo_root, tmp_path):
+    root = shutil.copytree(demo_root, tmp_path / "set")
+    dataset = pairs(root, augmentation=Augmentation(copy_paste=1.0))
+    path = image_path(root, dataset.frames[5].id, "visible")
+    path.write_bytes(path.read_bytes()[:9000])
+    found = [dataset[epoch, i] for epoch in range(3) for i in range(len(dataset))]
+    bad = [sample.frame_id for sample in found if isinstance(sample, BadFrame)]
+    assert bad == [dataset.frames[5].id] * 3
 
 
 def test_unaugmented_sample_is_the_resized_frame(demo_root):
