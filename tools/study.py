@@ -173,6 +173,8 @@ def plan(study: Study, folder: Path, seeds: int, more: list[str]) -> list[StudyR
             flags = as_flags({key: value for key, value in values.items() if value is not None})
             flags = ["--experiment", row, *flags, *more, "--checkpoints", str(folder), "--name", name]
             runs.append(StudyRun(arm, seed, folder / name, flags, train.configure(flags)))
+            if runs[-1].config.seed != seed:
+                raise InputError("every run has a seed of its own", "say how many runs by --seeds")
             if runs[-1].folder.exists() and not same_recipe(folder / name, vars(runs[-1].config)):
                 remedy = "move it away to run the study anew"
                 raise InputError("it holds a run of other constants", remedy, file=folder / name)

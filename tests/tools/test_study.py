@@ -111,6 +111,11 @@ def test_the_kaist_study_leaves_rows_as_they_are(tmp_path):
         assert {key: getattr(run.config, key) for key in row} == row
 
 
+def test_a_seed_is_no_flag_of_a_study(tmp_path):
+    with pytest.raises(InputError, match="say how many runs by --seeds"):
+        study.plan(study.STUDIES["lwir"], tmp_path, 2, ["--seed", "7"])
+
+
 def test_the_streets_are_ablated_one_thing_at_a_time(tmp_path):
     baseline, *runs = study.plan(study.STUDIES["streets"], tmp_path, 1, [])
     assert len(runs) == 7 and len({run.folder for run in runs}) == 7
