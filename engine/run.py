@@ -180,7 +180,8 @@ class Run:
     def __enter__(self) -> Run:
         if is_main_process():
             self.begin()
-        self.handlers = {number: signal.signal(number, self.request_stop) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as by nohup
+        self.handlers = {number: signal.signal(number, self.request_stop) for number in heard}
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
@@ -198,7 +199,8 @@ class Run:
 
     def out_of_memory(self) -> InputError:
         """The line that ends a run whose step does not fit, with the batch that is expected to."""
-        planned = min(self.planned_batch() * world_size(), self.config.batch_size - 1)
+        planned = self.planned_batch() if world_size() == 1 else 0  # it is of one process
+        planned = min(planned, self.config.batch_size - 1)
         hint = f" (about {planned} should fit)" if planned > 0 else ""
         problem = f"a step of BATCH_SIZE = {self.config.batch_size} does not fit into the device's memory"
         remedy = f"lower BATCH_SIZE{hint}, INPUT_SIZE or WIDTH; the same command goes on from last.pt"

@@ -20,7 +20,7 @@ import train
 import utils
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.config import pick
-from engine.run import load_state
+from engine.run import Run, load_state
 from kaist.files import InputError
 from kaist.frames import FRAMES, split_frames
 from kaist.sources import TRAIN_SET, open_training
@@ -134,6 +134,20 @@ def test_a_step_that_fails_in_the_middle_is_not_saved(data, tmp_path, monkeypatc
         train.main()
     last = load_checkpoint(tmp_path / "custom/last.pt")
     assert (last["epoch"], last["step"]) == (1, 0)
+
+
+def test_what_is_ignored_stays_ignored(data, tmp_path, monkeypatch):
+    """As SIGHUP is under nohup: a closed terminal does not end the run."""
+    config = train.configure([*data, "--checkpoints", str(tmp_path)])
+    run = Run(config, "custom", train.model_arguments(config))
+    monkeypatch.setattr(Run, "begin", lambda self: None)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with run:
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) == run.request_stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.timing
