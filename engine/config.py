@@ -65,6 +65,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "bias_lr_factor": (0, 1000),
     "weight_decay": (0, 100),
     "batch_size": (1, 2**16),
+    "input_size": (1, 10_000),
     "zoom_out": (1, 16),
     "max_boxes": (1, 10**5),
     "samples": (1, 10**3),

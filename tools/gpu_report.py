@@ -214,7 +214,8 @@ def speed_batches(setting: Setting) -> Iterator[Line]:
     """Eager steps of row 26 in bf16 by batch size, and the memory that they take against the plan."""
     config, step = row_config("26", width=setting.speed_width), None
     for n in setting.batches:
-        held, step = torch.cuda.memory_allocated() if setting.on_gpu else 0, None
+        step = None  # its memory is given back
+        held = torch.cuda.memory_allocated() if setting.on_gpu else 0
         step = Step(config, setting.device, BF16)
         yield step_line(setting, "row 26, bf16, eager", step, n)
         if setting.on_gpu:
