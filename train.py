@@ -168,7 +168,7 @@ def main() -> None:
     heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
     criterion = Criterion(*heads, **pick(config, *TERMS)).to(device)
     optimizer = make_optimizer(model, criterion, name=config.optimizer, **pick(config, *RATES))
-    run.terms, run.planned_batch = criterion.terms, plan_batch(model, criterion, optimizer, precision)
+    run.terms, run.planned_batch = criterion.terms, plan_batch(model, criterion, config.optimizer, precision)
     parts = {"model": ema, "optimizer": optimizer, "criterion": criterion}
     run.restore(parts if ema is model else {**parts, "raw_model": model})
     network = compile_model(distributed.wrap_ddp(model), config.compile)

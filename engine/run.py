@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from engine.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint
 from engine.config import BEFORE, MACHINE_CONSTANTS, same_value
-from engine.curves import draw_curves
+from engine.curves import MISS_RATES, draw_curves
 from engine.distributed import any_process, broadcast_object, is_main_process, world_size
 from engine.history import lock_folder, saved_constants
 from kaist.files import InputError, make_folder, write_atomically, write_text
@@ -31,7 +31,6 @@ from kaist.report import percent
 from kaist.sources import KAIST
 
 DAMAGED = "damaged.pt"  # a last.pt that turned out not to be whole
-RATES = ("miss_rate", "miss_rate_day", "miss_rate_night")
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 WARM_UP, TIMED = 10, 20  # steps: the first of a process, and those by which its end is foretold
 # Where a run stands that begins: what its checkpoint tells beside the state of its parts.
@@ -302,7 +301,7 @@ class Run:
 
     def epoch_line(self, row: dict[str, float]) -> str:
         """One line on an epoch that was evaluated."""
-        rates = " / ".join(percent(row[name]) for name in RATES)
+        rates = " / ".join(percent(row[name]) for name in MISS_RATES)
         masks = [f"{value:.2f}" for name, value in row.items() if name.startswith(("ap_", "iou_"))]
         said = f", masks {' '.join(masks)}" if masks else ""
         return (

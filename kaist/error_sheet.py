@@ -14,6 +14,7 @@ from kaist.files import InputError, write_atomically
 from kaist.frames import video_of
 from kaist.images import frame_view
 from kaist.miss_rate import SETUPS, GroundTruth, Matching, allowed_false_positives, match_setups, rank
+from kaist.picture import CAPTIONS
 from kaist.results import Detections
 
 SETUP = "Reasonable-all"
@@ -21,7 +22,6 @@ OPERATING_FPPI = 0.1  # who is not found at this rate of false positives counts 
 WIDTH, HEIGHT = 176, 220  # of one view, pixels
 COLUMNS = 4
 PER_VIDEO = 2  # errors of a video that come first: its neighbouring frames hold the same ones again
-CAPTIONS = {"visible": "visible", "lwir": "LWIR"}
 COLOURS = {"red": "the error", "lime": "person who counts", "yellow": "ignored object"}
 
 

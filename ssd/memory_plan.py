@@ -80,7 +80,7 @@ def plan_memory(model: nn.Module, criterion: nn.Module, optimizer: str, precisio
 
 
 def plan_batch(
-    model: nn.Module, criterion: nn.Module, optimizer: torch.optim.Optimizer, precision: torch.dtype
+    model: nn.Module, criterion: nn.Module, optimizer: str, precision: torch.dtype
 ) -> Callable[[], int]:
     """What gives the largest batch that fits into a GPU beside what is there now, before the first step; 0
     where none does or the model is on no GPU."""
@@ -90,8 +90,7 @@ def plan_batch(
     def largest() -> int:
         if device.type != "cuda":
             return 0
-        name = "adam" if isinstance(optimizer, torch.optim.Adam) else "sgd"
-        plan = plan_memory(model, criterion, name, precision)
+        plan = plan_memory(model, criterion, optimizer, precision)
         return plan.largest_batch(torch.cuda.mem_get_info(device)[1] - resident + plan.weights)
 
     return largest
