@@ -10,9 +10,10 @@ from __future__ import annotations
 import difflib
 import glob
 import math
+import os
 import re
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -86,9 +87,8 @@ def open_pairs(data: str, root: Path | None, split: str, errors: Errors = None) 
         problem = f"no visible image ({a}, …) has an LWIR partner ({b}, …)"
         raise InputError(problem, "let the * of both patterns stand for what a pair shares", file=source)
     images = {i: {modality: files[i] for modality, files in found.items()} for i in ids}
-    known = aliases(images, base)
     if "list" in given:
-        ids = listed(one_file(base, given["list"]), known)
+        ids = listed(one_file(base, given["list"]), found)
     elif alone := found["visible"].keys() ^ found["lwir"].keys():
         print(f"note: {len(alone)} of {len(ids) + len(alone)} frames lack a modality and are left out")
     sizes = {i: size for i in ids if (size := pair_size(images[i], errors))}
@@ -96,7 +96,7 @@ def open_pairs(data: str, root: Path | None, split: str, errors: Errors = None) 
         opened = open_test_annotations(base, ids) if split == "test" else open_annotations(base)
         labels = {i: (Path(opened.path(i)), opened.read_rows(i)) for i in sizes}
     elif given["labels"].endswith(".json"):
-        labels = coco_rows(one_file(base, given["labels"]), sizes, known, errors)
+        labels = coco_rows(one_file(base, given["labels"]), sizes, found, errors)
     else:
         labels = file_rows(base, given, sizes, errors)
     roles = {name: role for role in ("drop", "ignore", "person") for name in given.get(role, ())}
@@ -163,35 +163,38 @@ def one_file(base: Path, pattern: str) -> Path:
     return found[0]
 
 
-def aliases(images: Mapping[str, Mapping[str, Path]], base: Path) -> dict[str, str]:
-    """What a frame may be called -> its id: the id, and its images' paths from any folder on, without
-    the ending; names that several frames share are left out."""
-    shared: dict[str, set[str]] = defaultdict(set)
-    for frame_id, files in images.items():
-        for path in files.values():
-            below = path.relative_to(base) if path.is_relative_to(base) else path
-            parts = below.with_suffix("").parts
-            for first in range(len(parts)):
-                shared[PurePosixPath(*parts[first:]).as_posix()].add(frame_id)
-    names = {name: next(iter(ids)) for name, ids in shared.items() if len(ids) == 1}
-    return names | {frame_id: frame_id for frame_id in images}
+Files = Mapping[str, Mapping[str, Path]]  # modality -> id -> file, of frames that lack the other one too
 
 
-def find_id(name: str, known: Mapping[str, str], exactly: bool = False) -> str | None:
-    """The id of the frame that a list or a JSON calls by this name, or exactly so, folders and all."""
-    path = PurePosixPath(name)
-    forms = (name, (path.parent / path.stem).as_posix(), path.name, path.stem)[: 2 if exactly else None]
-    return next((known[form] for form in forms if form in known), None)
+def find_frames(names: Iterable[str], found: Files) -> dict[str, str]:
+    """Name -> the frame that a list or a JSON means by it, of names that mean one frame: by its id, or by
+    the path of either image from any folder on, with or without the ending."""
+    forms = {}
+    for name in names:
+        path = PurePosixPath(name)
+        forms[name] = name, (path.with_suffix("") if path.suffix in SUFFIXES else path).as_posix()
+    meant: dict[str, set[str]] = {form: set() for own in forms.values() for form in own}
+    for files in found.values():
+        for frame_id, path in files.items():
+            parts = Path(os.path.abspath(path)).with_suffix("").as_posix().split("/")
+            for tail in accumulate(reversed(parts), "{1}/{0}".format):
+                if tail in meant:
+                    meant[tail].add(frame_id)
+    meant |= {frame_id: {frame_id} for files in found.values() for frame_id in files}
+    frames = {name: meant[name] or meant[plain] for name, plain in forms.values()}
+    return {name: min(ids) for name, ids in frames.items() if len(ids) == 1}
 
 
-def listed(path: Path, known: Mapping[str, str]) -> list[str]:
+def listed(path: Path, found: Files) -> list[str]:
     """The ids of a list's frames; each has both images and is listed once."""
     first: dict[str, int] = {}
-    for name, number in list_lines(path, any_id=True).items():
-        frame_id = find_id(name, known)
-        if frame_id is None:
+    lines = list_lines(path, any_id=True)
+    frames = find_frames(lines, found)
+    for name, number in lines.items():
+        frame_id = frames.get(name)
+        if not all(frame_id in files for files in found.values()):
             problem = f"{name[:60]!r} is no frame that has both images"
-            remedy = "write an image's name or its pair's id, or leave it out"
+            remedy = "write an image's path or its pair's id, or leave it out"
             raise InputError(problem, remedy, file=path, line=number)
         if first.setdefault(frame_id, number) != number:
             problem = f"{name[:60]} stands in line {first[frame_id]} already"
@@ -220,22 +223,19 @@ def file_rows(
     return {i: found.get(i, (base, [])) for i in sizes}
 
 
-def coco_rows(path: Path, ids: Iterable[str], known: Mapping[str, str], errors: Errors) -> Labels:
+def coco_rows(path: Path, ids: Collection[str], found: Files, errors: Errors) -> Labels:
     """The objects of frames in a COCO JSON, each once; it may hold other frames too."""
     content = read_json(path, errors, kaist=False)
-    named: dict[tuple[bool, str | None], list[str]] = defaultdict(list)
-    for name in content:
-        for exactly in (True, False):  # so that of two splits in one file each has its own
-            named[exactly, find_id(name, known, exactly)].append(name)
-    names = {i: named[True, i] or named[False, i] for i in ids}
-    for frame_id, own in names.items():
-        if len(own) > 1:
-            problem = f"{own[0]} and {own[1]} may both be frame {frame_id}"
-            raise InputError(problem, "write file_name from the description's folder on", file=path)
-    if missing := [i for i, own in names.items() if not own]:
+    names: dict[str, str] = {}
+    for name, frame_id in find_frames(content, found).items():
+        if frame_id in ids and names.setdefault(frame_id, name) != name:
+            problem = f"{names[frame_id]} and {name} are both frame {frame_id}"
+            raise InputError(problem, "name each frame once", file=path)
+    if missing := [i for i in ids if i not in names]:
         problem = f"{len(missing)} frames are not in it, {missing[0]} first"
-        refuse(InputError(problem, UNLABELLED, file=path), errors)
-    return {i: (path, content[own[0]] if own else []) for i, own in names.items()}
+        remedy = f"write file_name from the description's folder on, {UNLABELLED}"
+        refuse(InputError(problem, remedy, file=path), errors)
+    return {i: (path, content[names[i]] if i in names else []) for i in ids}
 
 
 def choose_objects(

@@ -95,6 +95,25 @@ def test_a_list_names_frames_in_many_ways(tmp_path):
     assert "train.txt:2: '009' is no frame that has both images" in refusal(str(path), None, "train")
 
 
+def test_a_listed_frame_that_lacks_a_modality_is_refused_and_no_other_taken(tmp_path):
+    path = draw_own(tmp_path, n=1, visible="colour", lwir="thermal", labels="labels", list="list.txt")
+    for frame in ("day/001", "night/001", "night/002"):
+        pair_trees.draw_pair(tmp_path / f"colour/{frame}.png", tmp_path / f"thermal/{frame}.png", (160, 120))
+        write(tmp_path / f"labels/{frame}.txt", "")
+    (tmp_path / "thermal/night/001.png").unlink()
+    for name in ("night/001", "001", "dusk/001", "colour/night/001.png"):
+        write(tmp_path / "list.txt", f"night/002\n{name}\n")
+        assert f"list.txt:2: '{name}' is no frame that has both images" in refusal(str(path), None, "train")
+    for name in (
+        "002",
+        "./night/002.png",
+        f"{tmp_path}/thermal/night/002",
+        f"{tmp_path.name}/colour/night/002",
+    ):
+        write(tmp_path / "list.txt", f"{name}\nday/001\n")
+        assert open_pairs(str(path), None, "train").frames == ("night/002", "day/001")
+
+
 def test_a_list_names_images_by_the_paths_of_a_description_that_lies_elsewhere(tmp_path):
     for video in ("a", "b"):
         draw_own(tmp_path / "images" / video, n=1)
@@ -290,7 +309,11 @@ def test_one_coco_json_for_both_splits(tmp_path):
     for s, split in enumerate(("train", "test")):
         pairs = open_pairs(str(path), None, split)
         assert boxes(pairs, "002") == [("person", False, (10 + 50 * s, 20, 30, 40))]
+    of_test = {**both, "images": both["images"][4:], "annotations": both["annotations"][4:]}
+    write(tmp_path / "labels/both.json", json.dumps(of_test))
+    said = refusal(str(path), None, "train")
+    assert "4 frames are not in it, 000 first; write file_name from the description's folder on" in said
     for image in both["images"]:
-        image["file_name"] = image["file_name"].replace("colour/", "old-")
+        image["file_name"] = image["file_name"].removeprefix(f"colour/{'test/' * (image['id'] > 9)}")
     write(tmp_path / "labels/both.json", json.dumps(both))
-    assert "old-train/000.png and old-test/000.png may both be frame 000" in refusal(str(path), None, "train")
+    assert "train/000.png and 000.png are both frame 000" in refusal(str(path), None, "train")
