@@ -278,7 +278,10 @@ def json_objects(content: Any, path: Path, errors: Errors, kaist: bool = True) -
             frames[number], objects[name] = name, []
         names, items = {c["id"]: c["name"] for c in content["categories"]}, content["annotations"]
         if not kaist:
-            items = [{"occlusion": 0, "ignore": item.get("iscrowd", 0), **item} for item in items]
+            items = [
+                {"occlusion": 0, **item, "ignore": item.get("iscrowd") or item.get("ignore", 0)}
+                for item in items
+            ]
         try:
             rows = json_rows(items, names)
         except InputError:  # of which one, one by one

@@ -226,8 +226,10 @@ def test_a_coco_json_that_is_none(tmp_path):
         read_json(path, kaist=False)
     content = {"images": [{"id": 1, "file_name": "a.jpg"}], "categories": [{"id": 1, "name": "person"}]}
     crowd = {"image_id": 1, "category_id": 1, "bbox": [1, 2, 3, 4], "iscrowd": 1}
-    path.write_text(json.dumps({**content, "annotations": [crowd]}))
-    assert read_json(path, kaist=False)["a.jpg"][0].ignore
+    plain = {**crowd, "iscrowd": 0}
+    items = [crowd, {**crowd, "ignore": 0}, {**plain, "ignore": 1}, {**plain, "ignore": 0}, plain]
+    path.write_text(json.dumps({**content, "annotations": items}))
+    assert [row.ignore for row in read_json(path, kaist=False)["a.jpg"]] == [True, True, True, False, False]
     path.write_text(json.dumps({**content, "annotations": [{**crowd, "bbox": [1, 2, 0, 4]}]}))
     with pytest.raises(InputError, match="annotation 0 of the list: box"):
         read_json(path, kaist=False)
