@@ -25,11 +25,12 @@ from kaist.images import image_size, open_deep
 from kaist.labels import FRAME_ID, Errors, ObjectRow, guess_form, read_json, read_labels, refuse
 
 SPLITS = ("train", "test")
+ROLES = ("person", "ignore", "drop")
 FORMS = ("xml", "kaist-text", "yolo", "cvc14")  # of label files for one frame each
 # What a description may have, see docs/your-data.md, and of which kind it is.
 KEYS = {
     **dict.fromkeys(("visible", "lwir", "labels", "list", "form", "night"), str),
-    **dict.fromkeys(("names", "person", "ignore", "drop"), list),
+    **dict.fromkeys(("names", *ROLES), list),
     "splits": dict,
 }
 KINDS = {str: "a text", list: "a list of texts", dict: "an object of texts"}
@@ -99,7 +100,7 @@ def open_pairs(data: str, root: Path | None, split: str, errors: Errors = None) 
         labels = coco_rows(one_file(base, given["labels"]), sizes, found, errors)
     else:
         labels = file_rows(base, given, sizes, errors)
-    roles = {name: role for role in ("drop", "ignore", "person") for name in given.get(role, ())}
+    roles = {word: role for role in ROLES for word in given.get(role, ())}
     objects = {i: choose_objects(*own, roles, errors) for i, own in labels.items()}
     files = {i: {**images[i], "labels": path} for i, (path, _) in labels.items()}
     return PairSet(source, tuple(sizes), files, sizes, objects, given.get("night", ""))
@@ -125,10 +126,15 @@ def describe(data: str, root: Path | None, split: str) -> tuple[dict[str, Any], 
             raise InputError(f"{key!r} is not {KINDS[KEYS[key]]}", remedy, file=path)
     if given.get("form", FORMS[0]) not in FORMS:
         raise InputError(f"form {given['form']!r} is unknown", f"use {', '.join(FORMS)}", file=path)
+    own = [word for role in ROLES for word in dict.fromkeys(given.get(role, ()))]
+    if twice := [word for word in own if own.count(word) > 1]:
+        problem = f"{twice[0]!r} stands in two of {', '.join(ROLES)}"
+        raise InputError(problem, "leave it in one", file=path)
+    defaults = {role: [word for word in words if word not in own] for role, words in DEFAULTS.items()}
     stands = given.get("splits", {}).get(split, split)
     places = ("visible", "lwir", "labels", "list")
     given = given | {key: given[key].replace("{split}", stands) for key in places if key in given}
-    return DEFAULTS | given, root if data in NAMED else path, root or path.parent
+    return defaults | given, root if data in NAMED else path, root or path.parent
 
 
 def find_files(base: Path, pattern: str, endings: Sequence[str]) -> dict[str, Path]:

@@ -157,6 +157,8 @@ def test_a_yolo_frame_without_labels_has_no_objects_and_others_are_refused(tmp_p
     [
         ({"visibel": "colour"}, "'visibel' is nothing that a description has; write visible"),
         ({"person": "person"}, "'person' is not a list of texts"),
+        ({"person": ["person", "rider"]}, "pairs.json: 'rider' stands in two of person, ignore, drop; leave"),
+        ({"ignore": ["*"], "drop": ["*"]}, "pairs.json: '*' stands in two of"),
         ({"splits": ["train"]}, "'splits' is not an object of texts"),
         ({"form": "voc"}, "form 'voc' is unknown"),
         ({"visible": "colours/{split}"}, "colours/train: no such folder"),
@@ -170,6 +172,22 @@ def test_wrong_descriptions_are_told(tmp_path, change, words):
     path = draw_own(tmp_path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert words in refusal(str(path), None, "train")
+
+
+def test_a_class_of_ones_own_lists_has_no_role_by_default(tmp_path):
+    """Without a list `ignore`, which has people by default; nor without `person`."""
+    rows = [("person", (9, 9, 9, 40), 0), ("people", (50, 9, 30, 40), 0), ("cyclist", (90, 9, 9, 40), 0)]
+    path = draw_own(tmp_path, "voc", n=1)
+    write(tmp_path / "labels/train/000.xml", pair_trees.voc((160, 120), rows))
+    places = {key: json.loads(path.read_text())[key] for key in ("visible", "lwir", "labels")}
+    for roles, expected in (
+        ({}, [("person", False), ("people", True), ("cyclist", True)]),
+        ({"drop": ["people", "dog"]}, [("person", False), ("cyclist", True)]),
+        ({"person": ["people"], "ignore": ["*"]}, [("person", True), ("person", False), ("cyclist", True)]),
+        ({"drop": ["person"]}, [("people", True), ("cyclist", True)]),
+    ):
+        path.write_text(json.dumps(places | roles))
+        assert [own[:2] for own in boxes(open_pairs(str(path), None, "train"), "000")] == expected
 
 
 def test_no_description(tmp_path):
