@@ -42,7 +42,7 @@ def main() -> None:
         problem = f"{len(shared)} frames are both to train and to test"
         raise InputError(problem, "tell them apart by {split} or lists", file=min(shared))
     if arguments.to == "kaist":
-        write_kaist(sets, arguments.out)
+        write_kaist(sets, arguments.out, training_range(arguments, sets))
         hint = f"--data-root {arguments.out}"
     else:
         write_plain(sets, arguments.to, arguments.out)
@@ -111,10 +111,16 @@ def write_plain(sets: dict[str, PairSet], form: str, out: Path) -> None:
     write_new(out / "pairs.json", json.dumps(content, indent=1) + "\n")
 
 
-def write_kaist(sets: dict[str, PairSet], out: Path) -> None:
+def training_range(arguments: Namespace, sets: dict[str, PairSet]) -> tuple[float, float]:
+    """The LWIR range of the frames to train on, whatever is written, or (0, 0) if that has 8 bits."""
+    if "train" not in sets and not find_lwir_range(sets["test"])[1]:
+        return 0.0, 0.0
+    return find_lwir_range(sets.get("train") or open_pairs(arguments.data, arguments.data_root, "train"))
+
+
+def write_kaist(sets: dict[str, PairSet], out: Path, deep: tuple[float, float]) -> None:
     """images/, names.csv, one KAIST_annotation.json of all frames, and imageSets/, at 640x512."""
     named = {split: kaist_ids(pairs, split) for split, pairs in sets.items()}
-    deep = find_lwir_range(next(iter(sets.values())))
     if deep[1]:
         print("LWIR of {:g} … {:g} becomes 0 … 255, what lies beyond is clipped".format(*deep))
     images, table = [], ["frame,split,visible,lwir\n"]

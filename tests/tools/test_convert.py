@@ -10,7 +10,7 @@ from PIL import Image
 from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.files import InputError
 from kaist.images import check_images, read_frame
-from kaist.pair_sets import open_pairs
+from kaist.pair_sets import find_lwir_range, open_pairs
 from tests import pair_trees
 from tools import convert
 
@@ -94,6 +94,24 @@ def test_frames_of_any_size_become_a_kaist_root(tmp_path, monkeypatch, capsys):
     assert (inside.mean((0, 1)) > beside.mean((0, 1)) + 60).all()  # in both modalities
     names = (root / "names.csv").read_text().splitlines()
     assert names[2].startswith("set00/V000/I00001,train,") and names[2].endswith("thermal/train/001.png")
+
+
+def test_lwir_of_16_bits_is_scaled_by_the_training_frames_whatever_is_written(tmp_path, monkeypatch, capsys):
+    path = pair_trees.draw_own(tmp_path / "set", deep=True)
+    for i in range(4):
+        test = tmp_path / f"set/thermal/test/00{i}.png"
+        Image.fromarray(np.array(Image.open(test)) + np.uint16(3000)).save(test)
+    low, high = find_lwir_range(open_pairs(str(path), None, "train"))
+    for i, splits in enumerate((["test", "train"], ["test"], ["train"])):
+        run(monkeypatch, path, "--to", "kaist", "--out", tmp_path / f"{i}", "--split", *splits)
+        assert f"LWIR of {low:g} … {high:g} becomes 0 … 255" in capsys.readouterr().out
+
+
+def test_a_set_of_8_bits_is_written_without_its_training_frames(tmp_path, monkeypatch):
+    path = pair_trees.draw_own(tmp_path / "set", n=1)
+    (tmp_path / "set/colour/train/000.png").unlink()
+    run(monkeypatch, path, "--to", "kaist", "--out", tmp_path / "out", "--split", "test")
+    assert read_image_list(tmp_path / "out/imageSets/test-all.txt") == ["set06/V000/I00000"]
 
 
 def test_frames_of_kaists_size_stay_as_they_are(tmp_path, monkeypatch):
