@@ -90,7 +90,7 @@ def write_plain(sets: dict[str, PairSet], form: str, out: Path) -> None:
     names = ["person", *sorted(classes - {"person"})]
     for split, pairs in sets.items():
         place, images = out / LABELS_AT[form].format(split=split), []
-        for frame_id in tqdm(pairs.frames, split, unit="frame", leave=False):
+        for frame_id in tqdm(sorted(pairs.frames), split, unit="frame", leave=False):  # as they are read
             size, rows, files = (of[frame_id] for of in (pairs.sizes, pairs.objects, pairs.images))
             for modality, folder in FOLDERS.items():
                 name = f"{frame_id}{files[modality].suffix}"

@@ -72,6 +72,18 @@ def test_kaist_and_back(demo_root, tmp_path, monkeypatch, form):
                 np.testing.assert_array_equal(before.read(frame_id).occlusion, after.read(frame_id).occlusion)
 
 
+def test_ids_of_a_written_json_count_along_the_frames_as_they_are_read(tmp_path, monkeypatch):
+    """Whatever the order of the list: so that a result's numbers mean the same frames."""
+    path = pair_trees.draw_own(tmp_path / "set", list="list.txt")
+    pair_trees.write(tmp_path / "set/list.txt", "002\n000\n003\n")
+    run(monkeypatch, path, "--to", "coco", "--out", tmp_path / "out", "--split", "test")
+    frames = open_pairs(str(tmp_path / "out/pairs.json"), None, "test").frames
+    assert frames == ("000", "002", "003")
+    images = json.loads((tmp_path / "out/annotations/test.json").read_text())["images"]
+    names = {image["id"]: image["file_name"] for image in images}
+    assert [names[i] for i in range(3)] == [f"{frame}.png" for frame in frames]
+
+
 def test_frames_of_any_size_become_a_kaist_root(tmp_path, monkeypatch, capsys):
     """What train.py reads of it: scaled pixels, and boxes scaled by as much."""
     path = pair_trees.draw_own(tmp_path / "set", "coco", size=(160, 120), deep=True)
