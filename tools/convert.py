@@ -8,6 +8,8 @@ YOLO keep images as they are, beside a pairs.json that describes the result. KAI
 scaled to 640x512 with 8 bits, and is trained on by train.py --data-root.
 """
 
+import csv
+import io
 import json
 import os
 import shutil
@@ -123,15 +125,16 @@ def write_kaist(sets: dict[str, PairSet], out: Path, deep: tuple[float, float]) 
     named = {split: kaist_ids(pairs, split) for split, pairs in sets.items()}
     if deep[1]:
         print("LWIR of {:g} … {:g} becomes 0 … 255, what lies beyond is clipped".format(*deep))
-    images, table = [], ["frame,split,visible,lwir\n"]
+    images, table, text = [], [("frame", "split", "visible", "lwir")], io.StringIO()
     for split, pairs in sets.items():
         draw = partial(draw_frame, pairs, named[split], out, deep)
         with ThreadPoolExecutor() as pool:
             list(tqdm(pool.map(draw, pairs.frames), split, len(pairs.frames), unit="frame", leave=False))
         for i, name in named[split].items():
             images.append((name, FRAME_SIZE, [scale(row, pairs.sizes[i]) for row in pairs.objects[i]]))
-            table.append(f"{name},{split},{pairs.images[i]['visible']},{pairs.images[i]['lwir']}\n")
-    write_new(out / "names.csv", "".join(table))
+            table.append((name, split, pairs.images[i]["visible"], pairs.images[i]["lwir"]))
+    csv.writer(text, lineterminator="\n").writerows(table)
+    write_new(out / "names.csv", text.getvalue())
     write_new(out / JSON_NAME, json.dumps(coco_content(images, "im_name")) + "\n")
     for split, ids in named.items():
         write_new(out / f"imageSets/{split}-all.txt", "".join(f"{name}\n" for name in ids.values()))

@@ -1,5 +1,6 @@
 """Conversion of sets of pairs: what comes back is what went in, to the form's rounding."""
 
+import csv
 import json
 import sys
 
@@ -86,7 +87,7 @@ def test_ids_of_a_written_json_count_along_the_frames_as_they_are_read(tmp_path,
 
 def test_frames_of_any_size_become_a_kaist_root(tmp_path, monkeypatch, capsys):
     """What train.py reads of it: scaled pixels, and boxes scaled by as much."""
-    path = pair_trees.draw_own(tmp_path / "set", "coco", size=(160, 120), deep=True)
+    path = pair_trees.draw_own(tmp_path / "a,b", "coco", size=(160, 120), deep=True)
     run(monkeypatch, path, "--to", "kaist", "--out", tmp_path / "out")
     said = capsys.readouterr().out
     assert "becomes 0 … 255, what lies beyond is clipped" in said
@@ -104,8 +105,9 @@ def test_frames_of_any_size_become_a_kaist_root(tmp_path, monkeypatch, capsys):
     x, y, w, h = (objects.boxes[0]).round().astype(int)
     inside, beside = frame[y + 20 : y + h - 20, x + 20 : x + w - 20], frame[y + 20 : y + h - 20, :60]
     assert (inside.mean((0, 1)) > beside.mean((0, 1)) + 60).all()  # in both modalities
-    names = (root / "names.csv").read_text().splitlines()
-    assert names[2].startswith("set00/V000/I00001,train,") and names[2].endswith("thermal/train/001.png")
+    names = list(csv.reader((root / "names.csv").open()))
+    files = [f"{tmp_path}/a,b/{modality}/train/001.png" for modality in ("colour", "thermal")]
+    assert names[2] == ["set00/V000/I00001", "train", *files]
 
 
 def test_lwir_of_16_bits_is_scaled_by_the_training_frames_whatever_is_written(tmp_path, monkeypatch, capsys):
