@@ -29,12 +29,13 @@ import numpy as np
 from kaist.files import InputError, load_json, read_text
 
 FRAME_ID = re.compile(r"set(0\d|1[01])/V\d{3}/I\d{5}", re.ASCII)
+# Of one person, of a crowd, of a rider, and two of whom it is unsure.
+KAIST_LABELS = ("person", "people", "cyclist", "person?", "person?a")
 MANY = 10**6
 # Text forms: the fewest and the most columns that a line may have, and how it is to be written.
 COLUMNS = {
     "bbgt": (11, MANY, "person x y w h occ vx vy vw vh ign ang"),  # of which the last may be missing
-    "paired": (5, MANY, "person x y w h occ vx vy vw vh ign ang"),
-    "kaist-text": (5, MANY, "person x y w h occ vx vy vw vh ign ang"),
+    **dict.fromkeys(("paired", "kaist-text"), (5, MANY, "person x y w h occ vx vy vw vh ign ang")),
     "yolo": (5, 6, "class cx cy w h"),  # a sixth, a confidence, is left out
     "cvc14": (5, MANY, "x y w h 1 0"),
 }

@@ -22,7 +22,7 @@ import numpy as np
 from kaist.annotations import SUFFIXES, PairSet, list_lines, open_annotations, open_test_annotations
 from kaist.files import InputError, load_json, read_text
 from kaist.images import image_size, open_deep
-from kaist.labels import FRAME_ID, Errors, ObjectRow, guess_form, read_json, read_labels, refuse
+from kaist.labels import FRAME_ID, KAIST_LABELS, Errors, ObjectRow, guess_form, read_json, read_labels, refuse
 
 SPLITS = ("train", "test")
 ROLES = ("person", "ignore", "drop")
@@ -34,7 +34,7 @@ KEYS = {
     "splits": dict,
 }
 KINDS = {str: "a text", list: "a list of texts", dict: "an object of texts"}
-DEFAULTS = {"person": ["person"], "ignore": ["people", "cyclist", "person?", "person?a", "ignored"]}
+DEFAULTS = {"person": ["person"], "ignore": [*KAIST_LABELS[1:], "ignored"]}
 NAMED: dict[str, dict[str, Any]] = {
     "kaist": {
         "visible": "images/*/*/visible/*",

@@ -12,7 +12,7 @@ import numpy as np
 from kaist.annotations import FRAME_HEIGHT, FRAME_SIZE, FRAME_WIDTH
 from kaist.files import InputError, load_json, read_text
 from kaist.images import open_image, open_view
-from kaist.labels import ObjectRow, json_objects, parse_xml, read_labels
+from kaist.labels import KAIST_LABELS, ObjectRow, json_objects, parse_xml, read_labels
 
 # Name -> what it is, and words by which the message of a reader that finds it is known; the first that fit.
 FAULTS = {
@@ -28,7 +28,7 @@ FAULTS = {
     "unreadable-file": ("a file that may not be read, or that is no file", ""),
     "empty-file": ("a file of 0 bytes", ""),
     "huge-image": ("a size that would fill the memory", "exceeds limit|too large to decode"),
-    "16-bit-image": ("an image of 16 bits or floating point, which would be clipped to white", "8.bit"),
+    "16-bit-image": ("16 bits or floating point, which would be clipped to white", "not an 8-bit|of 8 bits"),
     "not-an-image": ("content that is no JPEG, PNG or TIFF", "cannot identify image"),
     "broken-image": ("an image that cannot be decoded to its end", "unreadable image|broken image"),
     "wrong-size": ("an image that is not 640x512, or of another size than its pair's", "its visible image"),
@@ -48,7 +48,7 @@ FAULTS = {
     "leaves-frame": ("a box less than half in the frame", ""),
     "odd-box": ("a person or object of an impossible height or shape", ""),
     "repeated-box": ("two objects with the same box", ""),
-    "unknown-label": ("a label other than person, people, cyclist and person?", "speaks of|has no name"),
+    "unknown-label": ("a label other than KAIST's person, people, cyclist, …", "speaks of|has no name"),
     "unknown-occlusion": ("an occlusion other than 0, 1 and 2", "is unknown"),
     "unpaired-objects": ("visible and LWIR files of the paired form with other objects", ""),
     "broken-xml": ("an XML that cannot be parsed, or is none of KAIST's", "broken XML|DOCTYPE|is no KAIST"),
@@ -61,7 +61,7 @@ FAULTS = {
         "lacks|annotation ",
     ),
 }
-LABELS = {"person", "people", "cyclist", "person?", "__ignore__"}
+LABELS = {*KAIST_LABELS, "__ignore__"}
 HEIGHTS = (10, 450)  # pixels of a frame 512 high; KAIST's objects have 20 to 309
 PERSON_ASPECTS = (0.08, 4.0)  # width / height
 ASPECTS = (0.08, 16.0)  # the same of other objects; KAIST's crowds reach 10.7

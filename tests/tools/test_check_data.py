@@ -25,7 +25,7 @@ SIZE, HUGE = bytes.fromhex("02000280"), bytes.fromhex("75307530")  # 512x640, 30
 @pytest.fixture
 def root(demo_root, tmp_path):
     """A demo set that holds every form of annotation."""
-    root = shutil.copytree(demo_root, tmp_path / "demo")
+    root = shutil.copytree(demo_root, tmp_path / "kaist-8-bit")
     bbgt = open_annotations(root)
     for name in ("train-all", "test-all"):
         for frame_id in read_image_list(root / f"imageSets/{name}.txt"):
@@ -135,7 +135,12 @@ def plant(root):
         (bbgt[4], "not-a-number", 3, HEADER + LINE + LINE.replace("30", "3O")),
         (bbgt[5], "no-area", 2, HEADER + LINE.replace("30", "0")),
         (bbgt[6], "outside-frame", 2, HEADER + LINE.replace("100", "640")),
-        (bbgt[7], "leaves-frame", 4, HEADER + LINE + "\n" + LINE.replace("100", "630")),
+        (
+            bbgt[7],
+            "leaves-frame",
+            4,
+            HEADER + LINE.replace(" ", "?a ", 1) + "\n" + LINE.replace("100", "630"),
+        ),
         (bbgt[8], "odd-box", 2, HEADER + LINE.replace("30", "500")),
         (bbgt[9], "repeated-box", 3, HEADER + LINE + LINE.replace("person", "people")),
         (bbgt[10], "unknown-label", 2, HEADER + LINE.replace("person", "persom")),
