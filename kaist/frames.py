@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,21 +132,24 @@ def list_videos(frame_ids: Iterable[str]) -> str:
     return ", ".join(f"{video} ({n})" for video, n in Counter(map(video_of, frame_ids)).items())
 
 
-def hold_out_videos(frame_ids: Sequence[str], share: float, seed: int) -> dict[str, None]:
+def hold_out_videos(
+    frame_ids: Sequence[str], share: float, seed: int, time_of: Callable[[str], str] = time_of_day
+) -> dict[str, None]:
     """The frames, as keys, of whole videos, drawn at random, that together are near a share of a list.
 
     Neighbouring frames show the same people, so that frames drawn one by one would be known from
     training. Of day and of night as much is held out, at least one video each, but never the last.
+    time_of: id -> "day" or "night", or "" where nothing tells.
 
     Raises:
         InputError: a share is asked for, and there is a single video of day and of night.
     """
     held_out: set[str] = set()
-    for time in ("day", "night") if share else ():
-        own = [video_of(frame_id) for frame_id in frame_ids if time_of_day(frame_id) == time]
+    for time in sorted({*map(time_of, frame_ids)}) if share else ():
+        own = [video_of(frame_id) for frame_id in frame_ids if time_of(frame_id) == time]
         videos, counts = np.unique(own, return_counts=True)
         order, n = np.random.default_rng(seed).permutation(len(videos)), 0
-        for i in order[:-1] if len(videos) else ():
+        for i in order[:-1]:
             if n + counts[i] / 2 <= share * len(own):  # nearer to the share with it than without
                 held_out.add(str(videos[i]))
                 n += counts[i]
@@ -169,7 +172,8 @@ def split_frames(
     Raises:
         InputError: no frame to train on holds a person to learn.
     """
-    held_out = hold_out_videos(frame_ids, validation, seed)
+    time_of = annotations.time_of_day if isinstance(annotations, PairSet) else time_of_day
+    held_out = hold_out_videos(frame_ids, validation, seed, time_of)
     frames = [frame for frame in load_frames(frame_ids, annotations, **how) if frame.id not in held_out]
     if not any(frame.n_people for frame in frames):
         problem = "no frame of the training list holds a person to learn"

@@ -1,9 +1,11 @@
 """Annotated frames: who is learned, who is ignored, and whose boxes are whose."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from kaist.annotations import make_objects, open_annotations
+from kaist.annotations import PairSet, make_objects, open_annotations
 from kaist.files import InputError
 from kaist.frames import (
     BOTH,
@@ -15,8 +17,10 @@ from kaist.frames import (
     list_videos,
     load_frames,
     make_frames,
+    split_frames,
     video_of,
 )
+from kaist.labels import ObjectRow
 from kaist.miss_rate import load_ground_truth
 
 
@@ -126,3 +130,24 @@ def test_whole_videos_are_held_out_of_day_and_night():
     assert not hold_out_videos(ids, 0.0, 0)
     with pytest.raises(InputError, match=r"VALIDATION = 0.5 holds out whole videos"):
         hold_out_videos(ids[:40] + ids[-40:], 0.5, 0)
+
+
+def test_day_and_night_of_another_set_are_its_own():
+    """Of CVC-14's folders Day and Night, which are no KAIST ids, neither is held out whole."""
+    how = {"validation": 0.3, "seed": 1, "min_height": 12, "margin": 5}
+
+    def split(*videos):
+        ids = [f"{video}/{i}" for video in videos for i in range(9)]
+        rows, sizes = (
+            {i: [ObjectRow("person", [50, 50, 20, 60])] for i in ids},
+            dict.fromkeys(ids, (640, 471)),
+        )
+        pairs = PairSet(Path("cvc14"), tuple(ids), {}, sizes, rows, "Night*")
+        return {video_of(frame_id) for frame_id in split_frames(ids, pairs, **how)[1]}
+
+    with pytest.raises(
+        InputError, match="VALIDATION = 0.3 holds out whole videos, and the list has one of day"
+    ):
+        split("Day", "Night")
+    assert sorted(video[:-1] for video in split("Day1", "Day2", "Night1", "Night2")) == ["Day", "Night"]
+    assert split("Day1", "Day2", "Night") < {"Day1", "Day2"}
