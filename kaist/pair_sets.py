@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from kaist.annotations import SUFFIXES, PairSet, list_lines, open_annotations, open_test_annotations
-from kaist.files import InputError, load_json, read_text
+from kaist.files import InputError, load_json, printable, read_text
 from kaist.images import image_size, open_deep
 from kaist.labels import FRAME_ID, KAIST_LABELS, Errors, ObjectRow, guess_form, read_json, read_labels, refuse
 
@@ -92,7 +92,7 @@ def open_pairs(data: str, root: Path | None, split: str, errors: Errors = None) 
         ids = listed(one_file(base, given["list"]), found)
     elif alone := found["visible"].keys() ^ found["lwir"].keys():
         print(f"note: {len(alone)} of {len(ids) + len(alone)} frames lack a modality and are left out")
-    sizes = {i: size for i in ids if (size := pair_size(images[i], errors))}
+    sizes = {i: size for i in ids if (size := check_pair(i, images[i], errors))}
     if not given["labels"]:  # whichever of KAIST's forms is there
         opened = open_test_annotations(base, ids) if split == "test" else open_annotations(base)
         labels = {i: (Path(opened.path(i)), opened.read_rows(i)) for i in sizes}
@@ -263,9 +263,12 @@ def choose_objects(
     return kept
 
 
-def pair_size(pair: Mapping[str, Path], errors: Errors) -> tuple[int, int] | None:
-    """Width and height of a pair's images, which have to agree; None if they were refused."""
+def check_pair(frame_id: str, pair: Mapping[str, Path], errors: Errors) -> tuple[int, int] | None:
+    """Width and height of a pair's images, which have to agree; None if they or its id were refused."""
     try:
+        if printable(frame_id).strip().splitlines() != [frame_id]:  # as a result's companion has it
+            problem = f"its frame's id, {frame_id!r}, cannot stand in a list of frames"
+            raise InputError(problem, "rename it", file=pair["visible"])
         visible, lwir = image_size(pair["visible"]), image_size(pair["lwir"], deep=True)
         if visible == lwir:
             return visible

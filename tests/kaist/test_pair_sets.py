@@ -204,6 +204,19 @@ def test_modalities_of_two_sizes(tmp_path):
     assert "thermal/train/001.png: it is 80x60, its visible image 160x120; register and scale" in said
 
 
+@pytest.mark.parametrize(
+    ("name", "frame_id"),
+    [("img", "''"), ("img1 ", "'1 '"), ("img1\x85", r"'1\x85'"), ("img1\udcff", r"'1\udcff'")],
+)
+def test_an_id_that_no_line_of_a_list_can_be_is_refused(tmp_path, name, frame_id):
+    """Empty, with a space or a line's end at its end, or not UTF-8: results would not find their frames."""
+    path = draw_own(tmp_path, n=1, visible="a/img*.png", lwir="b/img*.png", labels="c/img*.txt")
+    write(tmp_path / f"c/{name}.txt", "0 0.5 0.5 0.1 0.4\n")
+    pair_trees.draw_pair(tmp_path / f"a/{name}.png", tmp_path / f"b/{name}.png", (160, 120))
+    said = refusal(str(path), None, "train")
+    assert f"a/{name}.png: its frame's id, {frame_id}, cannot stand in a list of frames; rename it" in said
+
+
 def test_two_files_of_one_frame(tmp_path):
     path = draw_own(tmp_path)
     Image.new("RGB", (160, 120)).save(tmp_path / "colour/train/001.jpg")
