@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,21 +132,19 @@ def list_videos(frame_ids: Iterable[str]) -> str:
     return ", ".join(f"{video} ({n})" for video, n in Counter(map(video_of, frame_ids)).items())
 
 
-def hold_out_videos(
-    frame_ids: Sequence[str], share: float, seed: int, time_of: Callable[[str], str] = time_of_day
-) -> dict[str, None]:
+def hold_out_videos(times: Mapping[str, str], share: float, seed: int) -> dict[str, None]:
     """The frames, as keys, of whole videos, drawn at random, that together are near a share of a list.
 
     Neighbouring frames show the same people, so that frames drawn one by one would be known from
     training. Of day and of night as much is held out, at least one video each, but never the last.
-    time_of: id -> "day" or "night", or "" where nothing tells.
+    times: frame id -> "day" or "night", or "" where nothing tells.
 
     Raises:
         InputError: a share is asked for, and there is a single video of day and of night.
     """
     held_out: set[str] = set()
-    for time in sorted({*map(time_of, frame_ids)}) if share else ():
-        own = [video_of(frame_id) for frame_id in frame_ids if time_of(frame_id) == time]
+    for time in sorted({*times.values()}) if share else ():
+        own = [video_of(frame_id) for frame_id, its_time in times.items() if its_time == time]
         videos, counts = np.unique(own, return_counts=True)
         order, n = np.random.default_rng(seed).permutation(len(videos)), 0
         for i in order[:-1]:
@@ -158,7 +156,7 @@ def hold_out_videos(
     if share and not held_out:
         problem = f"VALIDATION = {share:g} holds out whole videos, and the list has one of day and of night"
         raise InputError(problem, "list more videos, or set VALIDATION = 0")
-    return dict.fromkeys(frame_id for frame_id in frame_ids if video_of(frame_id) in held_out)
+    return dict.fromkeys(frame_id for frame_id in times if video_of(frame_id) in held_out)
 
 
 def split_frames(
@@ -173,7 +171,7 @@ def split_frames(
         InputError: no frame to train on holds a person to learn.
     """
     time_of = annotations.time_of_day if isinstance(annotations, PairSet) else time_of_day
-    held_out = hold_out_videos(frame_ids, validation, seed, time_of)
+    held_out = hold_out_videos({i: time_of(i) for i in frame_ids}, validation, seed)
     frames = [frame for frame in load_frames(frame_ids, annotations, **how) if frame.id not in held_out]
     if not any(frame.n_people for frame in frames):
         problem = "no frame of the training list holds a person to learn"

@@ -29,8 +29,7 @@ import numpy as np
 from kaist.files import InputError, load_json, read_text
 
 FRAME_ID = re.compile(r"set(0\d|1[01])/V\d{3}/I\d{5}", re.ASCII)
-# Of one person, of a crowd, of a rider, and two of whom it is unsure.
-KAIST_LABELS = ("person", "people", "cyclist", "person?", "person?a")
+KAIST_LABELS = ("person", "people", "cyclist", "person?", "person?a", "__ignore__")
 MANY = 10**6
 # Text forms: the fewest and the most columns that a line may have, and how it is to be written.
 COLUMNS = {
@@ -232,10 +231,9 @@ def xml_row(item: ElementTree.Element, number: int) -> ObjectRow:
 
     What VOC calls `difficult` is ignored.
     """
-    label, box = item.findtext("name", "").strip(), item.find("bndbox")
-    sides = [
-        None if box is None else box.findtext(side) for side in (*"xywh", "xmin", "ymin", "xmax", "ymax")
-    ]
+    label = item.findtext("name", "").strip()
+    box = {side.tag: side.text or "" for side in item.iterfind("bndbox/*")}
+    sides = [box.get(side) for side in (*"xywh", "xmin", "ymin", "xmax", "ymax")]
     if not label or (None in sides[:4] and None in sides[4:]):
         sides = "a side of its bndbox (x, y, w, h, or xmin, ymin, xmax, ymax)"
         raise InputError(f"an object lacks its name or {sides}", "add it")

@@ -128,8 +128,7 @@ def describe(data: str, root: Path | None, split: str) -> tuple[dict[str, Any], 
         raise InputError(f"form {given['form']!r} is unknown", f"use {', '.join(FORMS)}", file=path)
     own = [word for role in ROLES for word in dict.fromkeys(given.get(role, ()))]
     if twice := [word for word in own if own.count(word) > 1]:
-        problem = f"{twice[0]!r} stands in two of {', '.join(ROLES)}"
-        raise InputError(problem, "leave it in one", file=path)
+        raise InputError(f"{twice[0]!r} stands in two of {', '.join(ROLES)}", "leave it in one", file=path)
     defaults = {role: [word for word in words if word not in own] for role, words in DEFAULTS.items()}
     stands = given.get("splits", {}).get(split, split)
     places = ("visible", "lwir", "labels", "list")

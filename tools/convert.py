@@ -24,9 +24,8 @@ from engine.config import OneLineParser
 from kaist.annotations import FRAME_SIZE, JSON_NAME, PairSet
 from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
 from kaist.images import open_view, rescale
-from kaist.labels import ObjectRow, class_name, coco_content, yolo_text
+from kaist.labels import KAIST_LABELS, ObjectRow, class_name, coco_content, yolo_text
 from kaist.pair_sets import NAMED, SPLITS, find_lwir_range, kaist_ids, open_pairs
-from tools.faults import LABELS
 
 JPEG_QUALITY = 95  # of frames that are scaled
 FOLDERS = {"visible": "images", "lwir": "lwir"}  # of the images of COCO and YOLO
@@ -44,7 +43,10 @@ def main() -> None:
         problem = f"{len(shared)} frames are both to train and to test"
         raise InputError(problem, "tell them apart by {split} or lists", file=min(shared))
     if arguments.to == "kaist":
-        write_kaist(sets, arguments.out, training_range(arguments, sets))
+        deep = find_lwir_range(sets.get("train") or sets["test"])
+        if deep[1] and "train" not in sets:  # it is that of the frames to train on, whatever is written
+            deep = find_lwir_range(open_pairs(arguments.data, arguments.data_root, "train"))
+        write_kaist(sets, arguments.out, deep)
         hint = f"--data-root {arguments.out}"
     else:
         write_plain(sets, arguments.to, arguments.out)
@@ -113,15 +115,9 @@ def write_plain(sets: dict[str, PairSet], form: str, out: Path) -> None:
     write_new(out / "pairs.json", json.dumps(content, indent=1) + "\n")
 
 
-def training_range(arguments: Namespace, sets: dict[str, PairSet]) -> tuple[float, float]:
-    """The LWIR range of the frames to train on, whatever is written, or (0, 0) if that has 8 bits."""
-    if "train" not in sets and not find_lwir_range(sets["test"])[1]:
-        return 0.0, 0.0
-    return find_lwir_range(sets.get("train") or open_pairs(arguments.data, arguments.data_root, "train"))
-
-
 def write_kaist(sets: dict[str, PairSet], out: Path, deep: tuple[float, float]) -> None:
-    """images/, names.csv, one KAIST_annotation.json of all frames, and imageSets/, at 640x512."""
+    """images/, names.csv, one KAIST_annotation.json of all frames, and imageSets/, at 640x512; deep: as of
+    `find_lwir_range`."""
     named = {split: kaist_ids(pairs, split) for split, pairs in sets.items()}
     if deep[1]:
         print("LWIR of {:g} … {:g} becomes 0 … 255, what lies beyond is clipped".format(*deep))
@@ -143,7 +139,7 @@ def write_kaist(sets: dict[str, PairSet], out: Path, deep: tuple[float, float]) 
 def scale(row: ObjectRow, size: tuple[int, int]) -> ObjectRow:
     """An object of a frame of `size` (width, height) as it lies in the frame scaled to KAIST's size, under
     a label that KAIST has."""
-    label = row.label if row.label in LABELS else "__ignore__"
+    label = row.label if row.label in KAIST_LABELS else "__ignore__"
     factors = [to / side for to, side in zip(FRAME_SIZE, size, strict=True)] * 2
     return row._replace(label=label, box=[a * b for a, b in zip(row.box, factors, strict=True)])
 

@@ -56,12 +56,8 @@ FAULTS = {
     "broken-json": ("a JSON that cannot be parsed, or is none of KAIST's", "broken JSON|annotation JSON"),
     "json-repeated-id": ("an id or frame that a JSON holds twice", "is there twice"),
     "json-unknown-image": ("a JSON object of an image that is not in it", "which is not in it"),
-    "incomplete-object": (
-        "an XML or JSON object that lacks its name, box or another field",
-        "lacks|annotation ",
-    ),
+    "incomplete-object": ("an XML or JSON object that lacks its name, box or more", "lacks|annotation "),
 }
-LABELS = {*KAIST_LABELS, "__ignore__"}
 HEIGHTS = (10, 450)  # pixels of a frame 512 high; KAIST's objects have 20 to 309
 PERSON_ASPECTS = (0.08, 4.0)  # width / height
 ASPECTS = (0.08, 16.0)  # the same of other objects; KAIST's crowds reach 10.7
@@ -208,7 +204,7 @@ def implausible_objects(
         height = max(min(y + h, size[1]) - max(y, 0), 0)
         low, high = PERSON_ASPECTS if label == "person" else ASPECTS
         odd = {
-            "unknown-label": kaist and label not in LABELS,
+            "unknown-label": kaist and label not in KAIST_LABELS,
             "outside-frame": not width * height,
             "leaves-frame": 0 < width * height < 0.5 * w * h,
             "odd-box": not (low <= w / h <= high and lowest <= h <= highest),

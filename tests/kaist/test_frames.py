@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kaist.annotations import PairSet, make_objects, open_annotations
+from kaist.annotations import PairSet, make_objects, open_annotations, time_of_day
 from kaist.files import InputError
 from kaist.frames import (
     BOTH,
@@ -114,22 +114,22 @@ def test_whom_learn_names(tmp_path):
 def test_whole_videos_are_held_out_of_day_and_night():
     sizes = {"set00/V000": 40, "set00/V001": 30, "set01/V000": 30, "set03/V000": 60, "set04/V001": 40}
     ids = [f"{video}/I{i:05}" for video, n in sizes.items() for i in range(n)]
-    drawn = set()
+    times, drawn = {i: time_of_day(i) for i in ids}, set()
     for seed in range(30):
-        held_out = list(hold_out_videos(ids, 0.3, seed))
+        held_out = list(hold_out_videos(times, 0.3, seed))
         videos = dict.fromkeys(video_of(frame) for frame in held_out)
         assert held_out == [frame for frame in ids if video_of(frame) in videos]
         assert len(videos) == 2 and min(videos) < "set03" < max(videos)
         drawn.add(tuple(videos))
     assert len(drawn) > 3
-    assert list(hold_out_videos(ids, 0.3, 5)) == list(hold_out_videos(ids, 0.3, 5))
-    few = hold_out_videos(ids, 0.01, 0)  # the smallest, where none is near the share
+    assert list(hold_out_videos(times, 0.3, 5)) == list(hold_out_videos(times, 0.3, 5))
+    few = hold_out_videos(times, 0.01, 0)  # the smallest, where none is near the share
     assert list_videos(few).split(" (")[1].endswith("set04/V001") and len(few) == 70
-    most = hold_out_videos(ids, 0.99, 0)
+    most = hold_out_videos(times, 0.99, 0)
     assert len({video_of(frame) for frame in most}) == 3  # one of day and one of night stay
-    assert not hold_out_videos(ids, 0.0, 0)
+    assert not hold_out_videos(times, 0.0, 0)
     with pytest.raises(InputError, match=r"VALIDATION = 0.5 holds out whole videos"):
-        hold_out_videos(ids[:40] + ids[-40:], 0.5, 0)
+        hold_out_videos({i: times[i] for i in ids[:40] + ids[-40:]}, 0.5, 0)
 
 
 def test_day_and_night_of_another_set_are_its_own():
