@@ -235,8 +235,8 @@ def xml_row(item: ElementTree.Element, number: int) -> ObjectRow:
     box = {side.tag: side.text or "" for side in item.iterfind("bndbox/*")}
     sides = [box.get(side) for side in (*"xywh", "xmin", "ymin", "xmax", "ymax")]
     if not label or (None in sides[:4] and None in sides[4:]):
-        sides = "a side of its bndbox (x, y, w, h, or xmin, ymin, xmax, ymax)"
-        raise InputError(f"an object lacks its name or {sides}", "add it")
+        problem = "an object lacks its name or a side of its bndbox (x, y, w, h, or xmin, ymin, xmax, ymax)"
+        raise InputError(problem, "add it")
     if None in sides[4:]:
         occlusion = parse_number(item.findtext("occlusion", "0"))
         return ObjectRow(label, [*map(parse_number, sides[:4])], occlusion, number=number)
@@ -277,10 +277,9 @@ def json_objects(content: Any, path: Path, errors: Errors, kaist: bool = True) -
             frames[number], objects[name] = name, []
         names, items = {c["id"]: c["name"] for c in content["categories"]}, content["annotations"]
         if not kaist:
-            items = [
-                {"occlusion": 0, **item, "ignore": item.get("iscrowd") or item.get("ignore", 0)}
-                for item in items
-            ]
+            for item in items:
+                item["ignore"] = item.get("iscrowd") or item.get("ignore", 0)
+                item.setdefault("occlusion", 0)
         try:
             rows = json_rows(items, names)
         except InputError:  # of which one, one by one
@@ -369,9 +368,8 @@ def coco_content(
     images = list(images)
     every = [row for _, _, rows in images for row in rows]
     occlusion = name_key == "im_name" or any(row.occlusion for row in every)
-    numbers = {
-        label: i for i, label in enumerate(["person", *sorted({r.label for r in every} - {"person"})], 1)
-    }
+    labels = ["person", *sorted({row.label for row in every} - {"person"})]
+    numbers = {label: i for i, label in enumerate(labels, 1)}
     entries, annotations = [], []
     for image_id, (name, (width, height), rows) in enumerate(images):
         entries.append({"id": image_id, name_key: name, "width": width, "height": height})

@@ -69,6 +69,8 @@ NAMED: dict[str, dict[str, Any]] = {
 PERCENTILES = (0.1, 99.9)  # of the training list's LWIR values, which become 0 and 255
 UNLABELLED = "label them, or leave them out by a list"
 SAMPLED = 200  # frames that these are taken of
+Files = Mapping[str, Mapping[str, Path]]  # modality -> id -> file, of frames that lack the other one too
+Labels = dict[str, tuple[Path, list[ObjectRow]]]  # id -> where a frame's objects were read, and they
 
 
 def open_pairs(data: str, root: Path | None, split: str, errors: Errors = None) -> PairSet:
@@ -131,9 +133,8 @@ def describe(data: str, root: Path | None, split: str) -> tuple[dict[str, Any], 
         raise InputError(f"{twice[0]!r} stands in two of {', '.join(ROLES)}", "leave it in one", file=path)
     defaults = {role: [word for word in words if word not in own] for role, words in DEFAULTS.items()}
     stands = given.get("splits", {}).get(split, split)
-    places = ("visible", "lwir", "labels", "list")
-    given = given | {key: given[key].replace("{split}", stands) for key in places if key in given}
-    return defaults | given, root if data in NAMED else path, root or path.parent
+    texts = {key: text.replace("{split}", stands) for key, text in given.items() if isinstance(text, str)}
+    return defaults | given | texts, root if data in NAMED else path, root or path.parent
 
 
 def find_files(base: Path, pattern: str, endings: Sequence[str]) -> dict[str, Path]:
@@ -168,9 +169,6 @@ def one_file(base: Path, pattern: str) -> Path:
     return found[0]
 
 
-Files = Mapping[str, Mapping[str, Path]]  # modality -> id -> file, of frames that lack the other one too
-
-
 def find_frames(names: Iterable[str], found: Files) -> dict[str, str]:
     """Name -> the frame that a list or a JSON means by it, of names that mean one frame: by its id, or by
     the path of either image from any folder on, with or without the ending."""
@@ -199,15 +197,11 @@ def listed(path: Path, found: Files) -> list[str]:
         frame_id = frames.get(name)
         if not all(frame_id in files for files in found.values()):
             problem = f"{name[:60]!r} is no frame that has both images"
-            remedy = "write an image's path or its pair's id, or leave it out"
-            raise InputError(problem, remedy, file=path, line=number)
+            raise InputError(problem, "write an id or an image, or leave it out", file=path, line=number)
         if first.setdefault(frame_id, number) != number:
             problem = f"{name[:60]} stands in line {first[frame_id]} already"
             raise InputError(problem, "list each frame once", file=path, line=number)
     return list(first)
-
-
-Labels = dict[str, tuple[Path, list[ObjectRow]]]  # id -> where a frame's objects were read, and they
 
 
 def file_rows(
@@ -247,9 +241,7 @@ def choose_objects(
     path: Path, rows: Sequence[ObjectRow], roles: Mapping[str, str], errors: Errors
 ) -> list[ObjectRow]:
     """The objects that are not dropped; those to learn are called "person", the others are ignored.
-
-    path: where they were read; roles: class -> "person", "ignore" or "drop".
-    """
+    path: where they were read; roles: class -> one of `ROLES`."""
     kept = []
     for row in rows:
         role = roles.get(row.label, roles.get("*"))

@@ -116,8 +116,7 @@ def write_plain(sets: dict[str, PairSet], form: str, out: Path) -> None:
 
 
 def write_kaist(sets: dict[str, PairSet], out: Path, deep: tuple[float, float]) -> None:
-    """images/, names.csv, one KAIST_annotation.json of all frames, and imageSets/, at 640x512; deep: as of
-    `find_lwir_range`."""
+    """KAIST's layout at 640x512, one JSON for all frames, and names.csv; deep: as of `find_lwir_range`."""
     named = {split: kaist_ids(pairs, split) for split, pairs in sets.items()}
     if deep[1]:
         print("LWIR of {:g} … {:g} becomes 0 … 255, what lies beyond is clipped".format(*deep))
