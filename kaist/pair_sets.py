@@ -99,7 +99,7 @@ def open_pairs(data: str, root: Path | None, split: str, errors: Errors = None) 
         opened = open_test_annotations(base, ids) if split == "test" else open_annotations(base)
         labels = {i: (Path(opened.path(i)), opened.read_rows(i)) for i in sizes}
     elif given["labels"].endswith(".json"):
-        labels = coco_rows(one_file(base, given["labels"]), sizes, found, errors)
+        labels = coco_rows(base, given["labels"], sizes, found, errors)
     else:
         labels = file_rows(base, given, sizes, errors)
     roles = {word: role for role in ROLES for word in given.get(role, ())}
@@ -222,11 +222,17 @@ def file_rows(
     return {i: found.get(i, (base, [])) for i in sizes}
 
 
-def coco_rows(path: Path, ids: Collection[str], found: Files, errors: Errors) -> Labels:
-    """The objects of frames in a COCO JSON, each once; it may hold other frames too."""
+def coco_rows(base: Path, pattern: str, ids: Collection[str], found: Files, errors: Errors) -> Labels:
+    """The objects of frames in a COCO JSON, each once; it may hold other frames too. Names of folders that
+    are not here, as of another machine, go by their last part."""
+    path = one_file(base, pattern)
     content = read_json(path, errors, kaist=False)
-    names: dict[str, str] = {}
-    for name, frame_id in find_frames(content, found).items():
+    frames, names = find_frames(content, found), {}
+    foreign = [name for name in content if name not in frames and not (base / name).exists()]
+    last = {name: PurePosixPath(name).name for name in foreign}
+    of_last = find_frames(last.values(), found)
+    frames |= {name: of_last[own] for name, own in last.items() if own in of_last}
+    for name, frame_id in frames.items():
         if frame_id in ids and names.setdefault(frame_id, name) != name:
             problem = f"{names[frame_id]} and {name} are both frame {frame_id}"
             raise InputError(problem, "name each frame once", file=path)

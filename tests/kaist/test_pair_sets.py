@@ -325,6 +325,16 @@ def test_lwir_of_8_bits_has_no_range(tmp_path):
         find_lwir_range(open_pairs(str(path), None, "train"))
 
 
+def test_a_coco_json_of_another_machine_goes_by_names_alone(tmp_path):
+    path = draw_own(tmp_path, "coco")
+    before = open_pairs(str(path), None, "train")
+    content = json.loads((tmp_path / "labels/train.json").read_text())
+    for image in content["images"]:
+        image["file_name"] = f"/home/other/pictures/{image['file_name']}"
+    (tmp_path / "labels/train.json").write_text(json.dumps(content))
+    assert open_pairs(str(path), None, "train").objects == before.objects
+
+
 def test_one_coco_json_for_both_splits(tmp_path):
     """Frames of the same name are told apart by their folders, and refused where they cannot be."""
     path = draw_own(tmp_path, "coco")
