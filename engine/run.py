@@ -198,8 +198,7 @@ class Run:
 
     def out_of_memory(self) -> InputError:
         """The line that ends a run whose step does not fit, with the batch that is expected to."""
-        planned = self.planned_batch() if world_size() == 1 else 0  # it is of one process
-        planned = min(planned, self.config.batch_size - 1)
+        planned = min(self.planned_batch() if world_size() == 1 else 0, self.config.batch_size - 1)
         hint = f" (about {planned} should fit)" if planned > 0 else ""
         problem = f"a step of BATCH_SIZE = {self.config.batch_size} does not fit into the device's memory"
         remedy = f"lower BATCH_SIZE{hint}, INPUT_SIZE or WIDTH; the same command goes on from last.pt"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from kaist.annotations import PairSet, image_path
 from kaist.files import InputError, write_atomically
-from kaist.frames import video_of
+from kaist.frames import places_in_videos
 from kaist.images import frame_view
 from kaist.miss_rate import SETUPS, GroundTruth, Matching, allowed_false_positives, match_setups, rank
 from kaist.picture import CAPTIONS
@@ -108,13 +107,8 @@ def find_errors(ground_truth: GroundTruth, matching: Matching) -> tuple[np.ndarr
 
 def spread(ground_truth: GroundTruth, frame: np.ndarray, errors: np.ndarray) -> np.ndarray:
     """Errors, indices into `frame`, with the first `PER_VIDEO` of each video before its others."""
-    seen: Counter[str] = Counter()
-    later = []
-    for i in errors:
-        video = video_of(ground_truth.frames[frame[i]])
-        later.append(seen[video] >= PER_VIDEO)
-        seen[video] += 1
-    return errors[np.argsort(later, kind="stable")]
+    places = places_in_videos(ground_truth.frames[frame[i]] for i in errors)
+    return errors[np.argsort(np.array(places) >= PER_VIDEO, kind="stable")]
 
 
 def draw_view(

@@ -127,6 +127,16 @@ def video_of(frame_id: str) -> str:
     return frame_id.rpartition("/")[0]
 
 
+def places_in_videos(frame_ids: Iterable[str]) -> list[int]:
+    """How many frames of its video come before each frame in a list."""
+    seen: Counter[str] = Counter()
+    places = []
+    for video in map(video_of, frame_ids):
+        places.append(seen[video])
+        seen[video] += 1
+    return places
+
+
 def list_videos(frame_ids: Iterable[str]) -> str:
     """The videos of frames in words, with the number of frames of each."""
     return ", ".join(f"{video} ({n})" for video, n in Counter(map(video_of, frame_ids)).items())

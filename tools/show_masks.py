@@ -6,7 +6,6 @@ so that boxes and masks which do not follow the pictures are seen at once.
 """
 
 from argparse import Namespace
-from collections import Counter
 from pathlib import Path
 
 from engine.config import check_config, find_folder, parse_flags, pick, read_constants
@@ -20,7 +19,7 @@ import torch
 from datasets import AUGMENTATION, Batch, Collate, KaistPairs
 from kaist.annotations import find_file, open_annotations, read_image_list
 from kaist.demo import open_root
-from kaist.frames import BOTH, LWIR, VISIBLE, Frame, load_frames, video_of
+from kaist.frames import BOTH, LWIR, VISIBLE, Frame, load_frames, places_in_videos
 from kaist.images import check_images
 from model import INPUT_CHANNELS
 from ssd.augment import Augmentation, mean_colour
@@ -71,12 +70,8 @@ def main() -> None:
 
 def of_many_videos(frames: list[Frame]) -> list[Frame]:
     """The frames in another order: the first of each video, then the second of each, …"""
-    seen: Counter[str] = Counter()
-    turns = {}
-    for frame in frames:
-        seen[video_of(frame.id)] += 1
-        turns[frame.id] = seen[video_of(frame.id)]
-    return sorted(frames, key=lambda frame: turns[frame.id])
+    places = places_in_videos(frame.id for frame in frames)
+    return [frames[i] for i in sorted(range(len(frames)), key=places.__getitem__)]
 
 
 def draw_masks(batch: Batch, path: Path) -> None:
