@@ -17,6 +17,11 @@ import json, os, signal, socket, sys, traceback, matplotlib.backends.backend_agg
 from matplotlib.figure import Figure
 from engine.distributed import run_together
 from kaist.files import run_script
+from torch.utils.data import _utils, dataloader
+
+# How often a loader and its workers look whether the other is alive: 5 seconds are long in a test.
+_utils.worker.MP_STATUS_CHECK_INTERVAL = 0.2
+dataloader._MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (0.2,)
 
 def save_nothing(figure, path, **how):
     open(path, "wb").close()
@@ -95,7 +100,7 @@ class Nursery:
         self.process = subprocess.Popen(
             [sys.executable, "-c", SCRIPT],
             cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), "TQDM_MININTERVAL": "0"},
             text=True,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

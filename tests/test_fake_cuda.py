@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._pytree import tree_leaves
 
 import datasets
-from engine.config import model_arguments, pick, read_constants, resolve_row
+from engine.config import ROOT, model_arguments, pick, read_constants, resolve_row
 from engine.experiments import EXPERIMENTS
 from engine.optim import GuardedStep, make_optimizer, update_ema
 from model import INPUT_CHANNELS, make_network
@@ -36,7 +36,7 @@ from utils import autocast, margin_histogram, predict
 
 N, M = 2, 8
 ssd_boxes.load_nms()  # so that its operator has a name
-CONSTANTS = {name: value for name, (value, _) in read_constants("train.py").items()}
+CONSTANTS = {name: value for name, (value, _) in read_constants(ROOT / "train.py").items()}
 # What a step and detection depend on, but for widths and numbers.
 NETWORK = ("network", "input_mode", "batch_norm", "infusion", "infusion_conv")
 TRAINING = (*NETWORK, *TERMS, "optimizer", "ema_decay")

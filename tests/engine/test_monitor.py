@@ -36,21 +36,15 @@ class FakeRun:
         pass
 
 
-def add(monitor, n, value=1.0):
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU."""
+
+    is_cuda = True
+
+
+def add(monitor, n, value=1.0, kind=torch.Tensor):
     losses = torch.tensor([[value, n], [value, 10 * n]])
-    monitor.add(losses, losses.isfinite().all(), [f"frame{n}"])
-
-
-def late(monkeypatch):
-    """Losses wait as they do on a GPU."""
-    flush = StepMonitor.flush
-
-    def flush_when_full(monitor):
-        if len(monitor.pending) >= READ_BACK_STEPS or monitor.closing:
-            flush(monitor)
-
-    monkeypatch.setattr(StepMonitor, "closing", False, raising=False)
-    monkeypatch.setattr(StepMonitor, "flush", flush_when_full)
+    monitor.add(losses.as_subclass(kind), losses.isfinite().all(), [f"frame{n}"])
 
 
 def test_a_cpu_counts_at_once():
@@ -61,23 +55,20 @@ def test_a_cpu_counts_at_once():
             assert run.losses[-1] == [1.0, n] and run.step == n + 1
 
 
-def test_late_losses_are_counted_in_blocks_and_none_is_lost(monkeypatch):
-    late(monkeypatch)
+def test_a_gpus_losses_are_counted_in_blocks_and_none_is_lost():
     run = FakeRun()
     with StepMonitor(run, 1) as monitor:
         for n in range(READ_BACK_STEPS + 3):
-            add(monitor, n)
+            add(monitor, n, kind=OnGpu)
             assert run.step == (READ_BACK_STEPS if n + 1 >= READ_BACK_STEPS else 0)
-        monitor.closing = True
     assert run.losses == [[1.0, n] for n in range(READ_BACK_STEPS + 3)]
 
 
-def test_the_late_step_that_is_not_finite_is_named(monkeypatch):
-    late(monkeypatch)
+def test_a_gpus_step_that_is_not_finite_is_named():
     run = FakeRun()
     with pytest.raises(InputError, match="evidence.json"), StepMonitor(run, 1) as monitor:
         for n in range(READ_BACK_STEPS):
-            add(monitor, n, torch.nan if n in (1, 4) else 1.0)
+            add(monitor, n, torch.nan if n in (1, 4) else 1.0, OnGpu)
     assert run.in_step  # later steps have moved the weights: they are not to be saved
     [(step, frames, losses, rank)] = run.evidence
     assert (step, frames, losses[1], rank) == (2, ["frame1"], 10, 0)

@@ -136,6 +136,28 @@ def test_a_step_that_fails_in_the_middle_is_not_saved(data, tmp_path, monkeypatc
     assert (last["epoch"], last["step"]) == (1, 0)
 
 
+def test_a_second_ctrl_c_does_not_wait_if_it_comes_later(data, tmp_path):
+    config = train.configure([*data, "--checkpoints", str(tmp_path)])
+    run = Run(config, "custom", train.model_arguments(config))
+    for _ in range(2):  # at once, as of one key: the step is ended first
+        run.request_stop(signal.SIGINT, None)
+    run.stop_time -= 4
+    with pytest.raises(KeyboardInterrupt):
+        run.request_stop(signal.SIGINT, None)
+
+
+def test_what_is_replaced_is_kept_without_hard_links_too(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    path, previous = tmp_path / "last.pt", tmp_path / "previous.pt"
+    for epoch in (1, 2, 3):
+        content = {"config": {}, "model_args": {}, "model": {}, "epoch": epoch}
+        save_checkpoint(path, content, previous=previous)
+    assert [load_checkpoint(file)["epoch"] for file in (path, previous)] == [3, 2]
+
+
 def test_what_is_ignored_stays_ignored(data, tmp_path, monkeypatch):
     """As SIGHUP is under nohup: a closed terminal does not end the run."""
     config = train.configure([*data, "--checkpoints", str(tmp_path)])

@@ -127,7 +127,7 @@ def test_other_sizes_are_scaled_with_one_note(tmp_path, size, capsys):
     for modality in ("visible", "lwir"):
         (folder / modality).mkdir(parents=True)
         for frame_id in frames:
-            picture.save(folder / modality / f"{frame_id[-6:]}.png")
+            picture.save(folder / modality / f"{frame_id[-6:]}.png", compress_level=1)
     Image.fromarray(random_pixels()).save(folder / "visible/I00000.png")
     check_images(tmp_path, frames, "early")
     [note] = capsys.readouterr().out.splitlines()

@@ -270,12 +270,11 @@ def test_the_tutorials_network_predicts_the_same_boxes(input_mode, author, tmp_p
         order.append((torch.arange(cells)[:, None] * ours.shape[1] + nearest + first).flatten())
         first += len(own)
     order = torch.cat(order)
-    scale = offsets.std().clamp(max=1)  # keeps exp() of the sizes in range
     assert torch.allclose(conf[0], logits[order], atol=1e-4 * logits.std())
     wanted = published_networks.decode(offsets[order], priors[order])
     reach = offsets[order][:, 2:].amax(1) < 15
     found = decode(loc[0], model.priors)
-    assert reach.float().mean() > 0.5 and scale > 0
+    assert reach.float().mean() > 0.5
     assert torch.allclose(found[reach], wanted[reach], rtol=1e-3, atol=1e-4)
 
 

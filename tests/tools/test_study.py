@@ -179,6 +179,12 @@ def test_a_study_runs_goes_on_and_reports(one_study, monkeypatch, capsys):
         one_study("--lr", "0.5")
 
 
+def test_runs_that_failed_are_told(one_study, monkeypatch):
+    monkeypatch.setattr(study.subprocess, "run", lambda command, **_: CompletedProcess(command, 1))
+    with pytest.raises(InputError, match=r"row12-seed0\.out: 2 of 2 runs failed"):
+        one_study()
+
+
 def test_a_studys_bad_flag_is_refused_before_any_run(one_study):
     with pytest.raises(InputError, match="unrecognized arguments: --lrr"):
         one_study("--lrr", "0.5")
