@@ -103,12 +103,14 @@ def test_a_box_is_around_its_person(seed, x):
 
 
 def test_who_is_hidden_is_told():
-    """Someone right behind another is ignored; half behind, they are occluded."""
-    painter = Alone(1, 0, 0, streets.World())
-    painter.told = ((14.0, "person", 0.0), (13.0, "person", 0.0))
-    marks = painter.compose()[1]
-    assert [mark[0] for mark in marks][-1] == "person" and marks[-1][2] == 0
-    assert len(marks) == 1 or marks[0][0] == "person?" or marks[0][2] > 0
+    """Someone right behind another is ignored; partly behind, they are occluded; beside, they are not."""
+    found = []
+    for aside in (0.0, 0.25, 0.8):
+        painter = Alone(1, 0, 0, streets.World())
+        painter.told = ((14.0, "person", aside), (13.0, "person", 0.0))
+        found.append([(label, occlusion) for label, _, occlusion in painter.compose()[1]])
+    front = ("person", 0)
+    assert found == [[("person?", 2), front], [("person", 1), front], [("person", 0), front]]
 
 
 def test_statistics_are_in_the_stated_ranges():
