@@ -26,7 +26,7 @@ from utils import predict
 
 QUICK = (
     "--checkpoints checkpoints --name custom --batch-size 4 --workers 0 --width 0.0625 --device cpu "
-    "--epochs 1"
+    "--precision fp32 --epochs 1"
 ).split()
 
 

@@ -29,7 +29,7 @@ from utils import open_network
 PROJECT = Path(train.__file__).parent
 QUICK = (
     "--checkpoints checkpoints --name custom --batch-size 4 --workers 0 --width 0.0625 --device cpu "
-    "--epochs 2 --eval-every 1"
+    "--precision fp32 --epochs 2 --eval-every 1"
 ).split()
 
 

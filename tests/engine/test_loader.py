@@ -20,7 +20,7 @@ from ssd.augment import Augmentation, mean_colour
 
 QUICK = (
     "--checkpoints checkpoints --name custom --batch-size 4 --workers 0 --width 0.0625 --device cpu "
-    "--epochs 1 --copy-paste 0"
+    "--precision fp32 --epochs 1 --copy-paste 0"
 ).split()
 
 
