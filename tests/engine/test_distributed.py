@@ -41,7 +41,7 @@ def test_two_processes_train_as_one(nursery, demo_root, tmp_path):
     """They share a cache, which the first one draws. Of the last batch of five test frames the second has
     none."""
     (tmp_path / "five.txt").write_text("".join((demo_root / "imageSets/test-all.txt").open().readlines()[:5]))
-    more = ["--test-list", tmp_path / "five.txt"]
+    more = [*"--epochs 1 --eval-every 1 --test-list".split(), tmp_path / "five.txt"]
     one, log_one, said_one, scores_one = run_training(nursery, tmp_path / "one", demo_root, 1, more)
     more += ["--cache", tmp_path / "cache"]
     two, log_two, said_two, scores_two = run_training(nursery, tmp_path / "two", demo_root, 2, more)
