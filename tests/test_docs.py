@@ -270,7 +270,7 @@ def result_files(demo_root, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_any_detectors_miss_rate_as_the_readme_has_it(result_files, monkeypatch, capsys):
+def test_any_detectors_miss_rate_as_the_readme_has_it(result_files, monkeypatch, capsys, undrawn):
     words = next(w for w in commands(PROJECT / "README.md") if w[1:3] == ["eval.py", "--detections"])
     monkeypatch.setattr(sys, "argv", words[1:])
     eval_script.main()

@@ -375,7 +375,7 @@ def test_script_without_torch(annotations, tmp_path):
     assert (tmp_path / "miss_rate.png").is_file()
 
 
-def test_script_takes_lists_and_subsets(annotations, tmp_path, monkeypatch, capsys):
+def test_script_takes_lists_and_subsets(annotations, tmp_path, monkeypatch, capsys, undrawn):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "night.txt").write_text("\n".join(FRAMES[2:]))
     (tmp_path / "night-result.txt").write_text("1,100,100,40,100,0.9\n")
