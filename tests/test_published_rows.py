@@ -25,7 +25,8 @@ from tests.ssd import published_networks
 
 NARROW = {"width": 0.0625, "input_size": (128, 192)}
 FLAGS = ["--width", "0.0625", "--input-size", "128,192", "--epochs", "1", "--batch-size", "4"]
-FLAGS += ["--workers", "0", "--device", "cpu", "--precision", "fp32", "--name", "x", "--checkpoints", "checkpoints", "--pretrained"]
+FLAGS += ["--workers", "0", "--device", "cpu", "--precision", "fp32", "--name", "x"]
+FLAGS += ["--checkpoints", "checkpoints", "--pretrained"]
 
 
 def call(monkeypatch, script, *arguments):
