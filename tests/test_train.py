@@ -88,8 +88,8 @@ def test_train_eval_detect_as_a_user_runs_them(demo_root, tmp_path, monkeypatch,
 
 
 def test_interrupted_run_continues_to_the_same_weights(start, monkeypatch):
-    """The network's, and those averaged over its steps."""
-    flags = ("--ema-decay", "0.9")
+    """The network's, those averaged over its steps, and those of the losses."""
+    flags = ("--ema-decay", "0.9", "--seg-maps", "uncertainty")
     start("--checkpoints", "whole", *flags)
     add_step, steps = Run.add_step, []
 
@@ -109,7 +109,8 @@ def test_interrupted_run_continues_to_the_same_weights(start, monkeypatch):
     start("--checkpoints", "halves", *flags)
     whole, halves = (load_checkpoint(Path(f"{n}/custom/last.pt")) for n in ("whole", "halves"))
     parts = ("model", "raw_model")  # averaged weights and the network's
-    for part in parts:
+    assert whole["criterion"].keys() == halves["criterion"].keys() != set()
+    for part in (*parts, "criterion"):
         assert all(torch.equal(value, halves[part][key]) for key, value in whole[part].items())
     assert not torch.equal(*(whole[part]["loc_heads.0.weight"] for part in parts))
     assert len(halves["history"]) == 2
@@ -146,6 +147,15 @@ def test_every_part_with_a_state_is_kept_and_needed_to_go_on(tmp_path, monkeypat
         new_run(teacher=torch.nn.Linear(1, 1))
 
 
+def test_networks_are_compiled_where_that_is_asked_for(start, monkeypatch):
+    """The one that trains and the one that is evaluated."""
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
+    start("--epochs", "1", "--compile", "on")
+    assert len(compiled) == 2
+    assert load_checkpoint(Path("checkpoints/custom/last.pt"))["epoch"] == 1
+
+
 def test_full_memory_is_told_with_what_to_lower(start, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("no more")
@@ -157,10 +167,13 @@ def test_full_memory_is_told_with_what_to_lower(start, monkeypatch):
     assert (last["epoch"], last["step"]) == (0, 0)
 
 
-def test_a_finished_or_other_run_is_never_overwritten(start):
+def test_a_finished_or_other_run_is_never_overwritten(start, capsys):
     start("--epochs", "1")
     before = Path("checkpoints/custom/last.pt").read_bytes()
     start("--epochs", "1")
+    said = capsys.readouterr().out
+    assert "checkpoints/custom is finished: a new run" in said
+    assert "run: checkpoints/custom-2, epoch 1 of 1" in said
     start("--epochs", "1", "--lr", "1e-5")
     assert Path("checkpoints/custom/last.pt").read_bytes() == before
     assert Path("checkpoints/custom-2/last.pt").exists()
@@ -429,16 +442,3 @@ def test_detect_takes_a_folder_of_either_modality(checkpoint, demo_root, tmp_pat
         images = sorted((demo_root / "images/set06/V000" / modality).iterdir())
         assert len(list(out.glob("*.png"))) == len(images)
         assert (out / "detections.csv").read_text().startswith("image,x,y,w,h,score")
-
-
-def test_detect_names_a_missing_modality(checkpoint, demo_root, tmp_path, monkeypatch):
-    source = demo_root / "images/set06/V000/visible/I00000.jpg"
-    alone = tmp_path / "visible" / "I00000.jpg"
-    alone.parent.mkdir()
-    alone.write_bytes(source.read_bytes())
-    with pytest.raises(InputError, match="visible/I00000.jpg: the lwir image is missing"):
-        detect_main(monkeypatch, alone, "--checkpoint", checkpoint)
-    loose = tmp_path / "photo.jpg"
-    loose.write_bytes(source.read_bytes())
-    with pytest.raises(InputError, match="photo.jpg: the lwir image is missing.*--visible and --lwir"):
-        detect_main(monkeypatch, loose, "--checkpoint", checkpoint)

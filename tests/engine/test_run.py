@@ -230,13 +230,6 @@ def test_a_run_without_its_config_is_left_alone_and_told(nursery, data, finished
     assert (folder / "last.pt").read_bytes() == before
 
 
-def test_a_finished_run_and_the_name_of_the_new_one_are_told(nursery, data, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "custom")
-    said = nursery.run(*data, "--epochs", "2", "--checkpoints", tmp_path)
-    assert f"{tmp_path}/custom is finished: a new run" in said and "run: " in said
-    assert f"run: {tmp_path}/custom-2, epoch 1 of 2" in said
-
-
 @pytest.mark.timing
 def test_a_second_process_is_refused_until_the_first_has_gone(nursery, data, tmp_path, monkeypatch):
     flags = [*data, "--epochs", "400", "--checkpoints", str(tmp_path)]
