@@ -204,6 +204,12 @@ def test_an_unfinished_runs_files_do_not_look_like_its_own(run, save, capsys):
     ]
 
 
+def test_another_checkpoints_files_bear_its_name(run, save):
+    path = save(epoch=2)
+    run("--checkpoint", path.rename(path.with_name("best.pt")))
+    assert path.with_name("detections-best.txt").exists() and not path.with_name("detections.txt").exists()
+
+
 def test_a_read_only_folder_costs_no_table(run, save, capsys, monkeypatch):
     path = save(epoch=2)
     monkeypatch.setattr(os, "access", lambda *_: False)
