@@ -18,7 +18,6 @@ import utils
 from engine.checkpoint import save_checkpoint
 from kaist.annotations import Objects, read_image_list
 from kaist.files import InputError
-from kaist.images import open_view
 from kaist.miss_rate import load_ground_truth
 from kaist.picture import IGNORED, draw_pair, draw_scores, overlap
 from kaist.results import read_detections
@@ -157,13 +156,6 @@ def test_nothing_is_made_where_there_is_nothing_to_write(run, tmp_path, argument
     with pytest.raises(InputError, match=message):
         run(*arguments)
     assert not Path("detections").exists()
-
-
-def test_images_of_more_than_8_bits_are_refused(tmp_path):
-    for name, content in (("a.png", np.uint16), ("b.tif", np.float32), ("c.tif", np.int32)):
-        Image.fromarray(np.full((9, 9), 20_000, content)).save(tmp_path / name)
-        with pytest.raises(InputError, match=f"{name}: not an 8-bit image"):
-            open_view(tmp_path / name, "lwir")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system")
