@@ -159,13 +159,3 @@ def test_boxes_of_three_logits_are_not_clipped():
         predictions = Predictions(torch.zeros(1, 1, 4), conf, [])
         [(boxes, _)] = detect(predictions, priors, min_score=0.1, nms_iou=0.4, max_boxes=9)
         assert boxes[0, 0].item() == pytest.approx(left)
-
-
-def test_loss_is_one_graph_that_reads_no_value():
-    priors = priors_of((64, 128))
-    boxes, labels = pad([(torch.tensor([[0.3, 0.2, 0.5, 0.9]]), [3])])
-    predictions = Predictions(torch.randn(1, len(priors), 4), torch.randn(1, len(priors), 3), [])
-    loss = MultiLabelLoss(priors)
-    compiled = torch.compile(loss, fullgraph=True, dynamic=False, backend="eager")
-    ours, plain = (function(predictions, boxes, labels) for function in (compiled, loss))
-    assert torch.allclose(torch.stack(ours), torch.stack(plain))
