@@ -264,7 +264,7 @@ def feed(reader: Reader, data: bytes, folder: Path) -> str:
 
     (folder / reader.file).write_bytes(data)
     signal.signal(signal.SIGALRM, give_up)
-    signal.alarm(LIMIT)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -277,7 +277,7 @@ def feed(reader: Reader, data: bytes, folder: Path) -> str:
     except BaseException:
         return traceback.format_exc()
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def main() -> None:

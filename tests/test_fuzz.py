@@ -84,10 +84,10 @@ def test_an_error_and_a_hang_are_failures(tmp_path, monkeypatch):
     def fail(path):
         raise KeyError("x")
 
-    monkeypatch.setattr(fuzz, "LIMIT", 1)
+    monkeypatch.setattr(fuzz, "LIMIT", 0.1)
     readers = [fuzz.Reader(read, "x", 1, []) for read in (fail, lambda path: time.sleep(60))]
     failed, hung = (fuzz.feed(reader, b"a", tmp_path) for reader in readers)
-    assert "KeyError: 'x'" in failed and "TimeoutError: not read after 1 s" in hung
+    assert "KeyError: 'x'" in failed and "TimeoutError: not read after 0.1 s" in hung
 
 
 def test_a_refused_file_that_the_check_calls_clean_is_a_failure(tmp_path):
