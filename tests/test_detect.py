@@ -120,6 +120,14 @@ def test_boxes_are_in_the_images_own_pixels(run, found, tmp_path, capsys, size, 
     assert capsys.readouterr().out.count("of another size") == 1
 
 
+def test_pairs_that_are_not_kaists_are_refused_in_two_sizes():
+    views = {"visible": Image.new("RGB", (64, 48)), "lwir": Image.new("L", (32, 24))}
+    with pytest.raises(InputError, match="a.png: its visible and LWIR images are 64x48 and 32x24; register"):
+        detect.fit_views(views, {"lwir": Path("a.png")}, "pairs.json")
+    views["lwir"] = Image.new("L", (64, 48))
+    assert detect.fit_views(views, {"lwir": Path("a.png")}, "pairs.json") == views
+
+
 def test_a_bad_image_costs_a_line_and_never_the_rest(run, found, tmp_path, capsys):
     for name in ("1.png", "2.png", "3.png"):
         draw_both(tmp_path / "x", name)
@@ -345,6 +353,9 @@ def test_a_sheet_and_an_animation_have_every_picture(run, found, tmp_path, capsy
         assert sheet.width == 1920 and sheet.height == 2 * round(picture.height * 960 / picture.width)
     said = capsys.readouterr().out
     assert "detections/s.jpg: 3 images" in said and "a.gif: 3 images" in said
+    run("--pair", "drive/*_rgb.jpg", "drive/*_ir.png", "--animation", "a.webp")
+    with Image.open("a.webp") as film:
+        assert film.n_frames == 3
     with pytest.raises(InputError, match="--animation: a.mp4 does not end in .gif or .webp"):
         run("drive", "--animation", "a.mp4")
 
