@@ -310,7 +310,7 @@ def draw(study: Study, by_arm: Outcomes, path: Path) -> None:
     x = np.arange(len(means))
     axis.hlines(means, x - 0.3, x + 0.3, color="black", linewidth=2, label="mean")
     axis.axhline(means[0], color="grey", linestyle=":", label="the baseline's mean")
-    axis.set_xticks(x, [arm.replace(", ", "\n") for arm in by_arm])
+    axis.set_xticks(x, [textwrap.fill(arm, 13) for arm in by_arm])
     axis.set(xlabel="row of the lab book", ylabel="miss rate, Reasonable (%)")
     axis.set_title(textwrap.fill(study.question, int(9 * width)))
     figure.legend(loc="outside lower center", ncols=4)
