@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from engine.config import CHOICES, find_folder, pick
+from engine.config import CHOICES, check_experiment, find_folder, pick
 from kaist.annotations import FRAME_ID, FRAME_SIZE, MODALITIES, SUFFIXES, Objects, open_test_annotations
 from kaist.files import (
     InputError,
@@ -126,7 +126,8 @@ def main() -> None:
     if not few:
         speed, n = len(found) / (time.monotonic() - start), sum(len(scores) for _, scores in found.values())
         print(f"{arguments.out}: {count_of(len(found))}, {persons(n)}, {speed:.1f} images/s")
-    write_together(found, arguments)
+    if found:
+        write_together(found, arguments)
     if n_rescaled:
         print(f"note: {count_of(n_rescaled)} of another size than KAIST's; boxes are in their own pixels")
     full = [np.count_nonzero(scores >= MIN_SCORE) >= config.max_boxes for _, scores in found.values()]
@@ -174,7 +175,7 @@ def write_together(found: dict[str, tuple[np.ndarray, np.ndarray]], arguments: N
     animation."""
     from kaist.picture import save_animation, save_sheet
 
-    if arguments.json and found:
+    if arguments.json:
         entries = [
             {"image_id": name, "category_id": PEDESTRIAN, "bbox": box, "score": score}
             for name, (boxes, scores) in found.items()
@@ -183,7 +184,7 @@ def write_together(found: dict[str, tuple[np.ndarray, np.ndarray]], arguments: N
         write_text(arguments.json, json.dumps(entries))
     pictures = [arguments.out / f"{name}.png" for name in found]
     for path, save in ((arguments.sheet, save_sheet), (arguments.animation, save_animation)):
-        if path and found:
+        if path:
             print(f"{path}: {count_of(save(path, pictures))}")
 
 
@@ -224,8 +225,7 @@ def parse_arguments() -> Namespace:
     add("--precision", choices=CHOICES["precision"], help="default: the checkpoint's own")
     arguments = parser.parse_args()
     check_folders(*(path for path in together(arguments) if arguments.out not in path.parents))
-    if arguments.experiment and not arguments.checkpoint:
-        parser.error("--experiment says whose network --checkpoint holds: name that file too")
+    check_experiment(parser, arguments)
     if not 0 <= arguments.min_score <= 1:
         parser.error(f"--min-score {arguments.min_score} is not a number from 0 to 1")
     if bool(arguments.visible) != bool(arguments.lwir):

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.config import find_folder, limit_workers, pick
+from engine.config import check_experiment, find_folder, limit_workers, pick
 from engine.curves import compare_runs, tell_apart
 from engine.history import find_run
 from kaist.annotations import MODALITIES, PairSet, read_image_list
@@ -135,8 +135,11 @@ def parse_arguments() -> Namespace:
         others = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
         if others := sorted(others - set(taken)):
             parser.error(f"--compare takes no --{others[0].replace('_', '-')}")
-    if arguments.detections and arguments.data and (arguments.image_list or arguments.annotations):
-        parser.error("--data brings its own list and labels: leave --image-list and --annotations away")
+    theirs = arguments.image_list or arguments.annotations or arguments.kaist
+    if arguments.detections and arguments.data and theirs:
+        parser.error(
+            "--data brings its own list and labels: leave --image-list, --annotations and --kaist away"
+        )
     data = (arguments.data_root, arguments.image_list, arguments.annotations, arguments.kaist)
     arguments.data_flags = (set_name(arguments.data or ""), *data)
     if root := arguments.kaist:
@@ -153,8 +156,7 @@ def parse_arguments() -> Namespace:
             parser.error(f"{flag} takes a number from 0 to {most}")
     written = arguments.json, arguments.out, arguments.errors_out
     check_folders(*written)
-    if arguments.experiment and not arguments.checkpoint:
-        parser.error("--experiment says whose network --checkpoint holds: name that file too")
+    check_experiment(parser, arguments)
     files = arguments.detections = leave_companions(arguments.detections or [])
     named = arguments.annotations, arguments.image_list, arguments.checkpoint, Path(arguments.subset or "")
     keep_inputs(written, [*files, *map(frames_path, files), *named])
@@ -174,8 +176,11 @@ def parse_arguments() -> Namespace:
 
 
 def leave_companions(files: Sequence[Path]) -> list[Path]:
-    """The files but for the lists of frames beside result files, which *.txt means too."""
+    """The files but for the lists of frames beside result files, which *.txt means too. InputError: there are
+    no others."""
     results = [path for path in files if not path.name.endswith(".frames.txt")]
+    if files and not results:
+        raise InputError("it lists the frames of a result file", "name the result file", file=files[0])
     if len(results) < len(files):
         print(f"note: {len(files) - len(results)} lists of frames (.frames.txt) are no result files")
     return results

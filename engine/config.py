@@ -409,6 +409,12 @@ def tuple_of(default: tuple) -> Any:
     return parse
 
 
+def check_experiment(parser: OneLineParser, arguments: Namespace) -> None:
+    """Refuse --experiment, which is about a file of weights, without --checkpoint, which names it."""
+    if arguments.experiment and not arguments.checkpoint:
+        parser.error("--experiment says whose network --checkpoint holds: name that file too")
+
+
 def show(value: Any) -> str:
     """A value as one would type it on the command line."""
     return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

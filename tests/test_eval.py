@@ -342,6 +342,8 @@ def test_nothing_that_is_read_is_replaced(run, result, demo_root):
 def test_companions_among_the_result_files_are_left_out(run, result, demo_root, capsys):
     run("--detections", *sorted(result.parent.glob("*.txt")), "--annotations", demo_root)
     assert "note: 1 lists of frames (.frames.txt) are no result files" in capsys.readouterr().out
+    with pytest.raises(InputError, match="mine.frames.txt: it lists the frames .*; name the result file"):
+        run("--detections", result.with_suffix(".frames.txt"), "--annotations", demo_root)
 
 
 def test_flags_that_would_do_nothing_are_refused(run, result):
@@ -349,6 +351,8 @@ def test_flags_that_would_do_nothing_are_refused(run, result):
         run("--compare", "a", "b", "--by-video", "--subset", "night")
     with pytest.raises(InputError, match="--data brings its own list and labels"):
         run("--detections", result, "--data", "pairs.json", "--image-list", "list.txt")
+    with pytest.raises(InputError, match="--data brings its own list and labels"):
+        run("--detections", result, "--data", "pairs.json", "--kaist", "root")
 
 
 def test_a_root_named_by_a_dot_does_not_name_the_runs_own_files(run, save, demo_root, monkeypatch):

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from detect import find_pairs, list_images
 from engine.checkpoint import choose_checkpoint
-from engine.config import ROOT, find_folder, model_arguments, pick
+from engine.config import ROOT, check_experiment, find_folder, model_arguments, pick
 from engine.safetensors import read_safetensors, same_tensors, write_safetensors
 from kaist.annotations import MODALITIES
 from kaist.files import InputError, OneLineParser, check_folders, output, run_script, write_atomically
@@ -131,8 +131,7 @@ def parse_arguments() -> Namespace:
     if arguments.min_score is not None and not 0 <= arguments.min_score <= 1:
         parser.error(f"--min-score {arguments.min_score} is not a number from 0 to 1")
     check_folders(arguments.out)
-    if arguments.experiment and not arguments.checkpoint:
-        parser.error("--experiment says whose network --checkpoint holds: name that file too")
+    check_experiment(parser, arguments)
     packages = PACKAGES[arguments.format]
     if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
         problem = f"--format {arguments.format} needs {', '.join(missing)}"
