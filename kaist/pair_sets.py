@@ -230,7 +230,7 @@ def coco_rows(base: Path, pattern: str, ids: Collection[str], found: Files, erro
     frames, names = find_frames(content, found), {}
     foreign = [name for name in content if name not in frames and not (base / name).exists()]
     last = {name: PurePosixPath(name).name for name in foreign}
-    of_last = find_frames(last.values(), found)
+    of_last = find_frames(last.values(), found) if last else {}
     frames |= {name: of_last[own] for name, own in last.items() if own in of_last}
     for name, frame_id in frames.items():
         if frame_id in ids and names.setdefault(frame_id, name) != name:
