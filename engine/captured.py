@@ -51,9 +51,8 @@ class CapturedStep:
             self.shapes = shapes
         if self.graph is not None and shapes == self.shapes:
             return self.replay(inputs)
-        for (
-            group
-        ) in self.optimizer.param_groups:  # in the precision of replays, so that a run resumes the same
+        # In the precision of replays, so that a run that goes on takes the same steps.
+        for group in self.optimizer.param_groups:
             group["lr"] = torch.tensor(group["lr"], dtype=torch.float32).item()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):  # on which it will be recorded

@@ -65,24 +65,25 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 def runs_table(folder: str | Path, differences: Callable[[dict[str, Any]], str]) -> str:
     """The runs of a folder, newest first: name, row, epochs, best miss rate, when it was last written, and
     what `differences` says of how its config differs from its row."""
-    found = [(path, run) for path in sorted(Path(folder).glob("*/")) if (run := read_run(path))]
+    found = []
+    for path in sorted(Path(folder).glob("*/")):
+        if run := read_run(path):
+            trained = (
+                path / LAST if (path / LAST).exists() else path
+            )  # an evaluation writes in the folder too
+            found.append((trained.stat().st_mtime, path.name, run))
     if not found:
         return f"{folder}: no runs yet; python train.py starts one"
-    width = max(len(path.name) for path, _ in found)
-    columns = f"{{:{width}}} {{:>5}} {{:>9}}  {{:10}} {{:>9}}  {{:16}}  {{}}"
-    head, rows = ("run", "row", "epochs", "", "miss rate", "last written", "what differs"), []
-
-    def written(path: Path) -> float:
-        trained = path / LAST if (path / LAST).exists() else path  # an evaluation writes in the folder too
-        return trained.stat().st_mtime
-
-    for path, run in sorted(found, key=lambda item: written(item[0]), reverse=True):
+    columns = f"{{:{max(len(name) for _, name, _ in found)}}} {{:>5}} {{:>9}}  {{:10}} {{:>9}}  {{:16}}  {{}}"
+    rows = [("run", "row", "epochs", "", "miss rate", "last written", "what differs")]
+    for written, name, run in sorted(found, key=lambda item: item[0], reverse=True):
         rates = [100 * row["miss_rate"] for row in run["log"] if row.get("miss_rate", -1) >= 0]
-        moment = f"{datetime.fromtimestamp(written(path)):%Y-%m-%d %H:%M}"
         row, done = str(run["config"].get("experiment") or "demo"), f"{len(run['log'])}/{run['epochs']}"
-        state, best = "un" * (not run["finished"]) + "finished", f"{min(rates):.2f}" if rates else "–"
-        rows.append((path.name, row, done, state, best, moment, differences(run["config"])))
-    return "\n".join([f"{folder}:", *(columns.format(*row).rstrip() for row in (head, *rows))])
+        state = "finished" if run["finished"] else "unfinished"
+        best = f"{min(rates):.2f}" if rates else "–"
+        moment = f"{datetime.fromtimestamp(written):%Y-%m-%d %H:%M}"
+        rows.append((name, row, done, state, best, moment, differences(run["config"])))
+    return "\n".join([f"{folder}:", *(columns.format(*row).rstrip() for row in rows)])
 
 
 def lock_folder(folder: Path) -> TextIO:

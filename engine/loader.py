@@ -128,7 +128,8 @@ class BatchLoader:
         pin_memory: bool,
         max_bad_frames: int = 0,
     ) -> None:
-        self.max_bad_frames, self.bad = max_bad_frames, {}
+        self.max_bad_frames = max_bad_frames
+        self.bad: dict[str, InputError] = {}
         self.batches = EpochBatches(len(dataset), batch_size, dataset.seed if shuffle else None)
         workers = min(workers, len(self.batches))
         self.loader = DataLoader(

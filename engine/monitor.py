@@ -34,7 +34,8 @@ class StepMonitor:
     """
 
     def __init__(self, run: Run, max_nonfinite_steps: int) -> None:
-        self.run, self.max_nonfinite_steps, self.consecutive = run, max_nonfinite_steps, 0
+        self.run, self.max_nonfinite_steps = run, max_nonfinite_steps
+        self.consecutive = 0
         self.started = time.perf_counter()
         self.pending: list[tuple[Tensor, Tensor, list[str]]] = []  # as they were added
 

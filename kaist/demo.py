@@ -225,7 +225,7 @@ SETS = {SHIFTED_ROOT.name: DrawnSet(paired=True)}
 SETS |= {name: DrawnSet(20, 3600, 240, world) for name, world in ROOTS.items()}
 
 
-def draw_set(root: Path, progress: bool = True, **changes: int | None) -> None:
+def draw_set(root: Path, *, progress: bool = True, **changes: int | None) -> None:
     """Draws the set that belongs at `root` by its name, see `SETS`, or what it lacks. The same seed gives the
     same bytes, however many processors draw.
 
