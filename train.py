@@ -218,7 +218,7 @@ def make_step(
         losses = criterion(predictions, boxes, labels, masks)  # (terms,), total first
         optimizer.zero_grad()
         losses[0].backward()
-        distributed.average_gradients(criterion)
+        distributed.average(p.grad for p in criterion.parameters())  # wrap_ddp does so for the network's
         mean_losses = distributed.all_reduce_mean(losses.detach())
         finite = guarded_step(mean_losses)  # moves nothing where a loss or gradient is not finite
         return torch.stack([mean_losses, losses.detach()]), finite

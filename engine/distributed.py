@@ -109,11 +109,6 @@ def broadcast_object(value: Any) -> Any:
     return values[0]
 
 
-def average_gradients(module: nn.Module) -> None:
-    """Average the gradients of a module's parameters, as `wrap_ddp` does for the network's."""
-    average(parameter.grad for parameter in module.parameters())
-
-
 def average_statistics(model: nn.Module) -> None:
     """Average BatchNorm's running statistics over the processes; `SyncBatchNorm` has them equal."""
     statistics = ("running_mean", "running_var")
