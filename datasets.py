@@ -43,12 +43,12 @@ from ssd.augment import (
 )
 from ssd.layers import Detector
 
-# What is taken from a configuration: by KaistPairs, Augmentation, training_loader and test_loader.
-PAIRS = ("masks_follow", "seed")
-AUGMENTATION = tuple(field.name for field in dataclasses.fields(Augmentation))
-LOADER = ("batch_size", "workers", "start_method")
-TRAINING = ("cache", "out_of_range", "max_bad_frames", *LOADER)
-TESTING = ("min_height", "margin", *LOADER)
+# Config keys that KaistPairs, Augmentation, training_loader and test_loader take as keyword arguments.
+DATASET_KEYS = ("masks_follow", "seed")
+AUGMENTATION_KEYS = tuple(field.name for field in dataclasses.fields(Augmentation))
+LOADER_KEYS = ("batch_size", "workers", "start_method")
+TRAIN_LOADER_KEYS = ("cache", "out_of_range", "max_bad_frames", *LOADER_KEYS)
+TEST_LOADER_KEYS = ("min_height", "margin", *LOADER_KEYS)
 
 # ------------------------------------------------------------------------- samples
 
@@ -272,11 +272,11 @@ def test_loader(
     """
     frames = frames_of(ground_truth, min_height, margin)
     check_images(root, [frame.id for frame in frames], model.input_mode, without)
-    dataset = KaistPairs(root, frames, **input_of(model), without=without)
+    dataset = KaistPairs(root, frames, **input_kwargs(model), without=without)
     return batch_loader(dataset, model, shuffle=False, **settings)
 
 
-def input_of(model: Detector) -> dict[str, Any]:
+def input_kwargs(model: Detector) -> dict[str, Any]:
     """What `KaistPairs` is told of the network that its samples are for."""
     return {"input_mode": model.input_mode, "input_size": model.size, "filler": model.filler()}
 

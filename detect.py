@@ -57,7 +57,7 @@ MIN_SCORE = 0.3  # draw and print detections from this score up
 OUT = "detections"  # folder for pictures and detections.csv
 DEVICE = "auto"  # auto, cpu, cuda, mps
 ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff")
-LISTED = 20  # images that are told one by one, of more a progress bar; and boxes of one image
+MAX_LISTED = 20  # images that are told one by one, of more a progress bar; and boxes of one image
 
 MISSING = (
     "keep both in visible/ and lwir/ under one name, name them by --pair or --visible and --lwir, or use a "
@@ -100,7 +100,7 @@ def main() -> None:
     names, table = output_names(pairs), arguments.out / "detections.csv"
     written = [table, *(arguments.out / f"{name}.png" for name in names), *together(arguments)]
     keep_inputs(written, [path, *(file for pair in pairs for file in pair.values())])
-    annotated, few = read_annotated(pairs), len(pairs) <= LISTED
+    annotated, few = read_annotated(pairs), len(pairs) <= MAX_LISTED
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # name of a picture -> boxes, scores
     n_rescaled, start = 0, time.monotonic()
     bar = tqdm(pairs, "detecting", unit="image", leave=False, disable=few)
@@ -116,7 +116,7 @@ def main() -> None:
         make_folder(arguments.out)
         write_atomically(out, lambda beside, p=picture: p.save(beside, format="PNG", compress_level=1))
         write_rows(table, name, boxes, scores, first=not found)
-        if arguments.show and len(found) < LISTED:
+        if arguments.show and len(found) < MAX_LISTED:
             arguments.show = ImageShow.show(picture, name)
             if not arguments.show:
                 print("note: there is no program here that shows pictures")
@@ -194,12 +194,12 @@ def count_of(n: int) -> str:
 
 
 def print_boxes(out: Path, boxes: np.ndarray, scores: np.ndarray) -> None:
-    """Tell a picture's boxes (k, 4) xywh and scores (k,), the best `LISTED` of them."""
+    """Tell a picture's boxes (k, 4) xywh and scores (k,), the best `MAX_LISTED` of them."""
     print(f"{out}: {persons(len(scores))}")
-    for (x, y, w, h), score in zip(boxes[:LISTED].tolist(), scores[:LISTED].tolist(), strict=True):
+    for (x, y, w, h), score in zip(boxes[:MAX_LISTED].tolist(), scores[:MAX_LISTED].tolist(), strict=True):
         print(f"  x {x:6.1f}  y {y:6.1f}  w {w:6.1f}  h {h:6.1f}  score {score:.3f}")
-    if len(scores) > LISTED:
-        print(f"  and {len(scores) - LISTED} more, in detections.csv")
+    if len(scores) > MAX_LISTED:
+        print(f"  and {len(scores) - MAX_LISTED} more, in detections.csv")
 
 
 def parse_arguments() -> Namespace:
@@ -220,7 +220,7 @@ def parse_arguments() -> Namespace:
     sheet, film = output(".png", ".jpg"), output(".gif", ".webp")
     add("--sheet", type=sheet, metavar="FILE", help="a picture of all pictures, small: png, jpg")
     add("--animation", type=film, metavar="FILE", help="all pictures one after the other: gif, webp")
-    add("--show", action="store_true", help=f"open each picture, of up to {LISTED}")
+    add("--show", action="store_true", help=f"open each picture, of up to {MAX_LISTED}")
     add("--device", default=DEVICE, help="auto, cpu, cuda, mps (%(default)s)")
     add("--precision", choices=CHOICES["precision"], help="default: the checkpoint's own")
     arguments = parser.parse_args()

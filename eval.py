@@ -35,7 +35,7 @@ from kaist.miss_rate import GroundTruth, load_ground_truth, select_frames
 from kaist.pair_sets import find_lwir_range, open_pairs
 from kaist.report import draw_curves, print_scores, score, write_json
 from kaist.results import NOTHING, Detections, frames_path, read_detections, write_and_read
-from kaist.sources import KAIST, TEST_SET, find_parts, named_root, open_testing, set_name
+from kaist.sources import KAIST, TEST_SET_KEYS, find_parts, named_root, open_testing, set_name
 
 CHECKPOINTS = "checkpoints"  # where the newest finished run is looked for
 ANNOTATIONS = ""  # KAIST_annotation.json, an annotation folder or a KAIST root
@@ -254,7 +254,7 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     (`detections-best.txt`). Nothing is written where the folder is read-only.
     """
     # Here, because result files are evaluated without torch.
-    from datasets import TESTING, test_loader
+    from datasets import TEST_LOADER_KEYS, test_loader
     from engine.checkpoint import choose_checkpoint
     from utils import choose_device, choose_precision, compile_model, detect_frames, open_network
 
@@ -269,10 +269,10 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
         problem = "it brings its own list and labels"
         raise InputError(problem, "leave --image-list and --annotations away", file=config.data)
     check_blackout(config, arguments.blackout)
-    root, test_set = open_testing(**pick(config, *TEST_SET))
+    root, test_set = open_testing(**pick(config, *TEST_SET_KEYS))
     if arguments.subset:
         test_set, _ = select_frames(test_set, NOTHING, choose_frames(test_set, arguments.subset))
-    loader = test_loader(root, test_set, model, without=arguments.blackout, **pick(config, *TESTING))
+    loader = test_loader(root, test_set, model, without=arguments.blackout, **pick(config, *TEST_LOADER_KEYS))
     precision = choose_precision(config.precision, device)
     detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")
     network = compile_model(model, arguments.compile)

@@ -27,18 +27,18 @@ from engine import distributed
 from engine.captured import CapturedStep, Step, capture_steps
 from engine.loader import BatchLoader
 from engine.monitor import MAX_NONFINITE_STEPS, StepMonitor
-from engine.optim import RATES, GuardedStep, lr_factor, make_optimizer, set_lr, update_ema
+from engine.optim import OPTIMIZER_KEYS, GuardedStep, lr_factor, make_optimizer, set_lr, update_ema
 from engine.run import Run
 from kaist import demo
 from kaist.annotations import PairSet, find_file
-from kaist.frames import FRAMES, Frame, list_videos, split_frames
+from kaist.frames import FRAME_KEYS, Frame, list_videos, split_frames
 from kaist.images import check_images
 from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth
 from kaist.report import count_people, headline, report
-from kaist.sources import KAIST, TEST_SET, TRAIN_SET, open_testing, open_training, shared_note
+from kaist.sources import KAIST, TEST_SET_KEYS, TRAIN_SET_KEYS, open_testing, open_training, shared_note
 from model import make_network
 from ssd.augment import Augmentation
-from ssd.losses import TERMS, Criterion
+from ssd.losses import CRITERION_KEYS, Criterion
 from ssd.memory_plan import plan_batch
 from ssd.pretrained import check_pretrained, load_pretrained
 from utils import autocast, choose_device, choose_precision, compile_model, detect_frames, make_deterministic
@@ -147,27 +147,27 @@ def main() -> None:
     if distributed.is_main_process() and config.data == KAIST:
         demo.open_root(config.data_root)
     distributed.barrier()
-    root, ids, annotations = open_training(**pick(config, *TRAIN_SET))
+    root, ids, annotations = open_training(**pick(config, *TRAIN_SET_KEYS))
     config.lwir_range = root.lwir_range if isinstance(root, PairSet) else (0.0, 0.0)
     check_images(root, ids, config.input_mode)
     paired = config.network != "ssd300" or config.crop_apart + config.mirror_apart > 0  # a box a modality
-    frames, held_out = split_frames(ids, annotations, pairs=paired, **pick(config, *FRAMES))
+    frames, held_out = split_frames(ids, annotations, pairs=paired, **pick(config, *FRAME_KEYS))
     run.notes += [f"the epoch is chosen on videos held out: {list_videos(held_out)}"] if held_out else []
-    test_root, test_set = open_testing(**pick(config, *TEST_SET))
+    test_root, test_set = open_testing(**pick(config, *TEST_SET_KEYS))
     run.notes += shared_note(root, frames, test_set)
     val_set = load_ground_truth(annotations, held_out) if held_out else test_set
-    testing = pick(config, *datasets.TESTING)
+    testing = pick(config, *datasets.TEST_LOADER_KEYS)
     test_loader = datasets.test_loader(test_root, test_set, model, **testing)
     val_loader = datasets.test_loader(root, val_set, model, **testing) if held_out else test_loader
-    options = Augmentation(**pick(config, *datasets.AUGMENTATION)) if config.augment else None
-    keywords = {**datasets.input_of(model), **pick(config, *datasets.PAIRS)}
-    pairs = datasets.KaistPairs(root, frames, augmentation=options, **keywords)
-    train_loader = datasets.training_loader(pairs, model, **pick(config, *datasets.TRAINING))
+    options = Augmentation(**pick(config, *datasets.AUGMENTATION_KEYS)) if config.augment else None
+    dataset_kwargs = {**datasets.input_kwargs(model), **pick(config, *datasets.DATASET_KEYS)}
+    pairs = datasets.KaistPairs(root, frames, augmentation=options, **dataset_kwargs)
+    train_loader = datasets.training_loader(pairs, model, **pick(config, *datasets.TRAIN_LOADER_KEYS))
 
     # Loss and optimiser.
     heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
-    criterion = Criterion(*heads, **pick(config, *TERMS)).to(device)
-    optimizer = make_optimizer(model, criterion, name=config.optimizer, **pick(config, *RATES))
+    criterion = Criterion(*heads, **pick(config, *CRITERION_KEYS)).to(device)
+    optimizer = make_optimizer(model, criterion, name=config.optimizer, **pick(config, *OPTIMIZER_KEYS))
     run.terms, run.planned_batch = criterion.terms, plan_batch(model, criterion, config.optimizer, precision)
     parts = {"model": ema, "optimizer": optimizer, "criterion": criterion}
     run.restore(parts if ema is model else {**parts, "raw_model": model})

@@ -17,7 +17,7 @@ from kaist.bootstrap import interval
 from kaist.files import InputError, read_text, write_atomically
 from kaist.report import ALL, Scores, percent, print_scores, score, show_interval
 from kaist.results import frames_path, read_detections
-from kaist.sources import KAIST, TEST_SET, open_testing
+from kaist.sources import KAIST, TEST_SET_KEYS, open_testing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -121,7 +121,7 @@ def compare_runs(folders: Sequence[Path], resamples: int, by_video: bool, out: P
             problem = f"it was evaluated on other frames than {folders[0]}"
             raise InputError(problem, "compare runs of one test list", file=folder)
     where = {"data": KAIST, **configs[0], **find_data(configs[0])}
-    _, test_set = open_testing(**{name: where[name] for name in TEST_SET if name in where})
+    _, test_set = open_testing(**{name: where[name] for name in TEST_SET_KEYS if name in where})
     scores = []
     for folder, name in zip(folders, tell_apart(folders, "/"), strict=True):
         detections = read_detections(folder / "detections.txt", test_set.frames)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-RATES = ("lr", "bias_lr_factor", "weight_decay")  # what `make_optimizer` takes from a configuration
+OPTIMIZER_KEYS = ("lr", "bias_lr_factor", "weight_decay")  # what `make_optimizer` takes from a configuration
 
 
 def make_optimizer(

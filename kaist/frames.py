@@ -13,7 +13,7 @@ from kaist.files import InputError
 from kaist.miss_rate import GroundTruth, is_inside
 
 # What `split_frames` takes from a configuration.
-FRAMES = ("validation", "seed", "min_height", "margin", "learn")
+FRAME_KEYS = ("validation", "seed", "min_height", "margin", "learn")
 VISIBLE, LWIR, BOTH = 1, 2, 3  # bits: in which modality's image an object is seen
 # Whom LEARN names: the words that annotations call them by, () for any.
 LEARNED = {"person": ("person",), "people": ("person", "person?", "people"), "all": ()}

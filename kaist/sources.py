@@ -24,8 +24,8 @@ from kaist.pair_sets import NAMED, find_lwir_range, open_pairs
 
 KAIST = "kaist"  # what DATA says of a KAIST root
 # What is taken from a configuration: by open_training and open_testing.
-TRAIN_SET = ("data", "data_root", "train_list", "annotations", "input_mode")
-TEST_SET = ("data", "data_root", "test_list", "test_annotations", "lwir_range")
+TRAIN_SET_KEYS = ("data", "data_root", "train_list", "annotations", "input_mode")
+TEST_SET_KEYS = ("data", "data_root", "test_list", "test_annotations", "lwir_range")
 # What a full KAIST is trained and tested on: the constants of its list and annotations, and the lists
 # under their published names, the longest first.
 PARTS = {

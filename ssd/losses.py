@@ -22,7 +22,7 @@ from ssd.boxes import Grid, Predictions, encode, to_centres
 from ssd.matching import BACKGROUND, IGNORE, PERSON, PriorTable, match, match_multilabel, match_static
 
 # What `Criterion` takes from a configuration.
-TERMS = (
+CRITERION_KEYS = (
     *("loc_loss", "loc_reduction", "conf_divisor"),
     *("seg_cells", "seg_maps", "seg_balance", "seg_person_share", "seg_weight"),
 )

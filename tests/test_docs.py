@@ -295,7 +295,7 @@ HOUR = PROJECT / "docs/first-hour.md"
 def clone(demo_root, tmp_path, monkeypatch, undrawn):
     """A miniature of what the page has: a narrow network, few frames; the current folder."""
     miniature(tmp_path, monkeypatch)
-    monkeypatch.setattr(detect, "LISTED", 1)  # of more images a count alone is told, as of many on the page
+    monkeypatch.setattr(detect, "MAX_LISTED", 1)  # the page's folders have more images than are listed
 
     lists = {"data/demo": {}, "kaist": {"train-all-02": "train-all", "test-all-20": "test-all"}}
     lists["kaist-mini"] = {"pairs": "test-all", "lwir-train": "train-all", "lwir-test": "test-day"}

@@ -30,7 +30,7 @@ from engine.optim import GuardedStep, make_optimizer, update_ema
 from model import INPUT_CHANNELS, make_network
 from pseudo_gt import box_masks
 from ssd import boxes as ssd_boxes
-from ssd.losses import TERMS, Criterion
+from ssd.losses import CRITERION_KEYS, Criterion
 from tests.fake_cuda import CUDA, FusedKernels, backward, fake_cuda, on_fake_cuda
 from utils import autocast, margin_histogram, predict
 
@@ -39,7 +39,7 @@ ssd_boxes.load_nms()  # so that its operator has a name
 CONSTANTS = {name: value for name, (value, _) in read_constants(ROOT / "train.py").items()}
 # What a step and detection depend on, but for widths and numbers.
 NETWORK = ("network", "input_mode", "batch_norm", "infusion", "infusion_conv")
-TRAINING = (*NETWORK, *TERMS, "optimizer", "ema_decay")
+TRAINING = (*NETWORK, *CRITERION_KEYS, "optimizer", "ema_decay")
 DETECTION = (*NETWORK, "input_size", "priors", "centres", "test_flip")
 
 
@@ -91,7 +91,7 @@ def parts_of(config):
     with torch.device("meta"):
         model = make_network(**model_arguments(config))
         heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
-        criterion = Criterion(*heads, **pick(config, *TERMS))
+        criterion = Criterion(*heads, **pick(config, *CRITERION_KEYS))
     joined = on_fake_cuda(nn.ModuleList([model, criterion]))  # they share the priors
     return joined[0], joined[1]
 
@@ -244,7 +244,7 @@ def test_backward_is_autograds():
     torch.manual_seed(0)
     model = make_network(**model_arguments(config)).train()
     heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
-    criterion = Criterion(*heads, **pick(config, *TERMS))
+    criterion = Criterion(*heads, **pick(config, *CRITERION_KEYS))
     images = torch.randint(256, (2, INPUT_CHANNELS[config.input_mode], 257, 257), dtype=torch.uint8)
     boxes, labels = torch.tensor([[[0.2, 0.2, 0.4, 0.8]]] * 2), torch.ones(2, 1, dtype=torch.int64)
     masks = box_masks(boxes, labels, [model.grids[i] for i in model.infused_maps])

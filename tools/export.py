@@ -34,7 +34,7 @@ from kaist.files import InputError, OneLineParser, check_folders, output, run_sc
 from kaist.images import open_view, read_frame
 from kaist.report import headline_table, score
 from kaist.results import join_frames
-from kaist.sources import TEST_SET, open_testing
+from kaist.sources import TEST_SET_KEYS, open_testing
 from model import predict_mirrored
 from ssd.boxes import load_nms
 from ssd.deployable import Deployable, halve
@@ -84,7 +84,7 @@ def main() -> None:
     if arguments.images:
         compare(run, plain, given_frames(arguments.images, config))
         return
-    root, test_set = open_testing(**pick(config, *TEST_SET))
+    root, test_set = open_testing(**pick(config, *TEST_SET_KEYS))
     ids = test_set.frames if arguments.evaluate else test_set.frames[:FRAMES]
 
     def read() -> Iterator[np.ndarray]:

@@ -16,7 +16,7 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 
 import torch
 
-from datasets import AUGMENTATION, Batch, Collate, KaistPairs
+from datasets import AUGMENTATION_KEYS, Batch, Collate, KaistPairs
 from kaist.annotations import find_file, open_annotations, read_image_list
 from kaist.demo import open_root
 from kaist.frames import BOTH, LWIR, VISIBLE, Frame, load_frames, places_in_videos
@@ -57,7 +57,7 @@ def main() -> None:
     if not frames:
         raise InputError("no frame has a person to draw", "choose another IMAGE_LIST", file=root)
     check_images(root, [frame.id for frame in frames], config.input_mode)
-    options = Augmentation(**{key: value for key, value in vars(config).items() if key in AUGMENTATION})
+    options = Augmentation(**{key: value for key, value in vars(config).items() if key in AUGMENTATION_KEYS})
     filler = mean_colour(INPUT_CHANNELS[config.input_mode])
     how = {"input_size": (300, 300), "filler": filler, "augmentation": options}
     dataset = KaistPairs(root, frames, **how, **pick(config, "input_mode", "masks_follow", "seed"))

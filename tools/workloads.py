@@ -18,7 +18,7 @@ from torchvision.models.detection.ssd import SSD, ssd300_vgg16
 from torchvision.ops import box_convert, box_iou
 from torchvision.transforms import v2
 
-from datasets import AUGMENTATION, PAIRS, Batch, Collate, KaistPairs
+from datasets import AUGMENTATION_KEYS, DATASET_KEYS, Batch, Collate, KaistPairs
 from engine.captured import capture_steps
 from engine.config import ROOT, model_arguments, pick, read_constants, resolve_row
 from engine.optim import make_optimizer, update_ema
@@ -33,7 +33,7 @@ from pseudo_gt import box_masks
 from ssd.augment import Augmentation, mean_colour
 from ssd.boxes import Grid, Predictions, detect, encode
 from ssd.layers import Detector
-from ssd.losses import TERMS, Criterion
+from ssd.losses import CRITERION_KEYS, Criterion
 from tools.timing import Setting
 from train import make_step
 from utils import autocast, compile_model, detect_image
@@ -61,7 +61,7 @@ def row_network(config: Namespace) -> tuple[Detector, Criterion]:
     """A row's untrained network and its losses, made where torch makes tensors."""
     model = make_network(**model_arguments(config))
     heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
-    return model, Criterion(*heads, **pick(config, *TERMS))
+    return model, Criterion(*heads, **pick(config, *CRITERION_KEYS))
 
 
 class Step:
@@ -161,8 +161,8 @@ def row_pairs(setting: Setting, config: Namespace, cached: bool, repeat: int = 1
     if cached:
         cache = cache_frames(setting.folder / "cache", root, ids, config.input_mode)
     filler = mean_colour(INPUT_CHANNELS[config.input_mode])
-    options = Augmentation(**pick(config, *AUGMENTATION)) if config.augment else None
-    settings = pick(config, "input_mode", "input_size", *PAIRS)
+    options = Augmentation(**pick(config, *AUGMENTATION_KEYS)) if config.augment else None
+    settings = pick(config, "input_mode", "input_size", *DATASET_KEYS)
     return KaistPairs(root, frames * repeat, filler=filler, augmentation=options, cache=cache, **settings)
 
 

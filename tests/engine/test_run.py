@@ -22,8 +22,8 @@ from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.config import pick
 from engine.run import Run, load_state
 from kaist.files import InputError
-from kaist.frames import FRAMES, split_frames
-from kaist.sources import TRAIN_SET, open_training
+from kaist.frames import FRAME_KEYS, split_frames
+from kaist.sources import TRAIN_SET_KEYS, open_training
 from ssd.augment import Augmentation
 from tests.nursery import wait_for
 
@@ -415,13 +415,13 @@ def test_workers_end_with_their_run_and_their_death_is_told(nursery, data, tmp_p
 
 def loader_of(config):
     """The training batches that train.py makes of a configuration."""
-    _, ids, annotations = open_training(**pick(config, *TRAIN_SET))
-    frames, _ = split_frames(ids, annotations, **pick(config, *FRAMES))
+    _, ids, annotations = open_training(**pick(config, *TRAIN_SET_KEYS))
+    frames, _ = split_frames(ids, annotations, **pick(config, *FRAME_KEYS))
     model = train.make_network(**train.model_arguments(config))
-    options = Augmentation(**pick(config, *datasets.AUGMENTATION))
-    keywords = {**datasets.input_of(model), **pick(config, *datasets.PAIRS)}
+    options = Augmentation(**pick(config, *datasets.AUGMENTATION_KEYS))
+    keywords = {**datasets.input_kwargs(model), **pick(config, *datasets.DATASET_KEYS)}
     pairs = datasets.KaistPairs(Path(config.data_root), frames, augmentation=options, **keywords)
-    return datasets.training_loader(pairs, model, **pick(config, *datasets.TRAINING))
+    return datasets.training_loader(pairs, model, **pick(config, *datasets.TRAIN_LOADER_KEYS))
 
 
 @pytest.mark.timing
