@@ -1,6 +1,6 @@
 """Disturbs training runs at random, and compares how they end with a run left alone.
 
-    python -m tools.soak --minutes 30
+    python -m tests.soak --minutes 30
 
 A small run on the demo set is started again and again, and each time killed, stopped by one signal
 or several, paused, denied memory, denied room for its files, or robbed of a loader process, until
