@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.config import check_experiment, find_folder, limit_workers, pick
-from engine.curves import compare_runs, tell_apart
+from engine.curves import compare_runs, unique_names
 from engine.history import find_run
 from kaist.annotations import MODALITIES, PairSet, read_image_list
 from kaist.bootstrap import MOST_RESAMPLES
@@ -190,7 +190,7 @@ def read_result_files(arguments: Namespace) -> list[Found]:
     """What the result files say of their frames, or of the subset of them that is asked for."""
     test_set, files = open_test_frames(arguments), arguments.detections
     with_endings = len({path.resolve().with_suffix("") for path in files}) < len(files)  # a.txt and a.json
-    names, found = tell_apart([path if with_endings else path.with_suffix("") for path in files], "_"), []
+    names, found = unique_names([path if with_endings else path.with_suffix("") for path in files], "_"), []
     for path, name in zip(files, names, strict=True):
         own, detections = test_set, read_detections(path, test_set.frames)
         if detections.ids:

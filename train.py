@@ -11,7 +11,7 @@ import copy
 from argparse import Namespace
 from pathlib import Path
 
-from engine.config import describe, model_arguments, pick, read_config, run_name
+from engine.config import describe_config, model_arguments, pick, read_config, run_name
 from kaist.files import check_flags, run_script
 
 if __name__ == "__main__":  # before torch is imported, which takes seconds: --help and typos answer at once
@@ -198,7 +198,7 @@ def main() -> None:
             detections, _ = detect_frames(chosen, test_loader, precision, **detection)
     if distributed.is_main_process():
         report(run.folder.name, test_set, detections, run.folder)
-        print(run.closing_words())
+        print(run.summary())
 
 
 def make_step(
@@ -212,7 +212,7 @@ def make_step(
     guarded_step = GuardedStep(model, optimizer)
 
     def step(images: Tensor, boxes: Tensor, labels: Tensor, *masks: Tensor) -> tuple[Tensor, Tensor]:
-        guarded_step.begin()
+        guarded_step.save_statistics()
         with autocast(images.device, precision):
             predictions = network(images)  # loc (N, P, 4), conf (N, P, 2), seg (N, 2, h, w) a map
         losses = criterion(predictions, boxes, labels, masks)  # (terms,), total first
@@ -273,7 +273,7 @@ def print_banner(
         print(note)
     lists = (find_file(Path(config.data_root), name) for name in (config.train_list, config.test_list))
     learned, tested = lists if config.data == KAIST else ("train", "test")
-    print(describe(config, __file__))
+    print(describe_config(config, __file__))
     print(f"train: {len(frames)} frames, {people} people to learn ({learned}, {source})")
     print(f"test: {count_people(test_set)} ({tested}, {test_set.source})")
     (h, w), millions = model.size, sum(p.numel() for p in model.parameters()) / 1e6
@@ -283,4 +283,4 @@ def print_banner(
 
 
 if __name__ == "__main__":
-    run_script(lambda: distributed.run_together(main))
+    run_script(lambda: distributed.run_distributed(main))

@@ -12,7 +12,7 @@ from engine.distributed import world_size
 from kaist.files import InputError
 
 Step = Callable[..., tuple[Tensor, ...]]
-WARM_UP = 3  # steps before the recorded one, in which kernels are chosen and the optimiser gets its state
+WARM_UP_STEPS = 3  # before the captured one: kernels are chosen, the optimiser creates its state
 
 
 def capture_steps(
@@ -46,7 +46,7 @@ class CapturedStep:
         shapes = tuple(tensor.shape for tensor in inputs)
         self.seen[shapes] += 1
         # Before the optimiser has a state, the host looks whether its first step is finite.
-        if self.graph is None and self.seen[shapes] > WARM_UP and self.optimizer.state:
+        if self.graph is None and self.seen[shapes] > WARM_UP_STEPS and self.optimizer.state:
             self.capture(inputs)
             self.shapes = shapes
         if self.graph is not None and shapes == self.shapes:

@@ -73,23 +73,23 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 # What the options of masks are where no map is infused, and what MLPD and INSANet are made for.
-WITHOUT_MASKS = {
+ALLOWED_WITHOUT_MASKS = {
     "infusion_conv": (False,),
     "seg_maps": ("mean", "sum"),
     "seg_balance": ("none",),
     "out_of_range": ("keep",),
     "seg_weight": (1.0, 0.0),
 }
-MULTISPECTRAL = {"input_mode": "halfway", "batch_norm": True, "loc_loss": "l1", "loc_reduction": "mean"}
+MULTISPECTRAL_NEEDS = {"input_mode": "halfway", "batch_norm": True, "loc_loss": "l1", "loc_reduction": "mean"}
 
 # Constants that may differ between a run and its continuation: they change no number.
 MACHINE_CONSTANTS = (
     *("experiment", "checkpoints", "name", "device", "workers", "cache", "start_method"),
     *("lwir_range", "save_minutes", "deterministic", "compile", "on_nonfinite", "max_bad_frames"),
 )
-PATHS = ("data_root", "checkpoints", "cache", "data")  # constants that name a folder; DATA may name a file
+PATH_CONSTANTS = ("data_root", "checkpoints", "cache", "data")  # each a folder; DATA may also be a file
 # What a run from before a constant was added had.
-BEFORE = BASE | {"data": KAIST, "lwir_range": (0.0, 0.0)}
+OLD_DEFAULTS = BASE | {"data": KAIST, "lwir_range": (0.0, 0.0)}
 
 
 def read_constants(script: str | Path) -> dict[str, tuple[Any, str]]:
@@ -119,11 +119,11 @@ def parse_flags(
         parser.add_argument(f"--{name}", action=PrintAction, text=text, help=help_)
     for name, (value, comment) in constants.items():
         flag = "--" + name.replace("_", "-")
-        text = f"{comment} (default: {show(value)})".replace("%", "%%")
+        text = f"{comment} (default: {format_value(value)})".replace("%", "%%")
         if isinstance(value, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
         elif isinstance(value, tuple):
-            parser.add_argument(flag, type=tuple_of(value), help=text, metavar="N,N,…")
+            parser.add_argument(flag, type=tuple_type(value), help=text, metavar="N,N,…")
         else:
             choices = CHOICES.get(name)
             metavar = None if choices else type(value).__name__.upper()
@@ -139,7 +139,7 @@ def as_flags(changes: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            flags += [f"--{flag}", show(value)]
+            flags += [f"--{flag}", format_value(value)]
     return flags
 
 
@@ -153,21 +153,21 @@ def read_config(script: str, argv: list[str] | None = None) -> Namespace:
     description = ast.get_docstring(ast.parse(Path(script).read_text(encoding="utf-8")))
 
     def runs() -> str:
-        return runs_table(from_root(constants["checkpoints"][0]), differences)
+        return runs_table(from_root(constants["checkpoints"][0]), describe_changes)
 
-    actions = {"list": (lab_book, "print the lab book and end"), "runs": (runs, "print the runs and end")}
+    actions = {"list": (lab_book_table, "print the lab book"), "runs": (runs, "print the runs")}
     kaist = "root of a full KAIST: fills DATA_ROOT, both lists and both ANNOTATIONS, but for those given"
     flags = parse_flags(description, constants | {"kaist": ("", kaist)}, argv, **actions)
     if root := flags.pop("kaist", ""):
         flags = find_parts(Path(root), flags) | flags
     values = {name: value for name, (value, _) in constants.items()}
-    own = {name: from_root(values[name]) for name in PATHS if values[name]}
+    own = {name: from_root(values[name]) for name in PATH_CONSTANTS if values[name]}
     if not os.path.isfile(own.get("data", "")):  # but a set's name
         own.pop("data", None)
     values |= own | flags
     if values["experiment"]:
         row = resolve_row(values["experiment"])
-        values |= row | {name: from_root(row[name]) for name in PATHS if name in row} | flags
+        values |= row | {name: from_root(row[name]) for name in PATH_CONSTANTS if name in row} | flags
     check_config(values)
     return limit_workers(Namespace(**values))
 
@@ -191,7 +191,7 @@ def find_data(values: dict[str, Any]) -> dict[str, str]:
 
 def same_value(name: str, a: Any, b: Any) -> bool:
     """Whether two values of a constant mean the same; tuples may have become lists."""
-    if name in PATHS and isinstance(a, str) and isinstance(b, str):
+    if name in PATH_CONSTANTS and isinstance(a, str) and isinstance(b, str):
         return os.path.abspath(ROOT / a) == os.path.abspath(ROOT / b)
     return (list(a) if isinstance(a, tuple) else a) == (list(b) if isinstance(b, tuple) else b)
 
@@ -203,18 +203,18 @@ def resolve_row(name: str) -> dict[str, Any]:
         problem = f"the lab book has no experiment {name!r}"
         raise InputError(problem, f"choose one of {', '.join(EXPERIMENTS)}")
     row = EXPERIMENTS[name]
-    if unknown := row.change.keys() - BASE.keys() - {"data_root"}:
+    if unknown := row.changes.keys() - BASE.keys() - {"data_root"}:
         problem = f"row {name} changes {', '.join(unknown)}, which no recipe has"
         raise InputError(problem, "correct the row in engine/experiments.py")
-    return (resolve_row(row.based_on) if row.based_on else BASE) | row.change
+    return (resolve_row(row.based_on) if row.based_on else BASE) | row.changes
 
 
-def lab_book() -> str:
+def lab_book_table() -> str:
     """The lab book as a table: each row, what it builds on, what it changes, what was logged."""
     lines = [f"{'row':>5} {'on':>4}  change, and what the 2021 log recorded (miss rate in %)"]
     for name, row in EXPERIMENTS.items():
-        change = ", ".join(f"{key} {show(value)}" for key, value in row.change.items())
-        lines.append(f"{name:>5} {row.based_on:>4}  {row.words}")
+        change = ", ".join(f"{key} {format_value(value)}" for key, value in row.changes.items())
+        lines.append(f"{name:>5} {row.based_on:>4}  {row.description}")
         lines += [f"{'':12}{part}" for part in (change, row.logged) if part]
     return "\n".join(lines)
 
@@ -227,16 +227,16 @@ def check_config(values: dict[str, Any]) -> None:
     what is allowed."""
     for name, value in values.items():
         if name in CHOICES and value not in CHOICES[name]:
-            refuse(name, value, f"choose one of {', '.join(CHOICES[name])}")
+            raise invalid_constant(name, value, f"choose one of {', '.join(CHOICES[name])}")
         if name in RANGES:
             low, high = RANGES[name]
             for number in value if isinstance(value, tuple | list) else (value,):
                 if not (isinstance(number, int | float) and low <= number <= high):
-                    refuse(name, value, f"choose a number from {low:g} to {high:g}")
+                    raise invalid_constant(name, value, f"choose a number from {low:g} to {high:g}")
         if isinstance(value, str) and not value.isprintable():  # half a character, of a foreign encoding
-            refuse(name, ascii(value), "write it in UTF-8, without control characters")
+            raise invalid_constant(name, ascii(value), "write it in UTF-8, without control characters")
     for name, remedy in conflicts(values):
-        refuse(name, values[name], remedy)
+        raise invalid_constant(name, values[name], remedy)
 
 
 def conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -248,10 +248,10 @@ def conflicts(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "infusion", "a 2, for heads on both streams too, is for mlpd and insanet"
     if maps and values.get("seg_balance") == "height" and not values["masks_follow"]:
         yield "seg_balance", "it takes heights after the augmentation: set MASKS_FOLLOW"
-    for option, allowed in WITHOUT_MASKS.items() if maps and not any(maps) else ():
+    for option, allowed in ALLOWED_WITHOUT_MASKS.items() if maps and not any(maps) else ():
         if values.get(option, allowed[0]) not in allowed:
             yield option, "there is no mask without a map to infuse: set INFUSION"
-    for constant, value in MULTISPECTRAL.items() if network != "ssd300" else ():
+    for constant, value in MULTISPECTRAL_NEEDS.items() if network != "ssd300" else ():
         if values[constant] != value:
             yield constant, f"NETWORK = {network} needs {constant.upper()} = {value}"
     low, high = values.get("crop_aspect", (0, 1))
@@ -279,11 +279,11 @@ def limit_workers(config: Namespace) -> Namespace:
     return config
 
 
-def refuse(name: str, value: Any, remedy: str) -> None:
-    """Raise the InputError for a constant."""
+def invalid_constant(name: str, value: Any, remedy: str) -> InputError:
+    """The error for a constant whose value cannot be used."""
     text = repr(value)
     text = text if len(text) <= 80 else f"{text[:80]}…"
-    raise InputError(f"{name.upper()} = {text} cannot be used", remedy)
+    return InputError(f"{name.upper()} = {text} cannot be used", remedy)
 
 
 def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) -> Namespace:
@@ -293,18 +293,18 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
     constant is missing, or has a type or a value that no run has.
     """
     needed = ("data_root", "test_list", "test_annotations", "device", "precision")
-    known = BEFORE | {"start_method": "auto", "workers": 0, "cache": ""} | dict.fromkeys(needed, "")
+    known = OLD_DEFAULTS | {"start_method": "auto", "workers": 0, "cache": ""} | dict.fromkeys(needed, "")
     values = checkpoint["config"]
     try:
         for name in (*needed, "input_mode", "input_size", "batch_size"):
             if name not in values:
                 raise InputError(f"{name.upper()} is missing", "")
         for name, default in known.items():
-            if not same_kind(value := values.get(name, default), default):
-                refuse(name, value, "")
+            if not matches_default_type(value := values.get(name, default), default):
+                raise invalid_constant(name, value, "")
         for argument, own in checkpoint["model_args"].items():
             name = {"size": "input_size", "prior_set": "priors"}.get(argument, argument)
-            if name in values and show(own) != show(values[name]):
+            if name in values and format_value(own) != format_value(values[name]):
                 raise InputError(f"{name.upper()} is not its network's", "")
         known = known | values | changes
         check_config({key: value for key, value in known.items() if key != "name"})
@@ -315,7 +315,7 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
     return Namespace(**known)
 
 
-def same_kind(value: Any, default: Any) -> bool:
+def matches_default_type(value: Any, default: Any) -> bool:
     """Whether a value is of a default's type, or a list for a tuple of its length; a float may be whole."""
     if isinstance(default, tuple):
         same_length = isinstance(value, tuple | list) and len(value) == len(default)
@@ -342,7 +342,7 @@ def model_arguments(config: Namespace) -> dict[str, Any]:
 # ------------------------------------------------------------------------------- names and words
 
 
-def changes_of(config: Namespace) -> dict[str, Any]:
+def changed_constants(config: Namespace) -> dict[str, Any]:
     """What a configuration has different from its row, or from the row "demo" where it names none."""
     from kaist import demo  # here, so that result files are evaluated without Pillow
 
@@ -356,13 +356,13 @@ def changes_of(config: Namespace) -> dict[str, Any]:
     return changed
 
 
-def differences(values: dict[str, Any]) -> str:
-    """`changes_of` a run's config.json in words."""
+def describe_changes(values: dict[str, Any]) -> str:
+    """`changed_constants` a run's config.json in words."""
     try:
-        changes = changes_of(Namespace(**BEFORE | values))
+        changes = changed_constants(Namespace(**OLD_DEFAULTS | values))
     except (InputError, AttributeError, TypeError, ValueError):  # of another version, or edited
         return "its row or constants are unknown"
-    return ", ".join(f"{name.upper()} {show(value)}" for name, value in changes.items())
+    return ", ".join(f"{name.upper()} {format_value(value)}" for name, value in changes.items())
 
 
 def run_name(config: Namespace) -> str:
@@ -370,12 +370,12 @@ def run_name(config: Namespace) -> str:
     if config.name:
         return config.name
     parts = [config.experiment or "demo"]
-    for name, value in changes_of(config).items():
+    for name, value in changed_constants(config).items():
         word = name.replace("_", "")
         if isinstance(value, bool):
             parts.append(word if value else f"no{word}")
         else:
-            text = Path(value).stem if name == "pretrained" else show(value).replace(",", "_")
+            text = Path(value).stem if name == "pretrained" else format_value(value).replace(",", "_")
             parts.append(word + re.sub(r"[^\w.]", "_", text))
     name = "-".join(parts)
     if len(name) > 60:
@@ -383,27 +383,27 @@ def run_name(config: Namespace) -> str:
     return name
 
 
-def describe(config: Namespace, script: str) -> str:
+def describe_config(config: Namespace, script: str) -> str:
     """Where a configuration comes from: its row, and what that sets over the script's constants."""
-    changed = differences(vars(config))
+    changed = describe_changes(vars(config))
     if not config.experiment:
         return f"constants of {Path(script).name}" + (f", not the demo's: {changed}" if changed else "")
     constants, replaced = read_constants(script), []
     for name, value in resolve_row(config.experiment).items():
         if not same_value(name, value, constants[name][0]) and same_value(name, value, getattr(config, name)):
-            replaced.append(f"{name.upper()} {show(value)}")
+            replaced.append(f"{name.upper()} {format_value(value)}")
     text = f"row {config.experiment} sets over the constants of {Path(script).name}: {', '.join(replaced)}"
     return text + (f"; flags over the row: {changed}" if changed else "")
 
 
-def tuple_of(default: tuple) -> Any:
+def tuple_type(default: tuple) -> Any:
     """A parser of "1,0,0" into a tuple of the default's length and element type."""
     kind = type(default[0])
 
     def parse(text: str) -> tuple:
         values = tuple(kind(part) for part in re.split(r"[,\s]+", text.strip("()[] ")))
         if len(values) != len(default):
-            raise argparse.ArgumentTypeError(f"wants {len(default)} values, like {show(default)}")
+            raise argparse.ArgumentTypeError(f"wants {len(default)} values, like {format_value(default)}")
         return values
 
     return parse
@@ -415,6 +415,6 @@ def check_experiment(parser: OneLineParser, arguments: Namespace) -> None:
         parser.error("--experiment says whose network --checkpoint holds: name that file too")
 
 
-def show(value: Any) -> str:
+def format_value(value: Any) -> str:
     """A value as one would type it on the command line."""
     return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

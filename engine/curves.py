@@ -41,14 +41,14 @@ def draw_curves(log: Log, name: str, path: Path) -> None:
 
     figure = Figure(figsize=(12, 6.5), layout="constrained")
     losses, rates, found, rate = figure.subplots(2, 2, sharex=True).flat
-    scored = [row for row in log if has(row, "miss_rate")]
+    scored = [row for row in log if has_number(row, "miss_rate")]
     title = f"{name}, {len(log)} epoch{'s' * (len(log) != 1)}"
     if scored:
         best = min(scored, key=lambda row: row["miss_rate"])
         title += f": best miss rate {percent(best['miss_rate'])}% (epoch {best['epoch']:g}), Reasonable"
     figure.suptitle(title, fontsize=14, fontweight="bold")
 
-    ends = {key: value for row in log for key, value in row.items() if has(row, key)}
+    ends = {key: value for row in log for key, value in row.items() if has_number(row, key)}
     rated, recalled = (f" {percent(ends[key])}%" if scored else "" for key in ("miss_rate", "recall"))
     masks = {"recall": "recall"}
     for key in dict.fromkeys(key for row in scored for key in row if key.startswith(("iou_", "ap_"))):
@@ -85,7 +85,7 @@ def plot_epochs(panel: Axes, log: Log, names: dict[str, str], form: str = "", **
     from matplotlib.ticker import MaxNLocator
 
     for key, name in names.items():
-        points = [(row["epoch"], row[key]) for row in log if has(row, key)]
+        points = [(row["epoch"], row[key]) for row in log if has_number(row, key)]
         if points:
             label = f"{name} {form.format(points[-1][1])}".strip()
             line = {"marker": "o", "markersize": 4, "clip_on": False}  # whole at the border too
@@ -100,7 +100,7 @@ def plot_epochs(panel: Axes, log: Log, names: dict[str, str], form: str = "", **
         panel.text(0.5, 0.5, "not evaluated yet", ha="center", transform=panel.transAxes)
 
 
-def has(row: dict[str, float], key: str) -> bool:
+def has_number(row: dict[str, float], key: str) -> bool:
     """Whether a row of a log holds a number in a column."""
     return not math.isnan(row.get(key, math.nan))
 
@@ -123,7 +123,7 @@ def compare_runs(folders: Sequence[Path], resamples: int, by_video: bool, out: P
     where = {"data": KAIST, **configs[0], **find_data(configs[0])}
     _, test_set = open_testing(**{name: where[name] for name in TEST_SET_KEYS if name in where})
     scores = []
-    for folder, name in zip(folders, tell_apart(folders, "/"), strict=True):
+    for folder, name in zip(folders, unique_names(folders, "/"), strict=True):
         detections = read_detections(folder / "detections.txt", test_set.frames)
         scores.append(score(name, test_set, detections, resamples or RESAMPLES, by_video))
     print(f"people of {test_set.source}")
@@ -144,7 +144,7 @@ def finished_constants(folder: Path) -> dict:
     return config
 
 
-def tell_apart(paths: Sequence[Path], joiner: str) -> list[str]:
+def unique_names(paths: Sequence[Path], joiner: str) -> list[str]:
     """A name for each path: its last part, or with those above it, joined, where these are alike. InputError:
     two paths are the same."""
     parts = [path.resolve().parts for path in paths]

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from kaist.files import InputError
 
 # What gloo, NCCL and their store say of a process that cannot be reached any more.
-LOST = r"[Cc]onnection|Broken pipe|recv, got 0|remote process exited|[Tt]imed? ?out"
+CONNECTION_ERRORS = r"[Cc]onnection|Broken pipe|recv, got 0|remote process exited|[Tt]imed? ?out"
 
 
 def init_distributed(device: torch.device, batch_size: int) -> None:
@@ -37,7 +37,7 @@ def init_distributed(device: torch.device, batch_size: int) -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
-def run_together(main: Callable[[], None]) -> None:
+def run_distributed(main: Callable[[], None]) -> None:
     """Run main(), then leave the other processes. InputError: another one has ended, at whatever exchange
     with it, or cannot be reached any more."""
     try:
@@ -45,7 +45,7 @@ def run_together(main: Callable[[], None]) -> None:
         if dist.is_initialized():
             dist.destroy_process_group()
     except RuntimeError as error:
-        if not (dist.is_initialized() and re.search(LOST, str(error))):
+        if not (dist.is_initialized() and re.search(CONNECTION_ERRORS, str(error))):
             raise
         problem = "another process of this run has ended"
         raise InputError(problem, "see what it said; the same command goes on") from None

@@ -26,7 +26,7 @@ BASE = (
 )
 
 # What rows from 26b on do otherwise, because a review of the log's choices found it better.
-MENDED = {
+CORRECTIONS = {
     "pixel_mean": (0.3465, 0.3219, 0.2842, 0.1598),  # of KAIST; ImageNet's put LWIR at -1.3 +- 0.29
     "pixel_std": (0.2358, 0.2265, 0.2274, 0.0813),
     "lwir_filters": "sum",  # the mean answers to LWIR a third as much, with all of the bias
@@ -43,8 +43,8 @@ class Row(NamedTuple):
     what that is in words, and what the 2021 log recorded."""
 
     based_on: str
-    change: dict[str, Any]
-    words: str
+    changes: dict[str, Any]
+    description: str
     logged: str = ""
 
 
@@ -119,9 +119,7 @@ EXPERIMENTS = {
         "per-map sum over cells; whether it also went over the batch cannot be decided: here it does not",
     ),
     "26": Row("23", {"masks_follow": True}, "masks follow the augmentation"),
-    "26b": Row(
-        "26", MENDED, "the same with the log's choices mended that proved wrong; what follows builds on it"
-    ),
+    "26b": Row("26", CORRECTIONS, "row 26 with the log's mistakes corrected; later rows build on this one"),
     "27": Row(
         "26b",
         {"out_of_range": "background"},
@@ -130,7 +128,7 @@ EXPERIMENTS = {
     "28": Row("26b", {"out_of_range": "ignore"}, "the same, but ignored"),
     "29": Row(
         "22",
-        {**MENDED, "masks_follow": True, "seg_maps": "uncertainty"},
+        {**CORRECTIONS, "masks_follow": True, "seg_maps": "uncertainty"},
         "the other idea it left open: 22 with masks that follow the augmentation, the maps' losses "
         "weighted by learned uncertainty",
     ),

@@ -62,9 +62,9 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     return {"config": config, "log": log, "epochs": epochs, "finished": finished}
 
 
-def runs_table(folder: str | Path, differences: Callable[[dict[str, Any]], str]) -> str:
+def runs_table(folder: str | Path, describe_changes: Callable[[dict[str, Any]], str]) -> str:
     """The runs of a folder, newest first: name, row, epochs, best miss rate, when it was last written, and
-    what `differences` says of how its config differs from its row."""
+    what `describe_changes` says of how its config differs from its row."""
     found = []
     for path in sorted(Path(folder).glob("*/")):
         if run := read_run(path):
@@ -82,7 +82,7 @@ def runs_table(folder: str | Path, differences: Callable[[dict[str, Any]], str])
         state = "finished" if run["finished"] else "unfinished"
         best = f"{min(rates):.2f}" if rates else "–"
         moment = f"{datetime.fromtimestamp(written):%Y-%m-%d %H:%M}"
-        rows.append((name, row, done, state, best, moment, differences(run["config"])))
+        rows.append((name, row, done, state, best, moment, describe_changes(run["config"])))
     return "\n".join([f"{folder}:", *(columns.format(*row).rstrip() for row in rows)])
 
 

@@ -36,7 +36,7 @@ def share_memory(tensors: Sequence[Tensor]) -> InputError | None:
 
 
 @contextmanager
-def calm_start() -> Iterator[None]:
+def block_sigint() -> Iterator[None]:
     """Start worker processes without a signal in the midst of it.
 
     Ctrl-C waits until all have started. They inherit that they do not hear it: the main process
@@ -55,7 +55,7 @@ def calm_start() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def begin_worker(_: int) -> None:
+def worker_init_fn(_: int) -> None:
     """End at once when told to: a forked worker has inherited what the main process would do."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -113,7 +113,7 @@ class BatchLoader:
         max_bad_frames: frames that may turn out to be unreadable; they are left out, with a warning each.
 
     Attributes:
-        bad: the unreadable frames met so far, by their id, in this process or another.
+        bad_frames: the unreadable frames met so far, by their id, in this process or another.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class BatchLoader:
         max_bad_frames: int = 0,
     ) -> None:
         self.max_bad_frames = max_bad_frames
-        self.bad: dict[str, InputError] = {}
+        self.bad_frames: dict[str, InputError] = {}
         self.batches = EpochBatches(len(dataset), batch_size, dataset.seed if shuffle else None)
         workers = min(workers, len(self.batches))
         self.loader = DataLoader(
@@ -140,7 +140,7 @@ class BatchLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             multiprocessing_context=start_method if workers and start_method != "auto" else None,
-            worker_init_fn=begin_worker,
+            worker_init_fn=worker_init_fn,
         )
 
     def __len__(self) -> int:
@@ -158,14 +158,14 @@ class BatchLoader:
         """
         self.batches.epoch, self.batches.skip = epoch, skip
         try:
-            with calm_start():
+            with block_sigint():
                 items = iter(self.loader)
             for item in items:
                 if isinstance(item, InputError):
                     raise item
                 batch, bad = item
                 if any_process(bool(bad)):
-                    self.note([frame for frames in gather(bad) for frame in frames])
+                    self.record_bad_frames([frame for frames in gather(bad) for frame in frames])
                     batch = None if any_process(batch is None) else batch
                 yield batch
         except RuntimeError as error:
@@ -174,13 +174,13 @@ class BatchLoader:
             remedy = "often memory ran out: lower WORKERS or BATCH_SIZE, or enlarge /dev/shm"
             raise InputError(f"a loader process died ({error})", remedy) from None
 
-    def note(self, frames: list[BadFrame]) -> None:
+    def record_bad_frames(self, frames: list[BadFrame]) -> None:
         """Warn of frames that went bad, once each, or stop if they are too many."""
         for frame_id, error in frames:
-            if frame_id not in self.bad and self.max_bad_frames and is_main_process():
+            if frame_id not in self.bad_frames and self.max_bad_frames and is_main_process():
                 tqdm.write(f"warning: {error}; {frame_id} is left out", file=sys.stderr)
-            self.bad.setdefault(frame_id, error)
-        if len(self.bad) > self.max_bad_frames:
-            first = next(iter(self.bad.values()))
-            problem = f"{first.problem}; all unreadable frames so far: {', '.join(self.bad)}"
+            self.bad_frames.setdefault(frame_id, error)
+        if len(self.bad_frames) > self.max_bad_frames:
+            first = next(iter(self.bad_frames.values()))
+            problem = f"{first.problem}; all unreadable frames so far: {', '.join(self.bad_frames)}"
             raise InputError(problem, "copy them again and give the same command", file=first.file)

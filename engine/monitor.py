@@ -60,7 +60,7 @@ class StepMonitor:
                 self.run.in_step = True
                 yield step, batch
                 self.run.in_step = False
-            if is_main_process() and self.run.is_due():
+            if is_main_process() and self.run.save_is_due():
                 self.flush()
                 self.run.save()
             self.run.check_stop()

@@ -36,17 +36,17 @@ def make_optimizer(
     settings["fused"] = next(model.parameters()).is_cuda or None
     sgd = partial(torch.optim.SGD, momentum=0.9)
     optimizer = {"adam": torch.optim.Adam, "sgd": sgd}[name](groups, **settings)
-    optimizer.register_load_state_dict_pre_hook(keep_kernels)
+    optimizer.register_load_state_dict_pre_hook(keep_fused)
     return optimizer
 
 
-def keep_kernels(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+def keep_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """A state to be loaded, without the choice of kernels of the device that saved it."""
     fused = optimizer.defaults["fused"]
     return {**state, "param_groups": [{**group, "fused": fused} for group in state["param_groups"]]}
 
 
-def update(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
+def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
     """A step of the optimiser unless `finite`, a bool scalar, is False.
 
     The fused kernels look at it on the device, as they do for `torch.amp.GradScaler`; the host does
@@ -77,7 +77,7 @@ class GuardedStep:
         self.statistics = [buffer for norm in norms for buffer in norm.buffers()]
         self.before = [buffer.clone() for buffer in self.statistics]
 
-    def begin(self) -> None:
+    def save_statistics(self) -> None:
         """To be called before the forward pass."""
         for before, buffer in zip(self.before, self.statistics, strict=True):
             before.copy_(buffer)
@@ -88,7 +88,7 @@ class GuardedStep:
         parameters = (p for group in self.optimizer.param_groups for p in group["params"])
         gradient_norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
         finite = losses.isfinite().all() & gradient_norm.isfinite()
-        update(self.optimizer, finite)
+        step_if_finite(self.optimizer, finite)
         for buffer, before in zip(self.statistics, self.before, strict=True):
             buffer.copy_(torch.where(finite, buffer, before))
         return finite

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from engine.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint
-from engine.config import BEFORE, MACHINE_CONSTANTS, same_value
+from engine.config import MACHINE_CONSTANTS, OLD_DEFAULTS, same_value
 from engine.curves import MISS_RATES, draw_curves
 from engine.distributed import any_process, broadcast_object, is_main_process, world_size
 from engine.history import lock_folder, saved_constants
@@ -32,10 +32,10 @@ from kaist.sources import KAIST
 
 DAMAGED = "damaged.pt"  # a last.pt that turned out not to be whole
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-WARM_UP, TIMED = 10, 20  # steps: the first of a process, and those by which its end is foretold
+WARM_UP_STEPS, TIMED_STEPS = 10, 20  # steps: the first of a process, and those by which its end is foretold
 # Where a run stands that begins: what its checkpoint tells beside the state of its parts.
-START = {"epoch": 0, "step": 0, "sums": [], "seconds": 0.0, "skipped": 0, "history": []}
-PATIENCE = 3.0  # seconds after which another Ctrl-C ends a run that is still at its step
+INITIAL_PROGRESS = {"epoch": 0, "step": 0, "sums": [], "seconds": 0.0, "skipped": 0, "history": []}
+FORCE_QUIT_SECONDS = 3.0  # seconds after which another Ctrl-C ends a run that is still at its step
 
 
 class Run:
@@ -82,7 +82,7 @@ class Run:
         chosen = self.choose_folder() if is_main_process() else None
         self.folder, self.state = broadcast_object(chosen)
         self.resumes = bool(self.state)
-        stood = START | self.state
+        stood = INITIAL_PROGRESS | self.state
         self.epoch, self.step, self.skipped = stood["epoch"], stood["step"], stood["skipped"]
         self.seconds, self.sums = stood["seconds"], list(stood["sums"])
         self.history: list[dict[str, float]] = list(stood["history"])
@@ -117,7 +117,7 @@ class Run:
             return None
         self.lock = lock_folder(folder)
         kept = [path for name in (LAST, PREVIOUS) if (path := folder / name).exists()]
-        whole = ((path, state) for path in kept if (state := load_state(path, self.config.epochs)))
+        whole = ((path, state) for path in kept if (state := load_resumable(path, self.config.epochs)))
         path, state = next(whole, (None, {}))
         if not state:
             if kept:
@@ -149,7 +149,7 @@ class Run:
             raise InputError(problem, "move its folder away to start anew", file=self.folder / LAST)
         self.state = {}
 
-    def begin(self) -> None:
+    def start(self) -> None:
         """Make and lock the folder, clear away what a killed writer left, write what is missing. InputError:
         another process has begun this run in the meantime, or the disk is full."""
         make_folder(self.folder)
@@ -178,7 +178,7 @@ class Run:
 
     def __enter__(self) -> Run:
         if is_main_process():
-            self.begin()
+            self.start()
         heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as by nohup
         self.handlers = {number: signal.signal(number, self.request_stop) for number in heard}
         return self
@@ -205,11 +205,11 @@ class Run:
         return InputError(problem, remedy)
 
     def request_stop(self, number: int, _: object) -> None:
-        """Note a signal; a second Ctrl-C that comes `PATIENCE` seconds later does not wait."""
+        """Note a signal; a second Ctrl-C that comes `FORCE_QUIT_SECONDS` seconds later does not wait."""
         now = time.monotonic()
         if self.stop_requested is None:
             self.stop_requested, self.stop_time = number, now
-        elif number == signal.SIGINT and now - self.stop_time > PATIENCE:
+        elif number == signal.SIGINT and now - self.stop_time > FORCE_QUIT_SECONDS:
             raise KeyboardInterrupt
 
     def check_stop(self) -> None:
@@ -246,7 +246,7 @@ class Run:
 
     def show_progress(self, bar: tqdm, total_steps: int) -> None:
         """Put when the run ends, its speed and its mean loss on a bar that fits 80 columns; say once how
-        long the run is going to take, by the steps after the first `WARM_UP`."""
+        long the run is going to take, by the steps after the first `WARM_UP_STEPS`."""
         if not self.step:
             return
         speed = self.step * self.config.batch_size / max(self.seconds, 1e-9)
@@ -255,10 +255,10 @@ class Run:
         loss = self.mean_losses()["loss"]
         bar.set_postfix_str(f"{left} left, {speed:.0f} img/s, loss {loss:.2f}", refresh=False)
         self.n_timed += 1
-        if self.n_timed == WARM_UP:
+        if self.n_timed == WARM_UP_STEPS:
             self.timed_from = time.monotonic()
-        if self.n_timed == WARM_UP + TIMED and is_main_process():
-            pace = (time.monotonic() - self.timed_from) / TIMED
+        if self.n_timed == WARM_UP_STEPS + TIMED_STEPS and is_main_process():
+            pace = (time.monotonic() - self.timed_from) / TIMED_STEPS
             expected = tqdm.format_interval((total_steps - done) * pace)
             tqdm.write(f"expected: {expected} more of training, at {pace:.2g} s a step, and the evaluations")
 
@@ -285,7 +285,7 @@ class Run:
         if not is_main_process():
             return
         if scores.get("miss_rate", 2.0) < best:  # first: what last.pt tells has happened
-            save_checkpoint(self.folder / "best.pt", self.content(to_continue=False))
+            save_checkpoint(self.folder / "best.pt", self.checkpoint_content(to_continue=False))
         self.save()
         self.write_log()
         if "miss_rate" in scores:
@@ -309,7 +309,7 @@ class Run:
             f"{tqdm.format_interval(row['seconds'])} of training"
         )
 
-    def closing_words(self) -> str:
+    def summary(self) -> str:
         """Where the run is, what is in it, and what to do next."""
         scored = [row for row in self.history if "miss_rate" in row]
         best = min(scored, key=lambda row: row["miss_rate"])
@@ -325,20 +325,20 @@ class Run:
             f"      python detect.py --checkpoint {self.folder} {example}"
         )
 
-    def content(self, to_continue: bool) -> dict[str, Any]:
+    def checkpoint_content(self, to_continue: bool) -> dict[str, Any]:
         """A checkpoint's content; without the optimiser it can be used but not continued."""
         known = {"model_args": self.model_args, "config": vars(self.config), "experiment": self.name}
-        known |= {name: getattr(self, name) for name in START}
+        known |= {name: getattr(self, name) for name in INITIAL_PROGRESS}
         parts = {name: part for name, part in self.parts.items() if to_continue or name != "optimizer"}
         return known | {name: part.state_dict() for name, part in parts.items()}
 
     def save(self) -> None:
         """Write last.pt; the one before it becomes previous.pt."""
-        content = self.content(to_continue=True)
+        content = self.checkpoint_content(to_continue=True)
         save_checkpoint(self.folder / LAST, content, previous=self.folder / PREVIOUS)
         self.saved_at = time.monotonic()
 
-    def is_due(self) -> bool:
+    def save_is_due(self) -> bool:
         """Whether the newest checkpoint is older than SAVE_MINUTES."""
         minutes = self.config.save_minutes
         return bool(minutes) and time.monotonic() - self.saved_at >= 60 * minutes
@@ -361,12 +361,12 @@ class Run:
         return path
 
 
-def load_state(path: Path, epochs: int) -> dict[str, Any] | None:
+def load_resumable(path: Path, epochs: int) -> dict[str, Any] | None:
     """A checkpoint that tells where its run of so many epochs stood; None, with a warning, if none can
     be gone on from."""
     try:
         state = load_checkpoint(path)
-        if not tells_progress(START | {"epoch": None, "step": None} | state, epochs):
+        if not is_valid_progress(INITIAL_PROGRESS | {"epoch": None, "step": None} | state, epochs):
             raise InputError("it does not tell where its run stood", "move it away", file=path)
         return state
     except InputError as error:
@@ -374,8 +374,8 @@ def load_state(path: Path, epochs: int) -> dict[str, Any] | None:
         return None
 
 
-def tells_progress(stood: dict[str, Any], epochs: int) -> bool:
-    """Whether the names of `START` have values of a run of so many epochs."""
+def is_valid_progress(stood: dict[str, Any], epochs: int) -> bool:
+    """Whether the names of `INITIAL_PROGRESS` have values of a run of so many epochs."""
     epoch, step, sums, rows = (stood[name] for name in ("epoch", "step", "sums", "history"))
     counts = all(type(number) is int and number >= 0 for number in (epoch, step, stood["skipped"]))
     if not (counts and isinstance(sums, list) and isinstance(rows, list)):
@@ -396,4 +396,4 @@ def same_recipe(folder: Path, config: dict[str, Any]) -> bool:
     except (OSError, InputError):
         return False
     names = config.keys() - set(MACHINE_CONSTANTS)
-    return all(same_value(name, config[name], theirs.get(name, BEFORE.get(name))) for name in names)
+    return all(same_value(name, config[name], theirs.get(name, OLD_DEFAULTS.get(name))) for name in names)

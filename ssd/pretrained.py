@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoint import unpickling_problem
-from engine.config import refuse
+from engine.config import invalid_constant
 from kaist.files import InputError
 from ssd.layers import Detector
 from ssd.multispectral import MultispectralSSD
@@ -75,12 +75,13 @@ def check_pretrained(source: str, model: Detector, *, width: float, batch_norm: 
         check_published(model, state, Path(source))
         return
     if width != 1.0:
-        refuse("pretrained", source, "published weights need WIDTH = 1.0; else add --pretrained none")
+        remedy = "published weights need WIDTH = 1.0; else add --pretrained none"
+        raise invalid_constant("pretrained", source, remedy)
     if source not in ("imagenet", "coco"):
         check_torchvision(Path(source), state, batch_norm)
     if batch_norm and (source == "coco" or is_ssd(state)):
         remedy = "an SSD300's weights need BATCH_NORM = False; else add --pretrained none"
-        refuse("pretrained", source, remedy)
+        raise invalid_constant("pretrained", source, remedy)
 
 
 def check_torchvision(file: Path, state: dict[str, Tensor], batch_norm: bool) -> None:

@@ -15,7 +15,7 @@ PROJECT = Path(__file__).parent.parent
 SCRIPT = """
 import json, os, signal, socket, sys, traceback, matplotlib.backends.backend_agg, torch._dynamo, train
 from matplotlib.figure import Figure
-from engine.distributed import run_together
+from engine.distributed import run_distributed
 from kaist.files import run_script
 from torch.utils.data import _utils, dataloader
 
@@ -58,7 +58,7 @@ def train_in_a_process(said, flags, kill, folder):
         sys.argv = ["train.py", *flags]
         if kill:
             kill_at(*kill.split())
-        run_script(lambda: run_together(train.main))
+        run_script(lambda: run_distributed(train.main))
         code = 0
     except SystemExit as end:
         code = end.code

@@ -209,7 +209,7 @@ def test_the_example_row_can_be_trained(monkeypatch):
     resolved, parent = config.resolve_row("51"), config.resolve_row("40")
     changed = {key for key in parent if parent[key] != resolved[key]}
     assert changed == {"batch_size", "ema_decay"}
-    assert "51" in config.lab_book()
+    assert "51" in config.lab_book_table()
 
 
 def miniature(folder, monkeypatch):
@@ -217,7 +217,7 @@ def miniature(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(config, "ROOT", folder)
     small = {"width": 0.0625, "batch_size": 2, "epochs": 2, "eval_every": 4}
-    for name, steps in (("WARM_UP", 2), ("TIMED", 4)):  # after which a run's time is told
+    for name, steps in (("WARM_UP_STEPS", 2), ("TIMED_STEPS", 4)):  # after which a run's time is told
         monkeypatch.setattr(run, name, steps)
     text = Path(train.__file__).read_text()
     for name, value in {**small, "workers": 0}.items():
@@ -225,7 +225,7 @@ def miniature(folder, monkeypatch):
     (folder / "train.py").write_text(text)
     monkeypatch.setattr(train, "__file__", str(folder / "train.py"))
     row = EXPERIMENTS["demo"]
-    monkeypatch.setitem(EXPERIMENTS, "demo", row._replace(change=row.change | small))
+    monkeypatch.setitem(EXPERIMENTS, "demo", row._replace(changes=row.changes | small))
 
 
 def test_a_set_of_ones_own_as_the_page_has_it(tmp_path, monkeypatch, capsys, undrawn):

@@ -109,7 +109,7 @@ def training_step(config, precision, model, criterion):
         optimizer.step()  # there is a momentum from now on
     optimizer.zero_grad()
     with Watch() as watch:
-        guarded_step.begin()
+        guarded_step.save_statistics()
         with autocast(CUDA, precision):
             predictions = model(batch.images)
         losses = criterion(predictions, batch.boxes, batch.labels, batch.masks)

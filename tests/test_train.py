@@ -133,7 +133,7 @@ def test_every_part_with_a_state_is_kept_and_needed_to_go_on(tmp_path, monkeypat
 
     run = new_run(ema=torch.nn.Linear(1, 1))
     run.terms = ("loss", "loc", "conf", "seg")
-    run.begin()
+    run.start()
     run.add_step(torch.ones(4), 1.0)
     rates = ("miss_rate", "miss_rate_day", "miss_rate_night", "recall")
     run.end_epoch(dict.fromkeys(rates, 0.5))

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from engine.config import ROOT, OneLineParser, as_flags, show
+from engine.config import ROOT, OneLineParser, as_flags, format_value
 from engine.experiments import EXPERIMENTS
 from engine.history import read_log
 from kaist import demo
@@ -167,8 +167,8 @@ def plan(study: Study, folder: Path, seeds: int, more: list[str]) -> list[StudyR
     runs = []
     for seed in range(seeds):
         for arm, (row, changes) in study.arms.items():
-            changed = "".join(f"-{key}-{show(value).split('/')[-1]}" for key, value in changes.items())
-            name = f"row{row}{changed}-seed{seed}"
+            parts = [f"-{key}-{format_value(value).split('/')[-1]}" for key, value in changes.items()]
+            name = f"row{row}{''.join(parts)}-seed{seed}"
             values = SMALL | study.small | changes | {"seed": seed}
             flags = as_flags({key: value for key, value in values.items() if value is not None})
             flags = ["--experiment", row, *flags, *more, "--checkpoints", str(folder), "--name", name]
@@ -251,7 +251,7 @@ def report(study: Study, by_arm: Outcomes) -> str:
         outcomes = np.array([*own.values()])
         rate, day, night, recall, _, *aps = outcomes.mean(0)
         row, changes = study.arms[arm]
-        name = arm if changes else f"{arm}: {EXPERIMENTS[row].words}"
+        name = arm if changes else f"{arm}: {EXPERIMENTS[row].description}"
         spread = f" ± {outcomes[:, 0].std(ddof=1):.1f}" if len(own) > 1 else ""
         cells = [name, str(len(own)), f"{rate:.1f}{spread}", f"{day:.1f}", f"{night:.1f}", f"{recall:.1f}"]
         mean, low, high, p = tests.get(arm, (np.nan,) * 4)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.captured import WARM_UP, CapturedStep, capture_steps
+from engine.captured import WARM_UP_STEPS, CapturedStep, capture_steps
 from kaist.files import InputError
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -44,9 +44,9 @@ def test_a_shape_is_recorded_once_and_others_run_as_they_are(recorded):
     captured, optimizer, happened = recorded
     full, last = torch.ones(4, 1), torch.ones(3, 1)
     groups = [dict(group) for group in optimizer.param_groups]
-    for images in (last, *[full] * WARM_UP):
+    for images in (last, *[full] * WARM_UP_STEPS):
         assert torch.equal(captured(images)[0], images * 2)
-    assert happened == [("step", 3, 0.5, False)] + [("step", 4, 0.5, False)] * WARM_UP
+    assert happened == [("step", 3, 0.5, False)] + [("step", 4, 0.5, False)] * WARM_UP_STEPS
     happened.clear()
     optimizer.param_groups[0]["lr"] = 0.25
     captured(full)  # recorded with the rate in the device's memory, and replayed
@@ -64,7 +64,7 @@ def test_nothing_is_recorded_before_the_optimiser_has_a_state(recorded):
     captured, optimizer, happened = recorded
     [(weight, state)] = optimizer.state.items()
     optimizer.state.clear()
-    for _ in range(WARM_UP + 2):
+    for _ in range(WARM_UP_STEPS + 2):
         captured(torch.ones(4, 1))
     assert {kind for kind, *_ in happened} == {"step"}
     optimizer.state[weight] = state
@@ -81,7 +81,7 @@ def test_rates_are_those_of_replays_from_the_first_step_on(recorded):
 
 def test_inputs_are_copied_to_where_they_were_recorded(recorded):
     captured, _, _ = recorded
-    for _ in range(WARM_UP + 1):
+    for _ in range(WARM_UP_STEPS + 1):
         out = captured(torch.ones(2, 1))
     assert torch.equal(out[0], torch.full((2, 1), 2.0))
     captured(torch.full((2, 1), 7.0))
@@ -97,7 +97,7 @@ def test_a_step_that_cannot_be_recorded_is_told_with_the_remedy(recorded, monkey
     ):
         monkeypatch.setattr(torch.cuda, "graph", Mock(side_effect=error))
         captured.seen.clear()
-        for _ in range(WARM_UP):
+        for _ in range(WARM_UP_STEPS):
             captured(torch.ones(2, 1))
         with pytest.raises(told, match=words) as end:
             captured(torch.ones(2, 1))

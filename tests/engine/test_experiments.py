@@ -9,7 +9,7 @@ import torch
 import train
 from engine.checkpoint import load_checkpoint
 from engine.config import resolve_row
-from engine.experiments import EXPERIMENTS, MENDED
+from engine.experiments import CORRECTIONS, EXPERIMENTS
 
 # The log, read afresh: input, optimiser, lr, batch, epochs, schedule, loc loss, validation,
 # augmentation, BatchNorm, evaluation interval.
@@ -99,9 +99,9 @@ def test_a_rows_constants_are_the_logs(row):
     assert tuple(resolved[key] for key in SEG_KEYS) == SEG_LOG[row]
     if int(row) <= 26:
         assert {key: resolved[key] for key in COMMON} == COMMON
-        assert not any(resolved[key] == value for key, value in MENDED.items())
+        assert not any(resolved[key] == value for key, value in CORRECTIONS.items())
     else:
-        assert {key: resolved[key] for key in MENDED} == MENDED
+        assert {key: resolved[key] for key in CORRECTIONS} == CORRECTIONS
     assert resolved["copy_paste"] == (0.5 if row == "30" else 0.0)
 
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from engine.config import differences
+from engine.config import describe_changes
 from engine.curves import finished_constants
 from engine.history import read_log, read_run, runs_table, saved_constants
 from engine.run import same_recipe
@@ -26,11 +26,11 @@ def test_runs_are_listed_newest_first(tmp_path):
         os.utime(path, (2e9, 2e9))
     os.symlink("nowhere", tmp_path / "old/link")
     os.utime(tmp_path / "old", (3e9, 3e9))  # as by an evaluation
-    _, _, first, second = runs_table(tmp_path, differences).splitlines()
+    _, _, first, second = runs_table(tmp_path, describe_changes).splitlines()
     assert first.split()[:5] == ["new", "26", "2/3", "unfinished", "50.00"]
     assert "EPOCHS 3" in first  # a run from before DATA was a constant
     assert second.split()[:5] == ["old", "demo", "2/2", "finished", "25.00"]
-    assert "no runs yet" in runs_table(tmp_path / "none", differences)
+    assert "no runs yet" in runs_table(tmp_path / "none", describe_changes)
 
 
 BROKEN = [
@@ -51,7 +51,7 @@ def test_a_folder_that_holds_no_run_is_passed_over(tmp_path, config):
     folder = make_run(tmp_path / "broken", config)
     make_run(tmp_path / "whole", '{"epochs": 2, "experiment": ["odd"]}')
     assert read_run(folder) is None and not same_recipe(folder, {"epochs": 2})
-    assert len(runs_table(tmp_path, differences).splitlines()) == 3
+    assert len(runs_table(tmp_path, describe_changes).splitlines()) == 3
     with pytest.raises(InputError):
         (folder / "detections.txt").touch()
         (folder / "detections.frames.txt").touch()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.monitor import READ_BACK_STEPS, StepMonitor
-from engine.optim import GuardedStep, make_optimizer, update
+from engine.optim import GuardedStep, make_optimizer, step_if_finite
 from kaist.files import InputError
 from tools.workloads import plain_config, row_network
 
@@ -29,7 +29,7 @@ class FakeRun:
         self.evidence.append((self.step + 1, frame_ids, losses.tolist(), rank))
         return "evidence.json"
 
-    def is_due(self):
+    def save_is_due(self):
         return False
 
     def check_stop(self):
@@ -121,7 +121,7 @@ def test_a_step_that_is_not_finite_moves_nothing(name, on_gpu):
     def step(value, finite):
         for i, p in enumerate(model.parameters()):
             p.grad = torch.full_like(p, value * (i + 1))
-        update(optimizer, torch.tensor(finite))
+        step_if_finite(optimizer, torch.tensor(finite))
 
     before = copy.deepcopy(model.state_dict())
     step(torch.nan, False)  # the very first, too
@@ -155,7 +155,7 @@ def test_batch_norm_forgets_a_step_that_is_not_finite():
     guarded_step = GuardedStep(model, optimizer)
     states = []
     for value in (1.0, float("nan"), 2.0):
-        guarded_step.begin()
+        guarded_step.save_statistics()
         loss = model(torch.randn(4, 1, 3, 3) * value).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -20,7 +20,7 @@ import train
 import utils
 from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.config import pick
-from engine.run import Run, load_state
+from engine.run import Run, load_resumable
 from kaist.files import InputError
 from kaist.frames import FRAME_KEYS, split_frames
 from kaist.sources import TRAIN_SET_KEYS, open_training
@@ -162,7 +162,7 @@ def test_what_is_ignored_stays_ignored(data, tmp_path, monkeypatch):
     """As SIGHUP is under nohup: a closed terminal does not end the run."""
     config = train.configure([*data, "--checkpoints", str(tmp_path)])
     run = Run(config, "custom", train.model_arguments(config))
-    monkeypatch.setattr(Run, "begin", lambda self: None)
+    monkeypatch.setattr(Run, "start", lambda self: None)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with run:
@@ -356,9 +356,9 @@ ROW = STOOD["history"][0]
 def test_a_checkpoint_that_does_not_tell_where_its_run_stood_is_passed_over(changes, tmp_path, capsys):
     path = tmp_path / "last.pt"
     save_checkpoint(path, CONTENT | STOOD)
-    assert load_state(path, epochs=2)["epoch"] == 1
+    assert load_resumable(path, epochs=2)["epoch"] == 1
     save_checkpoint(path, CONTENT | STOOD | changes)
-    assert load_state(path, epochs=2) is None
+    assert load_resumable(path, epochs=2) is None
     said = capsys.readouterr().out
     assert said.startswith(f"warning: {path}: ") and said.count("\n") == 1
 
