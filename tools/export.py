@@ -28,7 +28,6 @@ from tqdm import tqdm
 from detect import find_pairs, list_images
 from engine.checkpoint import choose_checkpoint
 from engine.config import ROOT, check_experiment, find_folder, model_arguments, pick
-from engine.safetensors import read_safetensors, same_tensors, write_safetensors
 from kaist.annotations import MODALITIES
 from kaist.files import InputError, OneLineParser, check_folders, output, run_script, write_atomically
 from kaist.images import open_view, read_frame
@@ -43,7 +42,7 @@ from utils import detect_image, open_network
 
 CHECKPOINTS = "checkpoints"  # where the newest finished run is looked for
 FRAMES = 8  # of the test list, on which a file is compared with PyTorch
-PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ()}
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
 
 Runner = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
@@ -59,11 +58,7 @@ def main() -> None:
     out = arguments.out or Path(f"{path.resolve().parent.name}.{arguments.format}")
     about = describe(model, config, path, epoch)
     if arguments.format == "safetensors":
-        weights = model.state_dict()
-        write_atomically(out, lambda beside: write_safetensors(beside, weights, about))
-        if not same_tensors(read_safetensors(out)[0], weights):
-            raise InputError("it reads back as other weights", "write it to another disk", file=out)
-        print(f"{out}: {len(weights)} tensors, read back bit for bit")
+        save_weights(out, model, about)
         return
     if arguments.raw:
         n_priors = len(model.priors)
@@ -157,6 +152,21 @@ def describe(model: Detector, config: Namespace, path: Path, epoch: int | None) 
         "commit": commit or "unknown",
         "torch": torch.__version__,
     }
+
+
+def save_weights(path: Path, model: Detector, about: dict[str, str]) -> None:
+    """Write a network's state dict as safetensors with `about` as the metadata, and compare it bit for bit.
+
+    Raises:
+        InputError: the file cannot be written, or has other weights.
+    """
+    from safetensors.torch import load_file, save
+
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(path, lambda beside: beside.write_bytes(save(weights, about)))
+    if save(load_file(path)) != save(weights):
+        raise InputError("it reads back as other weights", "write it to another disk", file=path)
+    print(f"{path}: {len(weights)} tensors, read back bit for bit")
 
 
 def trace(network: Deployable, names: Sequence[str]) -> ExportedProgram:

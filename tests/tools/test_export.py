@@ -1,11 +1,9 @@
 """tools.export: what the files compute is what PyTorch computes, on frames of any size."""
 
 import importlib.util
-import json
 import os
 import re
 import shutil
-import struct
 import sys
 from pathlib import Path
 
@@ -16,7 +14,6 @@ import torch.nn.functional as F
 
 import train
 from engine.checkpoint import save_checkpoint
-from engine.safetensors import read_safetensors, same_tensors, write_safetensors
 from kaist.files import InputError
 from model import make_network, predict_mirrored
 from ssd.deployable import Deployable, halve, resize
@@ -115,31 +112,6 @@ def test_halved_networks_are_nearly_the_same():
     assert 0 < (half_scores - scores).abs().max() < 0.05 and (half_boxes - boxes).abs().max() < 20
 
 
-# ------------------------------------------------------------------- safetensors
-
-
-def test_safetensors_by_hand(tmp_path):
-    """The format's own example: the header's length, its JSON, the bytes."""
-    write_safetensors(tmp_path / "a", {"w": torch.tensor([[1.0, -2.0]]), "n": torch.tensor(3)}, {"by": "me"})
-    content = (tmp_path / "a").read_bytes()
-    length = struct.unpack("<Q", content[:8])[0]
-    assert length % 8 == 0 and json.loads(content[8 : 8 + length]) == {
-        "__metadata__": {"by": "me"},
-        "w": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]},
-        "n": {"dtype": "I64", "shape": [], "data_offsets": [8, 16]},
-    }
-    assert content[8 + length :] == struct.pack("<ffq", 1, -2, 3)
-
-
-def test_safetensors_return_bit_for_bit(tmp_path):
-    tensors = {"nan": torch.tensor([torch.nan, -0.0]), "none": torch.empty(0, 3)}
-    tensors |= {str(d): torch.randn(3, 4).to(d) for d in (torch.float16, torch.bfloat16, torch.float32)}
-    write_safetensors(tmp_path / "a", tensors, {})
-    back, about = read_safetensors(tmp_path / "a")
-    assert same_tensors(back, tensors) and about == {}
-    assert not same_tensors(back, {**tensors, "nan": torch.tensor([torch.nan, 0.0])})
-
-
 # ------------------------------------------------------------------- the command
 
 
@@ -162,11 +134,15 @@ def run(demo_root, tmp_path, monkeypatch):
 
 
 def test_weights_alone_rebuild_the_network_as_the_page_has_it(run, capsys):
+    pytest.importorskip("safetensors")
     run("--format", "safetensors")
     assert "read back bit for bit" in capsys.readouterr().out
     found = {}
     exec(PROGRAMS[2], found)
-    assert same_tensors(found["model"].state_dict(), make(*EARLY)[0].state_dict())
+    wanted = make(*EARLY)[0].state_dict()
+    assert found["model"].state_dict().keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found["model"].state_dict().items())
+    assert found["about"]["classes"] == "person"
 
 
 @needs_onnx
@@ -224,6 +200,7 @@ def test_flags_are_refused_in_a_line(run, monkeypatch):
     for words in (("--evaluate", "--raw"), ("--format", "safetensors", "--half"), ("--out", "last.pt")):
         with pytest.raises(InputError):
             run(*words)
-    monkeypatch.setitem(export.PACKAGES, "onnx", ("onnx_of_the_moon",))
-    with pytest.raises(InputError, match="needs onnx_of_the_moon; pip install onnx_of_the_moon"):
-        run()
+    for name in ("onnx", "safetensors"):
+        monkeypatch.setitem(export.PACKAGES, name, ("package_of_the_moon",))
+        with pytest.raises(InputError, match="needs package_of_the_moon; pip install package_of_the_moon"):
+            run("--format", name)
