@@ -28,7 +28,7 @@ from engine.loader import BadFrame, BatchLoader, share_memory
 from kaist.annotations import PairSet, time_of_day
 from kaist.files import InputError
 from kaist.frame_cache import FrameCache, cache_frames
-from kaist.frames import BOTH, Frame, frames_of
+from kaist.frames import BOTH, Frame, frames_from_gt
 from kaist.images import check_images, read_frame
 from kaist.miss_rate import GroundTruth
 from pseudo_gt import MapRange, box_masks
@@ -115,7 +115,7 @@ class KaistPairs(Dataset):
         whole = transform = whole_frame(pixels.shape[2], self.input_size, frame.size)
         if options is not None:
             how = (options, self.input_size, self.filler, frame.size)
-            transform = sample_transform(rng, frame.people, frame_mean(pixels), *how)
+            transform = sample_transform(rng, frame.persons, frame_mean(pixels), *how)
         image = transform.apply(pixels)
         if options is not None and rng.random() < options.jitter:
             image = roughen(rng, image)
@@ -135,7 +135,7 @@ class KaistPairs(Dataset):
         except InputError:  # it is told when its own turn comes
             return frame, pixels
         own = (frame.boxes_px, frame.labels)
-        pixels, boxes, labels = paste_people(rng, pixels, *own, theirs, donor.people)
+        pixels, boxes, labels = paste_people(rng, pixels, *own, theirs, donor.persons)
         seen = np.append(frame.seen, np.full(len(labels) - len(frame.labels), BOTH))
         return dataclasses.replace(frame, boxes_px=boxes, labels=labels, seen=seen), pixels
 
@@ -144,7 +144,7 @@ class KaistPairs(Dataset):
         """Indices of the frames with persons, by time of day and size."""
         found = defaultdict(list)
         for i, frame in enumerate(self.frames):
-            if frame.n_people:
+            if frame.n_persons:
                 found[self.kind(frame)].append(i)
         return found
 
@@ -270,7 +270,7 @@ def test_loader(
         without: a modality that is blanked.
         settings: as of `BatchLoader`.
     """
-    frames = frames_of(ground_truth, min_height, margin)
+    frames = frames_from_gt(ground_truth, min_height, margin)
     check_images(root, [frame.id for frame in frames], model.input_mode, without)
     dataset = KaistPairs(root, frames, **input_kwargs(model), without=without)
     return batch_loader(dataset, model, shuffle=False, **settings)

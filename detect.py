@@ -29,14 +29,14 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.config import CHOICES, check_experiment, find_folder, pick
-from kaist.annotations import FRAME_ID, FRAME_SIZE, MODALITIES, SUFFIXES, Objects, open_test_annotations
+from kaist.annotations import FRAME_ID, FRAME_SIZE, MODALITIES, Objects, open_test_annotations
 from kaist.files import (
     InputError,
     OneLineParser,
     check_folders,
-    keep_inputs,
+    check_overwrite,
     make_folder,
-    output,
+    out_path,
     run_script,
     write_atomically,
     write_text,
@@ -99,7 +99,7 @@ def main() -> None:
 
     names, table = output_names(pairs), arguments.out / "detections.csv"
     written = [table, *(arguments.out / f"{name}.png" for name in names), *together(arguments)]
-    keep_inputs(written, [path, *(file for pair in pairs for file in pair.values())])
+    check_overwrite(written, [path, *(file for pair in pairs for file in pair.values())])
     annotated, few = read_annotated(pairs), len(pairs) <= MAX_LISTED
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # name of a picture -> boxes, scores
     n_rescaled, start = 0, time.monotonic()
@@ -143,10 +143,10 @@ def detect_pair(
 ) -> tuple[dict[str, Image.Image], np.ndarray, np.ndarray]:
     """A frame's images, boxes (k, 4) xywh in pixels of the first, and scores (k,). InputError:
     an image cannot be used."""
-    from kaist.images import join_modalities, open_view, to_array
+    from kaist.images import join_modalities, load_image, to_array
     from utils import detect_image
 
-    views = {modality: open_view(file, modality, config.lwir_range) for modality, file in pair.items()}
+    views = {modality: load_image(file, modality, config.lwir_range) for modality, file in pair.items()}
     fitted, wanted = fit_views(views, pair, config.data), MODALITIES[config.input_mode]
     arrays = {modality: to_array(view) for modality, view in fitted.items() if modality in wanted}
     frame = join_modalities(arrays, config.input_mode, model.filler())
@@ -216,8 +216,8 @@ def parse_arguments() -> Namespace:
     add("--experiment", default="", metavar="ROW", help=whose)
     add("--min-score", type=float, default=MIN_SCORE, help="what is drawn and kept (%(default)s)")
     add("--out", type=Path, default=Path(OUT), help="folder of the pictures (%(default)s)")
-    add("--json", type=output(), metavar="FILE", help="all boxes as COCO has results, image_id the name")
-    sheet, film = output(".png", ".jpg"), output(".gif", ".webp")
+    add("--json", type=out_path(), metavar="FILE", help="all boxes as COCO has results, image_id the name")
+    sheet, film = out_path(".png", ".jpg"), out_path(".gif", ".webp")
     add("--sheet", type=sheet, metavar="FILE", help="a picture of all pictures, small: png, jpg")
     add("--animation", type=film, metavar="FILE", help="all pictures one after the other: gif, webp")
     add("--show", action="store_true", help=f"open each picture, of up to {MAX_LISTED}")
@@ -277,7 +277,7 @@ def in_order(path: Path | str) -> list[tuple[int, str]]:
 def match_names(visible: str, lwir: str) -> list[Pair]:
     """The frames of two folders, by path below them, or of two patterns, by what their * stand for; with one
     modality where the other has no such name. InputError: one of them has no file, or two of one frame."""
-    found = {m: find_files(Path(), name, SUFFIXES) for m, name in (("visible", visible), ("lwir", lwir))}
+    found = {m: find_files(Path(), name) for m, name in (("visible", visible), ("lwir", lwir))}
     keys = sorted(found["visible"] | found["lwir"], key=in_order)
     return [{m: own[key] for m, own in found.items() if key in own} for key in keys]
 

@@ -30,12 +30,12 @@ from engine.curves import compare_runs, unique_names
 from engine.history import find_run
 from kaist.annotations import MODALITIES, PairSet, read_image_list
 from kaist.bootstrap import MOST_RESAMPLES
-from kaist.files import InputError, OneLineParser, check_folders, keep_inputs, output, run_script
+from kaist.files import InputError, OneLineParser, check_folders, check_overwrite, out_path, run_script
 from kaist.miss_rate import GroundTruth, load_ground_truth, select_frames
 from kaist.pair_sets import find_lwir_range, open_pairs
 from kaist.report import draw_curves, print_scores, score, write_json
 from kaist.results import NOTHING, Detections, frames_path, read_detections, write_and_read
-from kaist.sources import KAIST, TEST_SET_KEYS, find_parts, named_root, open_testing, set_name
+from kaist.sources import KAIST, TEST_SET_KEYS, dataset_name, find_kaist, open_testing, pairs_root
 
 CHECKPOINTS = "checkpoints"  # where the newest finished run is looked for
 ANNOTATIONS = ""  # KAIST_annotation.json, an annotation folder or a KAIST root
@@ -123,12 +123,12 @@ def parse_arguments() -> Namespace:
     add("--all-setups", action="store_true", help="also print the nine setups and the scenes")
     add("--bootstrap", type=int, default=0, metavar="N", help="95%% intervals from N resamples")
     add("--by-video", action="store_true", help="resample whole videos instead of frames")
-    add("--json", type=output(), metavar="FILE", help="write all numbers and curves at full precision")
+    add("--json", type=out_path(), metavar="FILE", help="write all numbers and curves at full precision")
     beside = "in a checkpoint's folder, else"
-    add("--out", type=output(*PICTURES), metavar="FILE", help=f"picture of the curves ({beside} {OUT})")
+    add("--out", type=out_path(*PICTURES), metavar="FILE", help=f"picture of the curves ({beside} {OUT})")
     errors = "picture the N worst false positives and the N largest missed people"
     add("--show-errors", type=int, default=0, metavar="N", help=errors)
-    add("--errors-out", type=output(*PICTURES), metavar="FILE", help=f"where to ({beside} {ERRORS})")
+    add("--errors-out", type=out_path(*PICTURES), metavar="FILE", help=f"where to ({beside} {ERRORS})")
     arguments = parser.parse_args()
     if arguments.compare:
         taken = ("compare", "bootstrap", "by_video", "out")
@@ -141,10 +141,10 @@ def parse_arguments() -> Namespace:
             "--data brings its own list and labels: leave --image-list, --annotations and --kaist away"
         )
     data = (arguments.data_root, arguments.image_list, arguments.annotations, arguments.kaist)
-    arguments.data_flags = (set_name(arguments.data or ""), *data)
+    arguments.data_flags = (dataset_name(arguments.data or ""), *data)
     if root := arguments.kaist:
         given = {"test_list": arguments.image_list, "test_annotations": arguments.annotations}
-        parts = find_parts(root, {name: str(path) for name, path in given.items() if path}, ["test"])
+        parts = find_kaist(root, {name: str(path) for name, path in given.items() if path}, ["test"])
         arguments.data_root = arguments.data_root or root
         arguments.image_list = arguments.image_list or root / parts["test_list"]
         arguments.annotations = arguments.annotations or root / parts["test_annotations"]
@@ -159,7 +159,7 @@ def parse_arguments() -> Namespace:
     check_experiment(parser, arguments)
     files = arguments.detections = leave_companions(arguments.detections or [])
     named = arguments.annotations, arguments.image_list, arguments.checkpoint, Path(arguments.subset or "")
-    keep_inputs(written, [*files, *map(frames_path, files), *named])
+    check_overwrite(written, [*files, *map(frames_path, files), *named])
     for path in files:
         if not os.path.isfile(path):  # unlike Path's own, it takes any name
             raise InputError("result file not found", "check --detections", file=path)
@@ -211,7 +211,7 @@ def open_test_frames(arguments: Namespace) -> GroundTruth:
     JSON. Without --image-list all files have to mean the same frames.
     """
     if arguments.data:
-        pairs = open_pairs(arguments.data, named_root(arguments.data, arguments.data_root or ""), "test")
+        pairs = open_pairs(arguments.data, pairs_root(arguments.data, arguments.data_root or ""), "test")
         if arguments.show_errors:
             pairs = replace(pairs, lwir_range=find_lwir_range(pairs))
         return load_ground_truth(pairs, pairs.frames)

@@ -30,12 +30,12 @@ from engine.monitor import MAX_NONFINITE_STEPS, StepMonitor
 from engine.optim import OPTIMIZER_KEYS, GuardedStep, lr_factor, make_optimizer, set_lr, update_ema
 from engine.run import Run
 from kaist import demo
-from kaist.annotations import PairSet, find_file
-from kaist.frames import FRAME_KEYS, Frame, list_videos, split_frames
+from kaist.annotations import PairSet, resolve_path
+from kaist.frames import FRAME_KEYS, Frame, describe_videos, split_frames
 from kaist.images import check_images
 from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth
 from kaist.report import count_people, headline, report
-from kaist.sources import KAIST, TEST_SET_KEYS, TRAIN_SET_KEYS, open_testing, open_training, shared_note
+from kaist.sources import KAIST, TEST_SET_KEYS, TRAIN_SET_KEYS, open_testing, open_training, overlap_warning
 from model import make_network
 from ssd.augment import Augmentation
 from ssd.losses import CRITERION_KEYS, Criterion
@@ -152,9 +152,9 @@ def main() -> None:
     check_images(root, ids, config.input_mode)
     paired = config.network != "ssd300" or config.crop_apart + config.mirror_apart > 0  # a box a modality
     frames, held_out = split_frames(ids, annotations, pairs=paired, **pick(config, *FRAME_KEYS))
-    run.notes += [f"the epoch is chosen on videos held out: {list_videos(held_out)}"] if held_out else []
+    run.notes += [f"the epoch is chosen on videos held out: {describe_videos(held_out)}"] if held_out else []
     test_root, test_set = open_testing(**pick(config, *TEST_SET_KEYS))
-    run.notes += shared_note(root, frames, test_set)
+    run.notes += overlap_warning(root, frames, test_set)
     val_set = load_ground_truth(annotations, held_out) if held_out else test_set
     testing = pick(config, *datasets.TEST_LOADER_KEYS)
     test_loader = datasets.test_loader(test_root, test_set, model, **testing)
@@ -268,10 +268,10 @@ def print_banner(
     run: Run, frames: list[Frame], source: Path, test_set: GroundTruth, model: nn.Module, where: str
 ) -> None:
     """What is about to be trained, in five lines, and what is unusual about it."""
-    config, people = run.config, sum(frame.n_people for frame in frames)
+    config, people = run.config, sum(frame.n_persons for frame in frames)
     for note in run.notes:
         print(note)
-    lists = (find_file(Path(config.data_root), name) for name in (config.train_list, config.test_list))
+    lists = (resolve_path(Path(config.data_root), name) for name in (config.train_list, config.test_list))
     learned, tested = lists if config.data == KAIST else ("train", "test")
     print(describe_config(config, __file__))
     print(f"train: {len(frames)} frames, {people} people to learn ({learned}, {source})")

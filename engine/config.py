@@ -18,8 +18,8 @@ from engine.experiments import BASE, EXPERIMENTS
 from engine.history import runs_table
 from kaist.annotations import MODALITIES
 from kaist.files import InputError, OneLineParser, PrintAction
-from kaist.frames import LEARNED
-from kaist.sources import KAIST, find_parts, set_name
+from kaist.frames import PERSON_LABELS
+from kaist.sources import KAIST, dataset_name, find_kaist
 
 ROOT = Path(__file__).parents[1]  # of the repository; its constants' relative paths are meant from here
 
@@ -34,7 +34,7 @@ CHOICES = {
     "seg_maps": ("mean", "sum", "uncertainty"),
     "seg_balance": ("none", "share", "height"),
     "out_of_range": ("keep", "background", "ignore"),
-    "learn": tuple(LEARNED),
+    "learn": tuple(PERSON_LABELS),
     "loc_loss": ("l1", "smooth_l1"),
     "conf_divisor": ("positives", "balanced"),
     "loc_reduction": ("mean", "sum"),
@@ -159,7 +159,7 @@ def read_config(script: str, argv: list[str] | None = None) -> Namespace:
     kaist = "root of a full KAIST: fills DATA_ROOT, both lists and both ANNOTATIONS, but for those given"
     flags = parse_flags(description, constants | {"kaist": ("", kaist)}, argv, **actions)
     if root := flags.pop("kaist", ""):
-        flags = find_parts(Path(root), flags) | flags
+        flags = find_kaist(Path(root), flags) | flags
     values = {name: value for name, (value, _) in constants.items()}
     own = {name: from_root(values[name]) for name in PATH_CONSTANTS if values[name]}
     if not os.path.isfile(own.get("data", "")):  # but a set's name
@@ -350,7 +350,7 @@ def changed_constants(config: Namespace) -> dict[str, Any]:
     changed = {name: getattr(config, name) for name, value in book.items()}
     changed = {name: value for name, value in changed.items() if not same_value(name, value, book[name])}
     if config.data != KAIST:
-        changed = {"on": set_name(config.data), **changed}
+        changed = {"on": dataset_name(config.data), **changed}
     elif not config.experiment and not same_value("data_root", config.data_root, str(demo.ROOT)):
         changed = {"on": Path(config.data_root).resolve().name, **changed}
     return changed

@@ -22,14 +22,14 @@ from pathlib import Path
 import numpy as np
 
 from kaist.files import InputError, read_text
-from kaist.labels import FRAME_ID, Errors, ObjectRow, Objects, make_objects, read_json, read_labels, refuse
+from kaist.labels import FRAME_ID, Errors, ObjectRow, Objects, make_objects, read_json, read_labels, report
 
 FRAME_SIZE = FRAME_WIDTH, FRAME_HEIGHT = 640, 512
 DAY_SETS = {"set00", "set01", "set02", "set06", "set07", "set08"}
 SCENES = ("campus", "road", "downtown")  # by set number modulo 3
 JSON_NAME = "KAIST_annotation.json"
 # Where each form is looked for below a root, in the order in which "auto" does.
-PLACES = {
+FORM_PATHS = {
     "bbgt": ("annotations",),
     "xml-sanitized": ("annotations-xml-new-sanitized",),
     "xml": ("annotations-xml-new",),
@@ -45,8 +45,8 @@ MODALITIES = {
     "halfway": ("visible", "lwir"),
 }
 # Of images, in the order in which they are looked for.
-SUFFIXES = (".jpg", ".png", ".jpeg", ".tif", ".tiff", ".JPG", ".PNG", ".JPEG", ".TIF", ".TIFF")
-REMEDY = "set ANNOTATIONS (--annotations) to a form or a path"
+IMAGE_SUFFIXES = (".jpg", ".png", ".jpeg", ".tif", ".tiff", ".JPG", ".PNG", ".JPEG", ".TIF", ".TIFF")
+FORM_REMEDY = "set ANNOTATIONS (--annotations) to a form or a path"
 
 
 def time_of_day(frame_id: str) -> str:
@@ -64,10 +64,10 @@ def read_image_list(path: str | Path, any_id: bool = False) -> list[str]:
 
     any_id: whether ids of another form are taken too, as sets of pairs have them.
     """
-    return list(list_lines(Path(path), any_id=any_id))
+    return list(line_numbers(Path(path), any_id=any_id))
 
 
-def list_lines(path: Path, errors: Errors = None, any_id: bool = False) -> dict[str, int]:
+def line_numbers(path: Path, errors: Errors = None, any_id: bool = False) -> dict[str, int]:
     """Frame id -> its line in an image list, in the list's order; any_id: as of `read_image_list`."""
     if not path.exists():
         beside = sorted(p.name for p in path.parent.glob("*.txt"))[:8]
@@ -81,33 +81,31 @@ def list_lines(path: Path, errors: Errors = None, any_id: bool = False) -> dict[
         elif frame_id and lines.setdefault(frame_id, number) != number:
             problem, remedy = f"{frame_id} stands in line {lines[frame_id]} already", "list each frame once"
         if problem:
-            refuse(InputError(problem, remedy, file=path, line=number), errors)
+            report(InputError(problem, remedy, file=path, line=number), errors)
     if not lines and not errors:
-        refuse(InputError("the image list is empty", "list at least one frame", file=path), errors)
+        report(InputError("the image list is empty", "list at least one frame", file=path), errors)
     return lines
 
 
-def find_file(root: Path, name: str) -> Path:
+def resolve_path(root: Path, name: str) -> Path:
     """A file named relative to a KAIST root, or by any other path."""
     return root / name if (root / name).exists() or not Path(name).exists() else Path(name)
 
 
 def image_path(root: Path | PairSet, frame_id: str, modality: str) -> Path:
-    """`<root>/images/set00/V000/<modality>/I00000.jpg`, or a file there with another of `SUFFIXES`.
-
-    Of a set of pairs other than KAIST it is the file that its description says.
-    """
+    """The file of one modality's image; in a KAIST root it may have any of `IMAGE_SUFFIXES`."""
     if isinstance(root, PairSet):
         return root.images[frame_id][modality]
     video, name = frame_id.rsplit("/", 1)
     stem = f"{root}/images/{video}/{modality}/{name}"
-    return Path(stem + next((suffix for suffix in SUFFIXES if os.path.exists(stem + suffix)), SUFFIXES[0]))
+    existing = (stem + suffix for suffix in IMAGE_SUFFIXES if os.path.exists(stem + suffix))
+    return Path(next(existing, stem + IMAGE_SUFFIXES[0]))
 
 
 class LabelledFrames:
     """KAIST's frames; `read_rows(frame_id)` knows a frame's objects as its file has them."""
 
-    def sizes_of(self, frame_ids: Sequence[str]) -> np.ndarray:
+    def frame_sizes(self, frame_ids: Sequence[str]) -> np.ndarray:
         """(n, 2) int64 width and height of frames."""
         return np.tile(FRAME_SIZE, (len(frame_ids), 1))
 
@@ -150,7 +148,7 @@ class PairSet(LabelledFrames):
             return "night" if fnmatch.fnmatchcase(frame_id, self.night) else "day"
         return time_of_day(frame_id) if FRAME_ID.fullmatch(frame_id) else ""
 
-    def sizes_of(self, frame_ids: Sequence[str]) -> np.ndarray:
+    def frame_sizes(self, frame_ids: Sequence[str]) -> np.ndarray:
         """(n, 2) int64 width and height of frames."""
         return np.array([self.sizes[frame_id] for frame_id in frame_ids], np.int64).reshape(-1, 2)
 
@@ -176,8 +174,8 @@ class Annotations(LabelledFrames):
 
     def __init__(self, source: Path, form: str, modality: str) -> None:
         self.source, self.form, self.modality = source, form, modality
-        self.of_json = read_json(source) if form == "json" else None
-        self.frames = None if self.of_json is None else tuple(self.of_json)
+        self.json_frames = read_json(source) if form == "json" else None
+        self.frames = None if self.json_frames is None else tuple(self.json_frames)
 
     def path(self, frame_id: str) -> str:
         """The file that annotates a frame. A str: a Path takes longer to make than to look up."""
@@ -194,15 +192,15 @@ class Annotations(LabelledFrames):
 
     def read_rows(self, frame_id: str) -> list[ObjectRow]:
         """The objects of a frame as its file has them."""
-        if self.of_json is not None:
-            if frame_id not in self.of_json:
-                raise InputError(f"{frame_id} is not annotated in it", REMEDY, file=self.source)
-            return self.of_json[frame_id]
+        if self.json_frames is not None:
+            if frame_id not in self.json_frames:
+                raise InputError(f"{frame_id} is not annotated in it", FORM_REMEDY, file=self.source)
+            return self.json_frames[frame_id]
         path = Path(self.path(frame_id))
         try:
             return read_labels(path, self.form)
         except FileNotFoundError:
-            raise InputError("annotation not found", REMEDY, file=path) from None
+            raise InputError("annotation not found", FORM_REMEDY, file=path) from None
         except OSError as error:
             problem = f"unreadable annotation ({error.strerror})"
             raise InputError(problem, "check the file", file=path) from None
@@ -212,49 +210,49 @@ def open_annotations(root: str | Path, where: str = "auto", modality: str = "lwi
     """Annotations of a KAIST root, an annotation folder or a JSON file.
 
     Args:
-        where: which: "auto" takes the first form that the root holds, in the order of `PLACES`; else a
+        where: which: "auto" takes the first form that the root holds, in the order of `FORM_PATHS`; else a
             form, or a path, below the root or any.
         modality: whose boxes to read of the paired form.
     """
     root = Path(root)
-    if where not in ("auto", *PLACES):
-        root, where = find_file(root, where), "auto"
+    if where not in ("auto", *FORM_PATHS):
+        root, where = resolve_path(root, where), "auto"
     if root.is_file():
         return Annotations(root, "json", modality)
     if not root.is_dir():
-        problem = f"no such folder or file, and no form of annotation ({', '.join(PLACES)})"
-        raise InputError(problem, f"check DATA_ROOT, or {REMEDY}", file=root)
-    forms = PLACES if where == "auto" else [where]
+        problem = f"no such folder or file, and no form of annotation ({', '.join(FORM_PATHS)})"
+        raise InputError(problem, f"check DATA_ROOT, or {FORM_REMEDY}", file=root)
+    forms = FORM_PATHS if where == "auto" else [where]
     for form in forms:
-        found = find_form(root, form) or [root] * (root.name == PLACES[form][0])
+        found = find_form_paths(root, form) or [root] * (root.name == FORM_PATHS[form][0])
         if found:
             return Annotations(found[0], form, modality)
-    if where == "auto" and (form := guess_folder(root)):
+    if where == "auto" and (form := guess_folder_form(root)):
         return Annotations(root, form, modality)
-    looked_for = ", ".join(place for form in forms for place in PLACES[form])
-    raise InputError(f"no annotations here; looked for {looked_for}", REMEDY, file=root)
+    looked_for = ", ".join(place for form in forms for place in FORM_PATHS[form])
+    raise InputError(f"no annotations here; looked for {looked_for}", FORM_REMEDY, file=root)
 
 
 def open_test_annotations(root: str | Path, frame_ids: Sequence[str] | None) -> Annotations:
     """Annotations to evaluate on: a root's KAIST_annotation.json if it has every frame of the list (None:
     its own are meant), because papers evaluate on these improved ones; else as `open_annotations`."""
-    if find_form(Path(root), "json"):
+    if find_form_paths(Path(root), "json"):
         improved = open_annotations(root, "json")
         if frame_ids is None or set(frame_ids) <= set(improved.frames):
             return improved
     return open_annotations(root)
 
 
-def find_form(root: Path, form: str) -> list[Path]:
+def find_form_paths(root: Path, form: str) -> list[Path]:
     """The places of a form below a KAIST root that hold annotations at all."""
-    places = [root / place for place in PLACES[form]]
+    places = [root / place for place in FORM_PATHS[form]]
     if form == "json":
         return [path for path in places if path.exists()]
     ending = ".xml" if form.startswith("xml") else ".txt"
     return [folder for folder in places if next(folder.rglob(f"*{ending}"), None) is not None]
 
 
-def guess_folder(folder: Path) -> str | None:
+def guess_folder_form(folder: Path) -> str | None:
     """The form of a folder under a name of its own, by the first file in it."""
     first = next((path for path in folder.rglob("*") if path.suffix in (".xml", ".txt")), None)
     if first is None or "imageSets" in first.parts:

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from kaist.annotations import PairSet, image_path
 from kaist.files import InputError, write_atomically
-from kaist.frames import places_in_videos
-from kaist.images import frame_view
+from kaist.frames import indices_in_videos
+from kaist.images import load_frame_image
 from kaist.miss_rate import SETUPS, GroundTruth, Matching, allowed_false_positives, match_setups, rank
 from kaist.picture import CAPTIONS
 from kaist.results import Detections
@@ -76,7 +76,7 @@ def draw_errors(
             files = [image_path(root, frame_id, modality) for modality in CAPTIONS]
             absent += [file for file in files if not file.exists()]
             visible, lwir = (
-                draw_view(frame_view(root, frame_id, m) if file.exists() else None, caption, box, boxes)
+                draw_view(load_frame_image(root, frame_id, m) if file.exists() else None, caption, box, boxes)
                 for file, (m, caption) in zip(files, CAPTIONS.items(), strict=True)
             )
             white = np.full_like(visible[:, :2], 255)
@@ -107,7 +107,7 @@ def find_errors(ground_truth: GroundTruth, matching: Matching) -> tuple[np.ndarr
 
 def spread(ground_truth: GroundTruth, frame: np.ndarray, errors: np.ndarray) -> np.ndarray:
     """Errors, indices into `frame`, with the first `PER_VIDEO` of each video before its others."""
-    places = places_in_videos(ground_truth.frames[frame[i]] for i in errors)
+    places = indices_in_videos(ground_truth.frames[frame[i]] for i in errors)
     return errors[np.argsort(np.array(places) >= PER_VIDEO, kind="stable")]
 
 

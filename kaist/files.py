@@ -186,7 +186,7 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(message, remedy)
 
 
-def output(*endings: str) -> Callable[[str], Path]:
+def out_path(*endings: str) -> Callable[[str], Path]:
     """A parser of the path of a file to be written, which has one of these endings, or any."""
 
     def parse(text: str) -> Path:
@@ -206,7 +206,7 @@ def check_folders(*files: Path | None) -> None:
             raise InputError("no such folder", "make it first", file=path.parent)
 
 
-def keep_inputs(written: Iterable[Path | None], read: Iterable[Path | None]) -> None:
+def check_overwrite(written: Iterable[Path | None], read: Iterable[Path | None]) -> None:
     """Refuse files to be written that are among those to be read."""
     inputs = {os.path.realpath(path) for path in read if path}
     for path in filter(None, written):
@@ -253,17 +253,17 @@ def run_script(main: Callable[[], None]) -> None:
         if sys.stdout:
             sys.stdout.flush()
     except InputError as error:
-        fail(str(error))
+        exit_with_error(str(error))
     except KeyboardInterrupt:
-        fail("interrupted", 130, "")
+        exit_with_error("interrupted", 130, "")
     except OSError as error:
         if error.filename is not None:  # a name too long, a folder that may not be entered, …
-            fail(f"{str(error.filename)[:200]}: {error.strerror}")
-        if not drop_output("\n"):
+            exit_with_error(f"{str(error.filename)[:200]}: {error.strerror}")
+        if not discard_broken_output("\n"):
             raise
         if isinstance(error, BrokenPipeError):  # as by … | head -1
             sys.exit(128 + signal.SIGPIPE)
-        fail(f"standard output: {error.strerror}")
+        exit_with_error(f"standard output: {error.strerror}")
     finally:
         for number in heard:  # an exception while the interpreter ends would be printed
             signal.signal(number, signal.SIG_DFL)
@@ -271,15 +271,15 @@ def run_script(main: Callable[[], None]) -> None:
         raise end
 
 
-def fail(message: str, code: int = 2, kind: str = "error: ") -> None:
+def exit_with_error(message: str, code: int = 2, kind: str = "error: ") -> None:
     """End the process with a line on stderr."""
-    drop_output()
+    discard_broken_output()
     with contextlib.suppress(OSError):  # nobody may be there to read it
         print(f"{kind}{message}", file=sys.stderr)
     sys.exit(code)
 
 
-def drop_output(probe: str = "") -> bool:
+def discard_broken_output(probe: str = "") -> bool:
     """Whether standard output cannot be written, not even `probe`; what waits is then dropped."""
     try:
         if sys.stdout:

@@ -24,8 +24,8 @@ from kaist.annotations import FRAME_SIZE, MODALITIES, PairSet, image_path
 from kaist.files import InputError, write_atomically
 from kaist.images import read_frame
 
-BLOCK = 64  # frames decoded before they are written
-STALE = 3600.0  # seconds without a write after which a temporary file's writer is dead
+FRAMES_PER_BLOCK = 64  # frames decoded before they are written
+STALE_SECONDS = 3600.0  # seconds without a write after which a temporary file's writer is dead
 
 
 @dataclass
@@ -51,7 +51,7 @@ class FrameCache:
         """One frame, (h, w, C) uint8, as `images.read_frame` gives it."""
         return self.all()[self.rows[frame_id]]
 
-    def damaged(self) -> list[str]:
+    def find_damaged(self) -> list[str]:
         """The frames whose pixels do not have their checksum; every pixel is read."""
         from tqdm import tqdm
 
@@ -110,14 +110,14 @@ def cache_frames(
     cache = FrameCache(path, rows, (len(rows), height, width, channels))
     size = int(np.prod(cache.shape)) + 4 * len(frame_ids)
     if path.is_file() and path.stat().st_size == size:
-        damaged = cache.damaged() if check else []
+        damaged = cache.find_damaged() if check else []
         if not damaged:
             return cache
         print(f"warning: {path} is damaged ({len(damaged)} frames, {damaged[0]} first); it is drawn again")
         cache.pixels = None
-    make_room(path, f"frames-{names}", size)
+    prepare_folder(path, f"frames-{names}", size)
     read = partial(read_frame, root, input_mode=input_mode)
-    write_atomically(path, lambda temporary: draw(temporary, frame_ids, read), size)
+    write_atomically(path, lambda temporary: write_cache(temporary, frame_ids, read), size)
     return cache
 
 
@@ -132,13 +132,13 @@ def fingerprint(paths: Iterable[str | Path]) -> tuple[str, str]:
     return names.hexdigest()[:16], states.hexdigest()[:16]
 
 
-def make_room(path: Path, name: str, size: int) -> None:
+def prepare_folder(path: Path, name: str, size: int) -> None:
     """Make a cache's folder, delete what is stale or unfinished of its list's, check the disk."""
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         stale = [other for other in folder.glob(f"{name}-*.u8") if other != path]
-        begun, old = folder.glob(f".{name}-*.tmp"), time.time() - STALE
+        begun, old = folder.glob(f".{name}-*.tmp"), time.time() - STALE_SECONDS
         for other in [*stale, *(other for other in begun if other.stat().st_mtime < old)]:
             other.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free
@@ -150,15 +150,15 @@ def make_room(path: Path, name: str, size: int) -> None:
         raise InputError(problem, "choose another folder with CACHE, or none", file=folder)
 
 
-def draw(path: Path, frame_ids: Sequence[str], read: Callable[[str], np.ndarray]) -> None:
+def write_cache(path: Path, frame_ids: Sequence[str], read: Callable[[str], np.ndarray]) -> None:
     """Decode all frames into a file, a block at a time; decoders run beside each other."""
     from tqdm import tqdm
 
     sums = []
     bar = tqdm(total=len(frame_ids), desc="decoding into the cache", unit="frame", leave=False)
     with path.open("wb") as file, ThreadPoolExecutor() as pool, bar:
-        for start in range(0, len(frame_ids), BLOCK):
-            for frame in pool.map(read, frame_ids[start : start + BLOCK]):
+        for start in range(0, len(frame_ids), FRAMES_PER_BLOCK):
+            for frame in pool.map(read, frame_ids[start : start + FRAMES_PER_BLOCK]):
                 file.write(frame.data)
                 sums.append(checksum(frame))
                 bar.update()

@@ -16,7 +16,7 @@ from kaist.miss_rate import GroundTruth, is_inside
 FRAME_KEYS = ("validation", "seed", "min_height", "margin", "learn")
 VISIBLE, LWIR, BOTH = 1, 2, 3  # bits: in which modality's image an object is seen
 # Whom LEARN names: the words that annotations call them by, () for any.
-LEARNED = {"person": ("person",), "people": ("person", "person?", "people"), "all": ()}
+PERSON_LABELS = {"person": ("person",), "people": ("person", "person?", "people"), "all": ()}
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,12 @@ class Frame:
     size: tuple[int, int] = FRAME_SIZE
 
     @property
-    def people(self) -> np.ndarray:
+    def persons(self) -> np.ndarray:
         """(m, 4) boxes of the persons to learn."""
         return self.boxes_px[self.labels == 1]
 
     @property
-    def n_people(self) -> int:
+    def n_persons(self) -> int:
         """How many persons there are to learn; one of two boxes, each a modality's, counts once."""
         return max(int((self.seen[self.labels == 1] & bit > 0).sum()) for bit in (VISIBLE, LWIR))
 
@@ -57,7 +57,7 @@ def load_frames(
     """Read the annotations of all frames; a malformed file stops here, before any training.
 
     Args:
-        min_height, margin: as in `make_frames`; learn: a key of `LEARNED`.
+        min_height, margin: as in `make_frames`; learn: a key of `PERSON_LABELS`.
         pairs: of the paired form read each modality's boxes, not those of one for both.
     """
     if pairs and isinstance(annotations, Annotations) and annotations.form == "paired":
@@ -66,7 +66,7 @@ def load_frames(
         visible, lwir = (load_frames(frame_ids, source, **how) for source in sources)
         return [pair_frame(*frames) for frames in zip(visible, lwir, strict=True)]
     objects, counts = annotations.read_all(frame_ids)
-    sizes, names = annotations.sizes_of(frame_ids), LEARNED[learn]
+    sizes, names = annotations.frame_sizes(frame_ids), PERSON_LABELS[learn]
     is_person = np.array([not names or label in names for label in objects.labels], bool) & ~objects.ignore
     return make_frames(frame_ids, objects.boxes, is_person, counts, sizes, min_height, margin)
 
@@ -88,7 +88,7 @@ def merge_equal(rows: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndar
     return rows[first[order]], joined[order]
 
 
-def frames_of(ground_truth: GroundTruth, min_height: float, margin: float) -> list[Frame]:
+def frames_from_gt(ground_truth: GroundTruth, min_height: float, margin: float) -> list[Frame]:
     """A test list's frames, with the labels that training would give their objects."""
     counts = np.bincount(ground_truth.frame, minlength=len(ground_truth.frames))
     objects = ground_truth.boxes, ~ground_truth.ignore, counts
@@ -127,7 +127,7 @@ def video_of(frame_id: str) -> str:
     return frame_id.rpartition("/")[0]
 
 
-def places_in_videos(frame_ids: Iterable[str]) -> list[int]:
+def indices_in_videos(frame_ids: Iterable[str]) -> list[int]:
     """How many frames of its video come before each frame in a list."""
     seen: Counter[str] = Counter()
     places = []
@@ -137,7 +137,7 @@ def places_in_videos(frame_ids: Iterable[str]) -> list[int]:
     return places
 
 
-def list_videos(frame_ids: Iterable[str]) -> str:
+def describe_videos(frame_ids: Iterable[str]) -> str:
     """The videos of frames in words, with the number of frames of each."""
     return ", ".join(f"{video} ({n})" for video, n in Counter(map(video_of, frame_ids)).items())
 
@@ -183,7 +183,7 @@ def split_frames(
     time_of = annotations.time_of_day if isinstance(annotations, PairSet) else time_of_day
     held_out = hold_out_videos({i: time_of(i) for i in frame_ids}, validation, seed)
     frames = [frame for frame in load_frames(frame_ids, annotations, **how) if frame.id not in held_out]
-    if not any(frame.n_people for frame in frames):
+    if not any(frame.n_persons for frame in frames):
         problem = "no frame of the training list holds a person to learn"
         remedy = "check TRAIN_LIST, VALIDATION, ANNOTATIONS, LEARN and MIN_HEIGHT"
         raise InputError(problem, remedy, file=annotations.source)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MEAN_COLOUR = np.array([124, 116, 104, 114], np.uint8)
 MAX_PIXELS = 2**25  # of an image; decoded, as many take 100 MB
 # What `black_out` leaves of a modality: left, top, right, bottom in 640x512. Those not named stay whole.
-VIEWS_LEFT = {
+KEPT_AREAS = {
     "sides-a": {"visible": (0, 0, 320, 512), "lwir": (320, 0, 640, 512)},
     "sides-b": {"visible": (320, 0, 640, 512), "lwir": (0, 0, 320, 512)},
     "surroundings": {"lwir": (120, 96, 520, 416)},
@@ -82,7 +82,7 @@ def open_image(path: Path, deep: bool = False) -> Iterator[Image.Image]:
         raise InputError(f"{problem} ({error})", remedy, file=path) from None
 
 
-def open_view(path: Path, modality: str, lwir_range: Sequence[float] = (0, 0)) -> Image.Image:
+def load_image(path: Path, modality: str, lwir_range: Sequence[float] = (0, 0)) -> Image.Image:
     """Decode an image of any size: visible as RGB, LWIR as one channel of 8 bits.
 
     lwir_range: of LWIR of more than 8 bits the values that become 0 and 255; what lies beyond is clipped.
@@ -92,7 +92,7 @@ def open_view(path: Path, modality: str, lwir_range: Sequence[float] = (0, 0)) -
 
     low, high = lwir_range if modality == "lwir" else (0, 0)
     if low < high:
-        pixels = open_deep(path)
+        pixels = load_deep_image(path)
         if pixels is None:
             problem = "an image of 8 bits, where those to train on have more"
             raise InputError(problem, "scale all frames alike", file=path)
@@ -105,18 +105,18 @@ def open_view(path: Path, modality: str, lwir_range: Sequence[float] = (0, 0)) -
         return image if image.mode == mode else image.convert(mode)
 
 
-def open_deep(path: Path) -> np.ndarray | None:
+def load_deep_image(path: Path) -> np.ndarray | None:
     """The values of an image of one channel of more than 8 bits, (h, w) float32; None if it has 8."""
     with open_image(path, deep=True) as image:
         return np.asarray(image, np.float32) if image.mode[0] in "IF" else None
 
 
-def frame_view(root: Path | PairSet, frame_id: str, modality: str) -> Image.Image:
-    """A frame's image as of `open_view`; of KAIST scaled to 640x512 where it is of another size."""
+def load_frame_image(root: Path | PairSet, frame_id: str, modality: str) -> Image.Image:
+    """A frame's image as of `load_image`; of KAIST scaled to 640x512 where it is of another size."""
     path = image_path(root, frame_id, modality)
     if isinstance(root, PairSet):
-        return open_view(path, modality, root.lwir_range)
-    return rescale(open_view(path, modality))
+        return load_image(path, modality, root.lwir_range)
+    return rescale(load_image(path, modality))
 
 
 def rescale(view: Image.Image) -> Image.Image:
@@ -144,27 +144,27 @@ def read_frame(
 ) -> np.ndarray:
     """The modalities of one frame side by side: (h, w, C) uint8, visible first; KAIST's are (512, 640, C).
 
-    without: a modality that is blanked instead of read, or a key of `VIEWS_LEFT`; filler: (4,) uint8, the
+    without: a modality that is blanked instead of read, or a key of `KEPT_AREAS`; filler: (4,) uint8, the
     blanks' colour.
     """
     modalities = MODALITIES[input_mode]
     if without in modalities or len(modalities) == 1:
-        images = {m: to_array(frame_view(root, frame_id, m)) for m in modalities if m != without}
+        images = {m: to_array(load_frame_image(root, frame_id, m)) for m in modalities if m != without}
         return join_modalities(images, input_mode, filler)
-    visible, lwir = (frame_view(root, frame_id, m) for m in modalities)
+    visible, lwir = (load_frame_image(root, frame_id, m) for m in modalities)
     visible.putalpha(lwir)  # Pillow keeps four bytes a pixel anyhow: much faster than numpy
     return black_out(np.array(visible), without, filler) if without else np.array(visible)
 
 
 def black_out(frame: np.ndarray, blackout: str, filler: np.ndarray) -> np.ndarray:
-    """A (h, w, 4) frame, visible first, of which parts are `filler` (4,): see `VIEWS_LEFT`.
+    """A (h, w, 4) frame, visible first, of which parts are `filler` (4,): see `KEPT_AREAS`.
 
     The fusion dead zones of Kim et al., "MLPD" (2021).
     """
     dark = np.broadcast_to(filler, frame.shape).copy()
     height, width, _ = frame.shape
     for modality, channels in (("visible", slice(3)), ("lwir", slice(3, 4))):
-        view = VIEWS_LEFT[blackout].get(modality, (0, 0, *FRAME_SIZE))
+        view = KEPT_AREAS[blackout].get(modality, (0, 0, *FRAME_SIZE))
         left, right = (x * width // FRAME_WIDTH for x in view[::2])
         top, bottom = (y * height // FRAME_HEIGHT for y in view[1::2])
         dark[top:bottom, left:right, channels] = frame[top:bottom, left:right, channels]

@@ -38,7 +38,7 @@ COLUMNS = {
     "yolo": (5, 6, "class cx cy w h"),  # a sixth, a confidence, is left out
     "cvc14": (5, MANY, "x y w h 1 0"),
 }
-DIGITS = 8  # of YOLO's fractions: at 10,000 pixels a side a ten-thousandth of a pixel
+YOLO_DECIMALS = 8  # of YOLO's fractions: at 10,000 pixels a side a ten-thousandth of a pixel
 JSON_REMEDY = "use one with images, annotations and categories"
 Errors = list[InputError] | None
 
@@ -80,7 +80,7 @@ def make_objects(rows: Sequence[tuple]) -> Objects:
     return Objects(boxes, labels, np.array(occlusion, np.int64), np.array(ignore, bool))
 
 
-def refuse(error: InputError, errors: Errors) -> None:
+def report(error: InputError, errors: Errors) -> None:
     """Add an error to the list, or raise it where there is none."""
     if errors is None:
         raise error from None
@@ -134,7 +134,7 @@ def read_labels(
     row = {"yolo": partial(yolo_row, size, names), "cvc14": cvc14_row}.get(form)
     if row is None and not (lines and lines[0].startswith("%")):
         problem, remedy = "the first line is not a bbGt header", "begin the file with '% bbGt version=3'"
-        refuse(InputError(problem, remedy, file=path, line=1), errors)
+        report(InputError(problem, remedy, file=path, line=1), errors)
     fewest, most, example = COLUMNS[form]
 
     def read(line: str, number: int) -> ObjectRow:
@@ -164,7 +164,7 @@ def read_rows(
             rows.append(check_object(read(item, number)))
         except InputError as error:
             problem, line = place.format(number) + error.problem, None if place else number
-            refuse(InputError(problem, error.remedy, file=path, line=line), errors)
+            report(InputError(problem, error.remedy, file=path, line=line), errors)
     return rows
 
 
@@ -273,7 +273,7 @@ def json_objects(content: Any, path: Path, errors: Errors, kaist: bool = True) -
                 raise ValueError(f"im_name {name!r} is no frame id")
             if number in frames or name in objects:
                 problem = f"image {number} or {'im_name' if kaist else 'file_name'} {name} is there twice"
-                refuse(InputError(problem, "give each an id and a name of its own", file=path), errors)
+                report(InputError(problem, "give each an id and a name of its own", file=path), errors)
             frames[number], objects[name] = name, []
         names, items = {c["id"]: c["name"] for c in content["categories"]}, content["annotations"]
         if not kaist:
@@ -291,7 +291,7 @@ def json_objects(content: Any, path: Path, errors: Errors, kaist: bool = True) -
                 objects[frames[image_id]].append(row)
             else:
                 problem = f"annotation {row.number} is of image {image_id}, which is not in it"
-                refuse(InputError(problem, "correct its image_id, or add the image", file=path), errors)
+                report(InputError(problem, "correct its image_id, or add the image", file=path), errors)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         form = "KAIST" if kaist else "COCO"
         problem = f"not a {form} annotation JSON ({type(error).__name__}: {error})"
@@ -342,7 +342,7 @@ def plain_numbers(rows: Sequence[Sequence[Any]], columns: int) -> np.ndarray:
 # ------------------------------------------------------------------- writing
 
 
-def class_name(row: ObjectRow) -> str:
+def yolo_class(row: ObjectRow) -> str:
     """What YOLO's form calls an object: by its label, but a person who is ignored "ignored"."""
     return "ignored" if row.ignore and row.label == "person" else row.label
 
@@ -353,8 +353,8 @@ def yolo_text(rows: Iterable[ObjectRow], size: tuple[int, int], names: Sequence[
     for row in rows:
         x, y, w, h = row.box
         values = ((x + w / 2) / size[0], (y + h / 2) / size[1], w / size[0], h / size[1])
-        fractions = " ".join(f"{value:.{DIGITS}f}" for value in values)
-        lines.append(f"{names.index(class_name(row))} {fractions}\n")
+        fractions = " ".join(f"{value:.{YOLO_DECIMALS}f}" for value in values)
+        lines.append(f"{names.index(yolo_class(row))} {fractions}\n")
     return "".join(lines)
 
 

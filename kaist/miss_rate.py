@@ -87,7 +87,7 @@ class GroundTruth:
     @cached_property
     def sizes(self) -> np.ndarray:
         """(n_frames, 2) int64 width and height of the frames."""
-        return (self.pairs or LabelledFrames()).sizes_of(self.frames)
+        return (self.pairs or LabelledFrames()).frame_sizes(self.frames)
 
     def in_subset(self, subset: str) -> np.ndarray:
         """(n_frames,) bool: the frames of a setup's subset."""

@@ -1,6 +1,6 @@
 """Sets of visible and LWIR pairs other than KAIST, by one small description: see docs/your-data.md.
 
-A description is a JSON file, `pairs.json`, or a name in `NAMED`. A frame's id is what the * of its
+A description is a JSON file, `pairs.json`, or a name in `NAMED_SETS`. A frame's id is what the * of its
 images' pattern stand for, or its path below their folder without the ending. What is missing, malformed or
 contradicts itself is refused by an InputError that names it and its line.
 """
@@ -19,23 +19,23 @@ from typing import Any
 
 import numpy as np
 
-from kaist.annotations import SUFFIXES, PairSet, list_lines, open_annotations, open_test_annotations
+from kaist.annotations import IMAGE_SUFFIXES, PairSet, line_numbers, open_annotations, open_test_annotations
 from kaist.files import InputError, load_json, printable, read_text
-from kaist.images import image_size, open_deep
-from kaist.labels import FRAME_ID, KAIST_LABELS, Errors, ObjectRow, guess_form, read_json, read_labels, refuse
+from kaist.images import image_size, load_deep_image
+from kaist.labels import FRAME_ID, KAIST_LABELS, Errors, ObjectRow, guess_form, read_json, read_labels, report
 
 SPLITS = ("train", "test")
 ROLES = ("person", "ignore", "drop")
-FORMS = ("xml", "kaist-text", "yolo", "cvc14")  # of label files for one frame each
+LABEL_FORMS = ("xml", "kaist-text", "yolo", "cvc14")  # of label files for one frame each
 # What a description may have, see docs/your-data.md, and of which kind it is.
-KEYS = {
+KEY_TYPES = {
     **dict.fromkeys(("visible", "lwir", "labels", "list", "form", "night"), str),
     **dict.fromkeys(("names", *ROLES), list),
     "splits": dict,
 }
-KINDS = {str: "a text", list: "a list of texts", dict: "an object of texts"}
-DEFAULTS = {"person": ["person"], "ignore": [*KAIST_LABELS[1:], "ignored"]}
-NAMED: dict[str, dict[str, Any]] = {
+TYPE_NAMES = {str: "a text", list: "a list of texts", dict: "an object of texts"}
+DEFAULT_ROLES = {"person": ["person"], "ignore": [*KAIST_LABELS[1:], "ignored"]}
+NAMED_SETS: dict[str, dict[str, Any]] = {
     "kaist": {
         "visible": "images/*/*/visible/*",
         "lwir": "images/*/*/lwir/*",
@@ -66,9 +66,9 @@ NAMED: dict[str, dict[str, Any]] = {
         "night": "Night/*",
     },
 }
-PERCENTILES = (0.1, 99.9)  # of the training list's LWIR values, which become 0 and 255
-UNLABELLED = "label them, or leave them out by a list"
-SAMPLED = 200  # frames that these are taken of
+LWIR_PERCENTILES = (0.1, 99.9)  # of the training list's LWIR values, which become 0 and 255
+UNLABELLED_REMEDY = "label them, or leave them out by a list"
+MAX_SAMPLED = 200  # frames that these are taken of
 Files = Mapping[str, Mapping[str, Path]]  # modality -> id -> file, of frames that lack the other one too
 Labels = dict[str, tuple[Path, list[ObjectRow]]]  # id -> where a frame's objects were read, and they
 
@@ -77,13 +77,13 @@ def open_pairs(data: str, root: Path | None, split: str, errors: Errors = None) 
     """The frames of a set's split with their images, sizes and objects; every label and header is read.
 
     Args:
-        data: a description's file, or a name in `NAMED`; root: where its paths begin (default: the
+        data: a description's file, or a name in `NAMED_SETS`; root: where its paths begin (default: the
             description's folder); split: "train" or "test".
         errors: takes what is wrong with a frame's images and labels, as in `kaist.labels`; a frame of
             two sizes is left out then.
     """
-    given, source, base = describe(data, root, split)
-    found = {modality: find_files(base, given[modality], SUFFIXES) for modality in ("visible", "lwir")}
+    given, source, base = read_description(data, root, split)
+    found = {modality: find_files(base, given[modality]) for modality in ("visible", "lwir")}
     ids = sorted(found["visible"].keys() & found["lwir"].keys())
     if not ids:
         a, b = (f"{next(iter(files))!r}" for files in found.values())
@@ -91,7 +91,7 @@ def open_pairs(data: str, root: Path | None, split: str, errors: Errors = None) 
         raise InputError(problem, "let the * of both patterns stand for what a pair shares", file=source)
     images = {i: {modality: files[i] for modality, files in found.items()} for i in ids}
     if "list" in given:
-        ids = listed(one_file(base, given["list"]), found)
+        ids = read_pair_list(resolve_file(base, given["list"]), found)
     elif alone := found["visible"].keys() ^ found["lwir"].keys():
         print(f"note: {len(alone)} of {len(ids) + len(alone)} frames lack a modality and are left out")
     sizes = {i: size for i in ids if (size := check_pair(i, images[i], errors))}
@@ -99,45 +99,45 @@ def open_pairs(data: str, root: Path | None, split: str, errors: Errors = None) 
         opened = open_test_annotations(base, ids) if split == "test" else open_annotations(base)
         labels = {i: (Path(opened.path(i)), opened.read_rows(i)) for i in sizes}
     elif given["labels"].endswith(".json"):
-        labels = coco_rows(base, given["labels"], sizes, found, errors)
+        labels = read_coco_labels(base, given["labels"], sizes, found, errors)
     else:
-        labels = file_rows(base, given, sizes, errors)
+        labels = read_label_files(base, given, sizes, errors)
     roles = {word: role for role in ROLES for word in given.get(role, ())}
-    objects = {i: choose_objects(*own, roles, errors) for i, own in labels.items()}
+    objects = {i: apply_roles(*own, roles, errors) for i, own in labels.items()}
     files = {i: {**images[i], "labels": path} for i, (path, _) in labels.items()}
     return PairSet(source, tuple(sizes), files, sizes, objects, given.get("night", ""))
 
 
-def describe(data: str, root: Path | None, split: str) -> tuple[dict[str, Any], Path, Path]:
+def read_description(data: str, root: Path | None, split: str) -> tuple[dict[str, Any], Path, Path]:
     """A description of a split, with its defaults; what it is called; the folder where its paths begin."""
     path, remedy = Path(data), "see docs/your-data.md"
-    if data in NAMED and (root is None or not root.is_dir()):
+    if data in NAMED_SETS and (root is None or not root.is_dir()):
         raise InputError(f"{data} needs its folder", "name it by --data-root", file=root)
-    if data not in NAMED and not path.is_file():
-        known = f"name a description, pairs.json, or one of {', '.join(NAMED)}"
+    if data not in NAMED_SETS and not path.is_file():
+        known = f"name a description, pairs.json, or one of {', '.join(NAMED_SETS)}"
         raise InputError("no such set of pairs", known, file=path)
-    given = NAMED.get(data) or load_json(read_text(path), path)
+    given = NAMED_SETS.get(data) or load_json(read_text(path), path)
     if not isinstance(given, dict) or not {"visible", "lwir", "labels"} <= given.keys():
         raise InputError("a description has at least visible, lwir and labels", remedy, file=path)
     for key, value in given.items():
-        if key not in KEYS:
-            near = difflib.get_close_matches(key, KEYS, 1) or [", ".join(KEYS)]
+        if key not in KEY_TYPES:
+            near = difflib.get_close_matches(key, KEY_TYPES, 1) or [", ".join(KEY_TYPES)]
             raise InputError(f"{key!r} is nothing that a description has", f"write {near[0]}", file=path)
         words = value.values() if isinstance(value, dict) else value
-        if not isinstance(value, KEYS[key]) or not all(isinstance(word, str) for word in words):
-            raise InputError(f"{key!r} is not {KINDS[KEYS[key]]}", remedy, file=path)
-    if given.get("form", FORMS[0]) not in FORMS:
-        raise InputError(f"form {given['form']!r} is unknown", f"use {', '.join(FORMS)}", file=path)
+        if not isinstance(value, KEY_TYPES[key]) or not all(isinstance(word, str) for word in words):
+            raise InputError(f"{key!r} is not {TYPE_NAMES[KEY_TYPES[key]]}", remedy, file=path)
+    if given.get("form", LABEL_FORMS[0]) not in LABEL_FORMS:
+        raise InputError(f"form {given['form']!r} is unknown", f"use {', '.join(LABEL_FORMS)}", file=path)
     own = [word for role in ROLES for word in dict.fromkeys(given.get(role, ()))]
     if twice := [word for word in own if own.count(word) > 1]:
         raise InputError(f"{twice[0]!r} stands in two of {', '.join(ROLES)}", "leave it in one", file=path)
-    defaults = {role: [word for word in words if word not in own] for role, words in DEFAULTS.items()}
+    defaults = {role: [word for word in words if word not in own] for role, words in DEFAULT_ROLES.items()}
     stands = given.get("splits", {}).get(split, split)
     texts = {key: text.replace("{split}", stands) for key, text in given.items() if isinstance(text, str)}
-    return defaults | given | texts, root if data in NAMED else path, root or path.parent
+    return defaults | given | texts, root if data in NAMED_SETS else path, root or path.parent
 
 
-def find_files(base: Path, pattern: str, endings: Sequence[str]) -> dict[str, Path]:
+def find_files(base: Path, pattern: str, endings: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, Path]:
     """Id -> file, of a folder with all below it, or of a pattern of which each * is within a name."""
     parts = (base / pattern).parts
     n_plain = next((i for i, part in enumerate(parts) if "*" in part), len(parts))
@@ -160,7 +160,7 @@ def find_files(base: Path, pattern: str, endings: Sequence[str]) -> dict[str, Pa
     return found
 
 
-def one_file(base: Path, pattern: str) -> Path:
+def resolve_file(base: Path, pattern: str) -> Path:
     """The file that a name or pattern means."""
     found = sorted(base.glob(pattern)) if "*" in pattern else [base / pattern]
     if len(found) != 1 or not found[0].is_file():
@@ -169,13 +169,13 @@ def one_file(base: Path, pattern: str) -> Path:
     return found[0]
 
 
-def find_frames(names: Iterable[str], found: Files) -> dict[str, str]:
+def match_names(names: Iterable[str], found: Files) -> dict[str, str]:
     """Name -> the frame that a list or a JSON means by it, of names that mean one frame: by its id, or by
     the path of either image from any folder on, with or without the ending."""
     forms = {}
     for name in names:
         path = PurePosixPath(name)
-        forms[name] = name, (path.with_suffix("") if path.suffix in SUFFIXES else path).as_posix()
+        forms[name] = name, (path.with_suffix("") if path.suffix in IMAGE_SUFFIXES else path).as_posix()
     meant: dict[str, set[str]] = {form: set() for own in forms.values() for form in own}
     for files in found.values():
         for frame_id, path in files.items():
@@ -188,11 +188,11 @@ def find_frames(names: Iterable[str], found: Files) -> dict[str, str]:
     return {name: min(ids) for name, ids in frames.items() if len(ids) == 1}
 
 
-def listed(path: Path, found: Files) -> list[str]:
+def read_pair_list(path: Path, found: Files) -> list[str]:
     """The ids of a list's frames; each has both images and is listed once."""
     first: dict[str, int] = {}
-    lines = list_lines(path, any_id=True)
-    frames = find_frames(lines, found)
+    lines = line_numbers(path, any_id=True)
+    frames = match_names(lines, found)
     for name, number in lines.items():
         frame_id = frames.get(name)
         if not all(frame_id in files for files in found.values()):
@@ -204,7 +204,7 @@ def listed(path: Path, found: Files) -> list[str]:
     return list(first)
 
 
-def file_rows(
+def read_label_files(
     base: Path, given: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]], errors: Errors
 ) -> Labels:
     """The objects of frames of these ids and sizes, of a label file each; in YOLO's form alone a frame may
@@ -216,21 +216,21 @@ def file_rows(
         print(f"note: {len(missing)} of {len(sizes)} frames have no label file: as YOLO has it, no objects")
     elif missing:
         problem = f"{len(missing)} frames have no label file, {missing[0]} first"
-        refuse(InputError(problem, UNLABELLED, file=base / given["labels"]), errors)
+        report(InputError(problem, UNLABELLED_REMEDY, file=base / given["labels"]), errors)
     names = given.get("names", ())
     found = {i: (files[i], read_labels(files[i], form, sizes[i], names, errors)) for i, form in forms.items()}
     return {i: found.get(i, (base, [])) for i in sizes}
 
 
-def coco_rows(base: Path, pattern: str, ids: Collection[str], found: Files, errors: Errors) -> Labels:
+def read_coco_labels(base: Path, pattern: str, ids: Collection[str], found: Files, errors: Errors) -> Labels:
     """The objects of frames in a COCO JSON, each once; it may hold other frames too. Names of folders that
     are not here, as of another machine, go by their last part."""
-    path = one_file(base, pattern)
+    path = resolve_file(base, pattern)
     content = read_json(path, errors, kaist=False)
-    frames, names = find_frames(content, found), {}
+    frames, names = match_names(content, found), {}
     foreign = [name for name in content if name not in frames and not (base / name).exists()]
     last = {name: PurePosixPath(name).name for name in foreign}
-    of_last = find_frames(last.values(), found) if last else {}
+    of_last = match_names(last.values(), found) if last else {}
     frames |= {name: of_last[own] for name, own in last.items() if own in of_last}
     for name, frame_id in frames.items():
         if frame_id in ids and names.setdefault(frame_id, name) != name:
@@ -238,12 +238,12 @@ def coco_rows(base: Path, pattern: str, ids: Collection[str], found: Files, erro
             raise InputError(problem, "name each frame once", file=path)
     if missing := [i for i in ids if i not in names]:
         problem = f"{len(missing)} frames are not in it, {missing[0]} first"
-        remedy = f"write file_name from the description's folder on, {UNLABELLED}"
-        refuse(InputError(problem, remedy, file=path), errors)
+        remedy = f"write file_name from the description's folder on, {UNLABELLED_REMEDY}"
+        report(InputError(problem, remedy, file=path), errors)
     return {i: (path, content[names[i]] if i in names else []) for i in ids}
 
 
-def choose_objects(
+def apply_roles(
     path: Path, rows: Sequence[ObjectRow], roles: Mapping[str, str], errors: Errors
 ) -> list[ObjectRow]:
     """The objects that are not dropped; those to learn are called "person", the others are ignored.
@@ -254,7 +254,7 @@ def choose_objects(
         if role is None:
             line = None if path.suffix == ".json" else row.number or None
             problem = f"class {row.label[:40]!r} is none that the description speaks of"
-            refuse(InputError(problem, "add it to person, ignore or drop", file=path, line=line), errors)
+            report(InputError(problem, "add it to person, ignore or drop", file=path, line=line), errors)
         elif role != "drop":
             kept.append(row._replace(label="person") if role == "person" else row._replace(ignore=True))
     return kept
@@ -272,29 +272,29 @@ def check_pair(frame_id: str, pair: Mapping[str, Path], errors: Errors) -> tuple
         problem = "it is {}x{}, its visible image {}x{}".format(*lwir, *visible)
         raise InputError(problem, "register and scale both to one size", file=pair["lwir"])
     except InputError as error:
-        refuse(error, errors)
+        report(error, errors)
         return None
 
 
 def find_lwir_range(pairs: PairSet, errors: Errors = None) -> tuple[float, float]:
     """Which values of LWIR images of more than 8 bits become 0 and 255; (0, 0) where all have 8.
 
-    The percentiles `PERCENTILES` of up to `SAMPLED` of the frames, which are those to train on. Some of 8
+    The `LWIR_PERCENTILES` of up to `MAX_SAMPLED` of the frames, which are those to train on. Some of 8
     bits and others of more are refused.
     """
     looks = []
-    for frame_id in pairs.frames[:: math.ceil(len(pairs.frames) / SAMPLED) or 1]:
+    for frame_id in pairs.frames[:: math.ceil(len(pairs.frames) / MAX_SAMPLED) or 1]:
         try:
-            looks.append(open_deep(pairs.images[frame_id]["lwir"]))
+            looks.append(load_deep_image(pairs.images[frame_id]["lwir"]))
         except InputError as error:
-            refuse(error, errors)
+            report(error, errors)
     deep = [pixels[::4, ::4].ravel() for pixels in looks if pixels is not None]
     if not deep:
         return 0.0, 0.0
     if len(deep) < len(looks):
         problem = "LWIR images of 8 bits and of more are mixed"
-        refuse(InputError(problem, "scale all alike", file=pairs.source), errors)
-    low, high = np.percentile(np.concatenate(deep), PERCENTILES)
+        report(InputError(problem, "scale all alike", file=pairs.source), errors)
+    low, high = np.percentile(np.concatenate(deep), LWIR_PERCENTILES)
     return float(low), float(max(high, low + 1))
 
 

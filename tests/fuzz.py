@@ -40,7 +40,7 @@ from engine.checkpoint import load_checkpoint, save_checkpoint
 from engine.config import OneLineParser, read_constants
 from kaist.annotations import read_image_list
 from kaist.files import InputError, make_folder, run_script, write_text
-from kaist.images import open_view
+from kaist.images import load_image
 from kaist.labels import read_json, read_labels
 from kaist.results import read_detections
 from tools.faults import Fault, check_file, check_image, check_json
@@ -224,7 +224,7 @@ def make_readers() -> dict[str, Reader]:
 
     def image(modality: str) -> Callable[[Path], None]:
         find_fault = lambda path: isinstance(check_image(path, modality), Fault)  # noqa: E731
-        return checked(partial(open_view, modality=modality), find_fault)
+        return checked(partial(load_image, modality=modality), find_fault)
 
     lists, read_results = texts("\n".join(FRAMES), FRAMES[1]), partial(read_detections, frames=FRAMES)
     boxes, entries = (texts(json.dumps(x), json.dumps(x, indent=1)) for x in (people, rows))

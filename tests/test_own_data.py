@@ -131,7 +131,7 @@ def test_a_cache_holds_frames_of_one_size(tmp_path):
     cache = cache_frames(tmp_path / "cache", pairs, pairs.frames, "early")
     assert cache.all().shape == (4, 119, 161, 4)
     np.testing.assert_array_equal(cache.read("002"), read_frame(pairs, "002", "early"))
-    assert not cache.damaged()
+    assert not cache.find_damaged()
     pair_trees.draw_pair(tmp_path / "colour/train/9.png", tmp_path / "thermal/train/9.png", (80, 60))
     pairs = open_pairs(str(tmp_path / "pairs.json"), None, "train")
     with pytest.raises(InputError, match="of 2 sizes, and those of a cache have one; leave CACHE empty"):

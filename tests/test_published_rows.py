@@ -16,7 +16,7 @@ from engine.config import resolve_row
 from engine.experiments import EXPERIMENTS, Row
 from engine.optim import lr_factor
 from kaist.files import InputError
-from kaist.images import open_view, to_array
+from kaist.images import load_image, to_array
 from model import build_model, make_network
 from ssd.boxes import Predictions
 from ssd.losses import Criterion
@@ -81,7 +81,7 @@ def test_the_authors_file_is_evaluated_and_detects(row, demo_root, tmp_path, mon
 
     # The first image's best detection, from the published names alone.
     name = sorted(lwir.iterdir())[0].name
-    images = [to_array(open_view(lwir.parent / m / name, m)) for m in ("visible", "lwir")]
+    images = [to_array(load_image(lwir.parent / m / name, m)) for m in ("visible", "lwir")]
     pixels = torch.from_numpy(np.concatenate(images, axis=2)).permute(2, 0, 1)[None].float()
     pixels = torch.nn.functional.interpolate(pixels, (128, 192), mode="bilinear", antialias=True)
     mean = torch.tensor([0.3465, 0.3219, 0.2842, 0.1598]).view(1, 4, 1, 1)

@@ -26,18 +26,18 @@ from pathlib import Path
 from tqdm import tqdm
 
 from kaist.annotations import (
+    FORM_PATHS,
     MODALITIES,
-    PLACES,
     Annotations,
     PairSet,
-    find_file,
-    find_form,
+    find_form_paths,
     image_path,
-    list_lines,
+    line_numbers,
     open_annotations,
+    resolve_path,
 )
-from kaist.files import InputError, OneLineParser, check_folders, output, read_text, run_script, write_text
-from kaist.pair_sets import NAMED, SPLITS, find_lwir_range, open_pairs
+from kaist.files import InputError, OneLineParser, check_folders, out_path, read_text, run_script, write_text
+from kaist.pair_sets import NAMED_SETS, SPLITS, find_lwir_range, open_pairs
 from tools.faults import FAULTS, Fault, check_file, check_images, check_json, implausible_objects, to_fault
 
 MAX_SHOWN = 5  # faults of a kind in the table; the file has all
@@ -48,14 +48,14 @@ def main() -> int:
     arguments = parse_arguments()
     root, out, modalities = arguments.root, arguments.out, MODALITIES[arguments.input_mode]
     check_folders(out)
-    named = str(root) in NAMED and (arguments.data_root or not root.is_dir())
+    named = str(root) in NAMED_SETS and (arguments.data_root or not root.is_dir())
     if named or root.is_file():
         n_frames, faults = check_pairs(str(root), arguments.data_root, modalities)
         of, where, base = "", root, arguments.data_root or root.parent
     else:
         if not root.is_dir():
             raise InputError("no such folder", "name another, or make it first", file=root)
-        lists = [find_file(root, name) for name in arguments.list or ()]
+        lists = [resolve_path(root, name) for name in arguments.list or ()]
         lists = lists or sorted((root / "imageSets").glob("*.txt"))
         if not lists:
             raise InputError("no image lists here", "name some by --list", file=root / "imageSets")
@@ -89,7 +89,7 @@ def parse_arguments() -> Namespace:
         description=__doc__, formatter_class=RawDescriptionHelpFormatter, epilog=f"faults:\n{kinds}"
     )
     add = parser.add_argument
-    others = f"a set of pairs other than KAIST: its description, pairs.json, or {', '.join(NAMED)}"
+    others = f"a set of pairs other than KAIST: its description, pairs.json, or {', '.join(NAMED_SETS)}"
     add("root", type=Path, metavar="ROOT", help=f"folder with images/, or {others}")
     add("--data-root", type=Path, metavar="FOLDER", help="where the paths of such a set begin")
     words = "an image list, below ROOT or any path; several should share no frame (default: all of "
@@ -99,7 +99,7 @@ def parse_arguments() -> Namespace:
     add("--input-mode", choices=MODALITIES, default="early", help=words)
     words = "bbgt, xml, xml-sanitized, paired, json, a path, or all that ROOT holds"
     add("--annotations", default="all", help=words)
-    add("--out", type=output(), default=Path("faults.csv"), help="all faults as CSV (%(default)s)")
+    add("--out", type=out_path(), default=Path("faults.csv"), help="all faults as CSV (%(default)s)")
     return parser.parse_args()
 
 
@@ -109,11 +109,11 @@ def find_annotations(root: Path, where: str) -> tuple[list[Annotations], list[Pa
     Args:
         where: a form, a path, or "all" that the root holds.
     """
-    if where not in ("all", *PLACES):
-        named = find_file(root, where)
+    if where not in ("all", *FORM_PATHS):
+        named = resolve_path(root, where)
         return ([], [named]) if named.is_file() else ([open_annotations(named)], [])
-    kinds = PLACES if where == "all" else [where]
-    found = [(kind, path) for kind in kinds for path in find_form(root, kind)]
+    kinds = FORM_PATHS if where == "all" else [where]
+    found = [(kind, path) for kind in kinds for path in find_form_paths(root, kind)]
     if not found:
         open_annotations(root, "auto" if where == "all" else where)  # says what it looked for
     forms = [Annotations(path, kind, "lwir") for kind, path in found if kind != "json"]
@@ -153,7 +153,7 @@ def check_list(path: Path, frames: dict[str, tuple[Path, int]], disjoint: bool) 
         InputError: it is not there or is no text.
     """
     errors: list[InputError] = []
-    for frame_id, line in list_lines(path, errors).items():
+    for frame_id, line in line_numbers(path, errors).items():
         other, other_line = frames.setdefault(frame_id, (path, line))
         if other != path and (disjoint or ("test" in path.stem) != ("test" in other.stem)):
             yield Fault("list-overlap", path, line, f"{frame_id} is in {other}:{other_line} too")

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from engine.config import OneLineParser
 from kaist.annotations import FRAME_SIZE, JSON_NAME, PairSet
 from kaist.files import InputError, make_folder, run_script, write_atomically, write_text
-from kaist.images import open_view, rescale
-from kaist.labels import KAIST_LABELS, ObjectRow, class_name, coco_content, yolo_text
-from kaist.pair_sets import NAMED, SPLITS, find_lwir_range, kaist_ids, open_pairs
+from kaist.images import load_image, rescale
+from kaist.labels import KAIST_LABELS, ObjectRow, coco_content, yolo_class, yolo_text
+from kaist.pair_sets import NAMED_SETS, SPLITS, find_lwir_range, kaist_ids, open_pairs
 
 JPEG_QUALITY = 95  # of frames that are scaled
 FOLDERS = {"visible": "images", "lwir": "lwir"}  # of the images of COCO and YOLO
@@ -63,7 +63,7 @@ def parse_arguments() -> Namespace:
     """The command line."""
     parser = OneLineParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("data", metavar="SET", help=f"a description, pairs.json, or {', '.join(NAMED)}")
+    add("data", metavar="SET", help=f"a description, pairs.json, or {', '.join(NAMED_SETS)}")
     add("--data-root", type=Path, metavar="FOLDER", help="where the set's paths begin")
     add("--to", choices=("coco", "yolo", "kaist"), required=True, help="the form to write")
     add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for it")
@@ -90,7 +90,7 @@ def write_plain(sets: dict[str, PairSet], form: str, out: Path) -> None:
     """The images as they are, images/<split>/<id>, visible, and lwir/<split>/<id>; their labels as COCO
     or YOLO has them; and the pairs.json of both."""
     every = [row for pairs in sets.values() for own in pairs.objects.values() for row in own]
-    classes = {class_name(row) if form == "yolo" else row.label for row in every}
+    classes = {yolo_class(row) if form == "yolo" else row.label for row in every}
     names = ["person", *sorted(classes - {"person"})]
     for split, pairs in sets.items():
         place, images = out / LABELS_AT[form].format(split=split), []
@@ -155,7 +155,7 @@ def draw_frame(
             place_file(source, target.with_suffix(source.suffix))
             continue
         make_folder(target.parent)
-        view = rescale(open_view(source, modality, deep))
+        view = rescale(load_image(source, modality, deep))
         save = partial(view.save, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
         write_atomically(target.with_suffix(".jpg"), save)
 

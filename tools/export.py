@@ -29,8 +29,8 @@ from detect import find_pairs, list_images
 from engine.checkpoint import choose_checkpoint
 from engine.config import ROOT, check_experiment, find_folder, model_arguments, pick
 from kaist.annotations import MODALITIES
-from kaist.files import InputError, OneLineParser, check_folders, output, run_script, write_atomically
-from kaist.images import open_view, read_frame
+from kaist.files import InputError, OneLineParser, check_folders, out_path, run_script, write_atomically
+from kaist.images import load_image, read_frame
 from kaist.report import headline_table, score
 from kaist.results import join_frames
 from kaist.sources import TEST_SET_KEYS, open_testing
@@ -110,7 +110,7 @@ def parse_arguments() -> Namespace:
     whose = "the checkpoint is its author's file of this row's network (docs/published.md)"
     add("--experiment", default="", metavar="ROW", help=whose)
     add("--format", choices=PACKAGES, default="onnx", help="of the file (%(default)s)")
-    add("--out", type=output(), metavar="FILE", help="(default: the run's name in the current folder)")
+    add("--out", type=out_path(), metavar="FILE", help="(default: the run's name in the current folder)")
     add("--min-score", type=float, help="boxes up to this score are left out (default: the checkpoint's)")
     add("--raw", action="store_true", help="all decoded boxes and scores: NMS is left to the program")
     add("--no-flip", action="store_true", help="do not average over mirror images, in half the time")
@@ -227,7 +227,7 @@ def given_frames(images: Sequence[Path], config: Namespace) -> Iterator[list[np.
     names = MODALITIES[config.input_mode]
     for pair in find_pairs(list_images(images, []), config, []):
         if pair.keys() >= set(names):
-            views = (open_view(pair[name], name, config.lwir_range) for name in names)
+            views = (load_image(pair[name], name, config.lwir_range) for name in names)
             yield [np.array(view).reshape(1, view.height, view.width, -1) for view in views]
 
 

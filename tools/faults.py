@@ -11,7 +11,7 @@ import numpy as np
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_SIZE, FRAME_WIDTH
 from kaist.files import InputError, load_json, read_text
-from kaist.images import open_image, open_view
+from kaist.images import load_image, open_image
 from kaist.labels import KAIST_LABELS, ObjectRow, json_objects, parse_xml, read_labels
 
 # Name -> what it is, and words by which the message of a reader that finds it is known; the first that fit.
@@ -101,7 +101,7 @@ def check_image(
 ) -> Fault | tuple[bytes, float]:
     """What is wrong with one image, or a digest of its pixels and how coloured it is, see `COLOURED`.
 
-    size: its width and height, if all is well; lwir_range: as of `open_view`.
+    size: its width and height, if all is well; lwir_range: as of `load_image`.
     """
     if fault := unreadable(path, f"missing-{modality}"):
         return fault
@@ -111,7 +111,7 @@ def check_image(
             if image.size != size:
                 return Fault("wrong-size", path, 0, "{}x{}, not {}x{}".format(*image.size, *size))
         # LWIR of 8 bits is opened as visible is, so that colours in it are seen.
-        view = open_view(path, "lwir", lwir_range) if deep else open_view(path, "visible")
+        view = load_image(path, "lwir", lwir_range) if deep else load_image(path, "visible")
     except InputError as error:
         return to_fault(error)
     pixels = np.asarray(view.convert("RGB"))

@@ -18,7 +18,7 @@ from kaist.files import (
     InputError,
     OneLineParser,
     check_folders,
-    output,
+    out_path,
     run_script,
     write_atomically,
     write_text,
@@ -67,8 +67,8 @@ def main() -> None:
     add("--annotations", type=Path, required=True, help="KAIST_annotation.json")
     add("--only-published", action="store_true", help="leave out files that are not of a known detector")
     add("--resamples", type=int, default=2000, help="of frames, and of videos (%(default)s)")
-    add("--out", type=output(), default=Path("docs/leaderboard.md"), help="the page (%(default)s)")
-    add("--figure", type=output(".png"), default=Path("docs/figures/leaderboard.png"), help="(%(default)s)")
+    add("--out", type=out_path(), default=Path("docs/leaderboard.md"), help="the page (%(default)s)")
+    add("--figure", type=out_path(".png"), default=Path("docs/figures/leaderboard.png"), help="(%(default)s)")
     arguments = parser.parse_args()
     if not 1 <= arguments.resamples <= MOST_RESAMPLES:
         parser.error(f"--resamples takes a number from 1 to {MOST_RESAMPLES}")

@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.config import CHOICES, find_folder
-from kaist.annotations import FRAME_SIZE, Annotations, find_file, open_annotations, read_image_list
+from kaist.annotations import FRAME_SIZE, Annotations, open_annotations, read_image_list, resolve_path
 from kaist.demo import open_root
-from kaist.files import InputError, OneLineParser, check_folders, output, run_script, write_atomically
+from kaist.files import InputError, OneLineParser, check_folders, out_path, run_script, write_atomically
 from kaist.frames import load_frames
 from kaist.report import markdown_table
 
@@ -59,7 +59,7 @@ def parse_arguments() -> Namespace:
     add("--min-height", type=float, default=12.0, help="lower persons are left out, pixels")
     add("--margin", type=float, default=5.0, help="so are those closer to the border, pixels")
     add("--derive", type=int, default=0, metavar="K", help="print a set of K heights for the first size")
-    add("--out", type=output(".png"), default=Path("priors.png"), help="the curve (default: %(default)s)")
+    add("--out", type=out_path(".png"), default=Path("priors.png"), help="the curve (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.derive == 1 or arguments.derive < 0:
         parser.error("--derive takes a number of heights, from 2 up")
@@ -89,9 +89,9 @@ def read_persons(arguments: Namespace) -> tuple[np.ndarray, np.ndarray]:
     if arguments.image_list == "all":
         frame_ids = annotated_frames(annotations)
     else:
-        frame_ids = read_image_list(find_file(root, arguments.image_list))
+        frame_ids = read_image_list(resolve_path(root, arguments.image_list))
     frames = load_frames(frame_ids, annotations, min_height=arguments.min_height, margin=arguments.margin)
-    low, high = np.split(np.concatenate([np.zeros((0, 4)), *(frame.people for frame in frames)]), 2, axis=1)
+    low, high = np.split(np.concatenate([np.zeros((0, 4)), *(frame.persons for frame in frames)]), 2, axis=1)
     if not len(low):
         raise InputError("no person to match", "choose another list", file=annotations.source)
     chosen = f"from {arguments.min_height:g} px, {arguments.margin:g} px inside the frame"

@@ -17,9 +17,9 @@ if __name__ == "__main__":  # before torch is imported, which takes seconds
 import torch
 
 from datasets import AUGMENTATION_KEYS, Batch, Collate, KaistPairs
-from kaist.annotations import find_file, open_annotations, read_image_list
+from kaist.annotations import open_annotations, read_image_list, resolve_path
 from kaist.demo import open_root
-from kaist.frames import BOTH, LWIR, VISIBLE, Frame, load_frames, places_in_videos
+from kaist.frames import BOTH, LWIR, VISIBLE, Frame, indices_in_videos, load_frames
 from kaist.images import check_images
 from model import INPUT_CHANNELS
 from ssd.augment import Augmentation, mean_colour
@@ -48,12 +48,12 @@ def main() -> None:
     check_config(config)
     config = Namespace(**config)
     root = open_root(find_folder(config.data_root))
-    frame_ids = read_image_list(find_file(root, config.image_list))
+    frame_ids = read_image_list(resolve_path(root, config.image_list))
     order = torch.randperm(len(frame_ids), generator=torch.manual_seed(config.seed))
     annotations = open_annotations(root, config.annotations, "lwir")
     how = {"min_height": 12, "margin": 5, "learn": config.learn, "pairs": config.input_mode == "early"}
     frames = load_frames([frame_ids[i] for i in order], annotations, **how)
-    frames = of_many_videos([frame for frame in frames if frame.n_people])[: config.samples]
+    frames = of_many_videos([frame for frame in frames if frame.n_persons])[: config.samples]
     if not frames:
         raise InputError("no frame has a person to draw", "choose another IMAGE_LIST", file=root)
     check_images(root, [frame.id for frame in frames], config.input_mode)
@@ -70,7 +70,7 @@ def main() -> None:
 
 def of_many_videos(frames: list[Frame]) -> list[Frame]:
     """The frames in another order: the first of each video, then the second of each, …"""
-    places = places_in_videos(frame.id for frame in frames)
+    places = indices_in_videos(frame.id for frame in frames)
     return [frames[i] for i in sorted(range(len(frames)), key=places.__getitem__)]
 
 

@@ -61,7 +61,7 @@ class Setting:
             draw_set(root, train_frames=self.drawn, test_frames=6, progress=False)
         ids = read_image_list(root / "imageSets/train-all.txt")
         frames = load_frames(ids, open_annotations(root), min_height=12, margin=5)
-        return root, [frame for frame in frames if frame.n_people]
+        return root, [frame for frame in frames if frame.n_persons]
 
 
 class Line(NamedTuple):

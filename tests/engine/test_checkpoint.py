@@ -19,7 +19,7 @@ from engine.checkpoint import load_checkpoint
 from kaist.annotations import image_path, read_image_list
 from kaist.error_sheet import draw_errors
 from kaist.files import MAX_TEXT, InputError
-from kaist.images import open_view
+from kaist.images import load_image
 from kaist.labels import read_json, read_labels
 from kaist.miss_rate import load_ground_truth
 from kaist.results import Detections, read_detections
@@ -162,7 +162,7 @@ def test_an_image_of_a_huge_declared_size_is_refused_undecoded(tmp_path, content
     path.write_bytes(content)
     with warnings.catch_warnings(), pytest.raises(InputError, match="I00000.jpg: .*(image|size)"):
         warnings.simplefilter("error")
-        open_view(path, "visible")
+        load_image(path, "visible")
 
 
 def test_broken_images_are_named_wherever_images_are_opened(demo_root, tmp_path, monkeypatch):
@@ -175,14 +175,14 @@ def test_broken_images_are_named_wherever_images_are_opened(demo_root, tmp_path,
             content = image_path(demo_root, frame, modality).read_bytes()
             path.write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match="I00000.jpg: broken image .*truncated"):
-        open_view(path, "lwir")
+        load_image(path, "lwir")
     people = load_ground_truth(demo_root, frames)
     one = Detections(np.zeros(1, np.int64), np.array([[9.0, 9, 20, 50]]), np.ones(1))
     with pytest.raises(InputError, match="jpg: broken image"):
         draw_errors(people, one, root, 1, tmp_path / "errors.png", "one")
     path.write_bytes(jpeg_of(65000, 65000))
     with pytest.raises(InputError, match="jpg: "):
-        open_view(path, "lwir")
+        load_image(path, "lwir")
 
 
 def test_text_of_gigabytes_is_refused_unread(tmp_path):

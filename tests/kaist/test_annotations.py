@@ -21,7 +21,7 @@ from kaist.files import InputError
 from kaist.labels import json_objects
 from kaist.miss_rate import evaluate, load_ground_truth
 from kaist.results import read_detections
-from kaist.sources import find_parts
+from kaist.sources import find_kaist
 
 FRAME = "set06/V001/I00019"
 BBGT = """% bbGt version=3
@@ -386,7 +386,7 @@ def full_kaist(demo_root, tmp_path):
 
 
 def test_a_full_kaist_is_found_by_its_root(full_kaist):
-    parts = find_parts(full_kaist)
+    parts = find_kaist(full_kaist)
     assert parts == {
         "data_root": str(full_kaist),
         "train_list": "imageSets/train-all-02.txt",
@@ -394,7 +394,7 @@ def test_a_full_kaist_is_found_by_its_root(full_kaist):
         "test_list": "imageSets/test-all-20.txt",
         "test_annotations": "KAIST_annotation.json",
     }
-    assert find_parts(full_kaist, kinds=["test"]).keys() == {"data_root", "test_list", "test_annotations"}
+    assert find_kaist(full_kaist, kinds=["test"]).keys() == {"data_root", "test_list", "test_annotations"}
 
 
 def test_the_form_that_annotates_every_frame_is_taken(full_kaist):
@@ -404,9 +404,9 @@ def test_the_form_that_annotates_every_frame_is_taken(full_kaist):
         beside = xml / path.relative_to(full_kaist / "annotations").with_suffix(".xml")
         beside.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text("<annotation></annotation>")
-    assert find_parts(full_kaist)["annotations"] == "bbgt"
+    assert find_kaist(full_kaist)["annotations"] == "bbgt"
     next((full_kaist / "annotations/set03").rglob("*.txt")).unlink()
-    assert find_parts(full_kaist)["annotations"] == "xml"
+    assert find_kaist(full_kaist)["annotations"] == "xml"
 
 
 @pytest.mark.parametrize(
@@ -422,14 +422,14 @@ def test_the_form_that_annotates_every_frame_is_taken(full_kaist):
 def test_a_part_that_a_full_kaist_lacks_is_named(lost, named, full_kaist):
     (full_kaist / lost).rename(full_kaist / "lost")
     with pytest.raises(InputError, match=named):
-        find_parts(full_kaist)
+        find_kaist(full_kaist)
 
 
 def test_what_is_chosen_already_need_not_be_there(full_kaist):
     (full_kaist / "imageSets/train-all-02.txt").rename(full_kaist / "mine.txt")
     (full_kaist / "KAIST_annotation.json").unlink()
     given = {"train_list": "mine.txt", "test_annotations": "bbgt"}
-    parts = find_parts(full_kaist, given)
+    parts = find_kaist(full_kaist, given)
     assert (parts["train_list"], parts["annotations"]) == ("mine.txt", "bbgt")
     assert "test_annotations" not in parts
 

@@ -9,12 +9,12 @@ from kaist.annotations import PairSet, make_objects, open_annotations, time_of_d
 from kaist.files import InputError
 from kaist.frames import (
     BOTH,
-    LEARNED,
     LWIR,
+    PERSON_LABELS,
     VISIBLE,
-    frames_of,
+    describe_videos,
+    frames_from_gt,
     hold_out_videos,
-    list_videos,
     load_frames,
     make_frames,
     split_frames,
@@ -48,7 +48,7 @@ def test_what_is_learned_and_what_is_ignored():
 def test_frames_hold_the_objects_of_their_own(demo_root):
     ids = (demo_root / "imageSets/test-all.txt").read_text().split()
     people = load_ground_truth(demo_root, ids)
-    frames = frames_of(people, min_height=12.0, margin=5.0)
+    frames = frames_from_gt(people, min_height=12.0, margin=5.0)
     assert [frame.id for frame in frames] == ids
     assert sum(len(frame.labels) for frame in frames) == len(people.boxes) > 0
     for i, frame in enumerate(frames):
@@ -79,7 +79,7 @@ def test_of_paired_annotations_each_modality_has_its_boxes_and_equal_ones_are_jo
     objects = [*zip(x, frame.labels.tolist(), frame.seen.tolist(), strict=True)]
     assert objects[:3] == [(100, 1, BOTH), (200, 1, VISIBLE), (300, -1, VISIBLE)]
     assert objects[3:] == [(20, 1, VISIBLE), (205, 1, LWIR), (300, 1, LWIR)]
-    assert frame.boxes_px.dtype == np.float32 and frame.n_people == 3
+    assert frame.boxes_px.dtype == np.float32 and frame.n_persons == 3
     [alone] = load_frames(["set00/V000/I00000"], annotations, **how)
     assert alone.boxes_px[:, 0].tolist() == [100, 205, 300] and (alone.seen == BOTH).all()
 
@@ -92,7 +92,7 @@ def test_boxes_of_one_box_forms_are_seen_in_both(demo_root):
     )
     for a, b in zip(plain, pairs, strict=True):
         assert np.array_equal(a.boxes_px, b.boxes_px) and (b.seen == BOTH).all()
-        assert a.n_people == (a.labels == 1).sum() == len(a.people)
+        assert a.n_persons == (a.labels == 1).sum() == len(a.persons)
 
 
 def test_whom_learn_names(tmp_path):
@@ -108,7 +108,7 @@ def test_whom_learn_names(tmp_path):
         how = {"min_height": 12, "margin": 5, "learn": learn}
         [frame] = load_frames(["set00/V000/I00000"], annotations, **how)
         assert frame.labels.tolist() == expected
-    assert list(LEARNED) == ["person", "people", "all"]
+    assert list(PERSON_LABELS) == ["person", "people", "all"]
 
 
 def test_whole_videos_are_held_out_of_day_and_night():
@@ -124,7 +124,7 @@ def test_whole_videos_are_held_out_of_day_and_night():
     assert len(drawn) > 3
     assert list(hold_out_videos(times, 0.3, 5)) == list(hold_out_videos(times, 0.3, 5))
     few = hold_out_videos(times, 0.01, 0)  # the smallest, where none is near the share
-    assert list_videos(few).split(" (")[1].endswith("set04/V001") and len(few) == 70
+    assert describe_videos(few).split(" (")[1].endswith("set04/V001") and len(few) == 70
     most = hold_out_videos(times, 0.99, 0)
     assert len({video_of(frame) for frame in most}) == 3  # one of day and one of night stay
     assert not hold_out_videos(times, 0.0, 0)

@@ -12,7 +12,7 @@ from PIL import Image
 from kaist.annotations import image_path, read_image_list
 from kaist.files import InputError
 from kaist.frame_cache import cache_frames, fingerprint
-from kaist.images import MAX_PIXELS, check_images, image_size, open_view, read_frame
+from kaist.images import MAX_PIXELS, check_images, image_size, load_image, read_frame
 
 
 def random_pixels(size=(512, 640), channels=3):
@@ -55,7 +55,7 @@ def test_deep_images_are_refused(tmp_path, kind):
     path.parent.mkdir(parents=True)
     sixteen_bits(path, kind)
     for read in (
-        lambda: open_view(path, "lwir"),
+        lambda: load_image(path, "lwir"),
         lambda: check_images(tmp_path, ["set00/V000/I00000"], "lwir"),
     ):
         with pytest.raises(InputError, match="I00000.png: not an 8-bit image; scale all frames alike"):
@@ -141,13 +141,13 @@ def test_other_sizes_are_scaled_with_one_note(tmp_path, size, capsys):
 
 def test_pipes_and_images_beyond_memory_are_refused(tmp_path):
     with pytest.raises(InputError, match="not found"):
-        open_view(tmp_path / "a.jpg", "lwir")
+        load_image(tmp_path / "a.jpg", "lwir")
     os.mkfifo(tmp_path / "a.jpg")
     with pytest.raises(InputError, match="a.jpg: it is a pipe or a device"):
-        open_view(tmp_path / "a.jpg", "lwir")
+        load_image(tmp_path / "a.jpg", "lwir")
     Image.new("1", (8192, MAX_PIXELS // 8192 + 1)).save(tmp_path / "b.png")
     with pytest.raises(InputError, match="b.png: the image is 8192x4097, too large to decode"):
-        open_view(tmp_path / "b.png", "lwir")
+        load_image(tmp_path / "b.png", "lwir")
 
 
 def test_names_that_are_not_utf_8_have_a_fingerprint(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from kaist.files import InputError
-from kaist.images import open_view
+from kaist.images import load_image
 from kaist.labels import ObjectRow, coco_content, read_json, read_labels, yolo_text
 from kaist.pair_sets import find_lwir_range, kaist_ids, open_pairs
 from tests import pair_trees
@@ -139,7 +139,7 @@ def test_paths_begin_at_the_descriptions_folder_from_any_working_directory(tmp_p
         monkeypatch.chdir(tmp_path / folder)
         pairs = open_pairs(name, None, "train")
         assert pairs.frames == ("002", "000") and boxes(pairs, "000")[0][2] == (20, 30, 20, 50)
-        assert open_view(pairs.images["002"]["lwir"], "lwir").size == (160, 120)
+        assert load_image(pairs.images["002"]["lwir"], "lwir").size == (160, 120)
 
 
 def test_a_yolo_frame_without_labels_has_no_objects_and_others_are_refused(tmp_path, capsys):
@@ -308,13 +308,13 @@ def test_lwir_of_16_bits_is_scaled_by_percentiles_of_the_training_frames(tmp_pat
     )
     np.testing.assert_allclose((low, high), np.percentile(values, (0.1, 99.9)))
     path = train.images["000"]["lwir"]
-    view = np.asarray(open_view(path, "lwir", (low, high))).astype(float)
+    view = np.asarray(load_image(path, "lwir", (low, high))).astype(float)
     expected = ((np.asarray(Image.open(path)).astype(float) - low) / (high - low) * 255).clip(0, 255)
     assert view.shape == (120, 160) and np.abs(view - expected).max() <= 0.51
     with pytest.raises(InputError, match="not an 8-bit image"):
-        open_view(path, "lwir")
+        load_image(path, "lwir")
     with pytest.raises(InputError, match="an image of 8 bits, where those to train on have more"):
-        open_view(train.images["000"]["visible"], "lwir", (low, high))
+        load_image(train.images["000"]["visible"], "lwir", (low, high))
 
 
 def test_lwir_of_8_bits_has_no_range(tmp_path):

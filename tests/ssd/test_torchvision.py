@@ -7,7 +7,7 @@ import torch
 from torchvision.models.detection import ssd300_vgg16
 
 from engine.config import model_arguments, read_config
-from kaist.images import open_view, to_array
+from kaist.images import load_image, to_array
 from model import SSD300
 from ssd.augment import whole_frame
 from ssd.boxes import detect
@@ -37,7 +37,7 @@ def test_row_35_detects_what_torchvision_does(network, reference, tmp_path):
     paths = sorted((reference / "mini" / "images").glob("set*/V*/visible/*.jpg"))
     assert len(paths) >= 5
     for path in (paths[0], paths[-1]):  # a day and a night
-        image = whole_frame(3, (300, 300)).apply(to_array(open_view(path, "visible")))
+        image = whole_frame(3, (300, 300)).apply(to_array(load_image(path, "visible")))
         with torch.inference_mode():
             [expected] = network([image / 255])
             predictions = ours(image.unsqueeze(0))
