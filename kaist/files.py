@@ -1,4 +1,4 @@
-"""Reading and writing files so that nothing is lost and whatever fails is named."""
+"""Read and write files safely, report bad input in one line, and run the command-line scripts."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-MAX_TEXT = 2**28  # bytes of a text file; published results of the whole test set have 2**22
+MAX_TEXT = 2**28  # bytes of a text file; published results of the whole test set have about 2**22
 
 
 class InputError(Exception):
-    """A file, flag or constant that cannot be used, told in one line.
+    """A file, flag or constant that cannot be used, reported to the user in one line.
+
+    The arguments are also attributes.
 
     Args:
         problem: what is wrong, as a sentence without a full stop.
         remedy: what the user can do about it.
         file: the file at fault, if there is one.
         line: its 1-based line number, if known.
-
-    Attributes: problem, remedy, file and line, as given.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class InputError(Exception):
         self.problem, self.remedy, self.file, self.line = problem, remedy, file, line
 
     def __reduce__(self) -> tuple:
-        """Pickled as its message: a loader's worker process sends it to the main one."""
+        """Pickle the finished message, so that a worker process can send it to the main process."""
         return type(self).__new__, (type(self), *self.args), vars(self)
 
 
@@ -50,11 +50,11 @@ class InputError(Exception):
 
 
 def check_file(path: Path) -> int:
-    """The size of a file in bytes; a folder is refused, and a pipe, which one would wait for.
+    """Return the size of a regular file in bytes.
 
     Raises:
-        OSError: there is nothing.
-        InputError: it is something else.
+        OSError: the path does not exist.
+        InputError: it is a folder, or a pipe or device, from which a read could wait forever.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -64,13 +64,14 @@ def check_file(path: Path) -> int:
 
 
 def read_text(path: Path) -> str:
-    """A text file's content, UTF-8 whatever the locale; as of `check_file`.
+    """Return the content of a UTF-8 text file, whatever the locale.
 
-    What is no text, or more than memory may hold (then it is not read), is an InputError too.
+    Raises:
+        InputError: not a regular file, not UTF-8, or larger than `MAX_TEXT`.
     """
     size = check_file(path)
     if size > MAX_TEXT:
-        problem = f"{size / 1e6:.0f} MB, and a text file may have {MAX_TEXT / 1e6:.0f}"
+        problem = f"the file has {size / 1e6:.0f} MB, the limit for text files is {MAX_TEXT / 1e6:.0f} MB"
         raise InputError(problem, "split it, or leave out detections of low scores", file=path)
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -80,37 +81,37 @@ def read_text(path: Path) -> str:
 
 
 def load_json(text: str, path: Path) -> Any:
-    """The content of a JSON file, of which `text` is the text."""
+    """Parse the text of a JSON file; `path` is for the InputError that reports broken JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         problem, line = error.msg, error.lineno
-    except (RecursionError, ValueError) as error:  # nested, or a number written, without end
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number with too many digits
         problem, line = str(error), None
-    raise InputError(f"broken JSON ({problem})", "copy or write it again", file=path, line=line)
+    raise InputError(f"broken JSON ({problem})", "copy or create the file again", file=path, line=line)
 
 
 # ------------------------------------------------------------------- writing
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and those above it, if they are not there; an InputError says where it cannot be."""
+    """Create a folder and its parents if they do not exist; raises InputError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        problem = f"cannot be made a folder ({error.strerror or error})"
-        raise InputError(problem, "choose another place", file=path) from None
+        problem = f"cannot create this folder ({error.strerror or error})"
+        raise InputError(problem, "choose another folder", file=path) from None
 
 
 def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
-    """Write a file beside its place and rename it: what was there stays whole until then.
+    """Write a temporary file in the same folder, then rename it to `path`.
 
-    The content has reached the disk before it gets its name, so that a power cut leaves the old
-    file or the new one. Each writer has a temporary file of its own, under a random name.
+    The content is flushed to the disk before the rename, so that a power cut leaves either the old
+    file or the new one. The temporary name is random, so that several processes can write one path.
 
     Args:
-        write: called with the temporary path of an empty file, to fill it.
-        size: bytes it is going to need, if that is known, for the message about a full disk.
+        write: writes the content; it is called with the path of the empty temporary file.
+        size: expected size in bytes, if known, for the message about a full disk.
 
     Raises:
         InputError: the file cannot be written there.
@@ -128,24 +129,23 @@ def write_atomically(path: Path, write: Callable[[Path], object], size: int = 0)
             temporary.unlink(missing_ok=True)
             free = shutil.disk_usage(path.parent).free
             problem = f"the disk is full: it needs {size / 1e6:.1f} MB or more, {free / 1e6:.1f} MB are free"
-            remedy = "free some (runs that are over, damaged.pt, frame caches) or choose another place; what "
-            remedy += "was there before is whole"
+            remedy = "free some space (finished runs, damaged.pt, frame caches) or choose another place; the "
+            remedy += "previous version of the file is intact"
         else:
             problem, remedy = f"cannot write it ({error.strerror or error})", "choose another place"
         raise InputError(problem, remedy, file=path) from None
     finally:
-        with contextlib.suppress(OSError):  # of a read-only disk; the file is not there
+        with contextlib.suppress(OSError):  # a read-only disk: there is no file to delete
             temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, as UTF-8 whatever the locale; what no UTF-8 can hold, such as
-    other bytes of a file's name, is escaped."""
+    """Write a text file atomically as UTF-8, whatever the locale, escaped as by `printable`."""
     write_atomically(path, lambda temporary: temporary.write_bytes(printable(text).encode()))
 
 
 def printable(text: str) -> str:
-    """The text with whatever UTF-8 cannot hold, such as other bytes of a file's name, escaped."""
+    """Escape what UTF-8 cannot encode, such as the undecodable bytes of a file name."""
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -153,10 +153,10 @@ def printable(text: str) -> str:
 
 
 class PrintAction(argparse.Action):
-    """A flag that prints a text and ends the program, as --help does."""
+    """A flag that prints `text()` and exits, as --help does."""
 
-    def __init__(self, option_strings: list[str], dest: str, *, text: Any, **settings: Any) -> None:
-        super().__init__(option_strings, dest, nargs=0, **settings)
+    def __init__(self, option_strings: list[str], dest: str, *, text: Any, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **kwargs)
         self.text = text
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
@@ -165,19 +165,19 @@ class PrintAction(argparse.Action):
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose refusal is one InputError instead of a usage screen.
+    """An argument parser that raises one InputError where argparse would print the usage.
 
-    A script of a package is named by the command that starts it.
+    The program name of a package's script is the command that starts it: python -m tools.priors.
     """
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, **kwargs: Any) -> None:
         script = Path(sys.argv[0])
         package = script.parent.name
         prog = f"python -m {package}.{script.stem}" if package in ("tools", "kaist") else None
-        super().__init__(**{"prog": prog, **settings})
+        super().__init__(**{"prog": prog, **kwargs})
 
     def error(self, message: str) -> None:
-        """Refuse a command line; of an unknown flag the known one that is near to it is named."""
+        """Raise an InputError; the remedy for an unknown flag is a similar known flag, if there is one."""
         remedy = f"{self.prog} --help lists the flags"
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
         known = [flag[2:] for action in self._actions for flag in action.option_strings]
@@ -187,11 +187,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def out_path(*endings: str) -> Callable[[str], Path]:
-    """A parser of the path of a file to be written, which has one of these endings, or any."""
+    """Return an argparse type for the path of an output file; endings: allowed suffixes, none: any."""
 
     def parse(text: str) -> Path:
         if not Path(text).name or os.path.isdir(text):
-            raise argparse.ArgumentTypeError(f"{text!r} is no file's name")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a file name")
         if endings and Path(text).suffix.lower() not in endings:
             raise argparse.ArgumentTypeError(f"{text} does not end in {' or '.join(endings)}")
         return Path(text)
@@ -200,24 +200,26 @@ def out_path(*endings: str) -> Callable[[str], Path]:
 
 
 def check_folders(*files: Path | None) -> None:
-    """Refuse files to be written whose folders are not there."""
+    """Raise an InputError unless the folders of these output files exist; None is skipped."""
     for path in filter(None, files):
-        if not os.path.isdir(path.parent):  # unlike Path's own, it takes any name
-            raise InputError("no such folder", "make it first", file=path.parent)
+        if not os.path.isdir(path.parent):  # unlike Path.is_dir, it accepts names that are too long
+            raise InputError("no such folder", "create it first", file=path.parent)
 
 
-def check_overwrite(written: Iterable[Path | None], read: Iterable[Path | None]) -> None:
-    """Refuse files to be written that are among those to be read."""
-    inputs = {os.path.realpath(path) for path in read if path}
-    for path in filter(None, written):
-        if os.path.realpath(path) in inputs:
-            raise InputError("it is to be read, and would be replaced", "choose another place", file=path)
+def check_overwrite(outputs: Iterable[Path | None], inputs: Iterable[Path | None]) -> None:
+    """Raise an InputError if an output file is also an input file; None is skipped."""
+    real_inputs = {os.path.realpath(path) for path in inputs if path}
+    for path in filter(None, outputs):
+        if os.path.realpath(path) in real_inputs:
+            raise InputError(
+                "it is an input file and would be overwritten", "choose another place", file=path
+            )
 
 
 def check_flags(check: Callable[[], object]) -> None:
-    """Check a script's command line before it imports what takes seconds to import.
+    """Check a script's command line before slow imports such as torch.
 
-    Ctrl-C then ends the program without a traceback, until `run_script` takes over.
+    Ctrl-C during these imports ends the program without a traceback, until `run_script` is called.
     """
     run_script(check)
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
@@ -225,31 +227,31 @@ def check_flags(check: Callable[[], object]) -> None:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run an entry script's main(); an InputError becomes one line on stderr and exit code 2.
+    """Run a script's main() and turn errors into exit codes.
 
-    So does an OSError that names its file, and an output that cannot be written. Ctrl-C, SIGTERM
-    and a closed terminal unwind main() as exceptions (exit code 128 + signal); a closed pipe ends
-    it silently. What the terminal's encoding lacks is escaped.
+    An InputError, an OSError that names its file, and a standard output that cannot be written print
+    one line on stderr and exit with 2. Ctrl-C, SIGTERM and SIGHUP raise an exception in main() and exit
+    with 128 + signal. A closed pipe exits silently. Characters that stdout cannot encode are escaped.
     """
 
     def stop(number: int, _: object) -> None:
         sys.exit(128 + number)
 
-    heard = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    heard = [number for number in heard if signal.getsignal(number) == signal.SIG_DFL]  # else it is ignored
-    for number in heard:
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    handled = [number for number in numbers if signal.getsignal(number) == signal.SIG_DFL]  # not under nohup
+    for number in handled:
         signal.signal(number, stop)
-    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as scripts have it while they import
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by `check_flags`
         signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    end = None
+    exit_request = None
     try:
         try:
             main()
-        except SystemExit as error:  # as after --help
-            end = error
+        except SystemExit as error:  # such as after --help; the output still has to be flushed
+            exit_request = error
         if sys.stdout:
             sys.stdout.flush()
     except InputError as error:
@@ -257,30 +259,30 @@ def run_script(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         exit_with_error("interrupted", 130, "")
     except OSError as error:
-        if error.filename is not None:  # a name too long, a folder that may not be entered, …
+        if error.filename is not None:  # a name that is too long, a folder without permission, …
             exit_with_error(f"{str(error.filename)[:200]}: {error.strerror}")
         if not discard_broken_output("\n"):
             raise
-        if isinstance(error, BrokenPipeError):  # as by … | head -1
+        if isinstance(error, BrokenPipeError):  # such as by … | head -1
             sys.exit(128 + signal.SIGPIPE)
         exit_with_error(f"standard output: {error.strerror}")
     finally:
-        for number in heard:  # an exception while the interpreter ends would be printed
+        for number in handled:  # an exception at interpreter exit would print a traceback
             signal.signal(number, signal.SIG_DFL)
-    if end:
-        raise end
+    if exit_request:
+        raise exit_request
 
 
-def exit_with_error(message: str, code: int = 2, kind: str = "error: ") -> None:
-    """End the process with a line on stderr."""
+def exit_with_error(message: str, code: int = 2, prefix: str = "error: ") -> None:
+    """Print one line on stderr and exit."""
     discard_broken_output()
-    with contextlib.suppress(OSError):  # nobody may be there to read it
-        print(f"{kind}{message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # stderr may be closed
+        print(f"{prefix}{message}", file=sys.stderr)
     sys.exit(code)
 
 
 def discard_broken_output(probe: str = "") -> bool:
-    """Whether standard output cannot be written, not even `probe`; what waits is then dropped."""
+    """Flush stdout after writing `probe`; return whether that failed, and then discard all output."""
     try:
         if sys.stdout:
             print(end=probe, flush=True)

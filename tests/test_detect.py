@@ -151,7 +151,7 @@ def test_a_bad_image_costs_a_line_and_never_the_rest(run, found, tmp_path, capsy
         (["empty"], "empty: no image in this folder"),
         (["notes.txt"], "notes.txt: not an image"),
         (["lone.png"], "lone.png: the lwir image is missing.*--pair or --visible and.*MODALITY_DROPOUT"),
-        (["lone.png", "--json", "none/found.json"], "none: no such folder; make it first"),
+        (["lone.png", "--json", "none/found.json"], "none: no such folder; create it first"),
         (["lone.png", "--sheet", "./.png"], "./.png does not end in .png or .jpg"),
         (["lone.png", "--min-score", "2"], "--min-score 2.0 is not a number from 0 to 1"),
         ([], "name an image or a folder"),
@@ -244,7 +244,7 @@ def test_no_image_is_replaced(run, found, tmp_path):
     held = (tmp_path / "a.png").read_bytes()
     pair = ("--visible", "a.png", "--lwir", "b.png")
     for flags in (("--out", "."), ("--sheet", "b.png"), ("--json", "a.png")):
-        with pytest.raises(InputError, match="would be replaced; choose another place"):
+        with pytest.raises(InputError, match="would be overwritten; choose another place"):
             run(*pair, *flags)
     assert (tmp_path / "a.png").read_bytes() == held and len(list(tmp_path.iterdir())) == 2
 

@@ -331,10 +331,10 @@ def test_nothing_that_is_read_is_replaced(run, result, demo_root):
     copy.write_bytes((demo_root / "KAIST_annotation.json").read_bytes())
     held = {path: path.read_bytes() for path in (result, result.with_suffix(".frames.txt"), copy)}
     for path in held:
-        with pytest.raises(InputError, match="would be replaced; choose another place"):
+        with pytest.raises(InputError, match="would be overwritten; choose another place"):
             run("--detections", result, "--annotations", copy, "--json", path)
     for name in ("", "."):
-        with pytest.raises(InputError, match="is no file's name"):
+        with pytest.raises(InputError, match="is not a file name"):
             run("--detections", result, "--annotations", copy, "--json", name)
     assert all(path.read_bytes() == content for path, content in held.items())
 

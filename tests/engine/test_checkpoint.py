@@ -194,5 +194,5 @@ def test_text_of_gigabytes_is_refused_unread(tmp_path):
         partial(read_detections, frames=["set06/V000/I00000"]),
     )
     for read in (read_result, read_json, read_xml, read_image_list):
-        with pytest.raises(InputError, match="result.txt: 268 MB, and a text file may have 268"):
+        with pytest.raises(InputError, match="result.txt: the file has 268 MB, the limit for text"):
             read(path)
