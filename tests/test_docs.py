@@ -237,7 +237,7 @@ def test_a_set_of_ones_own_as_the_page_has_it(tmp_path, monkeypatch, capsys, und
     given = json.loads(pairs.read_text())
     assert json.loads(text).keys() == given.keys()
     pairs.write_text(text)
-    section = page.read_text(encoding="utf-8").partition("## In five commands\n")[2]
+    section = page.read_text(encoding="utf-8").partition("## Quick start\n")[2]
     said = []
     for line in next(text for language, text in FENCE.findall(section) if language == "bash").splitlines():
         module, arguments = project_command(shlex.split(line))
