@@ -1,20 +1,21 @@
-"""Label files: every form that objects of frames are read in and written in. Needs numpy alone.
+"""Read and write label files in every supported format. Needs numpy only.
 
-Forms of one frame's file; a row's box is x, y, w, h in pixels from the upper left corner in all of them:
-    bbgt: a header, then `label x y w h occ vx vy vw vh ign ang` a line (version 3 of Piotr Dollár's
-        toolbox); of paired and kaist-text five columns are enough.
-    xml, xml-sanitized: KAIST's, whose bndbox holds x, y, w, h, or VOC's, with xmin, ymin, xmax, ymax.
-    yolo: `class cx cy w h` a line, fractions of the frame.
-    cvc14: `x y w h 1 0 …` a line, x and y the box's centre; all are persons.
-A JSON file holds many frames: KAIST's test annotations, or COCO's.
+Files of one frame, by `form`; all are read as x, y, w, h in pixels, x and y the upper left corner:
+    bbgt: a header, then lines of `label x y w h occ vx vy vw vh ign ang` (version 3 of Piotr Dollár's
+        toolbox). paired, kaist-text: the same, but five columns are enough.
+    xml, xml-sanitized: KAIST's XML with x, y, w, h in bndbox, or VOC's with xmin, ymin, xmax, ymax.
+    yolo: lines of `class cx cy w h`, as fractions of the frame.
+    cvc14: lines of `x y w h 1 0 …`, x and y the center of the box; every object is a person.
+Files of many frames are JSON: KAIST's test annotations, or COCO's.
 
-What cannot be used is refused by an InputError with its line. Readers that are given a list `errors` put
-it there and go on.
+Invalid input raises an InputError with its line. Readers with a parameter `errors` append it to that
+list, if there is one, and continue with the next object.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -30,21 +31,19 @@ from kaist.files import InputError, load_json, read_text
 
 FRAME_ID = re.compile(r"set(0\d|1[01])/V\d{3}/I\d{5}", re.ASCII)
 KAIST_LABELS = ("person", "people", "cyclist", "person?", "person?a", "__ignore__")
-MANY = 10**6
-# Text forms: the fewest and the most columns that a line may have, and how it is to be written.
+# Text forms: minimum and maximum number of columns, and an example of a line.
 COLUMNS = {
-    "bbgt": (11, MANY, "person x y w h occ vx vy vw vh ign ang"),  # of which the last may be missing
-    **dict.fromkeys(("paired", "kaist-text"), (5, MANY, "person x y w h occ vx vy vw vh ign ang")),
-    "yolo": (5, 6, "class cx cy w h"),  # a sixth, a confidence, is left out
-    "cvc14": (5, MANY, "x y w h 1 0"),
+    "bbgt": (11, math.inf, "person x y w h occ vx vy vw vh ign ang"),  # ang is optional
+    **dict.fromkeys(("paired", "kaist-text"), (5, math.inf, "person x y w h occ vx vy vw vh ign ang")),
+    "yolo": (5, 6, "class cx cy w h"),  # a sixth column, the confidence, is ignored
+    "cvc14": (5, math.inf, "x y w h 1 0"),
 }
-YOLO_DECIMALS = 8  # of YOLO's fractions: at 10,000 pixels a side a ten-thousandth of a pixel
-JSON_REMEDY = "use one with images, annotations and categories"
-Errors = list[InputError] | None
+YOLO_DECIMALS = 8  # decimal places of a fraction: 0.0001 pixels in a frame of 10,000 pixels
+Errors = list[InputError] | None  # a list that collects errors; None: raise the first one
 
 
 class ObjectRow(NamedTuple):
-    """An object as its file has it. box: x, y, w, h; number: its line, or its place in a JSON's list."""
+    """One object of a label file. box: xywh pixels; number: its line, or its index in a JSON list."""
 
     label: str
     box: list[float]
@@ -55,11 +54,13 @@ class ObjectRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Objects:
-    """The annotated objects of one frame, or of many, one after the other.
+    """The annotated objects of one frame, or of several frames, concatenated.
 
-    boxes: (n, 4) float64 xywh pixels, as in the file; labels: n words (person, people, cyclist,
-    person?, …); occlusion: (n,) int64, 0 none, 1 partial, 2 heavy; ignore: (n,) bool, the file's
-    own ignore flag.
+    Attributes:
+        boxes: (n, 4) float64 xywh pixels, as in the file.
+        labels: n class names (person, people, cyclist, person?, …).
+        occlusion: (n,) int64, 0 none, 1 partial, 2 heavy.
+        ignore: (n,) bool, the ignore flag of the file.
     """
 
     boxes: np.ndarray
@@ -69,26 +70,26 @@ class Objects:
 
     @property
     def is_person(self) -> np.ndarray:
-        """(n,) bool: labelled "person" and not flagged to be ignored."""
+        """(n,) bool: labelled "person" without an ignore flag."""
         return np.array([label == "person" for label in self.labels], dtype=bool) & ~self.ignore
 
 
 def make_objects(rows: Sequence[tuple]) -> Objects:
-    """Objects from rows (label, box, occlusion, ignore, …)."""
+    """Build `Objects` from rows (label, box, occlusion, ignore, …)."""
     labels, boxes, occlusion, ignore, *_ = zip(*rows, strict=True) if rows else [()] * 4
     boxes = np.array(boxes, np.float64).reshape(-1, 4)
     return Objects(boxes, labels, np.array(occlusion, np.int64), np.array(ignore, bool))
 
 
 def report(error: InputError, errors: Errors) -> None:
-    """Add an error to the list, or raise it where there is none."""
+    """Append an error to the list, or raise it if there is no list."""
     if errors is None:
         raise error from None
     errors.append(error)
 
 
 def check_object(row: ObjectRow) -> ObjectRow:
-    """Refuse a box of no area or not finite, and an occlusion other than 0, 1 or 2."""
+    """Return the row if its box is finite with positive size and its occlusion is 0, 1 or 2, else raise."""
     x, y, w, h = row.box
     if not (w > 0 and h > 0 and abs(x) + abs(y) + w + h < 1e6):
         problem = f"box x={x:g} y={y:g} w={w:g} h={h:g} is not a box of pixels with positive size"
@@ -99,7 +100,7 @@ def check_object(row: ObjectRow) -> ObjectRow:
 
 
 def parse_number(text: str) -> float:
-    """A decimal number. Python's float() alone would take 1_000 and every script's digits."""
+    """Parse a decimal number; unlike float(), refuse 1_000 and digits that are not ASCII."""
     try:
         if text.isascii() and "_" not in text:
             return float(text)
@@ -108,11 +109,11 @@ def parse_number(text: str) -> float:
     raise InputError(f"{text!r} is not a number", "correct the line")
 
 
-# ------------------------------------------------------------------- one frame's file
+# ------------------------------------------------------------------- files of one frame
 
 
 def guess_form(path: Path) -> str:
-    """The form of one frame's label file, by its ending and its first character."""
+    """Guess the form of one frame's label file from its suffix and its first character."""
     if path.suffix.lower() == ".xml":
         return "xml"
     return "kaist-text" if read_text(path).startswith("%") else "yolo"
@@ -121,11 +122,12 @@ def guess_form(path: Path) -> str:
 def read_labels(
     path: Path, form: str, size: tuple[int, int] = (1, 1), names: Sequence[str] = (), errors: Errors = None
 ) -> list[ObjectRow]:
-    """The objects of one frame's label file.
+    """Read the objects of one frame's label file.
 
     Args:
-        form: one of `COLUMNS`, xml or xml-sanitized; size: width and height of the frame, for YOLO;
-            names: of YOLO's class numbers, which name themselves where there are none.
+        form: a key of `COLUMNS`, "xml" or "xml-sanitized".
+        size: width and height of the frame, for YOLO.
+        names: class names by YOLO's class number; empty: the number is the label.
     """
     if form.startswith("xml"):
         root, lines = parse_xml(path)
@@ -135,17 +137,17 @@ def read_labels(
     if row is None and not (lines and lines[0].startswith("%")):
         problem, remedy = "the first line is not a bbGt header", "begin the file with '% bbGt version=3'"
         report(InputError(problem, remedy, file=path, line=1), errors)
-    fewest, most, example = COLUMNS[form]
+    minimum, maximum, example = COLUMNS[form]
 
     def read(line: str, number: int) -> ObjectRow:
         fields = line.split()
-        if not fewest <= len(fields) <= most:
-            problem = f"{len(fields)} columns where {form} has {fewest}{' or more' * (most == MANY)}"
+        if not minimum <= len(fields) <= maximum:
+            problem = f"{len(fields)} columns where {form} has {minimum}{' or more' * (maximum == math.inf)}"
             raise InputError(problem, f"write '{example}'")
         return (row or bbgt_row)(fields, number)
 
-    begin = 0 if row else 1
-    numbered = ((number, line) for number, line in enumerate(lines[begin:], begin + 1) if line.strip())
+    n_header = 0 if row else 1
+    numbered = ((number, line) for number, line in enumerate(lines[n_header:], n_header + 1) if line.strip())
     return read_rows(numbered, read, path, errors)
 
 
@@ -156,8 +158,7 @@ def read_rows(
     errors: Errors,
     place: str = "",
 ) -> list[ObjectRow]:
-    """The rows that `read` makes of numbered items. place: says where a refused one is, by its number;
-    "": that is its line."""
+    """Read and check (number, item) pairs; place: format of an invalid item's location, "": its line."""
     rows = []
     for number, item in items:
         try:
@@ -169,36 +170,37 @@ def read_rows(
 
 
 def bbgt_row(fields: list[str], number: int) -> ObjectRow:
-    """A row from one line of KAIST's text; without its later columns nothing is occluded or ignored."""
+    """Parse a line of KAIST's text; without the later columns, occlusion is 0 and ignore is False."""
     box = [parse_number(field) for field in fields[1:5]]
     occlusion, ignore = (parse_number(fields[i]) for i in (5, 10)) if len(fields) >= 11 else (0.0, 0.0)
     return ObjectRow(fields[0], box, occlusion, ignore != 0, number)
 
 
 def yolo_row(size: tuple[int, int], names: Sequence[str], fields: list[str], number: int) -> ObjectRow:
-    """A row from a line of YOLO's."""
+    """Parse a line of YOLO's format."""
     cx, cy, w, h = map(parse_number, fields[1:5])
-    if max(map(abs, (cx, cy, w, h))) > 2:  # a box may leave the frame
+    if max(map(abs, (cx, cy, w, h))) > 2:  # boxes may extend beyond the frame
         problem = f"{' '.join(fields[1:5])} are not fractions of the frame, from 0 to 1"
         raise InputError(problem, "divide pixels by the frame's width and height")
     label = fields[0]
     if not (label.isascii() and label.isdigit()) or (names and int(label) >= len(names)):
-        raise InputError(f"class {label!r} has no name", "name the classes in order as the set's 'names'")
+        raise InputError(f"class {label!r} has no name", "list all class names in order as 'names'")
     width, height = size
     box = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
     return ObjectRow(names[int(label)] if names else label, box, number=number)
 
 
 def cvc14_row(fields: list[str], number: int) -> ObjectRow:
-    """A row from a line of CVC-14's."""
+    """Parse a line of CVC-14's format."""
     x, y, w, h = map(parse_number, fields[:4])
     return ObjectRow("person", [x - w / 2, y - h / 2, w, h], number=number)
 
 
 def parse_xml(path: Path) -> tuple[ElementTree.Element, list[int]]:
-    """The root of one XML file, and the line on which each of its objects begins.
+    """Parse a KAIST XML file: its root, and the line on which each of its objects starts.
 
-    A DOCTYPE is refused, because its entities could grow without bound.
+    Raises:
+        InputError: broken XML, another root, or a DOCTYPE, whose entities could expand without bound.
     """
     parser, builder, lines = expat.ParserCreate(), ElementTree.TreeBuilder(), []
 
@@ -209,7 +211,7 @@ def parse_xml(path: Path) -> tuple[ElementTree.Element, list[int]]:
 
     def refuse_doctype(*_: object) -> None:
         line = parser.CurrentLineNumber
-        raise InputError("an XML with a DOCTYPE is not read", "delete its DOCTYPE", file=path, line=line)
+        raise InputError("XML with a DOCTYPE is not supported", "delete it", file=path, line=line)
 
     parser.buffer_text = True
     parser.StartElementHandler, parser.EndElementHandler = start, builder.end
@@ -221,21 +223,18 @@ def parse_xml(path: Path) -> tuple[ElementTree.Element, list[int]]:
         raise InputError(problem, "copy the file again", file=path, line=line) from None
     root = builder.close()
     if root.tag != "annotation":
-        problem = f"<{root.tag[:60]}> is no KAIST annotation"
+        problem = f"<{root.tag[:60]}> is not a KAIST annotation"
         raise InputError(problem, "copy the file again", file=path, line=1)
     return root, lines
 
 
 def xml_row(item: ElementTree.Element, number: int) -> ObjectRow:
-    """A row from one XML object, of sides x, y, w, h or of corners, as they are: xmax - xmin wide.
-
-    What VOC calls `difficult` is ignored.
-    """
+    """Parse an XML object with x, y, w, h, or VOC's with corners, whose `difficult` means ignore."""
     label = item.findtext("name", "").strip()
     box = {side.tag: side.text or "" for side in item.iterfind("bndbox/*")}
     sides = [box.get(side) for side in (*"xywh", "xmin", "ymin", "xmax", "ymax")]
     if not label or (None in sides[:4] and None in sides[4:]):
-        problem = "an object lacks its name or a side of its bndbox (x, y, w, h, or xmin, ymin, xmax, ymax)"
+        problem = "an object lacks its name or a value of its bndbox (x, y, w, h, or xmin, ymin, xmax, ymax)"
         raise InputError(problem, "add it")
     if None in sides[4:]:
         occlusion = parse_number(item.findtext("occlusion", "0"))
@@ -245,35 +244,33 @@ def xml_row(item: ElementTree.Element, number: int) -> ObjectRow:
     return ObjectRow(label, [x, y, right - x, bottom - y], 0, difficult, number)
 
 
-# ------------------------------------------------------------------- a JSON of many frames
+# ------------------------------------------------------------------- JSON files of many frames
 
 
 def read_json(path: Path, errors: Errors = None, kaist: bool = True) -> dict[str, list[ObjectRow]]:
-    """Frame id -> objects of KAIST's test JSON, in the order of the images' ids, see `json_objects`."""
+    """Read an annotation JSON: name of an image -> its objects, see `json_objects`."""
     return json_objects(load_json(read_text(path), path), path, errors, kaist)
 
 
 def json_objects(content: Any, path: Path, errors: Errors, kaist: bool = True) -> dict[str, list[ObjectRow]]:
-    """An image's name -> its objects, of a JSON's content. An object's label is its category's name.
+    """Group the objects of an annotation JSON by image name, in the order of the image ids.
 
-    kaist: whether each image's im_name is a KAIST frame's id, and each object has an occlusion and an
-    ignore flag; else names are file_name or im_name, and a crowd is ignored.
+    Args:
+        kaist: True: an image's name is its im_name, which is a KAIST frame id, and every object has
+            occlusion and ignore. False: the name is file_name or im_name, and iscrowd means ignore.
     """
     frames: dict[Any, str] = {}
     objects: dict[str, list[ObjectRow]] = {}
-
-    def one_row(item: Any, number: int) -> ObjectRow:
-        return json_rows([item], names)[0]._replace(number=number)
 
     try:
         for image in sorted(content["images"], key=lambda image: image["id"]):
             number = image["id"]
             name = image["im_name"] if kaist else str(image.get("file_name") or image["im_name"])
             if kaist and not FRAME_ID.fullmatch(name):
-                raise ValueError(f"im_name {name!r} is no frame id")
+                raise ValueError(f"im_name {name!r} is not of the form set00/V000/I00000")
             if number in frames or name in objects:
-                problem = f"image {number} or {'im_name' if kaist else 'file_name'} {name} is there twice"
-                report(InputError(problem, "give each an id and a name of its own", file=path), errors)
+                problem = f"image {number} or {'im_name' if kaist else 'file_name'} {name} occurs twice"
+                report(InputError(problem, "give each image a unique id and name", file=path), errors)
             frames[number], objects[name] = name, []
         names, items = {c["id"]: c["name"] for c in content["categories"]}, content["annotations"]
         if not kaist:
@@ -282,28 +279,29 @@ def json_objects(content: Any, path: Path, errors: Errors, kaist: bool = True) -
                 item.setdefault("occlusion", 0)
         try:
             rows = json_rows(items, names)
-        except InputError:  # of which one, one by one
+        except InputError:  # check them one by one to find out which is invalid
             place = "annotation {} of the list: "
-            rows = read_rows(enumerate(items), one_row, path, errors, place)
+            rows = read_rows(enumerate(items), lambda x, i: json_rows([x], names, i)[0], path, errors, place)
         for row in rows:
             image_id = items[row.number]["image_id"]
             if image_id in frames:
                 objects[frames[image_id]].append(row)
             else:
-                problem = f"annotation {row.number} is of image {image_id}, which is not in it"
+                problem = f"annotation {row.number} has image_id {image_id}, but no image has this id"
                 report(InputError(problem, "correct its image_id, or add the image", file=path), errors)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         form = "KAIST" if kaist else "COCO"
         problem = f"not a {form} annotation JSON ({type(error).__name__}: {error})"
-        raise InputError(problem, JSON_REMEDY, file=path) from None
+        remedy = "use a file with images, annotations and categories"
+        raise InputError(problem, remedy, file=path) from None
     return objects
 
 
-def json_rows(items: Sequence[Any], names: Mapping[Any, str]) -> list[ObjectRow]:
-    """The rows of a JSON's objects, all at once; names: category id -> label.
+def json_rows(items: Sequence[Any], names: Mapping[Any, str], first: int = 0) -> list[ObjectRow]:
+    """Convert and check JSON objects at once; names: category id -> label; first: number of the first one.
 
     Raises:
-        InputError: one of them cannot be used; which one is not told.
+        InputError: one of the objects is invalid; the message does not say which.
     """
     try:
         labels = [names[item["category_id"]] for item in items]
@@ -315,23 +313,23 @@ def json_rows(items: Sequence[Any], names: Mapping[Any, str]) -> list[ObjectRow]
         if {*map(type, ignore)} - {int, bool} or {*ignore} - {0, 1}:
             raise TypeError(f"ignore is {ignore[0]!r}, not 0, 1, true or false")
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        problem = f"it lacks a field or holds a wrong one ({type(error).__name__}: {error})"
-        raise InputError(problem, "compare it with the others") from None
-    columns = labels, boxes.tolist(), levels.tolist(), map(bool, ignore), range(len(items))
+        problem = f"a field is missing or has a wrong value ({type(error).__name__}: {error})"
+        raise InputError(problem, "compare it with the other annotations") from None
+    columns = labels, boxes.tolist(), levels.tolist(), map(bool, ignore), range(first, first + len(items))
     rows = [*map(ObjectRow._make, zip(*columns, strict=True))]
     x, y, w, h = boxes.T
     with np.errstate(over="ignore"):
-        good = (w > 0) & (h > 0) & (abs(x) + abs(y) + w + h < 1e6) & np.isin(levels, (0, 1, 2))
-    for place in np.flatnonzero(~good):
-        check_object(rows[place])
+        valid = (w > 0) & (h > 0) & (abs(x) + abs(y) + w + h < 1e6) & np.isin(levels, (0, 1, 2))
+    for i in np.flatnonzero(~valid):
+        check_object(rows[i])
     return rows
 
 
 def plain_numbers(rows: Sequence[Sequence[Any]], columns: int) -> np.ndarray:
-    """(n, columns) float64 of rows of a JSON's numbers; float() alone would take texts and booleans.
+    """Convert rows of JSON numbers to (n, columns) float64; unlike float(), refuse strings and booleans.
 
     Raises:
-        TypeError, OverflowError: a value is something else, there are more or fewer, or it is too large.
+        TypeError, OverflowError: a value is not a number or is too large, or a row has another length.
     """
     values = [*itertools.chain.from_iterable(rows)]
     if {*map(type, values)} - {int, float} or {*map(len, rows)} - {columns}:
@@ -343,12 +341,12 @@ def plain_numbers(rows: Sequence[Sequence[Any]], columns: int) -> np.ndarray:
 
 
 def yolo_class(row: ObjectRow) -> str:
-    """What YOLO's form calls an object: by its label, but a person who is ignored "ignored"."""
+    """Class name of an object in a YOLO file: its label, but "ignored" for a person to ignore."""
     return "ignored" if row.ignore and row.label == "person" else row.label
 
 
 def yolo_text(rows: Iterable[ObjectRow], size: tuple[int, int], names: Sequence[str]) -> str:
-    """The text of one frame's YOLO file; size: its width and height; names: of the class numbers."""
+    """Format one frame's objects as a YOLO file; size: width and height; names: all class names, in order."""
     lines = []
     for row in rows:
         x, y, w, h = row.box
@@ -361,22 +359,22 @@ def yolo_text(rows: Iterable[ObjectRow], size: tuple[int, int], names: Sequence[
 def coco_content(
     images: Iterable[tuple[str, tuple[int, int], list[ObjectRow]]], name_key: str = "file_name"
 ) -> dict[str, Any]:
-    """What a COCO JSON of images (name, (width, height), objects) holds; boxes are written as they are.
+    """Build the content of a COCO JSON from images (name, (width, height), objects).
 
-    name_key: what an image's name is called: "im_name" in KAIST's, where occlusion always stands.
+    name_key: key of an image's name. With "im_name", KAIST's key, every object has an occlusion.
     """
     images = list(images)
-    every = [row for _, _, rows in images for row in rows]
-    occlusion = name_key == "im_name" or any(row.occlusion for row in every)
-    labels = ["person", *sorted({row.label for row in every} - {"person"})]
-    numbers = {label: i for i, label in enumerate(labels, 1)}
+    all_rows = [row for _, _, rows in images for row in rows]
+    occlusion = name_key == "im_name" or any(row.occlusion for row in all_rows)
+    labels = ["person", *sorted({row.label for row in all_rows} - {"person"})]
+    category_ids = {label: i for i, label in enumerate(labels, 1)}
     entries, annotations = [], []
     for image_id, (name, (width, height), rows) in enumerate(images):
         entries.append({"id": image_id, name_key: name, "width": width, "height": height})
         for row in rows:
-            item = {"id": len(annotations) + 1, "image_id": image_id, "category_id": numbers[row.label]}
+            item = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category_ids[row.label]}
             item |= {"bbox": row.box, "area": row.box[2] * row.box[3], "height": row.box[3]}
             item |= {"iscrowd": int(row.ignore), "ignore": int(row.ignore)}
             annotations.append(item | ({"occlusion": int(row.occlusion)} if occlusion else {}))
-    categories = [{"id": i, "name": label} for label, i in numbers.items()]
+    categories = [{"id": i, "name": label} for label, i in category_ids.items()]
     return {"images": entries, "annotations": annotations, "categories": categories}

@@ -51,11 +51,11 @@ FAULTS = {
     "unknown-label": ("a label other than KAIST's person, people, cyclist, …", "speaks of|has no name"),
     "unknown-occlusion": ("an occlusion other than 0, 1 and 2", "is unknown"),
     "unpaired-objects": ("visible and LWIR files of the paired form with other objects", ""),
-    "broken-xml": ("an XML that cannot be parsed, or is none of KAIST's", "broken XML|DOCTYPE|is no KAIST"),
+    "broken-xml": ("an XML that cannot be parsed, or is none of KAIST's", "broken XML|DOCTYPE|> is not a"),
     "contradicting-file": ("a file that says it belongs to another frame or size", ""),
     "broken-json": ("a JSON that cannot be parsed, or is none of KAIST's", "broken JSON|annotation JSON"),
-    "json-repeated-id": ("an id or frame that a JSON holds twice", "is there twice"),
-    "json-unknown-image": ("a JSON object of an image that is not in it", "which is not in it"),
+    "json-repeated-id": ("an id or frame that a JSON holds twice", "occurs twice"),
+    "json-unknown-image": ("a JSON object of an image that is not in it", "but no image has"),
     "incomplete-object": ("an XML or JSON object that lacks its name, box or more", "lacks|annotation "),
 }
 HEIGHTS = (10, 450)  # pixels of a frame 512 high; KAIST's objects have 20 to 309

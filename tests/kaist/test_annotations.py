@@ -203,7 +203,7 @@ def test_the_second_objects_line_is_told(tmp_path):
 def test_an_xml_with_entities_is_refused_unread(tmp_path):
     bomb = '<!DOCTYPE a [<!ENTITY x "xxxxxxxxxx"><!ENTITY y "&x;&x;">]>\n' + XML
     write(tmp_path / f"annotations-xml-new/{FRAME}.xml", bomb)
-    with pytest.raises(InputError, match=rf"{FRAME}.xml:1: an XML with a DOCTYPE"):
+    with pytest.raises(InputError, match=rf"{FRAME}.xml:1: XML with a DOCTYPE"):
         open_annotations(tmp_path).read(FRAME)
     write(
         tmp_path / f"annotations-xml-new/{FRAME}.xml",
@@ -214,7 +214,7 @@ def test_an_xml_with_entities_is_refused_unread(tmp_path):
 
 def test_another_xml_is_refused(tmp_path):
     write(tmp_path / f"annotations-xml-new/{FRAME}.xml", "<html><body>404</body></html>")
-    with pytest.raises(InputError, match=r"\.xml:1: <html> is no KAIST annotation"):
+    with pytest.raises(InputError, match=r"\.xml:1: <html> is not a KAIST annotation"):
         open_annotations(tmp_path).read(FRAME)
 
 

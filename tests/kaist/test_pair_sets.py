@@ -266,12 +266,12 @@ def test_a_coco_json_that_is_none(tmp_path):
         read_json(path, kaist=False)
     path.write_text(json.dumps({**content, "images": content["images"] * 2, "annotations": []}))
     with pytest.raises(
-        InputError, match="image 1 or file_name a.jpg is there twice; give each an id and a name"
+        InputError, match="image 1 or file_name a.jpg occurs twice; give each image a unique id and name"
     ):
         read_json(path, kaist=False)
     path.write_text(json.dumps({**content, "annotations": [{**crowd, "image_id": 9}]}))
     with pytest.raises(
-        InputError, match="annotation 0 is of image 9, which is not in it; correct its image_id"
+        InputError, match="annotation 0 has image_id 9, but no image has this id; correct its image_id"
     ):
         read_json(path, kaist=False)
 
