@@ -199,7 +199,7 @@ def read_pair_list(path: Path, found: Files) -> list[str]:
             problem = f"{name[:60]!r} is no frame that has both images"
             raise InputError(problem, "write an id or an image, or leave it out", file=path, line=number)
         if first.setdefault(frame_id, number) != number:
-            problem = f"{name[:60]} stands in line {first[frame_id]} already"
+            problem = f"{name[:60]} is already in line {first[frame_id]}"
             raise InputError(problem, "list each frame once", file=path, line=number)
     return list(first)
 

@@ -18,7 +18,7 @@ from kaist.labels import KAIST_LABELS, ObjectRow, json_objects, parse_xml, read_
 FAULTS = {
     "list-empty": ("an image list without frames", "the image list is empty"),
     "list-bad-id": ("a line that is not set00/V000/I00000", "is not a frame id"),
-    "list-repeated-id": ("a frame listed twice", "stands in line"),
+    "list-repeated-id": ("a frame listed twice", "is already in line"),
     "list-overlap": ("a frame of two lists, of which one is to test what the other taught", ""),
     "unknown-frame": ("a listed frame with neither image nor annotation", ""),
     "missing-visible": ("no visible image", ""),

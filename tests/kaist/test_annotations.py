@@ -325,7 +325,7 @@ def test_missing_annotations_are_named(tmp_path):
     write(tmp_path / f"annotations/{FRAME}.txt", BBGT)
     with pytest.raises(InputError, match="annotations-xml-new"):
         open_annotations(tmp_path, "xml")
-    with pytest.raises(InputError, match="no form of annotation"):
+    with pytest.raises(InputError, match="not a form of annotation"):
         open_annotations(tmp_path, "yaml")
     with pytest.raises(InputError, match="I00020.txt"):
         open_annotations(tmp_path).read("set06/V001/I00020")

@@ -90,7 +90,7 @@ def test_a_list_names_frames_in_many_ways(tmp_path):
     write(tmp_path / "train.txt", "002\ncolour/train/000.png\n\nthermal/train/003\n")
     assert open_pairs(str(path), None, "train").frames == ("002", "000", "003")
     write(tmp_path / "train.txt", "000\n001.png\n000.png\n")
-    assert "train.txt:3: 000.png stands in line 1 already" in refusal(str(path), None, "train")
+    assert "train.txt:3: 000.png is already in line 1" in refusal(str(path), None, "train")
     write(tmp_path / "train.txt", "000\n009\n")
     assert "train.txt:2: '009' is no frame that has both images" in refusal(str(path), None, "train")
 
