@@ -306,7 +306,7 @@ def test_evaluating_on_other_data_leaves_the_runs_own_evaluation(start, monkeypa
         (["--train-list", "imageSets/none.txt"], "none.txt: image list not found.*train-all.txt"),
         (["--annotations", "xml"], "looked for annotations-xml-new"),
         (["--device", "cuda:77"], "DEVICE = 'cuda:77'"),
-        (["--min-height", "500"], "holds a person to learn"),
+        (["--min-height", "500"], "has a person to train on"),
     ],
 )
 def test_bad_input_is_refused_before_training(start, flags, message):

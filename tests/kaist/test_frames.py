@@ -146,7 +146,7 @@ def test_day_and_night_of_another_set_are_its_own():
         return {video_of(frame_id) for frame_id in split_frames(ids, pairs, **how)[1]}
 
     with pytest.raises(
-        InputError, match="VALIDATION = 0.3 holds out whole videos, and the list has one of day"
+        InputError, match="VALIDATION = 0.3 holds out whole videos, but the list has only one"
     ):
         split("Day", "Night")
     assert sorted(video[:-1] for video in split("Day1", "Day2", "Night1", "Night2")) == ["Day", "Night"]
