@@ -1,4 +1,4 @@
-"""README and docs: every command names files, modules and flags that exist, and no link is dead."""
+"""README and docs: commands, flags and files exist, links work, and the quoted output is current."""
 
 import contextlib
 import functools
@@ -27,8 +27,8 @@ PAGES = sorted([PROJECT / "README.md", *PROJECT.glob("docs/**/*.md")])
 NAMES = [str(page.relative_to(PROJECT)) for page in PAGES]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LANGUAGES = {"bash", "python", "text", "bibtex"}
-# Upper-case words in code that are no constants of train.py.
-WORDS = {"OMP_NUM_THREADS", "KAIST_REFERENCE", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "BASE"}
+# Upper-case words in backticks that are not constants of train.py.
+OTHER_WORDS = {"OMP_NUM_THREADS", "KAIST_REFERENCE", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "BASE"}
 
 
 def fences(page):
@@ -42,18 +42,18 @@ def prose(page):
 
 
 def spans(page):
-    """What stands between single backticks in a page's prose."""
+    """The text between single backticks in a page's prose."""
     return re.findall(r"`([^`\n]+)`", prose(page))
 
 
 def commands(page):
-    """Every command of a page as a list of words: of its bash blocks, and of its prose's spans."""
+    """Every command of a page as a list of words, from its bash blocks and from backticks in its prose."""
     texts = [text for language, text in fences(page) if language == "bash"]
     texts += [span for span in spans(page) if re.match(r"(\w+=\S+ )*python ", span)]
     found = []
     for text in texts:
         for line in text.replace("\\\n", " ").splitlines():
-            if re.match(r"[A-Z_]+=\$\(.*\)$", line):  # a shell variable of what a program says
+            if re.match(r"[A-Z_]+=\$\(.*\)$", line):  # a shell variable set to a program's output
                 continue
             for part in re.split(r"&&|\|", re.sub(r"(^|\s)#.*", "", line)):
                 words = shlex.split(part)
@@ -65,9 +65,9 @@ def commands(page):
 
 
 def project_command(words):
-    """(module, its arguments) of a command of the project; None for pip and pytest.
+    """(module, its arguments) of one of the project's commands; None for pip and pytest.
 
-    Of `torchrun`, whose own flags have to be right too, it is the script that it starts.
+    For `torchrun` these are of the script that it starts. Its own flags are checked too.
     """
     if words[0] == "srun":
         words = words[1:]
@@ -76,7 +76,7 @@ def project_command(words):
         started = get_args_parser().parse_args(words[1:])
         words = ["python", started.training_script, *started.training_script_args]
     if words[0] != "python":
-        assert words[0] == "pip", f"a program that this test does not know: {words}"
+        assert words[0] == "pip", f"unknown program: {words}"
         return None
     if words[1:3] == ["-m", "pytest"] or words[1] == "-c":
         return None
@@ -88,17 +88,17 @@ def project_command(words):
 
 @functools.cache
 def flags(module):
-    """The flags that a command's --help lists; of a study train.py's too, which it hands on."""
+    """The flags in a command's --help; for a study also those of train.py, which it passes on."""
     main = importlib.import_module(module).main
-    said = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(sys, "argv", [f"{module}.py", "--help"])
         with pytest.raises(SystemExit) as ended:
             main()
     assert not ended.value.code
-    known = set(re.findall(r"--[a-z][a-z-]*", said.getvalue()))
+    known = set(re.findall(r"--[a-z][a-z-]*", printed.getvalue()))
     if module == "train":
-        known |= {"--list"}  # answered before the flags are read
+        known |= {"--list"}  # handled before the flags are parsed
     return known | flags("train") if module == "tools.study" else known
 
 
@@ -118,12 +118,12 @@ def test_commands_exist_and_know_their_flags(page):
 
 
 def test_commands_were_found():
-    """The test above has something to look at."""
+    """The test above checks more than 20 commands."""
     assert len([c for page in PAGES for c in commands(page) if project_command(c)]) > 20
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_blocks_say_what_they_are(page):
+def test_code_blocks_name_their_language(page):
     assert {language for language, _ in fences(page)} <= LANGUAGES
     assert page.read_text(encoding="utf-8").count("```") == 2 * len(fences(page))
 
@@ -140,8 +140,8 @@ def anchors(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_links_lead_somewhere(page):
-    """Files and anchors of the project; addresses of the web are not looked up."""
+def test_links_work(page):
+    """Links to files and anchors of the project exist. Web addresses are not checked."""
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if target.startswith("https://"):
             continue
@@ -155,7 +155,7 @@ def test_links_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_flags_named_exist(page):
-    """Those that the prose names without their command: some command has them."""
+    """Flags in the prose without a command belong to some command."""
     known = {"--help", "--nproc-per-node", "--standalone"}
     known |= {"--nnodes", "--rdzv-endpoint", "--max-restarts", "--requeue"}
     named = {span.split(" ")[0] for span in spans(page) if span.startswith("--")}
@@ -182,7 +182,7 @@ def test_files_and_constants_named_exist(page):
             assert (PROJECT / span).is_file(), f"`{span}`: no such file"
         name = re.match(r"[A-Z]+(_[A-Z]+)*\b", span)
         if name and name[0] == span.split(" ")[0] and not (PROJECT / span).exists():
-            assert name[0] in constants | WORDS, f"`{span}`: no such constant"
+            assert name[0] in constants | OTHER_WORDS, f"`{span}`: no such constant"
 
 
 def test_every_page_is_reached_from_the_readme():
@@ -200,11 +200,11 @@ def test_readme_is_short():
 
 
 def test_the_example_row_can_be_trained(monkeypatch):
-    """The row that the README adds to the lab book."""
+    """The README's example row for the lab book resolves to the changes it names."""
     text = next(text for language, text in fences(PROJECT / "README.md") if language == "python")
     row = eval(f"{{{text}}}", {"Row": Row})
     assert row.keys() == {"51"}
-    assert not row.keys() & EXPERIMENTS.keys()  # it is an example of a row that is not there
+    assert not row.keys() & EXPERIMENTS.keys()  # the example is not a row of the lab book
     monkeypatch.setattr(config, "EXPERIMENTS", EXPERIMENTS | row)
     resolved, parent = config.resolve_row("51"), config.resolve_row("40")
     changed = {key for key in parent if parent[key] != resolved[key]}
@@ -213,11 +213,11 @@ def test_the_example_row_can_be_trained(monkeypatch):
 
 
 def miniature(folder, monkeypatch):
-    """Let the folder be the current one and the project's, where a network is narrow and sees few frames."""
+    """Make the folder the current one and the project's, with a demo row of a narrow network."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(config, "ROOT", folder)
     small = {"width": 0.0625, "batch_size": 2, "epochs": 2, "eval_every": 4}
-    for name, steps in (("WARM_UP_STEPS", 2), ("TIMED_STEPS", 4)):  # after which a run's time is told
+    for name, steps in (("WARM_UP_STEPS", 2), ("TIMED_STEPS", 4)):  # the expected time is printed after these
         monkeypatch.setattr(run, name, steps)
     text = Path(train.__file__).read_text()
     for name, value in {**small, "workers": 0}.items():
@@ -228,8 +228,8 @@ def miniature(folder, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "demo", row._replace(changes=row.changes | small))
 
 
-def test_a_set_of_ones_own_as_the_page_has_it(tmp_path, monkeypatch, capsys, undrawn):
-    """From a folder of pairs to a trained network, tables, pictures and an ONNX file, as written."""
+def test_the_quick_start_of_your_data(tmp_path, monkeypatch, capsys, undrawn):
+    """The five commands of docs/your-data.md run as written, from a folder of pairs to an ONNX file."""
     miniature(tmp_path, monkeypatch)
     pairs = draw_own(tmp_path / "mine", height=60)
     page = PROJECT / "docs/your-data.md"
@@ -238,7 +238,7 @@ def test_a_set_of_ones_own_as_the_page_has_it(tmp_path, monkeypatch, capsys, und
     assert json.loads(text).keys() == given.keys()
     pairs.write_text(text)
     section = page.read_text(encoding="utf-8").partition("## Quick start\n")[2]
-    said = []
+    printed = []
     for line in next(text for language, text in FENCE.findall(section) if language == "bash").splitlines():
         module, arguments = project_command(shlex.split(line))
         monkeypatch.setattr(sys, "argv", [module, *arguments])
@@ -246,21 +246,21 @@ def test_a_set_of_ones_own_as_the_page_has_it(tmp_path, monkeypatch, capsys, und
             assert not importlib.import_module(module).main(), line
         except InputError as error:
             assert module == "tools.export" and "pip install onnx onnxscript onnxruntime" in str(error)
-        said.append(capsys.readouterr().out)
-    assert len(said) == 5
-    assert "no fault found" in said[0]
-    assert "4 frames, 4 people to learn" in said[1] and "4 frames, 4 people count" in said[1]
-    assert "miss rate, Reasonable" in said[2] and re.search(
-        r"^COCO \(%\) .*: AP [\d.]+, AP50 ", said[2], re.M
+        printed.append(capsys.readouterr().out)
+    assert len(printed) == 5
+    assert "no fault found" in printed[0]
+    assert "4 frames, 4 people to learn" in printed[1] and "4 frames, 4 people count" in printed[1]
+    assert "miss rate, Reasonable" in printed[2] and re.search(
+        r"^COCO \(%\) .*: AP [\d.]+, AP50 ", printed[2], re.M
     )
     assert (tmp_path / "detections/000.png").is_file()
     if importlib.util.find_spec("onnxruntime"):
-        assert "4 frames: boxes are " in said[4] and len(list(tmp_path.glob("*.onnx"))) == 1
+        assert "4 frames: boxes are " in printed[4] and len(list(tmp_path.glob("*.onnx"))) == 1
 
 
 @pytest.fixture
 def result_files(demo_root, tmp_path, monkeypatch):
-    """A folder with the files that the evaluation's examples name; the current folder."""
+    """The current folder, with the files in the examples of README and docs/evaluation.md."""
     shutil.copy(demo_root / "KAIST_annotation.json", tmp_path)
     for name in ("mine.txt", "result.txt"):
         (tmp_path / name).write_text("1,100,200,40,100,0.9\n6,300,200,40,100,0.5\n")
@@ -270,12 +270,12 @@ def result_files(demo_root, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_any_detectors_miss_rate_as_the_readme_has_it(result_files, monkeypatch, capsys, undrawn):
+def test_the_readmes_evaluation_of_result_files(result_files, monkeypatch, capsys, undrawn):
     words = next(w for w in commands(PROJECT / "README.md") if w[1:3] == ["eval.py", "--detections"])
     monkeypatch.setattr(sys, "argv", words[1:])
     eval_script.main()
-    said = capsys.readouterr().out
-    assert "miss rate, Reasonable" in said and "mine" in said and "theirs" in said
+    printed = capsys.readouterr().out
+    assert "miss rate, Reasonable" in printed and "mine" in printed and "theirs" in printed
     assert (result_files / "miss_rate.png").is_file()
 
 
@@ -293,9 +293,9 @@ HOUR = PROJECT / "docs/first-hour.md"
 
 @pytest.fixture
 def clone(demo_root, tmp_path, monkeypatch, undrawn):
-    """A miniature of what the page has: a narrow network, few frames; the current folder."""
+    """The current folder, a miniature of the page's: a narrow network, few frames."""
     miniature(tmp_path, monkeypatch)
-    monkeypatch.setattr(detect, "MAX_LISTED", 1)  # the page's folders have more images than are listed
+    monkeypatch.setattr(detect, "MAX_LISTED", 1)  # the page's folders have more images than detect.py lists
 
     lists = {"data/demo": {}, "kaist": {"train-all-02": "train-all", "test-all-20": "test-all"}}
     lists["kaist-mini"] = {"pairs": "test-all", "lwir-train": "train-all", "lwir-test": "test-day"}
@@ -321,15 +321,15 @@ def clone(demo_root, tmp_path, monkeypatch, undrawn):
 
 
 def skeleton(line):
-    """A line of output without its numbers, and without what depends on them."""
+    """A line of output without numbers, and without words that depend on them."""
     line = re.sub(r"(\d[\d.,:]*|–)(e[-+]\d+)?", "#", line)
     line = re.sub(r"person\b|people\b", "people", re.sub(r"counts\b", "count", line))
     return " ".join(line.replace("bfloat#", "float#").replace("-#", "#").split())
 
 
 def test_the_first_hour(clone, monkeypatch, capsys):
-    """Every command of the page runs; what the page says it printed, it prints, but for numbers."""
-    said = {}
+    """Every command of the page runs and prints the lines that the page quotes, except for the numbers."""
+    printed = {}
     blocks = fences(HOUR)
     for (language, text), following in zip(blocks, [*blocks[1:], ("", "")], strict=True):
         if language != "bash":
@@ -346,8 +346,8 @@ def test_the_first_hour(clone, monkeypatch, capsys):
             with contextlib.suppress(SystemExit):  # --runs ends the program
                 importlib.import_module(module).main()
         output = capsys.readouterr()
-        said[text] = {skeleton(line) for line in (output.out + output.err).splitlines()}
+        printed[text] = {skeleton(line) for line in (output.out + output.err).splitlines()}
         if following[0] == "text":
             kept = [line for line in following[1].splitlines() if not re.match(r"  x |.*( minus |…)", line)]
-            assert not [line for line in kept if skeleton(line) not in said[text]], f"after {text}"
-    assert len(said) > 8
+            assert not [line for line in kept if skeleton(line) not in printed[text]], f"after {text}"
+    assert len(printed) > 8
