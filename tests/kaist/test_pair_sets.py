@@ -313,7 +313,7 @@ def test_lwir_of_16_bits_is_scaled_by_percentiles_of_the_training_frames(tmp_pat
     assert view.shape == (120, 160) and np.abs(view - expected).max() <= 0.51
     with pytest.raises(InputError, match="not an 8-bit image"):
         load_image(path, "lwir")
-    with pytest.raises(InputError, match="an image of 8 bits, where those to train on have more"):
+    with pytest.raises(InputError, match="an 8-bit image, but the training images have more bits"):
         load_image(train.images["000"]["visible"], "lwir", (low, high))
 
 
