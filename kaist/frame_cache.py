@@ -1,8 +1,8 @@
-"""Frames decoded once into a memory map, for disks and page caches faster than a JPEG decoder.
+"""Decode frames once into a memory-mapped file, which can be faster than decoding JPEG in every epoch.
 
-A cache is one file for one list of frames: their raw uint8 pixels, then a checksum of each. Its
-name tells what it was drawn from: the frames' paths, and their sizes and times of change; so a cache
-of other or changed images is never found, and redrawn. Every process maps it read-only.
+A cache is one file for one list of frames: their raw uint8 pixels, then a checksum of each frame.
+The file name has a hash of the image paths and one of their sizes and modification times, so that
+a cache of other or modified images is never used.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from kaist.annotations import FRAME_SIZE, MODALITIES, PairSet, image_path
 from kaist.files import InputError, write_atomically
 from kaist.images import read_frame
 
-FRAMES_PER_BLOCK = 64  # frames decoded before they are written
-STALE_SECONDS = 3600.0  # seconds without a write after which a temporary file's writer is dead
+FRAMES_PER_BLOCK = 64  # frames that are decoded in parallel before they are written
+STALE_SECONDS = 3600.0  # a temporary file without a write for so long was abandoned by its process
 
 
 @dataclass
 class FrameCache:
-    """Decoded frames by id, mapped into memory on first use, in each process by itself.
+    """Decoded frames; every process maps the file into memory on first use.
 
-    path: a file as from `cache_frames`; rows: frame id -> its place; shape: of all, (F, h, w, C).
+    path: a file written by `cache_frames`; rows: frame id -> index; shape: (n_frames, h, w, C).
     """
 
     path: Path
@@ -41,57 +41,57 @@ class FrameCache:
     pixels: np.ndarray | None = None
 
     def all(self) -> np.ndarray:
-        """All frames, (F, h, w, C) uint8, mapped: pixels are read when they are used."""
+        """Return all frames, (n_frames, h, w, C) uint8, as a memory map."""
         if self.pixels is None:
-            # "c": writable in memory, as torch wants it, but never written to the file.
+            # "c", copy on write: torch.from_numpy requires writable memory; the file never changes.
             self.pixels = np.memmap(self.path, np.uint8, "c", shape=self.shape)
         return self.pixels
 
     def read(self, frame_id: str) -> np.ndarray:
-        """One frame, (h, w, C) uint8, as `images.read_frame` gives it."""
+        """Return one frame, (h, w, C) uint8, equal to that of `read_frame`."""
         return self.all()[self.rows[frame_id]]
 
     def find_damaged(self) -> list[str]:
-        """The frames whose pixels do not have their checksum; every pixel is read."""
+        """Return the ids of the frames whose checksum differs; reads all pixels."""
         from tqdm import tqdm
 
         sums = np.fromfile(self.path, np.uint32, offset=int(np.prod(self.shape)))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            found = tqdm(pool.map(checksum, self.all()), "checking the cache", len(sums), leave=False)
-            return [i for i, own, expected in zip(self.rows, found, sums, strict=True) if own != expected]
+            actual = tqdm(pool.map(checksum, self.all()), "checking the cache", len(sums), leave=False)
+            return [i for i, crc, expected in zip(self.rows, actual, sums, strict=True) if crc != expected]
 
     def __getstate__(self) -> dict:
-        """Without the map: pickled for a worker process it would be a copy of all pixels."""
+        """Drop the map, which pickle would copy into every worker process."""
         return {**self.__dict__, "pixels": None}
 
 
 def checksum(frame: np.ndarray) -> int:
-    """A checksum of a frame, above 10 GB/s: the CRC-32 of the sum of its stretches of 2,560 bytes, and of
-    what is left.
+    """Compute a checksum of a frame at above 10 GB/s: the CRC-32 of the sum of its 2,560-byte chunks, and
+    of the rest.
 
-    It finds what happens to files: holes, cut and shifted content, flipped bits, another frame.
+    It detects the usual damage of files: holes, truncated or shifted content, flipped bits, swapped frames.
     """
     pixels = np.ascontiguousarray(frame).reshape(-1)
-    rest = pixels.size - pixels.size % 2560
-    total = np.add.reduce(pixels[:rest].view(np.uint64).reshape(-1, 320), axis=0)
-    return zlib.crc32(pixels[rest:], zlib.crc32(total))
+    n_summed = pixels.size - pixels.size % 2560
+    total = np.add.reduce(pixels[:n_summed].view(np.uint64).reshape(-1, 320), axis=0)
+    return zlib.crc32(pixels[n_summed:], zlib.crc32(total))
 
 
 def cache_frames(
     folder: str | Path, root: Path | PairSet, frame_ids: Sequence[str], input_mode: str, check: bool = True
 ) -> FrameCache:
-    """The cache of a list of frames in a folder; drawn if it is not there, damaged, or not of these
-    files.
+    """Open the cache of a list of frames; build it if it is missing or damaged, or if images have changed.
 
-    A stale cache of the same list is deleted first. What is drawn appears under its name when it
-    is whole, whoever else draws it at the same time; processes that map an older file keep it.
+    Older caches of the same list are deleted before. The file gets its final name when it is complete,
+    so that several processes may build it at once, and processes that map an older file can continue.
 
     Args:
-        folder: where caches are kept; made if need be. root: the images' KAIST root, or set of pairs.
-        check: compare every frame of a cache that is there with its checksum, as a run does once.
+        folder: the folder of the caches, created if it does not exist.
+        root: the KAIST root, or a set of pairs.
+        check: whether to verify the checksums of an existing cache; a run does this once.
 
     Raises:
-        InputError: an image is missing or unreadable, frames are of several sizes, or the disk is too small.
+        InputError: an image is missing or invalid, frames differ in size, or the disk is too small.
     """
     modalities = MODALITIES[input_mode]
     try:
@@ -104,7 +104,7 @@ def cache_frames(
     rows = {frame_id: i for i, frame_id in enumerate(frame_ids)}
     sizes = {root.sizes[i] if isinstance(root, PairSet) else FRAME_SIZE for i in frame_ids}
     if len(sizes) > 1:
-        problem = f"its frames are of {len(sizes)} sizes, and those of a cache have one"
+        problem = f"the frames have {len(sizes)} sizes, and a cache needs one"
         raise InputError(problem, "leave CACHE empty", file=root.source)
     [(width, height)] = sizes
     cache = FrameCache(path, rows, (len(rows), height, width, channels))
@@ -113,7 +113,7 @@ def cache_frames(
         damaged = cache.find_damaged() if check else []
         if not damaged:
             return cache
-        print(f"warning: {path} is damaged ({len(damaged)} frames, {damaged[0]} first); it is drawn again")
+        print(f"warning: {path} is damaged ({len(damaged)} frames, {damaged[0]} first); it is built again")
         cache.pixels = None
     prepare_folder(path, f"frames-{names}", size)
     read = partial(read_frame, root, input_mode=input_mode)
@@ -122,7 +122,7 @@ def cache_frames(
 
 
 def fingerprint(paths: Iterable[str | Path]) -> tuple[str, str]:
-    """Which files (a hash of their paths), and their state (of their sizes and times of change)."""
+    """Hash the paths of files, and, separately, their sizes and modification times."""
     names, states = hashlib.sha256(), hashlib.sha256()
     here = os.getcwd()
     for path in paths:
@@ -133,25 +133,25 @@ def fingerprint(paths: Iterable[str | Path]) -> tuple[str, str]:
 
 
 def prepare_folder(path: Path, name: str, size: int) -> None:
-    """Make a cache's folder, delete what is stale or unfinished of its list's, check the disk."""
+    """Create the folder, delete older and abandoned caches of the same list, and check the disk space."""
     folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stale = [other for other in folder.glob(f"{name}-*.u8") if other != path]
-        begun, old = folder.glob(f".{name}-*.tmp"), time.time() - STALE_SECONDS
-        for other in [*stale, *(other for other in begun if other.stat().st_mtime < old)]:
+        older = [other for other in folder.glob(f"{name}-*.u8") if other != path]
+        temporary, limit = folder.glob(f".{name}-*.tmp"), time.time() - STALE_SECONDS
+        for other in [*older, *(other for other in temporary if other.stat().st_mtime < limit)]:
             other.unlink(missing_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        problem = f"cannot be used as a folder ({error.strerror})"
-        raise InputError(problem, "choose another with CACHE", file=folder) from None
+        problem = f"cannot use this folder ({error.strerror})"
+        raise InputError(problem, "choose another folder with CACHE", file=folder) from None
     if free < size:
         problem = f"a cache of {size / 1e6:,.1f} MB does not fit, {free / 1e6:,.1f} MB are free"
-        raise InputError(problem, "choose another folder with CACHE, or none", file=folder)
+        raise InputError(problem, "choose another folder with CACHE, or leave it empty", file=folder)
 
 
 def write_cache(path: Path, frame_ids: Sequence[str], read: Callable[[str], np.ndarray]) -> None:
-    """Decode all frames into a file, a block at a time; decoders run beside each other."""
+    """Decode all frames into a file, block by block with several threads, and append the checksums."""
     from tqdm import tqdm
 
     sums = []

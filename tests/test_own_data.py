@@ -134,7 +134,7 @@ def test_a_cache_holds_frames_of_one_size(tmp_path):
     assert not cache.find_damaged()
     pair_trees.draw_pair(tmp_path / "colour/train/9.png", tmp_path / "thermal/train/9.png", (80, 60))
     pairs = open_pairs(str(tmp_path / "pairs.json"), None, "train")
-    with pytest.raises(InputError, match="of 2 sizes, and those of a cache have one; leave CACHE empty"):
+    with pytest.raises(InputError, match="the frames have 2 sizes, and a cache needs one; leave CACHE empty"):
         cache_frames(tmp_path / "cache", pairs, pairs.frames, "early")
 
 

@@ -1,4 +1,4 @@
-"""A cache's pixels are those of the images, or it is drawn again: whoever wrote it, whatever befell it."""
+"""A cache has the pixels of the images, or it is built again, whatever happened to the file."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def ids(demo_root):
     return read_image_list(demo_root / "imageSets/train-all.txt")[:5]
 
 
-def assert_whole(cache, root, ids, input_mode="early"):
+def assert_equal_frames(cache, root, ids, input_mode="early"):
     for frame_id in ids:
         assert np.array_equal(cache.read(frame_id), read_frame(root, frame_id, input_mode))
 
@@ -33,37 +33,37 @@ def hole(content, n):
     return content[: n + 4096] + bytes(n) + content[2 * n + 4096 :]
 
 
-BEFALLS = ["a flipped bit", "a hole", "a shift", "swapped frames", "a flipped sum"]
-CASES = [("early", befalls) for befalls in BEFALLS] + [("visible", BEFALLS[0]), ("lwir", BEFALLS[-1])]
+DAMAGES = ["a flipped bit", "a hole", "a shift", "swapped frames", "a flipped sum"]
+CASES = [("early", damage) for damage in DAMAGES] + [("visible", DAMAGES[0]), ("lwir", DAMAGES[-1])]
 
 
-@pytest.mark.parametrize(("input_mode", "befalls"), CASES)
-def test_a_damaged_cache_is_drawn_again(demo_root, tmp_path, ids, capsys, befalls, input_mode):
+@pytest.mark.parametrize(("input_mode", "damage"), CASES)
+def test_a_damaged_cache_is_built_again(demo_root, tmp_path, ids, capsys, damage, input_mode):
     cache = cache_frames(tmp_path, demo_root, ids, input_mode)
     assert cache_frames(tmp_path, demo_root, ids, input_mode).path == cache.path
     assert "damaged" not in capsys.readouterr().out
     content, n = cache.path.read_bytes(), int(np.prod(cache.shape[1:]))
-    place = {"a flipped bit": 3 * n + n // 2, "a flipped sum": len(content) - 8}.get(befalls)
+    place = {"a flipped bit": 3 * n + n // 2, "a flipped sum": len(content) - 8}.get(damage)
     if place:
         damaged = content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
-    elif befalls == "a hole":
+    elif damage == "a hole":
         damaged = hole(content, n)
-    elif befalls == "a shift":
+    elif damage == "a shift":
         damaged = content[:n] + content[n + 8 : 2 * n] + bytes(8) + content[2 * n :]
     else:
         damaged = content[n : 2 * n] + content[:n] + content[2 * n :]
     cache.path.write_bytes(damaged)
     unchecked = cache_frames(tmp_path, demo_root, ids, input_mode, check=False)
-    assert befalls == "a flipped sum" or any(
+    assert damage == "a flipped sum" or any(
         not np.array_equal(unchecked.read(i), read_frame(demo_root, i, input_mode)) for i in ids
     )
     again = cache_frames(tmp_path, demo_root, ids, input_mode)
     assert f"warning: {cache.path} is damaged" in capsys.readouterr().out
-    assert_whole(again, demo_root, ids, input_mode)
+    assert_equal_frames(again, demo_root, ids, input_mode)
     assert again.path.read_bytes() == content and os.listdir(tmp_path) == [cache.path.name]
 
 
-def test_checksums_tell_random_changes():
+def test_checksums_detect_random_changes():
     rng = np.random.default_rng(0)
     frame = rng.integers(0, 256, (512, 640, 4), np.uint8)
     expected = checksum(frame)
@@ -75,19 +75,19 @@ def test_checksums_tell_random_changes():
     assert checksum(frame[::-1].copy()[::-1]) == expected  # the content counts, not the layout
 
 
-def test_two_runs_that_draw_at_once_both_get_a_whole_cache(demo_root, tmp_path, ids, monkeypatch):
+def test_two_runs_that_build_at_once_both_get_a_complete_cache(demo_root, tmp_path, ids, monkeypatch):
     """The second run finishes while the first one is in the middle."""
 
     def read(root, frame_id, input_mode):
         if frame_id == ids[2]:
             monkeypatch.undo()
-            assert_whole(cache_frames(tmp_path, demo_root, ids, "early"), demo_root, ids)
+            assert_equal_frames(cache_frames(tmp_path, demo_root, ids, "early"), demo_root, ids)
         return read_frame(root, frame_id, input_mode)
 
     monkeypatch.setattr(frame_cache, "read_frame", read)
     cache = cache_frames(tmp_path, demo_root, ids, "early")
-    assert_whole(cache, demo_root, ids)
-    assert_whole(cache_frames(tmp_path, demo_root, ids, "early"), demo_root, ids)
+    assert_equal_frames(cache, demo_root, ids)
+    assert_equal_frames(cache_frames(tmp_path, demo_root, ids, "early"), demo_root, ids)
     assert os.listdir(tmp_path) == [cache.path.name]
 
 
@@ -117,10 +117,10 @@ print(os.getpid(), sum(not np.array_equal(cache.read(i), read_frame(root, i, "ea
 
 @pytest.mark.timing
 def test_two_containers_with_one_process_id_share_a_cache_folder(demo_root, tmp_path, ids):
-    """One of them, on a slow host, stands still in the middle of its file while the other one works."""
+    """One of them, on a slow host, is stopped in the middle of its file while the other one continues."""
     container = ["unshare", "-p", "-f", "--mount-proc"]
     if subprocess.run([*container, "true"], capture_output=True).returncode:
-        pytest.skip("process ids of one's own are not permitted here")
+        pytest.skip("process namespaces are not permitted here")
 
     def start(kind):
         command = [*container, sys.executable, "-c", CONTAINER, demo_root, tmp_path / "cache", kind]
@@ -133,16 +133,16 @@ def test_two_containers_with_one_process_id_share_a_cache_folder(demo_root, tmp_
     [stopped] = Path(f"/proc/{slow.pid}/task/{slow.pid}/children").read_text().split()
     os.kill(int(stopped), signal.SIGSTOP)
     try:
-        assert start("fast").communicate()[0] == "1 0\n"  # its process id, and how many frames are wrong
+        assert start("fast").communicate()[0] == "1 0\n"  # process id, number of wrong frames
     finally:
         (tmp_path / "go").touch()
         os.kill(int(stopped), signal.SIGCONT)
     assert slow.communicate()[0] == "1 0\n"
     [path] = (tmp_path / "cache").iterdir()
-    assert_whole(cache_frames(tmp_path / "cache", demo_root, ids, "early"), demo_root, ids)
+    assert_equal_frames(cache_frames(tmp_path / "cache", demo_root, ids, "early"), demo_root, ids)
 
 
-def test_a_full_disk_is_told_with_the_caches_whole_need(demo_root, tmp_path, ids, monkeypatch):
+def test_a_full_disk_is_reported_with_the_size_of_the_cache(demo_root, tmp_path, ids, monkeypatch):
     def read(root, frame_id, input_mode):
         if frame_id == ids[4]:
             raise OSError(28, "No space left on device")

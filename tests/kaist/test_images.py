@@ -241,7 +241,7 @@ def test_interrupted_cache_is_drawn_again(demo_root, tmp_path):
 def test_cache_says_when_it_cannot_be(demo_root, tmp_path, monkeypatch):
     ids = read_image_list(demo_root / "imageSets/train-all.txt")[:3]
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be used as a folder"):
+    with pytest.raises(InputError, match="cannot use this folder"):
         cache_frames(tmp_path / "file", demo_root, ids, "early")
     with pytest.raises(InputError, match=r"I99999.jpg: image not found"):
         cache_frames(tmp_path / "cache", demo_root, ["set00/V000/I99999"], "early")
