@@ -292,7 +292,7 @@ def find_lwir_range(pairs: PairSet, errors: Errors = None) -> tuple[float, float
     if not deep:
         return 0.0, 0.0
     if len(deep) < len(looks):
-        problem = "LWIR images of 8 bits and of more are mixed"
+        problem = "LWIR has both 8-bit images and images with more bits"
         report(InputError(problem, "scale all alike", file=pairs.source), errors)
     low, high = np.percentile(np.concatenate(deep), LWIR_PERCENTILES)
     return float(low), float(max(high, low + 1))

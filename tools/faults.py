@@ -28,7 +28,7 @@ FAULTS = {
     "unreadable-file": ("a file that may not be read, or that is no file", ""),
     "empty-file": ("a file of 0 bytes", ""),
     "huge-image": ("a size that would fill the memory", "exceeds limit|too large to decode"),
-    "16-bit-image": ("16 bits or floating point, which would be clipped to white", "an 8-bit image"),
+    "16-bit-image": ("16 bits or floating point, which would be clipped to white", "8-bit image"),
     "not-an-image": ("content that is no JPEG, PNG or TIFF", "cannot identify image"),
     "broken-image": ("an image that cannot be decoded to its end", "unreadable image|broken image"),
     "wrong-size": ("an image that is not 640x512, or of another size than its pair's", "its visible image"),

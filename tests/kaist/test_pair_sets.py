@@ -321,7 +321,7 @@ def test_lwir_of_8_bits_has_no_range(tmp_path):
     assert find_lwir_range(open_pairs(str(draw_own(tmp_path)), None, "train")) == (0, 0)
     path = draw_own(tmp_path / "mixed", deep=True)
     Image.new("L", (160, 120)).save(tmp_path / "mixed/thermal/train/001.png")
-    with pytest.raises(InputError, match="of 8 bits and of more are mixed"):
+    with pytest.raises(InputError, match="both 8-bit images and images with more bits"):
         find_lwir_range(open_pairs(str(path), None, "train"))
 
 
