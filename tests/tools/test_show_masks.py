@@ -1,4 +1,4 @@
-"""The picture of masks: frames of many videos, and a legend."""
+"""tools.show_masks: the order of the frames, and the picture."""
 
 import sys
 from pathlib import Path
@@ -9,24 +9,15 @@ from tools import show_masks
 
 def test_videos_take_turns():
     names = ["set00/V000/I00001", "set00/V000/I00000", "set00/V001/I00005", "set00/V000/I00002"]
-    frames = show_masks.of_many_videos([SimpleNamespace(id=name) for name in names])
+    frames = show_masks.alternate_videos([SimpleNamespace(id=name) for name in names])
     assert [frame.id for frame in frames] == [names[0], names[2], names[1], names[3]]
 
 
 def test_the_script_draws_a_picture(demo_root, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for mode in ("early", "lwir"):
-        flags = [
-            "--data-root",
-            str(demo_root),
-            "--samples",
-            "2",
-            "--input-mode",
-            mode,
-            "--out",
-            f"{mode}.png",
-        ]
-        monkeypatch.setattr(sys, "argv", ["show_masks.py", *flags])
+        flags = f"--samples 2 --input-mode {mode} --out {mode}.png".split()
+        monkeypatch.setattr(sys, "argv", ["show_masks.py", "--data-root", str(demo_root), *flags])
         show_masks.main()
         assert f"{mode}.png: 2 augmented samples" in capsys.readouterr().out
         assert Path(f"{mode}.png").stat().st_size > 10_000
