@@ -43,7 +43,7 @@ from kaist.files import InputError, make_folder, run_script, write_text
 from kaist.images import load_image
 from kaist.labels import read_json, read_labels
 from kaist.results import read_detections
-from tools.faults import Fault, check_file, check_image, check_json
+from tools.faults import Fault, check_image, check_label_file, check_label_json
 
 LIMIT = 10  # seconds that a reader may take for an input
 LONGEST = 200_000  # bytes of an input
@@ -220,12 +220,14 @@ def make_readers() -> dict[str, Reader]:
         return [text.encode() for text in texts]
 
     def annotation(form: str) -> Callable[[Path], None]:
-        return checked(partial(read_labels, form=form), lambda path: check_file(path, form, FRAMES[19])[0])
+        find_faults = lambda path: check_label_file(path, form, FRAMES[19])[0]  # noqa: E731
+        return checked(partial(read_labels, form=form), find_faults)
 
     def image(modality: str) -> Callable[[Path], None]:
         find_fault = lambda path: isinstance(check_image(path, modality), Fault)  # noqa: E731
         return checked(partial(load_image, modality=modality), find_fault)
 
+    read_label_json = checked(read_json, lambda path: check_label_json(path)[0])
     lists, read_results = texts("\n".join(FRAMES), FRAMES[1]), partial(read_detections, frames=FRAMES)
     boxes, entries = (texts(json.dumps(x), json.dumps(x, indent=1)) for x in (people, rows))
     parsers = train.configure, eval_script.parse_arguments, detect.parse_arguments
@@ -237,7 +239,7 @@ def make_readers() -> dict[str, Reader]:
         "bbgt": Reader(annotation("bbgt"), "x.txt", 20, texts(TEXT)),
         "paired": Reader(annotation("paired"), "x.txt", 20, texts(TEXT)),
         "xml": Reader(annotation("xml"), "x.xml", 20, texts(XML)),
-        "annotation-json": Reader(checked(read_json, lambda path: check_json(path)[0]), "x.json", 20, boxes),
+        "annotation-json": Reader(read_label_json, "x.json", 20, boxes),
         "result-text": Reader(read_results, "x.txt", 20, texts(results)),
         "result-json": Reader(read_results, "x.json", 20, entries),
         "frame-list": Reader(read_frame_list, "result.frames.txt", 20, lists),

@@ -1,4 +1,4 @@
-"""What can be wrong with the files of a KAIST set: every fault of a file, by name."""
+"""Faults of the files of a KAIST root or a set of pairs: their names, and checks of single files."""
 
 import hashlib
 import re
@@ -14,60 +14,62 @@ from kaist.files import InputError, load_json, read_text
 from kaist.images import load_image, open_image
 from kaist.labels import KAIST_LABELS, ObjectRow, json_objects, parse_xml, read_labels
 
-# Name -> what it is, and words by which the message of a reader that finds it is known; the first that fit.
+# Name -> description, and a regular expression for the message of the reader that reports this fault
+# ("": no reader does). The first expression that matches a message gives the name.
 FAULTS = {
     "list-empty": ("an image list without frames", "the image list is empty"),
-    "list-bad-id": ("a line that is not set00/V000/I00000", "is not a frame id"),
+    "list-bad-id": ("a line that is not of the form set00/V000/I00000", "is not a frame id"),
     "list-repeated-id": ("a frame listed twice", "is already in line"),
-    "list-overlap": ("a frame of two lists, of which one is to test what the other taught", ""),
-    "unknown-frame": ("a listed frame with neither image nor annotation", ""),
+    "list-overlap": ("a frame both in a training and a test list, or in two lists named by --list", ""),
+    "unknown-frame": ("a listed frame with neither images nor annotations", ""),
     "missing-visible": ("no visible image", ""),
     "missing-lwir": ("no LWIR image", ""),
-    "misnamed-image": ("the image is there under an ending that is not read (.bmp, .webp)", ""),
-    "broken-link": ("a link to a file that is not there", ""),
-    "unreadable-file": ("a file that may not be read, or that is no file", ""),
+    "misnamed-image": ("an image with a suffix that is not supported (.bmp, .webp)", ""),
+    "broken-link": ("a link to a file that does not exist", ""),
+    "unreadable-file": ("a file without read permission, or a folder in place of a file", ""),
     "empty-file": ("a file of 0 bytes", ""),
-    "huge-image": ("a size that would fill the memory", "exceeds limit|too large to decode"),
+    "huge-image": ("an image too large to decode", "exceeds limit|too large to decode"),
     "16-bit-image": ("16 bits or floating point, which would be clipped to white", "8-bit image"),
-    "not-an-image": ("content that is no JPEG, PNG or TIFF", "cannot identify image"),
-    "broken-image": ("an image that cannot be decoded to its end", "unreadable image|broken image"),
-    "wrong-size": ("an image that is not 640x512, or of another size than its pair's", "its visible image"),
-    "constant-image": ("one colour all over", ""),
+    "not-an-image": ("content that is not JPEG, PNG or TIFF", "cannot identify image"),
+    "broken-image": ("an image that cannot be decoded completely", "unreadable image|broken image"),
+    "wrong-size": ("an image that is not 640x512, or not of its partner's size", "its visible image"),
+    "constant-image": ("an image of a single colour", ""),
     "grey-visible": ("a visible image without colours", ""),
     "coloured-lwir": ("an LWIR image with colours", ""),
-    "swapped-modalities": ("visible in the place of LWIR and the reverse", ""),
-    "same-image": ("visible and LWIR are the same picture", ""),
-    "copied-image": ("the same picture under two frame ids", ""),
-    "missing-annotation": ("no annotation", "have no label file|are not in it"),
-    "not-text": ("an annotation that is not text", "not a text file"),
+    "swapped-modalities": ("visible and LWIR images in place of each other", ""),
+    "same-image": ("visible and LWIR images with the same pixels", ""),
+    "copied-image": ("images of two frames with the same pixels", ""),
+    "missing-annotation": ("a frame without annotation", "have no label file|are not in it"),
+    "not-text": ("an annotation that is not a text file", "not a text file"),
     "bad-header": ("a text annotation that does not begin with '% bbGt version=3'", "is not a bbGt header"),
     "too-few-columns": ("a line with too few columns", "columns where"),
-    "not-a-number": ("a word where a number belongs", "is not a number|fractions of the frame"),
+    "not-a-number": ("a word in place of a number", "is not a number|fractions of the frame"),
     "no-area": ("a box without a positive, finite size", "with positive size"),
-    "outside-frame": ("a box wholly outside of the frame", ""),
-    "leaves-frame": ("a box less than half in the frame", ""),
-    "odd-box": ("a person or object of an impossible height or shape", ""),
+    "outside-frame": ("a box completely outside the frame", ""),
+    "leaves-frame": ("a box with more than half of its area outside the frame", ""),
+    "odd-box": ("a box of implausible height or aspect ratio", ""),
     "repeated-box": ("two objects with the same box", ""),
     "unknown-label": ("a label other than KAIST's person, people, cyclist, …", "speaks of|has no name"),
     "unknown-occlusion": ("an occlusion other than 0, 1 and 2", "is unknown"),
-    "unpaired-objects": ("visible and LWIR files of the paired form with other objects", ""),
-    "broken-xml": ("an XML that cannot be parsed, or is none of KAIST's", "broken XML|DOCTYPE|> is not a"),
-    "contradicting-file": ("a file that says it belongs to another frame or size", ""),
-    "broken-json": ("a JSON that cannot be parsed, or is none of KAIST's", "broken JSON|annotation JSON"),
-    "json-repeated-id": ("an id or frame that a JSON holds twice", "occurs twice"),
-    "json-unknown-image": ("a JSON object of an image that is not in it", "but no image has"),
+    "unpaired-objects": ("different objects in the visible and LWIR files of the paired form", ""),
+    "broken-xml": ("XML that cannot be parsed or is not KAIST's", "broken XML|DOCTYPE|> is not a"),
+    "contradicting-file": ("an annotation that names another frame or size", ""),
+    "broken-json": ("JSON that cannot be parsed or is not KAIST's", "broken JSON|annotation JSON"),
+    "json-repeated-id": ("an id or frame that occurs twice in a JSON", "occurs twice"),
+    "json-unknown-image": ("a JSON object whose image is not in the JSON", "but no image has"),
     "incomplete-object": ("an XML or JSON object that lacks its name, box or more", "lacks|annotation "),
 }
-HEIGHTS = (10, 450)  # pixels of a frame 512 high; KAIST's objects have 20 to 309
-PERSON_ASPECTS = (0.08, 4.0)  # width / height
-ASPECTS = (0.08, 16.0)  # the same of other objects; KAIST's crowds reach 10.7
-OTHER_ENDINGS = (".bmp", ".webp", ".gif", ".Jpg", ".Png")
-GREY, COLOURED = 6, 10  # 99.5th percentile of max - min over the channels; KAIST's LWIR has 3
-FLAT = 1.0  # standard deviation of grey values; KAIST's darkest LWIR frames have 7
+HEIGHT_RANGE = (10, 450)  # plausible box heights in a frame 512 high, pixels; KAIST's are 20 to 309
+PERSON_ASPECT_RANGE = (0.08, 4.0)  # plausible width / height of persons
+OTHER_ASPECT_RANGE = (0.08, 16.0)  # the same for other objects; KAIST's crowds reach 10.7
+UNSUPPORTED_SUFFIXES = (".bmp", ".webp", ".gif", ".Jpg", ".Png")
+# An image's chroma is the 99.5th percentile of max - min over its channels.
+MIN_VISIBLE_CHROMA, MAX_LWIR_CHROMA = 6, 10  # KAIST's LWIR images have 3
+MIN_CONTRAST = 1.0  # standard deviation of the grey values; KAIST's darkest LWIR images have 7
 
 
 class Fault(NamedTuple):
-    """One fault: its name in `FAULTS`, its file, its line (0: the file as a whole), in words."""
+    """One fault: a key of `FAULTS`, the file, the line (0: the whole file), and a message."""
 
     name: str
     file: Path
@@ -75,20 +77,20 @@ class Fault(NamedTuple):
     problem: str
 
 
-def unreadable(path: Path, missing: str) -> Fault | None:
-    """Why a file's content cannot be had, if it cannot; `missing` is the fault of its absence."""
+def check_readable(path: Path, missing: str) -> Fault | None:
+    """Return the fault of an unreadable or empty file, if any; missing: the fault of an absent one."""
     try:
         if path.is_symlink() and not path.exists():
-            return Fault("broken-link", path, 0, f"a link to {path.readlink()}, which is not there")
+            return Fault("broken-link", path, 0, f"a link to {path.readlink()}, which does not exist")
         if not path.exists():
-            for other in map(path.with_suffix, OTHER_ENDINGS):
+            for other in map(path.with_suffix, UNSUPPORTED_SUFFIXES):
                 if other.exists():
                     return Fault("misnamed-image", other, 0, "save it as JPEG or PNG")
             return Fault(missing, path, 0, "no such file")
         if not path.is_file():
-            return Fault("unreadable-file", path, 0, "it is no file")
+            return Fault("unreadable-file", path, 0, "not a regular file")
         with path.open("rb") as file:
-            return None if file.read(1) else Fault("empty-file", path, 0, "it holds nothing")
+            return None if file.read(1) else Fault("empty-file", path, 0, "the file is empty")
     except OSError as error:
         return Fault("unreadable-file", path, 0, str(error.strerror or error))
 
@@ -99,41 +101,44 @@ def check_image(
     size: tuple[int, int] = FRAME_SIZE,
     lwir_range: tuple[float, float] = (0.0, 0.0),
 ) -> Fault | tuple[bytes, float]:
-    """What is wrong with one image, or a digest of its pixels and how coloured it is, see `COLOURED`.
+    """Return the first fault of one image, or the digest of its pixels and its chroma.
 
-    size: its width and height, if all is well; lwir_range: as of `load_image`.
+    size: expected width and height; lwir_range: as in `load_image`.
     """
-    if fault := unreadable(path, f"missing-{modality}"):
+    if fault := check_readable(path, f"missing-{modality}"):
         return fault
     deep = modality == "lwir" and lwir_range[0] < lwir_range[1]
     try:
         with open_image(path, deep) as image:
             if image.size != size:
                 return Fault("wrong-size", path, 0, "{}x{}, not {}x{}".format(*image.size, *size))
-        # LWIR of 8 bits is opened as visible is, so that colours in it are seen.
-        view = load_image(path, "lwir", lwir_range) if deep else load_image(path, "visible")
+        # An 8-bit LWIR image is loaded like a visible one, to find colours in it.
+        image = load_image(path, "lwir", lwir_range) if deep else load_image(path, "visible")
     except InputError as error:
         return to_fault(error)
-    pixels = np.asarray(view.convert("RGB"))
-    few = pixels[::4, ::4].astype(np.int16)
-    if few.mean(2).std() < FLAT:
-        return Fault("constant-image", path, 0, f"all of it is about {few.mean():.0f}")
-    colour = np.percentile(few.max(2) - few.min(2), 99.5)
-    return hashlib.blake2b(pixels.tobytes(), digest_size=16).digest(), float(colour)
+    pixels = np.asarray(image.convert("RGB"))
+    subsampled = pixels[::4, ::4].astype(np.int16)
+    if subsampled.mean(2).std() < MIN_CONTRAST:
+        return Fault("constant-image", path, 0, f"all pixels are about {subsampled.mean():.0f}")
+    chroma = np.percentile(subsampled.max(2) - subsampled.min(2), 99.5)
+    return hashlib.blake2b(pixels.tobytes(), digest_size=16).digest(), float(chroma)
 
 
-def check_images(
+def check_frame_images(
     paths: dict[str, Path], size: tuple[int, int] = FRAME_SIZE, lwir_range: tuple[float, float] = (0.0, 0.0)
 ) -> tuple[list[Fault], dict[bytes, Path]]:
-    """Faults of a frame's images by modality, as of `check_image`, and digest -> file of the sound ones."""
-    seen = {modality: check_image(path, modality, size, lwir_range) for modality, path in paths.items()}
-    faults = [result for result in seen.values() if isinstance(result, Fault)]
-    images = {modality: result for modality, result in seen.items() if not isinstance(result, Fault)}
+    """Check the images of one frame; return the faults, and digest -> file of the images that are valid.
+
+    paths: modality -> file; size, lwir_range: as in `check_image`.
+    """
+    results = {modality: check_image(path, modality, size, lwir_range) for modality, path in paths.items()}
+    faults = [result for result in results.values() if isinstance(result, Fault)]
+    images = {modality: result for modality, result in results.items() if not isinstance(result, Fault)}
     digests = {digest: paths[modality] for modality, (digest, _) in images.items()}
-    grey = "visible" in images and images["visible"][1] < GREY
-    coloured = "lwir" in images and images["lwir"][1] > COLOURED
+    grey = "visible" in images and images["visible"][1] < MIN_VISIBLE_CHROMA
+    coloured = "lwir" in images and images["lwir"][1] > MAX_LWIR_CHROMA
     if len(digests) < len(images):
-        faults.append(Fault("same-image", paths["lwir"], 0, "the same picture as the visible image"))
+        faults.append(Fault("same-image", paths["lwir"], 0, "the same pixels as the visible image"))
     elif grey and coloured:
         faults.append(Fault("swapped-modalities", paths["lwir"], 0, "it has colours, the visible has none"))
     elif grey:
@@ -144,14 +149,14 @@ def check_images(
 
 
 def to_fault(error: InputError) -> Fault:
-    """What a reader refused, under its name."""
+    """Convert the error of a reader to a fault, named by the expressions in `FAULTS`."""
     names = (name for name, (_, words) in FAULTS.items() if words and re.search(words, error.problem))
     return Fault(next(names, "unreadable-file"), Path(error.file), error.line or 0, error.problem)
 
 
-def check_file(path: Path, form: str, frame_id: str) -> tuple[list[Fault], list[ObjectRow]]:
-    """Faults of a frame's annotation in a file of its own, and its objects."""
-    if fault := unreadable(path, "missing-annotation"):
+def check_label_file(path: Path, form: str, frame_id: str) -> tuple[list[Fault], list[ObjectRow]]:
+    """Check one frame's annotation file; return its faults and objects. form: as in `read_labels`."""
+    if fault := check_readable(path, "missing-annotation"):
         return [fault], []
     errors: list[InputError] = []
     try:
@@ -170,8 +175,8 @@ def check_file(path: Path, form: str, frame_id: str) -> tuple[list[Fault], list[
     return faults, rows
 
 
-def check_json(path: Path) -> tuple[list[Fault], set[str]]:
-    """Faults of a test JSON, and the frames it holds."""
+def check_label_json(path: Path) -> tuple[list[Fault], set[str]]:
+    """Check an annotation JSON; return its faults and the ids of its frames."""
     errors: list[InputError] = []
     try:
         content = load_json(read_text(path), path)
@@ -186,24 +191,26 @@ def check_json(path: Path) -> tuple[list[Fault], set[str]]:
             problem = f"{image['im_name']} is of size {size[0]}x{size[1]}"
             faults.append(Fault("contradicting-file", path, 0, problem))
     items = (item for item in content["annotations"] if isinstance(item, dict) and "id" in item)
-    for repeated, count in Counter(repr(item["id"]) for item in items).items():
+    for number, count in Counter(repr(item["id"]) for item in items).items():
         if count > 1:
-            problem = f"annotation id {repeated} is there {count} times"
-            faults.append(Fault("json-repeated-id", path, 0, problem))
+            faults.append(Fault("json-repeated-id", path, 0, f"annotation id {number} occurs {count} times"))
     return faults, set(frames)
 
 
 def implausible_objects(
     rows: list[ObjectRow], path: Path, size: tuple[int, int] = FRAME_SIZE, kaist: bool = True
 ) -> Iterator[Fault]:
-    """What is odd about well-formed objects of one frame of (width, height); kaist: and of their labels."""
-    lowest, highest = (limit * size[1] / FRAME_HEIGHT for limit in HEIGHTS)
+    """Yield the faults of one frame's valid objects.
+
+    path: their file; size: width and height of the frame, pixels; kaist: whether to check the labels too.
+    """
+    lowest, highest = (limit * size[1] / FRAME_HEIGHT for limit in HEIGHT_RANGE)
     boxes, in_json = set(), path.suffix == ".json"
     for label, (x, y, w, h), _, _, number in rows:
         width = max(min(x + w, size[0]) - max(x, 0), 0)
         height = max(min(y + h, size[1]) - max(y, 0), 0)
-        low, high = PERSON_ASPECTS if label == "person" else ASPECTS
-        odd = {
+        low, high = PERSON_ASPECT_RANGE if label == "person" else OTHER_ASPECT_RANGE
+        found = {
             "unknown-label": kaist and label not in KAIST_LABELS,
             "outside-frame": not width * height,
             "leaves-frame": 0 < width * height < 0.5 * w * h,
@@ -211,6 +218,6 @@ def implausible_objects(
             "repeated-box": (x, y, w, h) in boxes,
         }
         boxes.add((x, y, w, h))
-        words = f"annotation {number}: " * in_json + f"{label[:40]} x={x:g} y={y:g} w={w:g} h={h:g}"
+        problem = f"annotation {number}: " * in_json + f"{label[:40]} x={x:g} y={y:g} w={w:g} h={h:g}"
         line = 0 if in_json else number
-        yield from (Fault(name, path, line, words) for name, is_so in odd.items() if is_so)
+        yield from (Fault(name, path, line, problem) for name, is_fault in found.items() if is_fault)

@@ -1,4 +1,4 @@
-"""The data check: every kind of fault is found under its name and place, and nothing else is."""
+"""tools.check_data: every kind of fault is found with its name and place, and nothing else."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ SIZE, HUGE = bytes.fromhex("02000280"), bytes.fromhex("75307530")  # 512x640, 30
 
 @pytest.fixture
 def root(demo_root, tmp_path):
-    """A demo set that holds every form of annotation."""
+    """A demo set with every form of annotation."""
     root = shutil.copytree(demo_root, tmp_path / "kaist-8-bit")
     bbgt = open_annotations(root)
     for name in ("train-all", "test-all"):
@@ -53,7 +53,7 @@ def xml(frame_id, rows, width=640):
 
 
 def run(monkeypatch, *arguments):
-    """Run the check as `python -m tools.check_data` does; returns its exit code."""
+    """Run the check as `python -m tools.check_data` does; return its exit code."""
     monkeypatch.setattr(sys, "argv", ["check_data.py", *map(str, arguments)])
     try:
         return check_data.main()
@@ -63,17 +63,17 @@ def run(monkeypatch, *arguments):
 
 def test_a_clean_set_has_no_fault(root, tmp_path, monkeypatch, capsys):
     out = tmp_path / "faults.csv"
-    out.write_text("fault,file,line,problem\n")  # what an earlier check found
+    out.write_text("fault,file,line,problem\n")  # the result of an earlier check
     train = read_image_list(root / "imageSets/train-all.txt")
-    (root / "imageSets/train-half.txt").write_text("\n".join(train[:6]))  # within train-all
+    (root / "imageSets/train-half.txt").write_text("\n".join(train[:6]))  # a subset of train-all
     assert run(monkeypatch, root, "--out", out) == 0
-    said = capsys.readouterr().out
-    assert "18 frames of 5 lists, visible and lwir; annotations bbgt, xml, paired, KAIST_ann" in said
-    assert "no fault found" in said and not out.exists()
+    output = capsys.readouterr().out
+    assert "18 frames of 5 lists, visible and lwir; annotations bbgt, xml, paired, KAIST_ann" in output
+    assert "no fault found" in output and not out.exists()
 
 
 def plant(root):
-    """Plant every kind of fault; returns (name, file below the root, line) of each."""
+    """Plant every kind of fault; return (name, file below the root, line) of each."""
     train = read_image_list(root / "imageSets/train-all.txt")
     test = read_image_list(root / "imageSets/test-all.txt")
     planted = []
@@ -223,7 +223,7 @@ def test_every_kind_of_fault_is_found_and_nothing_else(root, tmp_path):
         )
 
 
-def test_only_what_training_needs_is_asked_for(root, tmp_path, monkeypatch, capsys):
+def test_only_the_images_and_annotations_of_a_training_are_needed(root, tmp_path, monkeypatch, capsys):
     for path in (root / "images").rglob("visible/*.jpg"):
         path.unlink()
     shutil.rmtree(root / "annotations-xml-new/set03")
@@ -235,12 +235,12 @@ def test_only_what_training_needs_is_asked_for(root, tmp_path, monkeypatch, caps
     assert run(monkeypatch, *flags, "--input-mode", "lwir") == 1
     assert capsys.readouterr().out.count("missing-annotation") == 2  # of set03, in the XML form
     assert run(monkeypatch, *flags) == 1
-    said = capsys.readouterr().out
-    assert said.count("missing-visible") == 6 and "… and 7 more" in said
-    assert said.endswith("12 of 12 visible images are missing: --input-mode lwir needs none\n")
+    output = capsys.readouterr().out
+    assert output.count("missing-visible") == 6 and "… and 7 more" in output
+    assert output.endswith("12 of 12 visible images are missing: --input-mode lwir needs none\n")
 
 
-def test_lists_may_share_frames_but_not_those_of_training_with_those_of_the_test(tmp_path):
+def test_training_lists_may_share_frames_but_not_with_test_lists(tmp_path):
     for name in ("train-all", "train-half", "test-all"):
         (tmp_path / f"{name}.txt").write_text("set00/V000/I00000\n")
     for disjoint, overlaps in ((False, ["test-all"]), (True, ["train-half", "test-all"])):
@@ -263,7 +263,7 @@ def test_lists_may_share_frames_but_not_those_of_training_with_those_of_the_test
         (["{root}", "--list", "imageSets/test-all.txt", "--out", "none/x.csv"], "none: no such folder"),
     ],
 )
-def test_what_cannot_be_checked_is_refused(demo_root, monkeypatch, flags, message):
+def test_bad_arguments_are_refused(demo_root, monkeypatch, flags, message):
     flags = [flag.format(root=demo_root) for flag in flags]
     monkeypatch.setattr(sys, "argv", ["check_data.py", *flags])
     with pytest.raises(InputError, match=message):
@@ -273,7 +273,7 @@ def test_what_cannot_be_checked_is_refused(demo_root, monkeypatch, flags, messag
 @pytest.mark.parametrize(
     ("names", "mode", "frames"), [(["pairs"], "early", 8), (["lwir-train", "lwir-test"], "lwir", 134)]
 )
-def test_real_frames_raise_no_alarm(reference, tmp_path, monkeypatch, capsys, names, mode, frames):
+def test_real_frames_have_no_fault(reference, tmp_path, monkeypatch, capsys, names, mode, frames):
     lists = [part for name in names for part in ("--list", f"imageSets/{name}.txt")]
     out = tmp_path / "faults.csv"
     code = run(monkeypatch, reference / "mini", *lists, "--input-mode", mode, "--out", out)
@@ -282,9 +282,9 @@ def test_real_frames_raise_no_alarm(reference, tmp_path, monkeypatch, capsys, na
 
 def test_help_explains_every_fault(monkeypatch, capsys):
     assert run(monkeypatch, "--help") == 0
-    said = capsys.readouterr().out
-    assert all(name in said and words in said for name, (words, _) in FAULTS.items())
-    assert check_data.__doc__.strip() in said
+    output = capsys.readouterr().out
+    assert all(name in output and words in output for name, (words, _) in FAULTS.items())
+    assert check_data.__doc__.strip() in output
 
 
 # ------------------------------------------------------------------------------ other sets of pairs
@@ -306,7 +306,7 @@ def test_a_sound_set_of_pairs_has_no_fault(tmp_path, monkeypatch, capsys, form):
     assert "8 frames, visible and lwir" in capsys.readouterr().out
 
 
-def test_a_set_of_which_no_image_can_be_used_is_reported(tmp_path, monkeypatch, capsys):
+def test_a_set_without_a_valid_image_is_reported(tmp_path, monkeypatch, capsys):
     path = pair_trees.draw_own(tmp_path / "set", n=1)
     for split in ("train", "test"):
         Image.new("L", (20, 10)).save(tmp_path / "set/thermal" / split / "000.png")
@@ -314,13 +314,13 @@ def test_a_set_of_which_no_image_can_be_used_is_reported(tmp_path, monkeypatch, 
     assert "note: " not in capsys.readouterr().out
 
 
-def test_grey_visible_images_of_a_whole_set_are_a_note(tmp_path, monkeypatch, capsys):
+def test_a_set_whose_visible_images_are_all_grey_gets_a_note(tmp_path, monkeypatch, capsys):
     root = pair_trees.draw_cvc14(tmp_path / "set")
     assert check_pairs("cvc14", tmp_path, monkeypatch, "--data-root", root) == (0, set())
     assert "note: all visible images are grey" in capsys.readouterr().out
 
 
-def test_odd_boxes_of_a_set_of_pairs_have_their_line_or_number(tmp_path, monkeypatch):
+def test_faults_of_boxes_in_a_set_of_pairs_have_a_line_or_number(tmp_path, monkeypatch):
     for form, place in (("voc", "002.xml:2"), ("coco", "train.json:0")):
         root = tmp_path / form
         path = pair_trees.draw_own(root, form)
@@ -337,8 +337,8 @@ def test_odd_boxes_of_a_set_of_pairs_have_their_line_or_number(tmp_path, monkeyp
         assert row[3].startswith("person x=150" if form == "voc" else "annotation 3: ")
 
 
-def test_faults_of_images_of_16_bits(tmp_path, monkeypatch):
-    """Each once, and the check goes on."""
+def test_faults_of_16_bit_images(tmp_path, monkeypatch):
+    """Each is reported once, and the check continues."""
     root = tmp_path / "set"
     path = pair_trees.draw_own(root, "voc", deep=True)
     broken = root / "thermal/train/001.png"
@@ -359,7 +359,7 @@ def test_faults_of_images_of_16_bits(tmp_path, monkeypatch):
 
 
 def test_faults_of_a_set_of_pairs(tmp_path, monkeypatch):
-    """All at once, each under its name and file."""
+    """All are reported at once, each with its name and file."""
     root = tmp_path / "set"
     path = pair_trees.draw_own(root, "voc", n=8)
     thermal, labels = root / "thermal/train", root / "labels/train"
