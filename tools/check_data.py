@@ -52,11 +52,7 @@ CSV_HEADER = ("fault", "file", "line", "problem")  # line 0: the whole file
 
 
 def main() -> int:
-    """Run the check; return the exit code.
-
-    Raises:
-        InputError: there is nothing to check, or an image list cannot be read.
-    """
+    """Run the check; return the exit code."""
     arguments = parse_arguments()
     root, out, modalities = arguments.root, arguments.out, MODALITIES[arguments.input_mode]
     check_folders(out)

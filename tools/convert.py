@@ -1,11 +1,11 @@
-"""Writes a set of visible and LWIR pairs as COCO JSON, YOLO text or in KAIST's own layout.
+"""Convert a set of visible and LWIR pairs to COCO JSON, YOLO text or KAIST's layout.
 
     python -m tools.convert mine/pairs.json --to kaist --out data/mine
     python -m tools.convert llvip --data-root LLVIP --to coco --out data/llvip
 
-A set is a description, pairs.json (docs/your-data.md), or kaist, llvip, flir or cvc14 by name. COCO and
-YOLO keep images as they are, beside a pairs.json that describes the result. KAIST's layout has frames
-scaled to 640x512 with 8 bits, and is trained on by train.py --data-root.
+A set is a description file, pairs.json (docs/your-data.md), or one of the names kaist, llvip, flir and
+cvc14. COCO and YOLO keep the images unchanged and add a pairs.json that describes the result. KAIST's
+layout has 8-bit frames scaled to 640x512; train.py --data-root takes it.
 """
 
 import csv
@@ -27,52 +27,52 @@ from kaist.images import load_image, rescale
 from kaist.labels import KAIST_LABELS, ObjectRow, coco_content, yolo_class, yolo_text
 from kaist.pair_sets import NAMED_SETS, SPLITS, find_lwir_range, kaist_ids, open_pairs
 
-JPEG_QUALITY = 95  # of frames that are scaled
-FOLDERS = {"visible": "images", "lwir": "lwir"}  # of the images of COCO and YOLO
-LABELS_AT = {"coco": "annotations/{split}.json", "yolo": "labels/{split}"}
+JPEG_QUALITY = 95  # of scaled frames
+IMAGE_FOLDERS = {"visible": "images", "lwir": "lwir"}  # in the COCO and YOLO output
+LABEL_PATHS = {"coco": "annotations/{split}.json", "yolo": "labels/{split}"}
 
 
 def main() -> None:
-    """Read the set, then write it; its description or lists last, so that an unfinished one is none."""
+    """Read the set, then write it: the images first, so that an interrupted conversion cannot be read."""
     arguments = parse_arguments()
     if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
-        raise InputError("it holds something already", "choose a new folder by --out", file=arguments.out)
+        raise InputError("this is not an empty folder", "choose a new folder by --out", file=arguments.out)
     sets = {split: open_pairs(arguments.data, arguments.data_root, split) for split in arguments.split}
     files = [{pair["visible"] for pair in pairs.images.values()} for pairs in sets.values()]
     if len(files) > 1 and (shared := files[0] & files[1]):
-        problem = f"{len(shared)} frames are both to train and to test"
-        raise InputError(problem, "tell them apart by {split} or lists", file=min(shared))
+        problem = f"{len(shared)} frames are both in the training and the test set"
+        raise InputError(problem, "separate them by {split} or lists", file=min(shared))
     if arguments.to == "kaist":
-        deep = find_lwir_range(sets.get("train") or sets["test"])
-        if deep[1] and "train" not in sets:  # it is that of the frames to train on, whatever is written
-            deep = find_lwir_range(open_pairs(arguments.data, arguments.data_root, "train"))
-        write_kaist(sets, arguments.out, deep)
-        hint = f"--data-root {arguments.out}"
+        lwir_range = find_lwir_range(sets.get("train") or sets["test"])
+        if lwir_range[1] and "train" not in sets:  # the test set has to be scaled like the training set
+            lwir_range = find_lwir_range(open_pairs(arguments.data, arguments.data_root, "train"))
+        write_kaist(sets, arguments.out, lwir_range)
+        result = f"--data-root {arguments.out}"
     else:
-        write_plain(sets, arguments.to, arguments.out)
-        hint = str(arguments.out / "pairs.json")
+        write_coco_or_yolo(sets, arguments.to, arguments.out)
+        result = str(arguments.out / "pairs.json")
     for split, pairs in sets.items():
-        rows = [row for own in pairs.objects.values() for row in own]
-        people = sum(row.label == "person" and not row.ignore for row in rows)
-        words = f"{people} people to learn, {len(rows) - people} objects to ignore"
-        print(f"{split}: {len(pairs.frames)} frames, {words}")
-    print(f"written: {hint}")
+        rows = [row for frame_rows in pairs.objects.values() for row in frame_rows]
+        n_persons = sum(row.label == "person" and not row.ignore for row in rows)
+        counts = f"{n_persons} persons, {len(rows) - n_persons} ignored objects"
+        print(f"{split}: {len(pairs.frames)} frames, {counts}")
+    print(f"written: {result}")
 
 
 def parse_arguments() -> Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = OneLineParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("data", metavar="SET", help=f"a description, pairs.json, or {', '.join(NAMED_SETS)}")
-    add("--data-root", type=Path, metavar="FOLDER", help="where the set's paths begin")
-    add("--to", choices=("coco", "yolo", "kaist"), required=True, help="the form to write")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="a new folder for it")
-    add("--split", nargs="+", choices=SPLITS, default=SPLITS, help="what to write (default: both)")
+    add("data", metavar="SET", help=f"a description file, pairs.json, or {', '.join(NAMED_SETS)}")
+    add("--data-root", type=Path, metavar="FOLDER", help="root folder of the set")
+    add("--to", choices=("coco", "yolo", "kaist"), required=True, help="output format")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="output folder, new or empty")
+    add("--split", nargs="+", choices=SPLITS, default=SPLITS, help="splits to convert (default: both)")
     return parser.parse_args()
 
 
-def place_file(source: Path, target: Path) -> None:
-    """A file under another name: a hard link where the disk can, else a copy."""
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make a hard link, or a copy if the file system cannot link."""
     make_folder(target.parent)
     try:
         os.link(source.resolve(), target)
@@ -81,82 +81,82 @@ def place_file(source: Path, target: Path) -> None:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a text file and make its folder."""
+    """Write a text file and create its folder."""
     make_folder(path.parent)
     write_text(path, text)
 
 
-def write_plain(sets: dict[str, PairSet], form: str, out: Path) -> None:
-    """The images as they are, images/<split>/<id>, visible, and lwir/<split>/<id>; their labels as COCO
-    or YOLO has them; and the pairs.json of both."""
-    every = [row for pairs in sets.values() for own in pairs.objects.values() for row in own]
-    classes = {yolo_class(row) if form == "yolo" else row.label for row in every}
+def write_coco_or_yolo(sets: dict[str, PairSet], form: str, out: Path) -> None:
+    """Write images/SPLIT/ID (visible), lwir/SPLIT/ID, the labels and pairs.json; form: "coco" or "yolo"."""
+    all_rows = [row for pairs in sets.values() for rows in pairs.objects.values() for row in rows]
+    classes = {yolo_class(row) if form == "yolo" else row.label for row in all_rows}
     names = ["person", *sorted(classes - {"person"})]
     for split, pairs in sets.items():
-        place, images = out / LABELS_AT[form].format(split=split), []
-        for frame_id in tqdm(sorted(pairs.frames), split, unit="frame", leave=False):  # as they are read
-            size, rows, files = (of[frame_id] for of in (pairs.sizes, pairs.objects, pairs.images))
-            for modality, folder in FOLDERS.items():
+        label_path, images = out / LABEL_PATHS[form].format(split=split), []
+        # Sorted like the frames that open_pairs returns, so that COCO's image ids count in their order.
+        for frame_id in tqdm(sorted(pairs.frames), split, unit="frame", leave=False):
+            files, size, rows = pairs.images[frame_id], pairs.sizes[frame_id], pairs.objects[frame_id]
+            for modality, folder in IMAGE_FOLDERS.items():
                 name = f"{frame_id}{files[modality].suffix}"
-                place_file(files[modality], out / folder / split / name)
+                link_or_copy(files[modality], out / folder / split / name)
             images.append((f"{frame_id}{files['visible'].suffix}", size, rows))
             if form == "yolo":
-                write_new(place / f"{frame_id}.txt", yolo_text(rows, size, names))
+                write_new(label_path / f"{frame_id}.txt", yolo_text(rows, size, names))
         if form == "coco":
-            write_new(place, json.dumps(coco_content(images)) + "\n")
-    content = {modality: f"{folder}/{{split}}" for modality, folder in FOLDERS.items()}
-    content |= {"labels": LABELS_AT[form], "person": names[:1], "ignore": names[1:]}
-    if form == "yolo":  # with the file that Ultralytics reads
-        content["names"] = names
+            write_new(label_path, json.dumps(coco_content(images)) + "\n")
+    description = {modality: f"{folder}/{{split}}" for modality, folder in IMAGE_FOLDERS.items()}
+    description |= {"labels": LABEL_PATHS[form], "person": names[:1], "ignore": names[1:]}
+    if form == "yolo":
+        description["names"] = names
         text = "".join(f"{'val' if split == 'test' else split}: images/{split}\n" for split in sets)
-        write_new(out / "data.yaml", f"path: .\n{text}names: {json.dumps(names)}\n")
+        write_new(out / "data.yaml", f"path: .\n{text}names: {json.dumps(names)}\n")  # for Ultralytics
     if night := next(iter(sets.values())).night:
-        content["night"] = night
-    write_new(out / "pairs.json", json.dumps(content, indent=1) + "\n")
+        description["night"] = night
+    write_new(out / "pairs.json", json.dumps(description, indent=1) + "\n")
 
 
-def write_kaist(sets: dict[str, PairSet], out: Path, deep: tuple[float, float]) -> None:
-    """KAIST's layout at 640x512, one JSON for all frames, and names.csv; deep: as of `find_lwir_range`."""
-    named = {split: kaist_ids(pairs, split) for split, pairs in sets.items()}
-    if deep[1]:
-        print("LWIR of {:g} … {:g} becomes 0 … 255, what lies beyond is clipped".format(*deep))
+def write_kaist(sets: dict[str, PairSet], out: Path, lwir_range: tuple[float, float]) -> None:
+    """Write 640x512 frames in KAIST's layout, one JSON for all frames, names.csv and the image lists."""
+    kaist_names = {split: kaist_ids(pairs, split) for split, pairs in sets.items()}
+    if lwir_range[1]:
+        print("LWIR values {:g} to {:g} are scaled to 0 to 255, others are clipped".format(*lwir_range))
     images, table, text = [], [("frame", "split", "visible", "lwir")], io.StringIO()
     for split, pairs in sets.items():
-        draw = partial(draw_frame, pairs, named[split], out, deep)
+        write_frame = partial(write_kaist_frame, pairs, kaist_names[split], out, lwir_range)
         with ThreadPoolExecutor() as pool:
-            list(tqdm(pool.map(draw, pairs.frames), split, len(pairs.frames), unit="frame", leave=False))
-        for i, name in named[split].items():
+            done = pool.map(write_frame, pairs.frames)
+            list(tqdm(done, split, len(pairs.frames), unit="frame", leave=False))
+        for i, name in kaist_names[split].items():
             images.append((name, FRAME_SIZE, [scale(row, pairs.sizes[i]) for row in pairs.objects[i]]))
             table.append((name, split, pairs.images[i]["visible"], pairs.images[i]["lwir"]))
     csv.writer(text, lineterminator="\n").writerows(table)
     write_new(out / "names.csv", text.getvalue())
     write_new(out / JSON_NAME, json.dumps(coco_content(images, "im_name")) + "\n")
-    for split, ids in named.items():
-        write_new(out / f"imageSets/{split}-all.txt", "".join(f"{name}\n" for name in ids.values()))
+    for split, names in kaist_names.items():
+        write_new(out / f"imageSets/{split}-all.txt", "".join(f"{name}\n" for name in names.values()))
 
 
 def scale(row: ObjectRow, size: tuple[int, int]) -> ObjectRow:
-    """An object of a frame of `size` (width, height) as it lies in the frame scaled to KAIST's size, under
-    a label that KAIST has."""
+    """Scale an object's box from a frame of `size` (width, height) to KAIST's, and give it a KAIST label."""
     label = row.label if row.label in KAIST_LABELS else "__ignore__"
-    factors = [to / side for to, side in zip(FRAME_SIZE, size, strict=True)] * 2
+    factors = [new / old for new, old in zip(FRAME_SIZE, size, strict=True)] * 2
     return row._replace(label=label, box=[a * b for a, b in zip(row.box, factors, strict=True)])
 
 
-def draw_frame(
-    pairs: PairSet, named: dict[str, str], out: Path, deep: tuple[float, float], frame_id: str
+def write_kaist_frame(
+    pairs: PairSet, kaist_names: dict[str, str], out: Path, lwir_range: tuple[float, float], frame_id: str
 ) -> None:
-    """Both images of a frame under its KAIST name: as they are if they are 640x512 with 8 bits."""
-    video, name = named[frame_id].rsplit("/", 1)
+    """Write both images of a frame under its KAIST name; 8-bit images of 640x512 stay unchanged."""
+    video, name = kaist_names[frame_id].rsplit("/", 1)
     for modality in ("visible", "lwir"):
         source = pairs.images[frame_id][modality]
         target = out / "images" / video / modality / name
-        if pairs.sizes[frame_id] == FRAME_SIZE and not (modality == "lwir" and deep[1]):
-            place_file(source, target.with_suffix(source.suffix))
+        if pairs.sizes[frame_id] == FRAME_SIZE and not (modality == "lwir" and lwir_range[1]):
+            link_or_copy(source, target.with_suffix(source.suffix))
             continue
         make_folder(target.parent)
-        view = rescale(load_image(source, modality, deep))
-        save = partial(view.save, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
+        image = rescale(load_image(source, modality, lwir_range))
+        save = partial(image.save, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
         write_atomically(target.with_suffix(".jpg"), save)
 
 

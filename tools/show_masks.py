@@ -42,11 +42,7 @@ OUT = "pseudo_gt.png"  # file of the picture
 
 
 def main() -> None:
-    """Draw random samples of an image list.
-
-    Raises:
-        InputError: a constant, list, annotation or image cannot be used, or no frame has a person.
-    """
+    """Draw random samples of an image list."""
     constants = read_constants(__file__)
     config = {name: value for name, (value, _) in constants.items()}
     config |= parse_flags(__doc__.splitlines()[0], constants, None)

@@ -1,4 +1,4 @@
-"""Conversion of sets of pairs: what comes back is what went in, to the form's rounding."""
+"""tools.convert: a round trip returns the same set, up to the rounding of the format."""
 
 import csv
 import json
@@ -21,13 +21,13 @@ def run(monkeypatch, *words):
     convert.main()
 
 
-def same(a, b, tolerance):
-    """Whether two sets hold the same frames and objects."""
+def assert_equal_sets(a, b, tolerance):
+    """Check that two sets have the same frames and objects."""
     assert a.frames == b.frames
     for frame_id in a.frames:
-        own, other = a.read(frame_id), b.read(frame_id)
-        np.testing.assert_allclose(own.boxes, other.boxes, rtol=0, atol=tolerance)
-        np.testing.assert_array_equal(own.is_person, other.is_person)
+        objects, others = a.read(frame_id), b.read(frame_id)
+        np.testing.assert_allclose(objects.boxes, others.boxes, rtol=0, atol=tolerance)
+        np.testing.assert_array_equal(objects.is_person, others.is_person)
         assert a.sizes[frame_id] == b.sizes[frame_id]
 
 
@@ -50,9 +50,9 @@ def test_coco_and_yolo_and_back(tmp_path, monkeypatch, name, form, tolerance):
     run(monkeypatch, tmp_path / "a/pairs.json", "--to", other, "--out", tmp_path / "b")
     for split in ("train", "test"):
         before = open_pairs(str(data), root, split)
-        same(before, open_pairs(str(tmp_path / "a/pairs.json"), None, split), tolerance)
+        assert_equal_sets(before, open_pairs(str(tmp_path / "a/pairs.json"), None, split), tolerance)
         after = open_pairs(str(tmp_path / "b/pairs.json"), None, split)
-        same(before, after, 1e-5)
+        assert_equal_sets(before, after, 1e-5)
         for frame_id in before.frames:
             for modality in ("visible", "lwir"):
                 path = before.images[frame_id][modality]
@@ -61,20 +61,20 @@ def test_coco_and_yolo_and_back(tmp_path, monkeypatch, name, form, tolerance):
 
 @pytest.mark.parametrize("form", ["coco", "yolo", "kaist"])
 def test_kaist_and_back(demo_root, tmp_path, monkeypatch, form):
-    """KAIST's own layout, and a round trip through another that leaves its ids as they are."""
+    """KAIST's layout, directly and through another format; frame ids stay the same."""
     run(monkeypatch, "kaist", "--data-root", demo_root, "--to", form, "--out", tmp_path / "a")
     data = ["kaist", "--data-root", tmp_path / "a"] if form == "kaist" else [tmp_path / "a/pairs.json"]
     run(monkeypatch, *data, "--to", "kaist", "--out", tmp_path / "b")
     for split in ("train", "test"):
         before, after = (open_pairs("kaist", root, split) for root in (demo_root, tmp_path / "b"))
-        same(before, after, 1e-5)
+        assert_equal_sets(before, after, 1e-5)
         for frame_id in before.frames:
-            if form != "yolo":  # which knows no occlusion
+            if form != "yolo":  # which has no occlusion
                 np.testing.assert_array_equal(before.read(frame_id).occlusion, after.read(frame_id).occlusion)
 
 
-def test_ids_of_a_written_json_count_along_the_frames_as_they_are_read(tmp_path, monkeypatch):
-    """Whatever the order of the list: so that a result's numbers mean the same frames."""
+def test_image_ids_of_a_written_json_follow_the_order_of_reading(tmp_path, monkeypatch):
+    """Whatever the order of the list, so that the numbers in a result file mean the same frames."""
     path = pair_trees.draw_own(tmp_path / "set", list="list.txt")
     pair_trees.write(tmp_path / "set/list.txt", "002\n000\n003\n")
     run(monkeypatch, path, "--to", "coco", "--out", tmp_path / "out", "--split", "test")
@@ -86,12 +86,12 @@ def test_ids_of_a_written_json_count_along_the_frames_as_they_are_read(tmp_path,
 
 
 def test_frames_of_any_size_become_a_kaist_root(tmp_path, monkeypatch, capsys):
-    """What train.py reads of it: scaled pixels, and boxes scaled by as much."""
+    """What train.py reads from it: scaled pixels, and boxes scaled alike."""
     path = pair_trees.draw_own(tmp_path / "a,b", "coco", size=(160, 120), deep=True)
     run(monkeypatch, path, "--to", "kaist", "--out", tmp_path / "out")
-    said = capsys.readouterr().out
-    assert "becomes 0 … 255, what lies beyond is clipped" in said
-    assert "train: 4 frames, 4 people to learn, 4 objects to ignore" in said
+    output = capsys.readouterr().out
+    assert "are scaled to 0 to 255, others are clipped" in output
+    assert "train: 4 frames, 4 persons, 4 ignored objects" in output
     root = tmp_path / "out"
     ids = read_image_list(root / "imageSets/train-all.txt")
     assert ids == [f"set00/V000/I0000{i}" for i in range(4)]
@@ -118,7 +118,7 @@ def test_lwir_of_16_bits_is_scaled_by_the_training_frames_whatever_is_written(tm
     low, high = find_lwir_range(open_pairs(str(path), None, "train"))
     for i, splits in enumerate((["test", "train"], ["test"], ["train"])):
         run(monkeypatch, path, "--to", "kaist", "--out", tmp_path / f"{i}", "--split", *splits)
-        assert f"LWIR of {low:g} … {high:g} becomes 0 … 255" in capsys.readouterr().out
+        assert f"LWIR values {low:g} to {high:g} are scaled to 0 to 255" in capsys.readouterr().out
 
 
 def test_a_set_of_8_bits_is_written_without_its_training_frames(tmp_path, monkeypatch):
@@ -128,14 +128,14 @@ def test_a_set_of_8_bits_is_written_without_its_training_frames(tmp_path, monkey
     assert read_image_list(tmp_path / "out/imageSets/test-all.txt") == ["set06/V000/I00000"]
 
 
-def test_frames_of_kaists_size_stay_as_they_are(tmp_path, monkeypatch):
+def test_frames_of_kaists_size_are_not_encoded_again(tmp_path, monkeypatch):
     drawn = pair_trees.draw_flir(tmp_path / "set")
     run(monkeypatch, "flir", "--data-root", drawn, "--to", "kaist", "--out", tmp_path / "out")
     copy = image_path(tmp_path / "out", "set06/V000/I00000", "lwir")
     assert copy.read_bytes() == (drawn / "JPEGImages/FLIR_08863_PreviewData.jpeg").read_bytes()
 
 
-def test_yolos_own_files(tmp_path, monkeypatch):
+def test_files_for_ultralytics(tmp_path, monkeypatch):
     path = pair_trees.draw_own(tmp_path / "set", "voc")
     run(monkeypatch, path, "--to", "yolo", "--out", tmp_path / "out", "--split", "train")
     text = (tmp_path / "out/data.yaml").read_text()
@@ -144,14 +144,14 @@ def test_yolos_own_files(tmp_path, monkeypatch):
     assert [float(v) for v in line.split()] == pytest.approx([0, 30 / 160, 55 / 120, 20 / 160, 50 / 120])
 
 
-def test_what_cannot_be_converted_is_told_before_anything_is_written(tmp_path, monkeypatch):
+def test_bad_sets_are_refused_before_anything_is_written(tmp_path, monkeypatch):
     path = pair_trees.draw_own(tmp_path / "set")
-    with pytest.raises(InputError, match="it holds something already"):
+    with pytest.raises(InputError, match="this is not an empty folder"):
         run(monkeypatch, path, "--to", "coco", "--out", tmp_path / "set")
     content = json.loads(path.read_text())
     content |= {key: content[key].replace("{split}", "train") for key in ("visible", "lwir", "labels")}
     path.write_text(json.dumps(content))
-    with pytest.raises(InputError, match="4 frames are both to train and to test; tell them apart"):
+    with pytest.raises(InputError, match="4 frames are both in the training and the test set; separate them"):
         run(monkeypatch, path, "--to", "coco", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     Image.new("L", (8, 8)).save(tmp_path / "set/thermal/train/000.png")
