@@ -1,8 +1,8 @@
 """Distributed data-parallel training: `torchrun --nproc_per_node=N train.py`, on one machine or many.
 
-Batch, learning rate and losses mean the same for any number of processes: a global batch is split
-by rank, and losses are normalised by what the whole batch holds. Without torchrun every function
-here does nothing and returns its input.
+Batch size, learning rate and losses mean the same for any number of processes: a global batch is split
+by rank, and losses are normalised over the whole batch. Without torchrun there is one process: functions
+that communicate do nothing and return their input.
 """
 
 from __future__ import annotations
@@ -19,27 +19,33 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kaist.files import InputError
 
-# What gloo, NCCL and their store say of a process that cannot be reached any more.
+# Messages of gloo, NCCL and their store about a process that cannot be reached.
 CONNECTION_ERRORS = r"[Cc]onnection|Broken pipe|recv, got 0|remote process exited|[Tt]imed? ?out"
 
 
 def init_distributed(device: torch.device, batch_size: int) -> None:
-    """Join the processes that torchrun's environment describes.
+    """Join the process group that torchrun's environment describes: NCCL for GPU tensors, gloo for others.
 
-    Tensors on GPUs are reduced by NCCL, others by gloo. InputError: the batch cannot be split evenly.
+    Raises:
+        InputError: the batch cannot be split evenly among the processes.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
         return
     if batch_size % processes:
         problem = f"BATCH_SIZE = {batch_size} cannot be split among {processes} processes"
-        raise InputError(problem, "it is the batch of all processes together; choose a multiple")
+        raise InputError(
+            problem, "it is the batch size of all processes together; choose a multiple of their number"
+        )
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 
 def run_distributed(main: Callable[[], None]) -> None:
-    """Run main(), then leave the other processes. InputError: another one has ended, at whatever exchange
-    with it, or cannot be reached any more."""
+    """Run main(), then leave the process group.
+
+    Raises:
+        InputError: another process has ended or cannot be reached.
+    """
     try:
         main()
         if dist.is_initialized():
@@ -48,7 +54,7 @@ def run_distributed(main: Callable[[], None]) -> None:
         if not (dist.is_initialized() and re.search(CONNECTION_ERRORS, str(error))):
             raise
         problem = "another process of this run has ended"
-        raise InputError(problem, "see what it said; the same command goes on") from None
+        raise InputError(problem, "see its error message; the same command resumes the run") from None
 
 
 def world_size() -> int:
@@ -62,18 +68,18 @@ def rank() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this is the one process that writes files and prints."""
+    """Whether this is rank 0, the only process that prints and writes files."""
     return rank() == 0
 
 
 def barrier() -> None:
-    """Go on when every process has come here."""
+    """Wait until all processes have reached this call."""
     if world_size() > 1:
         dist.barrier()
 
 
 def all_reduce_sum(value: Tensor) -> Tensor:
-    """A tensor summed over the processes; no gradient flows through."""
+    """Sum a tensor over the processes, without gradient."""
     if world_size() == 1:
         return value
     value = value.detach().clone()
@@ -82,17 +88,17 @@ def all_reduce_sum(value: Tensor) -> Tensor:
 
 
 def all_reduce_mean(value: Tensor) -> Tensor:
-    """A tensor averaged over the processes; no gradient flows through."""
+    """Average a tensor over the processes, without gradient."""
     return all_reduce_sum(value) / world_size()
 
 
 def any_process(flag: bool) -> bool:
-    """Whether a flag is set in any process; on the host, so that no GPU is waited for."""
+    """Whether a flag is true in any process. Uses a CPU tensor, so it does not wait for the GPU."""
     return bool(all_reduce_sum(torch.tensor(float(flag))))
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value, by rank, on every process."""
+    """The values of all processes in order of rank, on every process."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -101,7 +107,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's value on every process."""
+    """The value of rank 0, on every process."""
     if world_size() == 1:
         return value
     values = [value]
@@ -110,7 +116,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def average_statistics(model: nn.Module) -> None:
-    """Average BatchNorm's running statistics over the processes; `SyncBatchNorm` has them equal."""
+    """Average BatchNorm's running statistics over the processes; `SyncBatchNorm` keeps them equal."""
     statistics = ("running_mean", "running_var")
     average(buffer for name, buffer in model.named_buffers() if name.endswith(statistics))
 
@@ -123,10 +129,10 @@ def average(tensors: Iterable[Tensor]) -> None:
 
 
 def wrap_ddp(model: nn.Module) -> nn.Module:
-    """The model with gradients averaged over the processes, starting from rank 0's weights.
+    """Wrap a model in DistributedDataParallel, which starts from the weights of rank 0.
 
-    BatchNorm normalises by the whole batch on GPUs. On CPUs, where torch cannot, each process
-    normalises by its own frames; each step begins with rank 0's statistics.
+    On GPUs BatchNorm uses the statistics of the whole batch. torch has no SyncBatchNorm for CPUs: there
+    each process uses those of its own frames, and each step starts from the running statistics of rank 0.
     """
     if world_size() == 1:
         return model

@@ -1,4 +1,4 @@
-"""The folders of runs, without torch: their logs, which there are, and that one process is at each."""
+"""Run folders, read without torch: config.json, log.csv, the table of runs, and the lock of a folder."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ LAST = "last.pt"  # a run's newest checkpoint
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
-    """The rows of a run's log.csv, one for each completed epoch; an empty cell is NaN. InputError: a cell is
-    not a number."""
+    """The rows of a run's log.csv, one for each completed epoch; an empty cell is NaN.
+
+    Raises:
+        InputError: a cell is not a number.
+    """
     text = read_text(folder / "log.csv")
     try:
         rows = csv.DictReader(text.splitlines())
@@ -33,25 +36,27 @@ def read_log(folder: Path) -> list[dict[str, float]]:
 
 
 def saved_constants(folder: Path) -> dict[str, Any]:
-    """A run's constants, from its config.json. OSError: there is none. InputError: it holds others."""
+    """A run's constants, from its config.json.
+
+    Raises:
+        OSError: there is no config.json.
+        InputError: it is not a JSON object.
+    """
     path = folder / "config.json"
     config = load_json(read_text(path), path)
     if not isinstance(config, dict):
-        raise InputError("it holds no run's constants", "choose another run", file=path)
+        raise InputError("not a run's constants", "choose another run", file=path)
     return config
 
 
 def find_run(named: Path, runs: Path) -> Path:
-    """A path as named, or in `runs` the folder of the run of that name, else the checkpoint NAME.pt."""
+    """The first of `named`, `runs/named` and `runs/named.pt` that exists, else `named`."""
     places = (named, runs / named, runs / f"{named}.pt")
     return next((place for place in places if place.exists()), named)
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """What is known of a run: its config, completed epochs, log rows and whether it is finished.
-
-    None for a folder that is no run's.
-    """
+    """A run's "config", "log" rows, "epochs" to train, and whether it is "finished"; None if it is no run."""
     try:
         config = saved_constants(folder)
         log = read_log(folder) if (folder / "log.csv").is_file() else []
@@ -63,15 +68,16 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 
 def runs_table(folder: str | Path, describe_changes: Callable[[dict[str, Any]], str]) -> str:
-    """The runs of a folder, newest first: name, row, epochs, best miss rate, when it was last written, and
-    what `describe_changes` says of how its config differs from its row."""
+    """A table of the runs in a folder, newest first.
+
+    Args:
+        describe_changes: takes a run's config and returns what differs from its row.
+    """
     found = []
     for path in sorted(Path(folder).glob("*/")):
         if run := read_run(path):
-            trained = (
-                path / LAST if (path / LAST).exists() else path
-            )  # an evaluation writes in the folder too
-            found.append((trained.stat().st_mtime, path.name, run))
+            last = path / LAST  # not the folder's time, which an evaluation changes too
+            found.append(((last if last.exists() else path).stat().st_mtime, path.name, run))
     if not found:
         return f"{folder}: no runs yet; python train.py starts one"
     columns = f"{{:{max(len(name) for _, name, _ in found)}}} {{:>5}} {{:>9}}  {{:10}} {{:>9}}  {{:16}}  {{}}"
@@ -87,29 +93,30 @@ def runs_table(folder: str | Path, describe_changes: Callable[[dict[str, Any]], 
 
 
 def lock_folder(folder: Path) -> TextIO:
-    """Lock a folder for this process; the lock lasts as long as the file returned is open.
+    """Lock a folder for this process, as long as the returned file is open.
 
-    It is a POSIX record lock: the kernel gives it back when the process ends, killed or not, so that there
-    are no stale ones; forked children do not hold it; and it reaches from host to host on file systems that
-    pass locks on, as NFS does. InputError: another process holds it; the line tells which, where and since
-    when.
+    It is a POSIX record lock. The kernel releases it when the process ends, even if it is killed. Forked
+    children do not inherit it. It works across hosts on file systems with locks, such as NFS.
+
+    Raises:
+        InputError: another process has the lock (named with host and time), or the folder is not writable.
     """
     try:
         file = (folder / ".lock").open("a+")
     except OSError as error:
         problem = f"cannot be written to ({error.strerror or error})"
-        raise InputError(problem, "choose another place", file=folder) from None
+        raise InputError(problem, "choose other --checkpoints", file=folder) from None
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             file.seek(0)
-            holder = file.read().strip() or "it just began"
+            holder = file.read().strip() or "just started"
             file.close()
-            problem = f"another process is at this run ({holder})"
-            raise InputError(problem, "wait for its end, or stop it", file=folder) from None
-        print(f"warning: {folder} cannot be locked ({error.strerror}); do not start it twice")
+            problem = f"another process is using this run ({holder})"
+            raise InputError(problem, "wait until it ends, or stop it", file=folder) from None
+        print(f"warning: {folder} cannot be locked ({error.strerror}); do not start this run twice")
     file.truncate(0)
     now = datetime.now().isoformat(sep=" ", timespec="seconds")
     file.write(f"pid {os.getpid()} on {platform.node()} since {now}\n")

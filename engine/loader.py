@@ -1,4 +1,4 @@
-"""Loader processes that start, end and fail without leaving anyone waiting."""
+"""Load batches in worker processes, and handle their signals, failures and unreadable frames."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ from kaist.files import InputError
 
 
 def share_memory(tensors: Sequence[Tensor]) -> InputError | None:
-    """Move a loader process's tensors to where the main process can see them, if this is one.
+    """Move a worker's tensors to shared memory; does nothing in the main process.
 
-    Here, because where multiprocessing does it a failure would be waited for forever. Returns what
-    went wrong.
+    multiprocessing would move them too, but if that fails, the main process waits forever.
+
+    Returns:
+        The error if there is too little shared memory, else None.
     """
     if get_worker_info() is None:
         return None
@@ -37,11 +39,11 @@ def share_memory(tensors: Sequence[Tensor]) -> InputError | None:
 
 @contextmanager
 def block_sigint() -> Iterator[None]:
-    """Start worker processes without a signal in the midst of it.
+    """Block Ctrl-C (SIGINT) while worker processes start.
 
-    Ctrl-C waits until all have started. They inherit that they do not hear it: the main process
-    answers it, and they end with that. torch's handler for ended processes, which raises wherever the
-    main process happens to be, is taken back: the loader looks after them whenever it waits for a batch.
+    The workers inherit the block: only the main process handles Ctrl-C, and it stops them. The SIGCHLD
+    handler that torch installs raises at any point of the main process, so it is removed again. The loader
+    still notices a dead worker when it waits for a batch.
     """
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
@@ -56,33 +58,38 @@ def block_sigint() -> Iterator[None]:
 
 
 def worker_init_fn(_: int) -> None:
-    """End at once when told to: a forked worker has inherited what the main process would do."""
+    """Let SIGTERM end a worker at once; a forked one has inherited the main process's handler."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class BadFrame(NamedTuple):
-    """What comes in a sample's place when its frame cannot be read."""
+    """An item of the data set whose frame cannot be read."""
 
     frame_id: str
     error: InputError
 
 
 class EpochBatches(Sampler):
-    """Batches of keys (epoch, index) of one epoch, of each of which this process gets every `world_size`-th
-    frame. InputError: there are more processes than frames to train on.
+    """Batches of keys (epoch, index); each process gets every `world_size`-th frame of a batch.
 
     Args:
-        seed: order frames by (seed, epoch) and leave out an incomplete last batch (unless it is
-            the only one); None keeps their order and all of them.
+        length: number of frames.
+        batch_size: frames in a batch, of all processes together.
+        seed: shuffles the frames by (seed, epoch) and drops an incomplete last batch, unless it is the only
+            one. None keeps all frames in order.
 
     Attributes:
-        epoch: which one comes next; skip: batches at its start that are left out.
+        epoch: the next epoch.
+        skip: number of batches to leave out at its start.
+
+    Raises:
+        InputError: there are more processes than training frames.
     """
 
     def __init__(self, length: int, batch_size: int, seed: int | None) -> None:
         if seed is not None and length < world_size():
             problem = f"{length} frames cannot be split among {world_size()} processes"
-            raise InputError(problem, "start fewer, or take a longer list")
+            raise InputError(problem, "start fewer processes, or use a longer list")
         self.length, self.batch_size, self.seed = length, batch_size, seed
         self.epoch = self.skip = 0
 
@@ -101,19 +108,19 @@ class EpochBatches(Sampler):
 
 
 class BatchLoader:
-    """Batches of a data set, epoch by epoch, with worker processes kept between epochs.
+    """Batches of a data set, epoch by epoch; the worker processes are kept between epochs.
 
     Args:
         dataset: indexed by (epoch, index), with a `seed`.
-        collate_fn: a list of its items -> a batch (None if no frame could be read) and each BadFrame; or
-            an InputError, which is then raised.
-        batch_size: frames a batch, of all processes together.
-        start_method: of the workers: "auto" starts them as Python does here.
-        shuffle: training order, see `EpochBatches`. False: the frames in their order, all of them.
-        max_bad_frames: frames that may turn out to be unreadable; they are left out, with a warning each.
+        collate_fn: takes a list of items. Returns an InputError, which is then raised, or a batch (None if
+            no frame could be read) and a list of BadFrame.
+        batch_size: frames in a batch, of all processes together.
+        start_method: of the workers; "auto" is Python's default on this system.
+        shuffle: training order, see `EpochBatches`. False: all frames in order.
+        max_bad_frames: number of unreadable frames that are left out, with a warning each.
 
     Attributes:
-        bad_frames: the unreadable frames met so far, by their id, in this process or another.
+        bad_frames: frame id -> error of the unreadable frames so far, in all processes.
     """
 
     def __init__(
@@ -144,17 +151,18 @@ class BatchLoader:
         )
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Number of batches in an epoch."""
         return len(self.batches)
 
     def epoch(self, epoch: int, skip: int = 0) -> Iterator[Any]:
         """The batches of one epoch, without the first `skip`.
 
-        None stands for a batch of which no frame can be read, or none of one process's share: so all
-        processes keep in step. It can come only where `max_bad_frames` allows it, and as the last one of
-        frames in their order, of which this process may have no share. InputError: more than `max_bad_frames`
-        frames turned out to be unreadable, at the same batch in every process; a loader process died; or
-        shared memory is too small.
+        A batch is None in all processes if one of them could read none of its frames. It is also None in
+        a process that has no frame of an incomplete last batch.
+
+        Raises:
+            InputError: more than `max_bad_frames` frames are unreadable (raised at the same batch in every
+                process), a worker died, or there is too little shared memory.
         """
         self.batches.epoch, self.batches.skip = epoch, skip
         try:
@@ -175,7 +183,11 @@ class BatchLoader:
             raise InputError(f"a loader process died ({error})", remedy) from None
 
     def record_bad_frames(self, frames: list[BadFrame]) -> None:
-        """Warn of frames that went bad, once each, or stop if they are too many."""
+        """Warn once of each unreadable frame.
+
+        Raises:
+            InputError: there are more than `max_bad_frames`.
+        """
         for frame_id, error in frames:
             if frame_id not in self.bad_frames and self.max_bad_frames and is_main_process():
                 tqdm.write(f"warning: {error}; {frame_id} is left out", file=sys.stderr)
@@ -183,4 +195,4 @@ class BatchLoader:
         if len(self.bad_frames) > self.max_bad_frames:
             first = next(iter(self.bad_frames.values()))
             problem = f"{first.problem}; all unreadable frames so far: {', '.join(self.bad_frames)}"
-            raise InputError(problem, "copy them again and give the same command", file=first.file)
+            raise InputError(problem, "copy them again, then run the same command", file=first.file)

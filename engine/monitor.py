@@ -1,4 +1,4 @@
-"""Per-step losses, read back in blocks so that a GPU never waits for the host to look."""
+"""Count steps and their losses, and stop a run whose losses or gradients are not finite."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from engine.distributed import is_main_process, rank
 from engine.run import Run
 from kaist.files import InputError
 
-MAX_NONFINITE_STEPS = 20  # in a row, that ON_NONFINITE = "skip" leaves out before it stops all the same
-READ_BACK_STEPS = 10  # of a GPU, whose losses come to the host together
+MAX_NONFINITE_STEPS = 20  # consecutive skipped steps after which ON_NONFINITE = "skip" stops too
+READ_BACK_STEPS = 10  # steps whose losses are copied from a GPU together, so that it seldom waits
 NONFINITE = (
     "the loss or its gradient is not a finite number; the batch's frames and loss terms are in this file",
-    "lower LR, look at those frames, or go on without them by --on-nonfinite skip from last.pt, which is "
-    "from before this step",
+    "lower LR, check those frames, or skip such steps with --on-nonfinite skip, which resumes from last.pt, "
+    "saved before this step",
 )
 
 
 class StepMonitor:
-    """Counts a run's steps and stops it when they are not finite, as a context manager.
+    """Context manager that counts a run's steps and stops the run if they are not finite.
 
-    On a CPU a step is counted at once. On a GPU `READ_BACK_STEPS` are counted together, with one
-    copy; so a step that is not finite is told a few steps late, as that step, with its own frames.
-    (`GuardedStep` has kept it and those after it from harm.)
+    On a CPU each step is counted at once. On a GPU `READ_BACK_STEPS` are counted together, with one copy.
+    So a non-finite step is reported a few steps late, but with its own number and frames. Until then
+    `GuardedStep` protects the weights.
 
     Args:
-        max_nonfinite_steps: how many steps in a row that are not finite end the run.
+        max_nonfinite_steps: number of consecutive non-finite steps that stops the run.
     """
 
     def __init__(self, run: Run, max_nonfinite_steps: int) -> None:
         self.run, self.max_nonfinite_steps = run, max_nonfinite_steps
         self.consecutive = 0
         self.started = time.perf_counter()
-        self.pending: list[tuple[Tensor, Tensor, list[str]]] = []  # as they were added
+        self.pending: list[tuple[Tensor, Tensor, list[str]]] = []  # arguments of `add`
 
     def __enter__(self) -> StepMonitor:
         return self
 
     def __exit__(self, *_: object) -> None:
         if not self.run.in_step:
-            self.flush()  # what is saved next has seen all steps
+            self.flush()  # before the run is saved
 
     def steps(self, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-        """(step of the epoch, batch) for the rest of the epoch.
+        """Yield (step of the epoch, batch) for the rest of the epoch.
 
-        A batch of which no frame could be read is counted as a step that was left out. Between two
-        steps the run is saved if that is due, and ended if a signal has asked for it.
+        A batch of None (no readable frame) counts as a skipped step. After each step the run is saved if
+        SAVE_MINUTES have passed, and stopped if a signal has requested it.
         """
         for step, batch in enumerate(batches, self.run.step):
             if batch is None:
@@ -66,19 +66,21 @@ class StepMonitor:
             self.run.check_stop()
 
     def add(self, losses: Tensor, finite: Tensor, frame_ids: list[str]) -> None:
-        """Take note of a step. InputError: too many steps in a row were not finite. What the last one saw is
-        in the run's folder.
+        """Add a step.
 
         Args:
-            losses: (2, terms), averaged over the processes and of this one, on the device.
-            finite: whether they and the gradient are, a bool scalar on the device.
+            losses: (2, terms), on the device: averaged over the processes, and of this process.
+            finite: whether losses and gradient are finite, a bool scalar on the device.
+
+        Raises:
+            InputError: too many consecutive steps were not finite; the last one's frames are in a file.
         """
         self.pending.append((losses, finite, frame_ids))
         if not losses.is_cuda or len(self.pending) == READ_BACK_STEPS:
             self.flush()
 
     def flush(self) -> None:
-        """Count every step so far."""
+        """Read back and count all pending steps."""
         pending, self.pending = self.pending, []
         if not pending:
             return
@@ -91,6 +93,6 @@ class StepMonitor:
             if not good:
                 evidence = self.run.save_evidence(ids, own, rank())
                 if self.consecutive == self.max_nonfinite_steps:
-                    self.run.in_step = True  # later steps have moved the weights: they are not to be saved
+                    self.run.in_step = True  # later steps have changed the weights: do not save them
                     raise InputError(*NONFINITE, file=evidence)
             self.run.add_step(mean if good else None, seconds)

@@ -1,4 +1,4 @@
-"""How the weights move: the optimiser, its groups, the learning rate's schedule, averaging."""
+"""Optimiser, parameter groups, learning rate schedules, and the moving average of the weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-OPTIMIZER_KEYS = ("lr", "bias_lr_factor", "weight_decay")  # what `make_optimizer` takes from a configuration
+OPTIMIZER_KEYS = ("lr", "bias_lr_factor", "weight_decay")  # config keys that `make_optimizer` takes
 
 
 def make_optimizer(
@@ -21,10 +21,12 @@ def make_optimizer(
     bias_lr_factor: float,
     weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9, or Adam, in groups: weights, biases, whose learning rate is `bias_lr_factor`
-    times `lr`, and what the criterion learns, which is not decayed.
+    """SGD with momentum 0.9, or Adam, with parameter groups for weights, biases and the criterion.
 
-    name: "sgd" or "adam"; weight_decay: L2 penalty.
+    Args:
+        name: "sgd" or "adam".
+        bias_lr_factor: the learning rate of biases is this times `lr`.
+        weight_decay: L2 penalty, except on the criterion's parameters.
     """
     weights = [p for name, p in model.named_parameters() if not name.endswith("bias")]
     biases = [p for name, p in model.named_parameters() if name.endswith("bias")]
@@ -32,7 +34,7 @@ def make_optimizer(
     if learned := list(criterion.parameters()):
         groups.append({"params": learned, "scale": 1.0, "weight_decay": 0.0})
     settings = {"lr": lr, "weight_decay": weight_decay}
-    # On a GPU one kernel for all parameters; a CPU's would round differently than it always has.
+    # Only on GPUs: fused CPU kernels round differently, and CPU runs have to stay reproducible.
     settings["fused"] = next(model.parameters()).is_cuda or None
     sgd = partial(torch.optim.SGD, momentum=0.9)
     optimizer = {"adam": torch.optim.Adam, "sgd": sgd}[name](groups, **settings)
@@ -41,16 +43,16 @@ def make_optimizer(
 
 
 def keep_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """A state to be loaded, without the choice of kernels of the device that saved it."""
+    """Replace `fused` in a saved state with this optimiser's value: the state may be from another device."""
     fused = optimizer.defaults["fused"]
     return {**state, "param_groups": [{**group, "fused": fused} for group in state["param_groups"]]}
 
 
 def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
-    """A step of the optimiser unless `finite`, a bool scalar, is False.
+    """Take an optimiser step unless `finite`, a bool scalar tensor, is False.
 
-    The fused kernels look at it on the device, as they do for `torch.amp.GradScaler`; the host does
-    not wait for its value, except before the first step, which has no momentum to keep.
+    The fused kernels read it on the device, as they do for `torch.amp.GradScaler`, so the host does not
+    wait for it. Only before the first step, when the optimiser has no state yet, the host reads it.
     """
     if not (optimizer.defaults["fused"] and optimizer.state):
         if finite:
@@ -62,13 +64,14 @@ def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 
 
 class GuardedStep:
-    """An optimiser's step that is not taken where a loss or the gradient is not finite.
+    """An optimiser step that is skipped if a loss or the gradient is not finite.
 
-    BatchNorm's statistics, which move in the forward pass, then go back to what they were before it.
-    The host does not look at a value, so that a GPU is never waited for.
+    BatchNorm's running statistics, which the forward pass has changed, are then restored. The host reads
+    no value, so it does not wait for the GPU.
 
     Args:
-        network: whose BatchNorm statistics are guarded; optimizer: from `make_optimizer`.
+        network: the network whose BatchNorm statistics are restored.
+        optimizer: from `make_optimizer`.
     """
 
     def __init__(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -78,13 +81,19 @@ class GuardedStep:
         self.before = [buffer.clone() for buffer in self.statistics]
 
     def save_statistics(self) -> None:
-        """To be called before the forward pass."""
+        """Save BatchNorm's running statistics; to be called before the forward pass."""
         for before, buffer in zip(self.before, self.statistics, strict=True):
             before.copy_(buffer)
 
     def __call__(self, losses: Tensor) -> Tensor:
-        """Take the step after backward, with losses (terms,) averaged over the processes, so that all of them
-        agree; returns whether it was finite, a bool scalar."""
+        """Take or skip the step, after backward.
+
+        Args:
+            losses: (terms,), averaged over the processes, so that all take or skip the same steps.
+
+        Returns:
+            Whether losses and gradient are finite, a bool scalar tensor.
+        """
         parameters = (p for group in self.optimizer.param_groups for p in group["params"])
         gradient_norm = torch.nn.utils.get_total_norm(p.grad for p in parameters if p.grad is not None)
         finite = losses.isfinite().all() & gradient_norm.isfinite()
@@ -96,35 +105,39 @@ class GuardedStep:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> None:
-    """Take the weights after optimiser step `step`, counted from 0 over the run, into their
-    exponential moving average (Polyak and Juditsky, 1992), in place.
+    """Update the exponential moving average of the weights (Polyak and Juditsky, 1992), in place.
 
-    The decay grows with the steps, as far as the one asked for: the first weights are copied, and a
-    short run does not remember how it began. Of a `model` that is its own `ema` nothing is done.
+    Does nothing if `ema` is `model`.
+
+    Args:
+        decay: used once step / (step + 10) exceeds it; so the initial weights soon lose influence.
+        step: number of the optimiser step just taken, from 0, over the whole run.
     """
     if ema is model:
         return
-    share = 1 - min(decay, step / (step + 10))
+    weight = 1 - min(decay, step / (step + 10))
     for mean, new in zip(ema.state_dict().values(), model.state_dict().values(), strict=True):
         if mean.is_floating_point():  # BatchNorm's statistics too
-            mean.lerp_(new, share)
+            mean.lerp_(new, weight)
         else:
             mean.copy_(new)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Give each group a learning rate, times its own scale."""
+    """Set the learning rate of each parameter group to `lr` times its scale."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
 
 
 def lr_factor(schedule: str, epochs: int, step: int, total_steps: int) -> float:
-    """What a schedule multiplies the learning rate by in a step of `total_steps`.
+    """Factor of the learning rate at `step` of `total_steps`.
 
-    "constant": 1. "step": x0.1 from epoch int(E/6)*4 and again from int(E/6)*5 of E epochs, as logged
-    (never for fewer than 6 epochs). "step-mlpd": x0.1 from half of the epochs and again from nine tenths,
-    as MLPD and INSANet were trained. "cosine": a linear warm-up over the first 5% of the steps, then half
-    a cosine down to 0 (Loshchilov and Hutter, 2017).
+    Args:
+        schedule: "constant": 1.
+            "step": x0.1 at epoch int(E/6)*4 and again at int(E/6)*5 of E epochs, as in the log; 1 if E < 6.
+            "step-mlpd": x0.1 at 1/2 and again at 9/10 of the epochs, as MLPD and INSANet were trained.
+            "cosine": linear warm-up over the first 5% of the steps, then half a cosine down to 0
+            (Loshchilov and Hutter, 2017).
     """
     if schedule == "constant":
         return 1.0
@@ -132,9 +145,9 @@ def lr_factor(schedule: str, epochs: int, step: int, total_steps: int) -> float:
         epoch, sixth = step * epochs // total_steps, epochs // 6
         return 0.1 ** ((epoch >= 4 * sixth) + (epoch >= 5 * sixth)) if sixth else 1.0
     if schedule == "step-mlpd":
-        done = step * epochs // total_steps / epochs
-        return 0.1 ** ((done >= 0.5) + (done >= 0.9))
-    warm_up = max(1, total_steps // 20)
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return (1 + math.cos(math.pi * (step - warm_up) / max(1, total_steps - warm_up))) / 2
+        progress = step * epochs // total_steps / epochs
+        return 0.1 ** ((progress >= 0.5) + (progress >= 0.9))
+    warmup_steps = max(1, total_steps // 20)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return (1 + math.cos(math.pi * (step - warmup_steps) / max(1, total_steps - warmup_steps))) / 2

@@ -60,7 +60,7 @@ def test_two_processes_train_as_one(nursery, demo_root, tmp_path):
     assert sorted(p.name for p in Path(tmp_path / "two").iterdir()) == ["custom"]
 
 
-LOST = "error: another process of this run has ended; see what it said; the same command goes on"
+LOST = "error: another process of this run has ended; see its error message; the same command resumes the run"
 
 
 @pytest.mark.timing
