@@ -105,7 +105,7 @@ def lock_folder(folder: Path) -> TextIO:
         file = (folder / ".lock").open("a+")
     except OSError as error:
         problem = f"cannot be written to ({error.strerror or error})"
-        raise InputError(problem, "choose other --checkpoints", file=folder) from None
+        raise InputError(problem, "choose another folder for --checkpoints", file=folder) from None
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
