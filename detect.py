@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from engine.config import CHOICES, check_experiment, find_folder, pick
+from engine.config import CHOICES, DETECT_KEYS, check_experiment, find_folder, pick
 from kaist.annotations import FRAME_ID, FRAME_SIZE, MODALITIES, Objects, open_test_annotations
 from kaist.files import (
     InputError,
@@ -150,8 +150,7 @@ def detect_pair(
     fitted, wanted = fit_views(views, pair, config.data), MODALITIES[config.input_mode]
     arrays = {modality: to_array(view) for modality, view in fitted.items() if modality in wanted}
     frame = join_modalities(arrays, config.input_mode, model.filler())
-    detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")
-    boxes, scores = detect_image(model, frame, precision, **detection)
+    boxes, scores = detect_image(model, frame, precision, **pick(config, *DETECT_KEYS))
     width, height = next(iter(views.values())).size
     return views, boxes * np.tile((width / frame.shape[1], height / frame.shape[0]), 2), scores
 

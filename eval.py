@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.config import check_experiment, find_folder, limit_workers, pick
+from engine.config import DETECT_KEYS, check_experiment, find_folder, limit_workers, pick
 from engine.curves import compare_runs, unique_names
 from engine.history import find_run
 from kaist.annotations import MODALITIES, PairSet, read_image_list
@@ -274,9 +274,8 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
         test_set, _ = select_frames(test_set, NOTHING, choose_frames(test_set, arguments.subset))
     loader = test_loader(root, test_set, model, without=arguments.blackout, **pick(config, *TEST_LOADER_KEYS))
     precision = choose_precision(config.precision, device)
-    detection = pick(config, "min_score", "nms_iou", "max_boxes", "test_flip")
     network = compile_model(model, arguments.compile)
-    detections, masks = detect_frames(network, loader, precision, **detection)
+    detections, masks = detect_frames(network, loader, precision, **pick(config, *DETECT_KEYS))
     if masks:
         print("masks: " + ", ".join(f"{name} {value:.3f}" for name, value in masks.items()))
     sure = np.bincount(detections.frame[detections.scores >= SURE])

@@ -1,4 +1,4 @@
-"""Shared by train.py, eval.py and detect.py: devices, precision, the network over frames."""
+"""What train.py, eval.py and detect.py share: devices, precision, and detection in frames."""
 
 from __future__ import annotations
 
@@ -26,31 +26,34 @@ from ssd.boxes import Predictions, detect
 from ssd.losses import IGNORE, PERSON
 from ssd.published import load_published, read_published, tutorial_input_mode
 
-MAX_MARGIN, MARGIN_BINS = 16.0, 4096  # of the mask logits whose average precision is measured
+MAX_MARGIN, MARGIN_BINS = 16.0, 4096  # range and bins of the histogram of mask logits
 
 
 def choose_device(name: str) -> torch.device:
-    """The device a name stands for; "auto" takes a GPU (CUDA, then Apple's) where there is one.
+    """The device of a name such as "cuda:1"; "auto" is CUDA, else Apple's MPS, else the CPU.
 
-    Sets what makes the device fast for this whole process. InputError: the device is not there.
+    Also tunes this process for the device.
+
+    Raises:
+        InputError: The device is not available.
     """
     if name == "auto":
-        there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        name = next(kind for kind, is_there in there.items() if is_there)
+        available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+        name = next(kind for kind, is_available in available.items() if is_available)
     try:
         if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("it is none of cpu, cuda and mps")
+            raise RuntimeError("the choices are cpu, cuda and mps")
         device = torch.device(name)
-        if device.type == "cuda":  # each of torchrun's processes has the GPU of its local rank
-            alone = os.environ.get("WORLD_SIZE", "1") == "1"
-            device = torch.device("cuda", device.index or 0 if alone else int(os.environ["LOCAL_RANK"]))
+        if device.type == "cuda":  # torchrun gives each process the GPU of its local rank
+            is_single = os.environ.get("WORLD_SIZE", "1") == "1"
+            device = torch.device("cuda", device.index or 0 if is_single else int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"DEVICE = {name!r} cannot be used ({reason})", "try auto") from None
     if device.type == "cuda":
-        # Shapes stay: the fastest kernel is worth a search, but it may be another one each time.
+        # Input shapes are fixed, so a search for the fastest kernel pays; its result may vary between runs.
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
         torch.set_float32_matmul_precision("high")
     if device.type == "cpu":
@@ -59,65 +62,70 @@ def choose_device(name: str) -> torch.device:
 
 
 def tune_malloc() -> None:
-    """Have glibc keep freed memory for the next step; a no-op with other C libraries.
+    """Make glibc keep freed memory for the next step; does nothing with other C libraries.
 
-    Memory that glibc returns to the system has to be mapped and zeroed again, page by page. That
-    is about a tenth of a training step's time. 32 MiB is as far as glibc's own threshold grows.
-    Larger blocks are taken from what is kept where they fit, which holds the peak down.
+    Memory that glibc returns to the system must be mapped and zeroed again, page by page. This
+    takes about a tenth of a training step. 32 MiB is the largest value of glibc's dynamic threshold.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    m_trim_threshold, m_mmap_threshold = -1, -3  # as malloc.h numbers them
+    m_trim_threshold, m_mmap_threshold = -1, -3  # from malloc.h
     mallopt(m_trim_threshold, -1)
     mallopt(m_mmap_threshold, 32 * 2**20)
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that convolutions run in: "fp32", "bf16", or "auto".
+    """The autocast dtype of a precision: "fp32", "bf16", or "auto". Weights and losses stay float32.
 
-    "auto" is bfloat16 (by autocast; weights and losses stay float32) where the device has
-    instructions for it, a CPU with AMX or AVX512-BF16 included, else float32.
+    "auto" is bfloat16 if the device has instructions for it (on a CPU: AMX or AVX512-BF16), else float32.
     """
     has_bf16 = name == "bf16"
     if name == "auto" and device.type == "cuda":
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto" and device.type == "cpu":
-        abilities = getattr(torch.cpu, "get_capabilities", dict)()  # a torch too old to tell has none
-        has_bf16 = abilities.get("amx_bf16") or abilities.get("avx512_bf16")
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older torch lacks the function
+        has_bf16 = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
     return torch.bfloat16 if has_bf16 else torch.float32
 
 
 def make_deterministic() -> None:
-    """Have torch choose algorithms whose result is the same every time, and warn where it has none.
+    """Make torch use deterministic algorithms, and warn if an operation has none.
 
-    To be called before the device is used.
+    Must be called before the device is used.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads such memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # this project never reads such memory
     torch.backends.cudnn.benchmark = False
 
 
 def compile_model(model: nn.Module, choice: str) -> nn.Module:
-    """The network as COMPILE has it: by torch.compile ("on") or as it is."""
+    """The network, compiled by torch.compile if `choice` is "on"."""
     return torch.compile(model, dynamic=False) if choice == "on" else model
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """The context in which the network runs in `precision`."""
+    """The autocast context for a precision from `choose_precision`."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision != torch.float32)
 
 
 def open_network(
     path: Path, device: torch.device, experiment: str = "", **changes: Any
 ) -> tuple[SSD300, Namespace, int | None]:
-    """A checkpoint's network on a device, its configuration with `changes`, and its epochs, if known.
+    """Load a checkpoint's network onto a device; also print its path, and warn if weights are not finite.
 
-    Says which weights these are, and warns where they are not finite. With `experiment`, a row of the lab
-    book, the file is not a checkpoint, but its author's own of that row's network. InputError: the file is
-    neither, or its content does not fit together.
+    Args:
+        path: a checkpoint, or with `experiment` an author's file of published weights.
+        experiment: the row of the lab book that has the network of the published weights.
+        changes: values that replace those of the checkpoint's configuration.
+
+    Returns:
+        The network in eval mode, its configuration, and its number of epochs (None if unknown).
+
+    Raises:
+        InputError: The file is not of this kind, or its content is inconsistent.
     """
     checkpoint = published_checkpoint(path, experiment) if experiment else load_checkpoint(path)
     config, epoch = checkpoint_config(checkpoint, path, **changes), checkpoint.get("epoch")
@@ -126,13 +134,16 @@ def open_network(
     finite = [bool(value.sum().isfinite()) for value in model.state_dict().values()]
     if not all(finite):
         broken = f"{finite.count(False)} of {len(finite)} tensors"
-        print(f"warning: these weights are not finite ({broken}): what they find means nothing")
+        print(f"warning: these weights are not finite ({broken}): the detections are meaningless")
     return model, config, epoch
 
 
 def published_checkpoint(path: Path, experiment: str) -> dict[str, Any]:
-    """What a checkpoint of a row's network would hold if its weights were those of an author's file.
-    InputError: there is no such row, or the file is not of its network."""
+    """A checkpoint's content, made from a row of the lab book and an author's file of its weights.
+
+    Raises:
+        InputError: There is no such row, or the file has another network's weights.
+    """
     config = read_config(str(Path(__file__).with_name("train.py")), ["--experiment", experiment])
     state = read_published(path)
     config.input_mode = tutorial_input_mode(state, config.input_mode)
@@ -147,73 +158,75 @@ def detect_frames(
     precision: torch.dtype,
     *,
     test_flip: bool = False,
-    watch: Callable[[Iterable], Iterable] = iter,
+    iterate: Callable[[Iterable], Iterable] = iter,
     **nms_settings: float,
 ) -> tuple[Detections, dict[str, float]]:
-    """Detections of every frame of a loader, and how well the mask heads know where people are.
+    """Detections in all frames of a loader, and the average precision of the mask heads.
 
     Args:
-        model: as it is or compiled, see `compile_model`.
-        loader: in each process of its share of every batch; the detections of all come back.
+        model: the network, compiled or not.
+        loader: gives each process its part of every batch; the results of all processes are gathered.
         test_flip: average over each frame and its mirror image.
-        watch: hands on the batches and may end them by an exception, as `Run.until_stopped`.
-        nms_settings: min_score, nms_iou and max_boxes, as of `ssd.boxes.detect`.
+        iterate: yields the batches it is given; it may raise an exception, see `Run.until_stopped`.
+        nms_settings: min_score, nms_iou and max_boxes, see `ssd.boxes.detect`.
 
     Returns:
-        The detections, in xywh pixels of their frames; and "ap_map1", … of each infused map:
-        the average precision of its mask head over the cells of all frames, see
-        `average_precision`. NaN where no cell is a person's.
+        The detections, in xywh pixels of their frames. For each infused map "ap_map1", …: the
+        `average_precision` of its mask head over the cells of all frames, NaN without person cells.
     """
     device, was_training, compiled = model.priors.device, model.training, hasattr(model, "_orig_mod")
     model.eval()
-    found, frame_sizes, n_full = [], [], 0
+    detections, frame_sizes, full_batch = [], [], 0
     sizes = {frame.id: frame.size for frame in loader.loader.dataset.frames}
     cells = torch.zeros(len(model.infused_maps), 2, MARGIN_BINS, dtype=torch.int64, device=device)
-    shown = {"desc": "detecting", "leave": False, "disable": not is_main_process()}
-    bar = tqdm(loader.epoch(0), total=len(loader), **shown)
+    is_hidden = not is_main_process()
+    bar = tqdm(loader.epoch(0), "detecting", total=len(loader), leave=False, disable=is_hidden)
     with torch.inference_mode():
-        for batch in watch(bar):
-            if batch is None:  # the last one has no frame for this process
+        for batch in iterate(bar):
+            if batch is None:  # the last batch may have no frame for this process
                 continue
             images = batch.images.to(device, non_blocking=True)
-            n, n_full = len(images), max(n_full, len(images))
-            if compiled:  # a graph is of one shape: the last batch is filled up
-                images = torch.cat([images, images[:1].expand(n_full - n, -1, -1, -1)])
+            n, full_batch = len(images), max(full_batch, len(images))
+            if compiled:  # pad the last batch: a compiled graph has a fixed shape
+                images = torch.cat([images, images[:1].expand(full_batch - n, -1, -1, -1)])
             loc, conf, seg = predict(model, images, precision, test_flip, with_masks=True)
             for i, (logits, mask) in enumerate(zip(seg, batch.masks, strict=True)):
                 cells[i] += margin_histogram(logits[:n], mask.to(device, non_blocking=True))
-            found += detect(Predictions(loc[:n], conf[:n], []), model.priors, **nms_settings)
+            detections += detect(Predictions(loc[:n], conf[:n], []), model.priors, **nms_settings)
             frame_sizes += [sizes[frame_id] for frame_id in batch.frame_ids]
     model.train(was_training)
-    shares = gather([to_pixels(*own, size) for own, size in zip(found, frame_sizes, strict=True)])
-    in_turns = (shares[i % len(shares)][i // len(shares)] for i in range(sum(map(len, shares))))
-    detections = join_frames(in_turns)
+    by_rank = gather([to_pixels(*found, size) for found, size in zip(detections, frame_sizes, strict=True)])
+    # Process r has frames r, r + n, r + 2 n, … of n processes.
+    in_order = (by_rank[i % len(by_rank)][i // len(by_rank)] for i in range(sum(map(len, by_rank))))
     names = [f"ap_map{i + 1}" for i in model.infused_maps]
-    return detections, dict(zip(names, map(average_precision, all_reduce_sum(cells).cpu()), strict=True))
+    precisions = map(average_precision, all_reduce_sum(cells).cpu())
+    return join_frames(in_order), dict(zip(names, precisions, strict=True))
 
 
 def margin_histogram(logits: Tensor, mask: Tensor) -> Tensor:
-    """(2, MARGIN_BINS) int64: how many background and person cells have a margin of each bin.
+    """Histograms of the margins of background and person cells, (2, MARGIN_BINS) int64.
 
-    The margin is the person's logit less the background's, from -MAX_MARGIN to MAX_MARGIN, of
-    weights that are not finite 0. Ignored cells are left out.
+    The margin is the person's logit minus the background's, clamped to ±MAX_MARGIN; NaN counts as 0.
+    Ignored cells are left out.
 
     Args:
-        logits: (N, 2, h, w) of background and person; mask: (N, h, w) as from `box_masks`.
+        logits: (N, 2, h, w), background and person.
+        mask: (N, h, w) int64, see `box_masks`.
     """
     margin = (logits[:, 1] - logits[:, 0]).nan_to_num().clamp(-MAX_MARGIN, MAX_MARGIN)
-    place = ((margin / MAX_MARGIN + 1) / 2 * (MARGIN_BINS - 1)).round().long()
-    kind = torch.where(mask == IGNORE, 2, (mask == PERSON).long())
-    # A sum, because a GPU would be waited for by bincount and by an index of some cells.
+    bins = ((margin / MAX_MARGIN + 1) / 2 * (MARGIN_BINS - 1)).round().long()
+    label = torch.where(mask == IGNORE, 2, (mask == PERSON).long())
+    # scatter_add_, because bincount and boolean indexing make the host wait for a GPU.
     cells = torch.zeros(3 * MARGIN_BINS, dtype=torch.int64, device=mask.device)
-    cells.scatter_add_(0, (place + MARGIN_BINS * kind).flatten(), torch.ones_like(kind).flatten())
+    cells.scatter_add_(0, (bins + MARGIN_BINS * label).flatten(), torch.ones_like(label).flatten())
     return cells.view(3, MARGIN_BINS)[:2]
 
 
 def average_precision(cells: Tensor) -> float:
-    """Area under precision over recall of a `margin_histogram`; chance is the share of person cells.
+    """Area under the precision-recall curve of a `margin_histogram`.
 
-    Each bin of cells adds what recall it gains, times the precision of it and all higher bins.
+    Each bin adds its recall times the precision of all cells in it and in higher bins. A random
+    classifier gets the fraction of person cells.
     """
     background, person = cells.double().flip(1)
     precision = person.cumsum(0) / (person + background).cumsum(0).clamp(min=1)
@@ -223,8 +236,7 @@ def average_precision(cells: Tensor) -> float:
 def predict(
     model: SSD300, images: Tensor, precision: torch.dtype, test_flip: bool, with_masks: bool = False
 ) -> Predictions:
-    """Forward pass of (N, C, H, W) uint8 images; with `test_flip` loc and conf are averaged with those of
-    the mirror images."""
+    """Forward pass of (N, C, H, W) uint8 images; `test_flip` averages loc and conf over mirror images."""
     with autocast(images.device, precision):
         predictions = model(images, with_masks)
         if test_flip:
@@ -242,11 +254,11 @@ def detect_image(
     test_flip: bool = False,
     **nms_settings: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes (k, 4) xywh pixels and scores (k,), best first, of one frame.
+    """Boxes (k, 4) xywh pixels and scores (k,) in one frame, best first.
 
     Args:
-        frame: (h, w, C) uint8, as from `read_frame`.
-        test_flip, nms_settings: as of `detect_frames`.
+        frame: (h, w, C) uint8, see `read_frame`.
+        test_flip, nms_settings: see `detect_frames`.
     """
     height, width, channels = frame.shape
     image = whole_frame(channels, model.size, (width, height)).apply(frame).unsqueeze(0)
@@ -257,9 +269,12 @@ def detect_image(
 
 
 def to_pixels(boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """xyxy fractions (k, 4) and scores (k,) as float64 xywh pixels of a frame of (width, height).
+    """Convert boxes (k, 4), xyxy fractions, and scores (k,) to float64 and xywh pixels.
 
-    Boxes that clipping to the frame left with no area worth writing down are left out.
+    Boxes with a side below 0.01 pixels, which clipping can leave, are dropped.
+
+    Args:
+        size: (width, height) of the frame in pixels.
     """
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).cpu().double().numpy()
     boxes = boxes * (*size, *size)

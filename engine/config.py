@@ -46,6 +46,9 @@ CHOICES = {
     "start_method": ("auto", *multiprocessing.get_all_start_methods()),
 }
 
+# Config keys of detection: thresholds and limits, and averaging over mirror images.
+DETECT_KEYS = ("min_score", "nms_iou", "max_boxes", "test_flip")
+
 # The smallest and the largest value of constants that are numbers.
 BELOW_1 = math.nextafter(1.0, 0.0)
 RANGES: dict[str, tuple[float, float]] = {

@@ -249,7 +249,7 @@ def test_the_quick_start_of_your_data(tmp_path, monkeypatch, capsys, undrawn):
         printed.append(capsys.readouterr().out)
     assert len(printed) == 5
     assert "no fault found" in printed[0]
-    assert "4 frames, 4 people to learn" in printed[1] and "4 frames, 4 people count" in printed[1]
+    assert "4 frames, 4 people to train on" in printed[1] and "4 frames, 4 people count" in printed[1]
     assert "miss rate, Reasonable" in printed[2] and re.search(
         r"^COCO \(%\) .*: AP [\d.]+, AP50 ", printed[2], re.M
     )

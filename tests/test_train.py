@@ -238,7 +238,7 @@ def test_held_out_videos_are_watched_and_the_test_list_is_reported(start, monkey
     assert len(people.frames) == 4 and videos[0] < "set03" < videos[1] < "set06"  # one of day, one of night
     frames = Path("checkpoints/custom/detections.frames.txt").read_text().split()
     assert frames == (demo_root / "imageSets/test-all.txt").read_text().split()
-    assert "epoch is chosen on videos held out: set0" in capsys.readouterr().out
+    assert "the best epoch is chosen on held-out videos: set0" in capsys.readouterr().out
     Path("one.txt").write_text("set00/V000/I00000\nset00/V000/I00019\n")
     with pytest.raises(InputError, match="VALIDATION = 0.5 holds out whole videos"):
         start("--validation", "0.5", "--train-list", "one.txt")

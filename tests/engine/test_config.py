@@ -21,7 +21,7 @@ def defaults():
 
 def test_constants_become_flags_with_their_comments(capsys):
     constants = read_constants(train.__file__)
-    assert constants["batch_size"] == (4, "frames a step")
+    assert constants["batch_size"] == (4, "frames per step")
     assert all(comment for _, comment in constants.values()), "each constant has a comment"
     with pytest.raises(SystemExit):
         parse_flags("", constants, ["--help"])
