@@ -35,9 +35,9 @@ from pseudo_gt import MapRange, box_masks
 from ssd.augment import (
     MAX_PASTED,
     Augmentation,
+    add_blur_and_noise,
     frame_mean,
     paste_people,
-    roughen,
     sample_transform,
     whole_frame,
 )
@@ -118,7 +118,7 @@ class KaistPairs(Dataset):
             transform = sample_transform(rng, frame.persons, frame_mean(pixels), *how)
         image = transform.apply(pixels)
         if options is not None and rng.random() < options.jitter:
-            image = roughen(rng, image)
+            image = add_blur_and_noise(rng, image)
         annotated = (frame.boxes_px, frame.labels, frame.seen)
         objects = transform.move(*annotated)
         mask_objects = objects if self.masks_follow else whole.move(*annotated)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kaist.files import InputError
 from ssd.boxes import EXTRA_LAYERS, STRIDES, VARIANCES, Predictions, feature_map_sizes
-from ssd.layers import VGG16_STAGES, Detector, L2Norm, conv_relu, map_chain, vgg_stage
+from ssd.layers import VGG16_STAGES, Detector, L2Norm, conv_relu, stage_outputs, vgg_stage
 from ssd.multispectral import MLPD, INSANet
 
 # What a batch carries.
@@ -98,7 +98,7 @@ class SSD300(Detector):
         """The six maps the heads read, finest first: 38, 19, 10, 5, 3, 1 for a 300x300 input."""
         conv4_3 = self.to_conv4_3(x)
         finest = self.conv4_3_norm(conv4_3)  # first: the order decides how gradients round
-        return [finest, *map_chain(self.conv6_7(self.to_conv5_3(conv4_3)), self.extras)]
+        return [finest, *stage_outputs(self.conv6_7(self.to_conv5_3(conv4_3)), self.extras)]
 
 
 class HalfwayFusion(nn.Module):

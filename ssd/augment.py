@@ -26,10 +26,10 @@ CROP_TRIALS = 50
 Window = tuple[float, float, float, float]
 Size = tuple[int, int]
 MAX_SHIFT = 20  # pixels of the frame that a pair is shifted to the left
-MIN_BOX = 1.0  # pixels of the network's input; a smaller remnant of a cropped box is dropped
-MAX_PASTED = 3  # people pasted into a frame
-PLACEMENT_TRIALS = 10  # places tried for each
-FEATHER = 0.15  # of a box's width: how far around it the patch fades out
+MIN_BOX_SIDE = 1.0  # pixels of the network's input; a smaller remnant of a cropped box is dropped
+MAX_PASTED = 3  # persons pasted into a frame
+PLACEMENT_TRIALS = 10  # random places tried for each person
+FEATHER = 0.15  # width of the faded border around a patch, as a fraction of the box's width
 # Luma weights (ITU-R BT.601) and the RGB -> YIQ matrix, in which a hue shift is a rotation.
 LUMA = np.array([0.299, 0.587, 0.114])
 RGB_TO_YIQ = np.array([LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
@@ -40,17 +40,17 @@ YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
 class Augmentation:
     """SSD's training augmentation (section 2.2 and 3.6 of the paper), for a registered pair.
 
-    zoom_out: largest side of the zoomed-out canvas in frames; of `window_apart`'s windows, the largest
+    zoom_out: largest side of the zoomed-out canvas in frames; of `unpaired_window`'s windows, the largest
         side and area in those of the frame, and the inverse of the smallest.
     crop_aspect: smallest and largest width / height of a crop, in those of the frame; SSD's own is
         0.5 to 2 of its pixels.
     min_input_height: persons that end up lower in the network's input, in its pixels, are ignored.
     hue_saturation: distort hue and saturation of the visible image too.
     lwir_jitter: distort brightness and contrast of the LWIR image.
-    jitter: how probable each of `widen`'s and `roughen`'s distortions beyond SSD's is.
+    jitter: probability of `extra_colour_jitter`, for each modality, and of `add_blur_and_noise`.
     copy_paste: share of the frames into which people of other frames are pasted.
     modality_dropout: how probable it is that one modality of a sample, by a fair coin, is filler alone.
-    crop_apart: how probable it is that each modality is cropped by its own `window_apart`; else the
+    crop_apart: how probable it is that each modality is cropped by its own `unpaired_window`; else the
         frame is whole. 0: one `random_window` for both.
     mirror_apart: how probable it is that of a mirrored pair LWIR is left as it was.
     shift_left: how probable it is that both are moved up to `MAX_SHIFT` whole pixels to the left.
@@ -116,7 +116,7 @@ def crop_overlaps(crops: np.ndarray, people: np.ndarray, overlap: float) -> np.n
     return holds & ((shared / (union - shared)).max(1) >= overlap)
 
 
-def window_apart(
+def unpaired_window(
     rng: np.random.Generator, people: np.ndarray, options: Augmentation, frame: Size = FRAME_SIZE
 ) -> Window:
     """MLPD's crop of one modality; arguments and result as of `random_window`.
@@ -191,7 +191,9 @@ def colour_matrix(
     return matrix, offset
 
 
-def widen(rng: np.random.Generator, matrix: np.ndarray, offset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def extra_colour_jitter(
+    rng: np.random.Generator, matrix: np.ndarray, offset: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """A matrix (c, c) and offset (c,) of one modality, distorted further than SSD does.
 
     RGB: each channel by 0.6 to 1.5, and a fifth of the time grey. LWIR: gain 0.4 to 2.5, offset -20 to
@@ -208,7 +210,7 @@ def widen(rng: np.random.Generator, matrix: np.ndarray, offset: np.ndarray) -> t
     return step @ matrix, step @ offset + shift
 
 
-def roughen(rng: np.random.Generator, image: Tensor) -> Tensor:
+def add_blur_and_noise(rng: np.random.Generator, image: Tensor) -> Tensor:
     """An input (C, h, w) uint8, blurred (3x3 at most) and with noise of up to 12 grey levels, in LWIR 3."""
     parts = []
     for part, most in zip(channel_parts(len(image)), (12, 3) if len(image) > 1 else (3,), strict=False):
@@ -233,7 +235,8 @@ class Transform:
 
     crops: one for all channels, or visible's and LWIR's; matrix (C, C) and offset (C,) float32: of colours;
     size: (height, width) of the network's input; filler: (C,) uint8, the colour outside of the frame;
-    min_height: persons lower in the input, in its pixels, are ignored; ignore_cut: so are those that it cuts.
+    min_height: persons lower than this in the input, in its pixels, are ignored.
+    ignore_truncated: persons cut by the border of the input are ignored.
     """
 
     crops: tuple[Crop, ...]
@@ -242,7 +245,7 @@ class Transform:
     size: Size
     filler: np.ndarray
     min_height: float = 0.0
-    ignore_cut: bool = False
+    ignore_truncated: bool = False
 
     def apply(self, pixels: np.ndarray) -> Tensor:
         """The network's input (C, *size) uint8 of a frame's pixels (h, w, C) uint8."""
@@ -254,7 +257,7 @@ class Transform:
             cut = torch.from_numpy(pixels[y0:y1, x0:x1, part]).permute(2, 0, 1).unsqueeze(0)
             how = {"mode": "bilinear", "antialias": True, "align_corners": False}
             resized = F.interpolate(cut, (bottom - top, right - left), **how)[0]
-            resized = distort(resized, self.matrix[part, part], self.offset[part])
+            resized = apply_colour_matrix(resized, self.matrix[part, part], self.offset[part])
             if flip:
                 left, right, resized = width - right, width - left, resized.flip(2)
             image[part, top:bottom, left:right] = resized
@@ -272,10 +275,12 @@ class Transform:
         for crop, modality in zip(self.crops, modalities, strict=True):
             own = seen & modality > 0
             of_own = np.where(labels[own] == 1, modality, labels[own])
-            moved.append(self.move_by(crop, boxes_px[own], of_own))
+            moved.append(self.crop_boxes(crop, boxes_px[own], of_own))
         return moved[0] if len(moved) == 1 else merge_equal(*map(np.concatenate, zip(*moved, strict=True)))
 
-    def move_by(self, crop: Crop, boxes_px: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def crop_boxes(
+        self, crop: Crop, boxes_px: np.ndarray, labels: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (n, 4) xyxy pixels of the frame -> (k, 4) float32 xyxy fractions of the input, clipped to it.
 
         A person stays when its centre is in view, as in SSD; an ignored object as long as anything of it
@@ -289,10 +294,10 @@ class Transform:
             boxes[..., 0] = limit[0] - boxes[:, ::-1, 0]
         centre = boxes.mean(1)
         in_view = ((centre > 0) & (centre < limit)).all(1)
-        if self.ignore_cut:
+        if self.ignore_truncated:
             labels = np.where(((boxes >= 0) & (boxes <= limit)).all((1, 2)), labels, -1)
         boxes = boxes.clip(0, limit)
-        stays = (in_view | (labels == -1)) & ((boxes[:, 1] - boxes[:, 0]) >= MIN_BOX).all(1)
+        stays = (in_view | (labels == -1)) & ((boxes[:, 1] - boxes[:, 0]) >= MIN_BOX_SIDE).all(1)
         labels = np.where(boxes[:, 1, 1] - boxes[:, 0, 1] < self.min_height, -1, labels)
         return (boxes[stays] / limit).reshape(-1, 4), labels[stays]
 
@@ -325,7 +330,7 @@ def sample_transform(
     if not options.crop_apart:
         windows = [random_window(*how)] * 2
     elif rng.random() < options.crop_apart:
-        windows = [window_apart(*how), window_apart(*how)]
+        windows = [unpaired_window(*how), unpaired_window(*how)]
     else:
         windows = [(0, 0, *frame)] * 2
     flips = [bool(rng.random() < 0.5)] * 2
@@ -340,7 +345,7 @@ def sample_transform(
         if part.stop - part.start == 3 or options.lwir_jitter:
             matrix[part, part], offset[part] = colour_matrix(rng, mean[part], options.hue_saturation)
         if options.jitter and rng.random() < options.jitter:
-            matrix[part, part], offset[part] = widen(rng, matrix[part, part], offset[part])
+            matrix[part, part], offset[part] = extra_colour_jitter(rng, matrix[part, part], offset[part])
     if options.modality_dropout and rng.random() < options.modality_dropout:
         visible, lwir = channel_parts(4)
         gone = visible if rng.random() < 0.5 else lwir
@@ -360,7 +365,7 @@ def mean_colour(channels: int) -> np.ndarray:
     return MEAN_COLOUR[3:] if channels == 1 else MEAN_COLOUR[:channels]
 
 
-def distort(content: Tensor, matrix: np.ndarray, offset: np.ndarray) -> Tensor:
+def apply_colour_matrix(content: Tensor, matrix: np.ndarray, offset: np.ndarray) -> Tensor:
     """matrix (C, C) times each colour of (C, h, w) uint8, plus offset (C,), rounded and clipped."""
     if not offset.any() and np.array_equal(matrix, np.eye(len(matrix))):
         return content

@@ -18,11 +18,11 @@ from torch import Tensor
 from kaist.files import InputError
 from kaist.frames import BOTH
 
-MIN_SIZE = 1e-5  # of a box that is encoded, as a fraction: no logarithm of zero
+MIN_ENCODED_SIDE = 1e-5  # of a box that is encoded, as a fraction: no logarithm of zero
 VARIANCES = (0.1, 0.2)  # SSD's scaling of centre and size offsets
 MAX_LOG_SCALE = math.log(1000 / 16)  # a decoded box is at most this many e-folds its prior
 STRIDES = (8, 16, 32, 64)  # pixels of the input between the cells of the four finest maps
-CANDIDATES = 400  # an image's highest scores that NMS looks at
+TOPK_CANDIDATES = 400  # an image's highest scores that NMS looks at
 # Extra layers as (1x1 width, 3x3 width, stride, padding).
 EXTRA_LAYERS = ((256, 512, 2, 1), (128, 256, 2, 1), (128, 256, 1, 0), (128, 256, 1, 0))
 
@@ -40,15 +40,15 @@ class Predictions(NamedTuple):
 class Grid(NamedTuple):
     """The cells of a feature map: h rows of w, their centres dy and dx apart.
 
-    The centre of row i, column j is ((j + 0.5) * dx, (i + 0.5) * dy), as fractions of the input. `seen`
-    is the modality that the map sees, `VISIBLE`, `LWIR` or `BOTH`.
+    The centre of row i, column j is ((j + 0.5) * dx, (i + 0.5) * dy), as fractions of the input.
+    `modality` is what the map is computed from: `VISIBLE`, `LWIR` or `BOTH`.
     """
 
     h: int
     w: int
     dy: float
     dx: float
-    seen: int = BOTH
+    modality: int = BOTH
 
 
 def feature_map_sizes(size: tuple[int, int], network: str = "ssd300") -> list[tuple[int, int]]:
@@ -144,7 +144,7 @@ def make_priors(grids: list[Grid], shapes: list[list[tuple[float, float]]]) -> T
 def encode(boxes: Tensor, priors: Tensor) -> Tensor:
     """Offsets (…, 4) that turn priors (…, 4) cxcywh into boxes (…, 4) cxcywh (SSD, eq. 2), finite of all."""
     centre = (boxes[..., :2] - priors[..., :2]) / (priors[..., 2:] * VARIANCES[0])
-    size = torch.log(boxes[..., 2:].clamp(min=MIN_SIZE) / priors[..., 2:]) / VARIANCES[1]
+    size = torch.log(boxes[..., 2:].clamp(min=MIN_ENCODED_SIDE) / priors[..., 2:]) / VARIANCES[1]
     return torch.cat([centre, size], dim=-1)
 
 
@@ -155,13 +155,13 @@ def decode(loc: Tensor, priors: Tensor) -> Tensor:
     return torch.cat([centre, size], dim=-1)
 
 
-def to_corners(boxes: Tensor) -> Tensor:
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """cxcywh (…, 4) -> xyxy."""
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
-def to_centres(boxes: Tensor) -> Tensor:
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     """xyxy (…, 4) -> cxcywh."""
     low, high = boxes[..., :2], boxes[..., 2:]
     return torch.cat([(low + high) / 2, high - low], dim=-1)
@@ -196,7 +196,7 @@ def detect(
 ) -> list[tuple[Tensor, Tensor]]:
     """Boxes and scores of each image: decode, clip to the frame, drop overlaps.
 
-    Of two logits the `CANDIDATES` highest scores of an image are looked at, as SSD does. Of three
+    Of two logits the `TOPK_CANDIDATES` highest scores of an image are looked at, as SSD does. Of three
     logits all are, and boxes are not clipped, as MLPD's and INSANet's authors do.
 
     Args:
@@ -209,9 +209,9 @@ def detect(
     scores = person_scores(predictions.conf)
     is_ssd = predictions.conf.shape[-1] == 2
     counts = (scores > min_score).sum(1).tolist()
-    scores, prior = scores.topk(min(max(counts), CANDIDATES) if is_ssd else max(counts), dim=1)
+    scores, prior = scores.topk(min(max(counts), TOPK_CANDIDATES) if is_ssd else max(counts), dim=1)
     loc = predictions.loc.gather(1, prior.unsqueeze(2).expand(-1, -1, 4))
-    boxes = to_corners(decode(loc, priors[prior]))
+    boxes = cxcywh_to_xyxy(decode(loc, priors[prior]))
     boxes = boxes.clamp(0, 1) if is_ssd else boxes
     results = []
     for image_boxes, image_scores, n in zip(boxes, scores, counts, strict=True):

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ssd.boxes import CANDIDATES, Predictions, decode, load_nms, person_scores, to_corners
+from ssd.boxes import TOPK_CANDIDATES, Predictions, cxcywh_to_xyxy, decode, load_nms, person_scores
 from ssd.layers import Detector
 
 # The candidates of NMS of a network that looks at all of them: a graph's shapes are fixed.
-ALL_CANDIDATES = 4000
-HALF = 0.5 + 2**-10  # rounds a half up, however a runtime adds it together
+MULTILABEL_CANDIDATES = 4000
+ROUND_HALF_UP = 0.5 + 2**-10  # rounds a half up, however a runtime adds it together
 MIN_SIDE = 0.01  # pixels; a box that is clipped to less is left out, as in result files
 
 
@@ -56,10 +56,10 @@ class Deployable(nn.Module):
         is_ssd = conf.shape[-1] == 2
         priors = self.model.priors
         if not self.raw:
-            n_candidates = min(CANDIDATES if is_ssd else ALL_CANDIDATES, len(priors))
+            n_candidates = min(TOPK_CANDIDATES if is_ssd else MULTILABEL_CANDIDATES, len(priors))
             scores, best = scores.topk(n_candidates, dim=1)
-            loc, priors = take(loc, best), priors[best]
-        boxes = to_corners(decode(loc, priors))
+            loc, priors = gather_boxes(loc, best), priors[best]
+        boxes = cxcywh_to_xyxy(decode(loc, priors))
         boxes = boxes.clamp(0, 1) if is_ssd else boxes
         height, width = frames[0].shape[1:3]
         sides = [torch.scalar_tensor(side, dtype=torch.float32) for side in (width, height)]
@@ -74,11 +74,11 @@ class Deployable(nn.Module):
         is_kept = torch.zeros_like(scores).flatten().scatter(0, kept, ones).view_as(scores) > 0
         is_kept &= (scores > self.min_score) & ((pixels[..., 2:] - pixels[..., :2]) >= MIN_SIDE).all(2)
         scores, best = (scores * is_kept).topk(min(self.max_boxes, n_candidates), dim=1)
-        found = torch.cat([take(pixels, best), scores.unsqueeze(2)], dim=2)
+        found = torch.cat([gather_boxes(pixels, best), scores.unsqueeze(2)], dim=2)
         return found * (scores > 0).unsqueeze(2), (scores > 0).sum(1)
 
 
-def take(values: Tensor, index: Tensor) -> Tensor:
+def gather_boxes(values: Tensor, index: Tensor) -> Tensor:
     """Rows (n, k, 4) of values (n, P, 4) by their index (n, k)."""
     return values.gather(1, index.unsqueeze(2).expand(-1, -1, 4))
 
@@ -87,8 +87,8 @@ def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """(n, h, w, C) uint8 -> (n, C, *size) float32 of whole numbers: torch's antialiased resize of uint8, by
     two matrix products, which every runtime has. Less than a pixel in a hundred differs, by a grey level."""
     x = frames.permute(0, 3, 1, 2).float()
-    x = (x @ resize_weights(frames.shape[2], size[1]).T + HALF).floor()
-    return (resize_weights(frames.shape[1], size[0]) @ x + HALF).floor().clamp(0, 255)
+    x = (x @ resize_weights(frames.shape[2], size[1]).T + ROUND_HALF_UP).floor()
+    return (resize_weights(frames.shape[1], size[0]) @ x + ROUND_HALF_UP).floor().clamp(0, 255)
 
 
 def resize_weights(source: int, target: int) -> Tensor:
@@ -101,7 +101,7 @@ def resize_weights(source: int, target: int) -> Tensor:
     return weights / weights.sum(1, keepdim=True)
 
 
-def halve(model: Detector) -> None:
+def to_half(model: Detector) -> None:
     """Convolutions and BatchNorm in half precision; what stands between them keeps its own."""
 
     def cast(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kaist.frames import LWIR, VISIBLE
 from ssd.boxes import Grid, Predictions, make_grids, make_priors, prior_shapes
 
-NORM_FLOOR = 1e-3  # length below which conv4_3's features are not scaled to unit length
+MIN_NORM = 1e-3  # length below which conv4_3's features are not scaled to unit length
 
 # VGG16 up to conv5_3: convolutions' widths, "M" a 2x2 max-pool. The third pool rounds up
 # (75 -> 38), the one before conv6 keeps its resolution.
@@ -42,10 +42,10 @@ class Detector(nn.Module):
         grids: the cells of each, and of visible's and LWIR's map where these have heads of their own.
         centres, family: where the priors lie, as of `make_grids`.
         infused_maps: indices of the grids with a segmentation head.
-        stream: width of a stream's map before the first fusion, and the pixels between its cells.
+        stream_map: (channels at width 1.0, stride in pixels) of a stream's last map before fusion.
     """
 
-    n_logits, centres, family, stream = 2, "even", "ssd300", (0, 0)
+    n_logits, centres, family, stream_map = 2, "even", "ssd300", (0, 0)
 
     def __init__(self, width: float, prior_set: str, size: tuple[int, int]) -> None:
         super().__init__()
@@ -78,10 +78,10 @@ class Detector(nn.Module):
         # Last, so that networks of one seed start alike whatever is infused.
         self.infused_maps = [i for i, infused in enumerate(infusion) if infused]
         if infusion[0] == 2:
-            h, w = (math.ceil(side / self.stream[1]) for side in self.size)
+            h, w = (math.ceil(side / self.stream_map[1]) for side in self.size)
             self.grids += [Grid(h, w, 1 / h, 1 / w, modality) for modality in (VISIBLE, LWIR)]
             self.infused_maps += [len(widths), len(widths) + 1]
-            widths += [self.scaled(self.stream[0])] * 2
+            widths += [self.scaled(self.stream_map[0])] * 2
         self.seg_heads = nn.ModuleList()
         for width in (widths[i] for i in self.infused_maps):
             conv = conv_relu(width, width, 3, padding=1) if infusion_conv else []
@@ -151,7 +151,7 @@ class L2Norm(nn.Module):
     """Each cell's feature vector scaled to unit length, times a learned factor a channel.
 
     ParseNet (Liu et al., 2015), with SSD's initial factor 20. A cell of hardly any features is not scaled up
-    all the way, so that the gradient is at most 20 / NORM_FLOOR times its own (flat images, first steps).
+    all the way, so that the gradient is at most 20 / MIN_NORM times its own (flat images, first steps).
     """
 
     def __init__(self, channels: int) -> None:
@@ -160,7 +160,7 @@ class L2Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, h, w) -> the same shape, float32."""
-        return F.normalize(x.float(), eps=NORM_FLOOR) * self.scale.view(1, -1, 1, 1)
+        return F.normalize(x.float(), eps=MIN_NORM) * self.scale.view(1, -1, 1, 1)
 
 
 def init_convolution(module: nn.Module, small: bool = False) -> None:
@@ -181,6 +181,6 @@ def flatten_heads(heads: nn.ModuleList, maps: list[Tensor], values: int) -> Tens
     return torch.cat([x.reshape(x.shape[0], -1, values) for x in found], dim=1)
 
 
-def map_chain(first: Tensor, stages: nn.ModuleList) -> list[Tensor]:
+def stage_outputs(first: Tensor, stages: nn.ModuleList) -> list[Tensor]:
     """The first map and what each stage makes of the one before it."""
     return list(accumulate(stages, lambda x, stage: stage(x), initial=first))

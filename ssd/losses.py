@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from engine.distributed import all_reduce_sum, world_size
 from kaist.annotations import FRAME_HEIGHT
 from kaist.frames import LWIR, VISIBLE
-from ssd.boxes import Grid, Predictions, encode, to_centres
+from ssd.boxes import Grid, Predictions, encode, xyxy_to_cxcywh
 from ssd.matching import BACKGROUND, IGNORE, PERSON, PriorTable, match, match_multilabel, match_static
 
 # What `Criterion` takes from a configuration.
@@ -27,7 +27,7 @@ CRITERION_KEYS = (
     *("seg_cells", "seg_maps", "seg_balance", "seg_person_share", "seg_weight"),
 )
 Sums = tuple[Tensor, Tensor, Tensor, Tensor]
-NEGATIVE_RATIO = 3  # mined negatives for each positive
+NEG_TO_POS_RATIO = 3  # mined negatives for each positive
 LOG_VARIANCE_LIMIT = 5.0  # learned weights stay between exp(-5) and exp(5)
 HEIGHT_UNIT = 50.0  # pixels of height that add 1 to the weight of a person's cells, SDS-RCNN's
 
@@ -57,7 +57,7 @@ class MultiBoxLoss(nn.Module):
         super().__init__()
         self.register_buffer("priors", priors, persistent=False)
         self.distance = {"l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}[loc_loss]
-        self.loc_terms = {"sum": 1, "mean": 4}[loc_reduction]
+        self.loc_divisor = {"sum": 1, "mean": 4}[loc_reduction]
         self.balanced = conf_divisor == "balanced"
 
     def forward(self, predictions: Predictions, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,8 +69,8 @@ class MultiBoxLoss(nn.Module):
         divisor = positives
         if self.balanced:
             negatives = all_reduce_sum(negatives) / world_size()
-            divisor = torch.maximum(positives, negatives / NEGATIVE_RATIO)
-        return loc / (self.loc_terms * positives), conf / divisor
+            divisor = torch.maximum(positives, negatives / NEG_TO_POS_RATIO)
+        return loc / (self.loc_divisor * positives), conf / divisor
 
     @cached_property
     def prior_table(self) -> PriorTable:
@@ -85,7 +85,7 @@ class MultiBoxLoss(nn.Module):
         n_negatives = self.n_negatives(image.bincount(minlength=len(boxes)))
         negative = hardest_negatives(predictions.conf.detach(), target, n_negatives)
 
-        offsets = encode(to_centres(boxes[image, matched_idxs[image, prior]]), self.priors[prior])
+        offsets = encode(xyxy_to_cxcywh(boxes[image, matched_idxs[image, prior]]), self.priors[prior])
         loc = predictions.loc.flatten(0, 1).index_select(0, positive)
         conf = predictions.conf.flatten(0, 1).index_select(0, torch.cat([positive, negative]))
         margin = conf[:, 1] - conf[:, 0]
@@ -100,12 +100,12 @@ class MultiBoxLoss(nn.Module):
         target, matched_idxs = self.match(boxes, labels)
         positive = target > BACKGROUND
         matched = boxes.gather(1, matched_idxs.unsqueeze(2).expand(-1, -1, 4))
-        offsets = encode(to_centres(matched), self.priors)
+        offsets = encode(xyxy_to_cxcywh(matched), self.priors)
         # What is not positive is compared with itself: no loss, no gradient.
         offsets = torch.where(positive.unsqueeze(2), offsets, predictions.loc.detach())
         loc = self.distance(predictions.loc, offsets, reduction="sum")
 
-        of_positives, of_negatives = self.entropies(predictions.conf, target)
+        of_positives, of_negatives = self.conf_losses(predictions.conf, target)
         # No loss is below zero: what is no background sorts behind all that has any.
         hardest = of_negatives.masked_fill(target != BACKGROUND, 0).sort(dim=1, descending=True).values
         n_negatives = torch.minimum(self.n_negatives(positive.sum(1)), (target == BACKGROUND).sum(1))
@@ -117,14 +117,14 @@ class MultiBoxLoss(nn.Module):
         """What each prior answers for, (N, P), and which object that is, (N, P)."""
         return match_static(boxes, labels, self.priors)
 
-    def entropies(self, conf: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def conf_losses(self, conf: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """The confidence loss of each prior as a positive and as a negative, twice (N, P)."""
         margin = conf[..., 1] - conf[..., 0]
         return F.softplus(-margin), F.softplus(margin)
 
     def n_negatives(self, n_positives: Tensor) -> Tensor:
         """How many negatives are mined of frames with so many positives."""
-        return (NEGATIVE_RATIO * n_positives).clamp(min=self.min_negatives)
+        return (NEG_TO_POS_RATIO * n_positives).clamp(min=self.min_negatives)
 
 
 class MultiLabelLoss(MultiBoxLoss):
@@ -143,7 +143,7 @@ class MultiLabelLoss(MultiBoxLoss):
     def match(self, boxes: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return match_multilabel(boxes, labels, self.priors)
 
-    def entropies(self, conf: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def conf_losses(self, conf: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         seen = torch.stack([target == BACKGROUND, (target & VISIBLE) > 0, (target & LWIR) > 0], dim=2)
         losses = F.binary_cross_entropy_with_logits(conf, seen.to(conf.dtype), reduction="none").sum(2)
         return losses, losses
@@ -237,7 +237,7 @@ def cell_heights(boxes: Tensor, labels: Tensor, grid: Grid) -> Tensor:
     )
     x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(-2)
     over = ((rows >= y0) & (rows < y1)).unsqueeze(3) & ((columns >= x0) & (columns < x1)).unsqueeze(2)
-    seen = (labels > 0) & (labels & grid.seen > 0)
+    seen = (labels > 0) & (labels & grid.modality > 0)
     heights = ((y1 - y0).squeeze(-1) * FRAME_HEIGHT * seen)[..., None, None]
     return (over * heights).amax(1) if boxes.shape[1] else boxes.new_zeros(len(boxes), grid.h, grid.w)
 

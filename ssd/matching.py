@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssd.boxes import to_corners
+from ssd.boxes import cxcywh_to_xyxy
 
 PERSON, BACKGROUND, IGNORE = 1, 0, -1
 MATCH_IOU = 0.5  # from which a prior answers for an object
-LEVELS = (*(MATCH_IOU / 2**i for i in range(10)), 0.0)  # of IoU, down which a best prior is looked for
-TIE = 1e-5  # shares by which overlaps may differ and be equal: those with priors that enclose the object
+IOU_LEVELS = (*(MATCH_IOU / 2**i for i in range(10)), 0.0)  # of IoU, down which a best prior is looked for
+# Relative difference up to which IoUs count as equal: those with priors that enclose the object.
+TIE_TOLERANCE = 1e-5
 
 
 class PriorTable:
@@ -34,7 +35,7 @@ class PriorTable:
     """
 
     def __init__(self, priors: Tensor) -> None:
-        corners, self.areas = to_corners(priors).numpy(), (priors[:, 2] * priors[:, 3]).numpy()
+        corners, self.areas = cxcywh_to_xyxy(priors).numpy(), (priors[:, 2] * priors[:, 3]).numpy()
         self.spans = []
         for axis in (0, 1):
             ends, index = np.unique(corners[:, axis::2], axis=0, return_inverse=True)
@@ -54,7 +55,7 @@ class PriorTable:
 
         Neither their IoU along an axis nor the ratio of their areas can be less: others are not looked at.
         """
-        areas, common = box_areas(boxes), self.common(boxes)
+        areas, common = box_area(boxes), self.common(boxes)
         sizes, index = self.sizes
         is_near = (1.01 * np.minimum(sizes, areas) >= least * np.maximum(sizes, areas)).take(index, axis=0)
         for axis, (low, high, index) in enumerate(self.spans):
@@ -99,20 +100,20 @@ def match(boxes: Tensor, labels: Tensor, priors: PriorTable) -> tuple[Tensor, Te
         return near[-1]
 
     left = np.arange(n, len(own))
-    for least in LEVELS:
+    for least in IOU_LEVELS:
         if not len(left):
             break
         objects, place, iou = pairs(left, least)
         best = np.zeros(len(own), np.float32)
         np.maximum.at(best, objects, iou)
         is_known = best >= 1.01 * least  # and so is what ties for it
-        is_best = (iou >= best[objects] * (1 - TIE)) & (iou > 0) & is_known[objects]
+        is_best = (iou >= best[objects] * (1 - TIE_TOLERANCE)) & (iou > 0) & is_known[objects]
         taken.update(place[is_best].tolist())
         left = left[~is_known[left]]
 
     # Greedy: pairs of an IoU below a level have to wait until all above it are served.
     left = np.arange(n)
-    for least in LEVELS:
+    for least in IOU_LEVELS:
         if not len(left):
             break
         objects, place, iou = pairs(left, least)
@@ -138,14 +139,14 @@ def match(boxes: Tensor, labels: Tensor, priors: PriorTable) -> tuple[Tensor, Te
 @torch.no_grad()
 def match_static(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
     """`match` as a fixed sequence of operations, whatever the values are."""
-    shared, areas = intersection(boxes, to_corners(priors)), priors[:, 2] * priors[:, 3]
-    iou = shared / (box_areas(boxes).unsqueeze(2) + areas - shared)
+    shared, areas = intersection(boxes, cxcywh_to_xyxy(priors)), priors[:, 2] * priors[:, 3]
+    iou = shared / (box_area(boxes).unsqueeze(2) + areas - shared)
     person, ignored = (labels == PERSON).unsqueeze(2), (labels == IGNORE).unsqueeze(2)
     inside = ((shared >= 0.5 * areas) & ignored).any(1)
     of_ignored = iou.masked_fill(~ignored, -1.0)
     iou = iou.masked_fill(~person, -1.0)
     best = of_ignored.amax(2, keepdim=True)
-    taken = ((of_ignored >= best * (1 - TIE)) & (of_ignored > 0)).any(1)
+    taken = ((of_ignored >= best * (1 - TIE_TOLERANCE)) & (of_ignored > 0)).any(1)
 
     best, matched_idxs = iou.max(1)
     near = torch.maximum(best, of_ignored.amax(1)) >= MATCH_IOU
@@ -188,9 +189,9 @@ def match_multilabel(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Ten
     """
     # An object inside of several priors of a size overlaps them alike, and rounding says which one it
     # takes: as in the published loss areas are those of corners, and divided by in this order.
-    corners = to_corners(priors)
+    corners = cxcywh_to_xyxy(priors)
     shared = intersection(boxes, corners)
-    iou = shared / (box_areas(boxes).unsqueeze(2) + box_areas(corners) - shared)
+    iou = shared / (box_area(boxes).unsqueeze(2) + box_area(corners) - shared)
     padding = labels == 0
     overlap, matched_idxs = iou.masked_fill(padding.unsqueeze(2), -1.0).max(1)
     best = iou.argmax(2).masked_fill(padding, len(priors))  # padding takes one beyond the last
@@ -211,6 +212,6 @@ def intersection(boxes: Tensor, corners: Tensor) -> Tensor:
     return width.mul_(torch.minimum(y1, bottom).sub_(torch.maximum(y0, top)).clamp_(min=0))
 
 
-def box_areas(boxes: Tensor) -> Tensor:
+def box_area(boxes: Tensor) -> Tensor:
     """(…,) areas of boxes (…, 4) xyxy."""
     return (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])

@@ -21,11 +21,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from engine.optim import make_optimizer
 
-OBJECTS = 16  # of a frame in the plan
-BATCHES = (16, 32)  # between which memory grows by the frame; in smaller ones the optimiser's step takes most
-BLOCK = 512  # bytes: CUDA's allocator gives whole blocks
-ROOM = 1.5e9  # bytes that the plan leaves to CUDA's context and the convolutions' workspaces
-SPARE = 1.3  # what recorded steps took over the plan and `ROOM` on an H100, at most (docs/speed.md)
+OBJECTS_PER_FRAME = 16  # padded number of boxes
+# The bytes per frame come from these two; in smaller batches the optimiser's step sets the peak.
+PROBE_BATCH_SIZES = (16, 32)
+ALLOCATION_BLOCK = 512  # bytes: CUDA's allocator rounds up to whole blocks
+RESERVED_BYTES = 1.5e9  # for CUDA's context and the convolutions' workspaces
+SAFETY_FACTOR = 1.3  # largest ratio of measured to planned bytes on an H100 (docs/speed.md)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -43,7 +44,7 @@ class LiveBytes(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 if storage not in self.known and id(storage) not in before:
-                    self.known[storage] = size = -(-storage.nbytes() // BLOCK) * BLOCK
+                    self.known[storage] = size = -(-storage.nbytes() // ALLOCATION_BLOCK) * ALLOCATION_BLOCK
                     self.count(size)
                     weakref.finalize(storage, self.count, -size)
         return out
@@ -66,17 +67,18 @@ class MemoryPlan(NamedTuple):
         return self.weights + self.fixed + n * self.per_frame
 
     def largest_batch(self, memory: float) -> int:
-        """The largest batch that fits into so many bytes, `ROOM` and `SPARE` left free; 0 if none does."""
-        return max(0, int(((memory - ROOM) / SPARE - self.weights - self.fixed) // self.per_frame))
+        """The largest batch that fits into `memory` bytes, with the reserve and the safety factor; or 0."""
+        usable = (memory - RESERVED_BYTES) / SAFETY_FACTOR
+        return max(0, int((usable - self.weights - self.fixed) // self.per_frame))
 
 
 def plan_memory(model: nn.Module, criterion: nn.Module, optimizer: str, precision: torch.dtype) -> MemoryPlan:
     """The plan of eager training steps of a `Detector` on any device, "meta" included, by its `Criterion` and
     the optimizer "sgd" or "adam"; a compiled network takes no more."""
-    few, many = (added_bytes(model, criterion, optimizer, precision, n) for n in BATCHES)
+    few, many = (added_bytes(model, criterion, optimizer, precision, n) for n in PROBE_BATCH_SIZES)
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-    per_frame = (many - few) // (BATCHES[1] - BATCHES[0])
-    return MemoryPlan(weights, many - BATCHES[1] * per_frame, per_frame)
+    per_frame = (many - few) // (PROBE_BATCH_SIZES[1] - PROBE_BATCH_SIZES[0])
+    return MemoryPlan(weights, many - PROBE_BATCH_SIZES[1] * per_frame, per_frame)
 
 
 def plan_batch(
@@ -112,7 +114,8 @@ def added_bytes(
                 parameter.grad = torch.empty_like(parameter)
             learner.step()
             images = torch.empty(n, model.mean.shape[1], *model.size, dtype=torch.uint8)
-            boxes, labels = torch.empty(n, OBJECTS, 4), torch.empty(n, OBJECTS, dtype=torch.int64)
+            boxes = torch.empty(n, OBJECTS_PER_FRAME, 4)
+            labels = torch.empty(n, OBJECTS_PER_FRAME, dtype=torch.int64)
             masks = [torch.empty(n, *model.grids[i][:2], dtype=torch.int64) for i in model.infused_maps]
             with torch.autocast("cpu", torch.bfloat16, enabled=precision != torch.float32):
                 predictions = model(images)

@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kaist.files import InputError
-from ssd.layers import VGG16_STAGES, Detector, L2Norm, conv_relu, map_chain, vgg_stage
+from ssd.layers import VGG16_STAGES, Detector, L2Norm, conv_relu, stage_outputs, vgg_stage
 
 # Of KAIST's training frames: R, G, B, then LWIR.
 MEAN = (0.3465, 0.3219, 0.2842, 0.1598)
 STD = (0.2358, 0.2265, 0.2274, 0.0813)
-WINDOWS = 16  # attention windows a side
-OTHER_WINDOW = -100.0  # added to the attention of tokens that the shift alone brought together
+WINDOWS_PER_SIDE = 16  # attention windows a side
+MASKED_LOGIT = -100.0  # added to the attention of tokens that the shift alone brought together
 
 
 class MultispectralSSD(Detector):
@@ -52,7 +52,7 @@ class MLPD(MultispectralSSD):
     In training BatchNorm of the shared layers sees one stream after the other.
     """
 
-    stream = (512, 8)
+    stream_map = (512, 8)
 
     def add_backbone(self, scaled: Callable[[int], int]) -> None:
         def stream(channels: int) -> nn.Sequential:
@@ -67,8 +67,8 @@ class MLPD(MultispectralSSD):
         return [[*stream, *self.stages[0][:9]] for stream in (self.visible, self.lwir)]
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
-        visible = map_chain(self.visible(x[:, :3]), self.stages)
-        lwir = map_chain(self.lwir(x[:, 3:]), self.stages)
+        visible = stage_outputs(self.visible(x[:, :3]), self.stages)
+        lwir = stage_outputs(self.lwir(x[:, 3:]), self.stages)
         pairs = zip(self.joins, visible, lwir, strict=True)
         maps = [join(torch.cat(pair, dim=1)) for join, *pair in pairs]
         return [self.conv4_3_norm(maps[0]), *maps[1:], visible[0], lwir[0]]
@@ -81,7 +81,7 @@ class INSANet(MultispectralSSD):
     into 16 x 16 windows.
     """
 
-    stream = (256, 4)
+    stream_map = (256, 4)
 
     def add_backbone(self, scaled: Callable[[int], int]) -> None:
         first, second = VGG16_STAGES[0][:9], VGG16_STAGES[0][9:]
@@ -102,7 +102,7 @@ class INSANet(MultispectralSSD):
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
         streams = [self.visible(x[:, :3]), self.lwir(x[:, 3:])]
-        maps = map_chain(self.to_conv4_3(self.attention(*streams)), self.stages)
+        maps = stage_outputs(self.to_conv4_3(self.attention(*streams)), self.stages)
         return [self.conv4_3_norm(maps[0]), *maps[1:], *streams]
 
 
@@ -143,15 +143,15 @@ def join(channels: int) -> nn.Sequential:
 class SpectralAttention(nn.Module):
     """INSANet's intra-inter spectral attention: two rounds in windows, the second one shifted.
 
-    size: (height, width) of each stream's map, which has to divide into `WINDOWS` windows a side.
+    size: (height, width) of each stream's map, which has to divide into `WINDOWS_PER_SIDE` windows a side.
     """
 
     def __init__(self, channels: int, size: tuple[float, float]) -> None:
         super().__init__()
-        if any(side % WINDOWS for side in size):
+        if any(side % WINDOWS_PER_SIDE for side in size):
             problem = f"INPUT_SIZE = {tuple(int(4 * side) for side in size)} cannot be used by INSANet"
             raise InputError(problem, "take multiples of 64, such as 512,640")
-        self.window = tuple(int(side) // WINDOWS for side in size)
+        self.window = tuple(int(side) // WINDOWS_PER_SIDE for side in size)
         self.shift = tuple(side // 2 for side in self.window)
         self.rounds = nn.ModuleList(AttentionRound(channels) for _ in range(2))
         self.register_buffer("mask", shift_mask(self.window, self.shift), persistent=False)
@@ -218,14 +218,14 @@ def from_windows(x: Tensor, window: tuple[int, int], height: int, width: int) ->
 
 
 def shift_mask(window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
-    """Swin's mask (windows, tokens, tokens): 0, and `OTHER_WINDOW` between tokens that are
+    """Swin's mask (windows, tokens, tokens): 0, and `MASKED_LOGIT` between tokens that are
     neighbours only because the shifted map continues at its other side (Liu et al., 2021)."""
     regions = []
     for side, step in zip(window, shift, strict=True):
-        region = torch.zeros(WINDOWS * side)
+        region = torch.zeros(WINDOWS_PER_SIDE * side)
         region[-side:] = 1
-        region[WINDOWS * side - step :] = 2
+        region[WINDOWS_PER_SIDE * side - step :] = 2
         regions.append(region)
     region = 3 * regions[0][:, None] + regions[1]
     own = to_windows(region[None, :, :, None], window).squeeze(3).squeeze(0)
-    return torch.where(own.unsqueeze(1) == own.unsqueeze(2), 0.0, OTHER_WINDOW)
+    return torch.where(own.unsqueeze(1) == own.unsqueeze(2), 0.0, MASKED_LOGIT)

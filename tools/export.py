@@ -36,7 +36,7 @@ from kaist.results import join_frames
 from kaist.sources import TEST_SET_KEYS, open_testing
 from model import predict_mirrored
 from ssd.boxes import load_nms
-from ssd.deployable import Deployable, halve
+from ssd.deployable import Deployable, to_half
 from ssd.layers import Detector
 from utils import detect_image, open_network
 
@@ -68,7 +68,7 @@ def main() -> None:
     plain = Deployable(model, **settings, raw=arguments.raw, predict_mirrored=mirrored).eval()
     network = copy.deepcopy(plain)
     if arguments.half:
-        halve(network.model)
+        to_half(network.model)
     save, open_file = {"onnx": (save_onnx, open_onnx), "pt2": (save_pt2, open_pt2)}[arguments.format]
     names = MODALITIES[config.input_mode]
     with warnings.catch_warnings():

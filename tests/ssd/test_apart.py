@@ -12,8 +12,8 @@ from ssd.augment import (
     mean_colour,
     round_to_pixels,
     sample_transform,
+    unpaired_window,
     whole_frame,
-    window_apart,
 )
 
 SIZE = (256, 320)
@@ -95,16 +95,15 @@ def test_persons_cut_by_the_input_are_ignored_where_that_is_asked_for():
     )
     window, how = (30, 0, 670, 512), (np.ones(4, np.int64), np.full(4, BOTH))
     assert transform(window).move(boxes, *how)[1].tolist() == [BOTH, BOTH]
-    assert transform(window, ignore_cut=True).move(boxes, *how)[1].tolist() == [BOTH, -1, -1]
-    assert sample(0, crop_apart=0.1).ignore_cut and not sample(0, mirror_apart=0.9).ignore_cut
+    assert transform(window, ignore_truncated=True).move(boxes, *how)[1].tolist() == [BOTH, -1, -1]
+    assert sample(0, crop_apart=0.1).ignore_truncated and not sample(0, mirror_apart=0.9).ignore_truncated
 
 
 def test_windows_apart_are_as_published():
     rng = np.random.default_rng(1)
     people = np.array([[200.0, 150, 240, 250], [500, 200, 530, 270]])
-    windows = np.array(
-        [window_apart(rng, people, Augmentation(zoom_out=4.0, crop_aspect=(0.8, 1.2))) for _ in range(1500)]
-    )
+    options = Augmentation(zoom_out=4.0, crop_aspect=(0.8, 1.2))
+    windows = np.array([unpaired_window(rng, people, options) for _ in range(1500)])
     size = (windows[:, 2:] - windows[:, :2]) / (640, 512)
     area, aspect = size.prod(1), size[:, 0] / size[:, 1]
     assert 0.25 <= area.min() < 0.3 and 3.7 < area.max() <= 4
@@ -116,17 +115,10 @@ def test_windows_apart_are_as_published():
     around = (windows[:, :2] <= 0) & (windows[:, 2:] >= (640, 512))
     assert np.where(smaller, inside, around).all() and 0.1 < smaller.mean() < 0.6
     everywhere = np.array([[-1.0, -1, 641, 513]])
-    zoomed = [
-        window_apart(rng, everywhere, Augmentation(zoom_out=1.01, crop_aspect=(0.99, 1.01)))
-        for _ in range(50)
-    ]
+    narrow = Augmentation(zoom_out=1.01, crop_aspect=(0.99, 1.01))
+    zoomed = [unpaired_window(rng, everywhere, narrow) for _ in range(50)]
     assert (0.0, 0.0, 640.0, 512.0) in zoomed  # no window holds it: the frame
-    assert (
-        len(
-            {window_apart(rng, NOBODY, Augmentation(zoom_out=4.0, crop_aspect=(0.8, 1.2))) for _ in range(50)}
-        )
-        == 50
-    )
+    assert len({unpaired_window(rng, NOBODY, options) for _ in range(50)}) == 50
 
 
 def test_how_often_modalities_move_apart():

@@ -17,8 +17,8 @@ from ssd.augment import (
     LUMA,
     Augmentation,
     Transform,
+    apply_colour_matrix,
     colour_matrix,
-    distort,
     frame_mean,
     mean_colour,
     random_window,
@@ -225,7 +225,8 @@ def test_distortion_keeps_modalities_apart():
     frame[..., 3] = 200
     content = torch.from_numpy(frame[:30, :30].transpose(2, 0, 1).copy())
     drawn = [draw(frame, np.random.default_rng(i)) for i in range(60)]
-    changed = torch.stack([distort(content, t.matrix, t.offset).flatten(1).float().mean(1) for t in drawn])
+    distorted = [apply_colour_matrix(content, t.matrix, t.offset) for t in drawn]
+    changed = torch.stack([image.flatten(1).float().mean(1) for image in distorted])
     assert (changed[:, 3] != 200).float().mean() > 0.3
     ratios = changed[:, 3] / changed[:, 0]
     assert ratios.std() > 0.1  # not one draw for both
@@ -236,7 +237,7 @@ def test_distortion_keeps_modalities_apart():
 def test_undistorted_pixels_are_left_alone():
     content = torch.randint(256, (4, 30, 30), dtype=torch.uint8)
     whole = whole_frame(4, SIZE)
-    assert distort(content, whole.matrix, whole.offset) is content
+    assert apply_colour_matrix(content, whole.matrix, whole.offset) is content
     frame = np.full((512, 640, 1), 9, np.uint8)
     alone = [draw(frame, np.random.default_rng(i)).matrix[0, 0] == 1 for i in range(100)]
     assert 10 < sum(alone) < 45  # neither brightness nor contrast: a quarter
@@ -255,7 +256,7 @@ def test_distortion_is_the_matrix_rounded_and_clipped():
             matrix, offset = colour_matrix(rng, mean[part], True)
             expected.append(np.einsum("ij,jhw->ihw", matrix, content[part]) + offset[:, None, None])
         expected = np.concatenate(expected).clip(0, 255)
-        ours = distort(content, t.matrix, t.offset).numpy()
+        ours = apply_colour_matrix(content, t.matrix, t.offset).numpy()
         assert np.abs(ours - expected).max() < 0.51  # to the nearest
 
 

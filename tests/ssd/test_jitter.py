@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from ssd.augment import Augmentation, mean_colour, roughen, sample_transform, widen
+from ssd.augment import Augmentation, add_blur_and_noise, extra_colour_jitter, mean_colour, sample_transform
 
 
 def draw(jitter, channels=4):
@@ -24,12 +24,12 @@ def test_windows_and_flips_are_the_same_with_it():
 
 def test_channels_and_gain_stay_in_their_ranges():
     rng = np.random.default_rng(0)
-    colours = [widen(rng, np.eye(3), np.zeros(3)) for _ in range(400)]
+    colours = [extra_colour_jitter(rng, np.eye(3), np.zeros(3)) for _ in range(400)]
     grey = [m for m, _ in colours if np.count_nonzero(m) == 9]
     assert 40 < len(grey) < 130
     gains = np.array([np.diag(m) for m, _ in colours if np.count_nonzero(m) == 3])
     assert 0.6 <= gains.min() < 0.7 and 1.4 < gains.max() <= 1.5
-    heat = [widen(rng, np.eye(1), np.zeros(1)) for _ in range(400)]
+    heat = [extra_colour_jitter(rng, np.eye(1), np.zeros(1)) for _ in range(400)]
     gains, offsets = np.array([m.item() for m, _ in heat]), np.array([o.item() for _, o in heat])
     assert 5 < (gains < 0).sum() < 45 and (offsets[gains < 0] == 80).all()
     assert abs(gains).min() >= 0.4 and abs(gains).max() <= 2.5
@@ -40,10 +40,11 @@ def test_blur_and_noise_keep_the_grey_level():
     rng, image = np.random.default_rng(1), torch.full((4, 64, 80), 100, dtype=torch.uint8)
     image[:, 20:40, 30:40] = 160
     for _ in range(20):
-        rough = roughen(rng, image)
+        rough = add_blur_and_noise(rng, image)
         assert rough.shape == image.shape and rough.dtype == torch.uint8
         difference = rough.float() - image.float()
         assert difference.mean((1, 2)).abs().max() < 1
         assert difference[3].std() < 8 and difference[:3].std() < 16
-    assert not torch.equal(roughen(rng, image), roughen(rng, image))
-    assert roughen(rng, image[3:]).shape == (1, 64, 80) and roughen(rng, image[:3]).shape == (3, 64, 80)
+    assert not torch.equal(add_blur_and_noise(rng, image), add_blur_and_noise(rng, image))
+    for part in (image[3:], image[:3]):
+        assert add_blur_and_noise(rng, part).shape == part.shape

@@ -11,7 +11,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from engine.run import Run
 from pseudo_gt import box_masks
-from ssd.memory_plan import ROOM, SPARE, LiveBytes, MemoryPlan, added_bytes, as_fake, plan_memory
+from ssd.memory_plan import (
+    RESERVED_BYTES,
+    SAFETY_FACTOR,
+    LiveBytes,
+    MemoryPlan,
+    added_bytes,
+    as_fake,
+    plan_memory,
+)
 from tools.workloads import random_objects, row_config, row_network
 
 
@@ -38,7 +46,8 @@ def test_live_bytes_by_hand():
 def test_largest_batch_by_hand():
     plan = MemoryPlan(weights=100, fixed=200, per_frame=50)
     assert plan.step(2) == 400
-    assert [plan.largest_batch(ROOM + SPARE * n) for n in (0, 349, 351, 399, 401)] == [0, 0, 1, 1, 2]
+    batches = {0: 0, 349: 0, 351: 1, 399: 1, 401: 2}
+    assert {n: plan.largest_batch(RESERVED_BYTES + SAFETY_FACTOR * n) for n in batches} == batches
 
 
 @pytest.mark.parametrize("row", ["29", "42"])

@@ -102,7 +102,7 @@ def test_loss_by_hand(monkeypatch):
     loc = torch.full((1, 3, 4), 0.5)
     conf = torch.zeros(1, 3, 3)
     conf[0, 0] = torch.tensor([0.0, 2.0, -1.0])
-    monkeypatch.setattr("ssd.losses.NEGATIVE_RATIO", 1)
+    monkeypatch.setattr("ssd.losses.NEG_TO_POS_RATIO", 1)
     conf[0, 1, 0] = 1.0  # an easier negative than the third prior
     ours = MultiLabelLoss(priors)(Predictions(loc, conf, []), boxes, labels)
     log2 = math.log(2)
@@ -120,7 +120,7 @@ def test_priors_of_ignored_objects_have_no_loss(monkeypatch):
     loc = torch.zeros(1, len(priors), 4, requires_grad=True)
     target, _ = match_multilabel(boxes, labels, priors)
     assert (target == -1).sum() >= 1 and (target == 1).sum() >= 1
-    monkeypatch.setattr("ssd.losses.NEGATIVE_RATIO", 10**6)
+    monkeypatch.setattr("ssd.losses.NEG_TO_POS_RATIO", 10**6)
     loss = MultiLabelLoss(priors)
     sum(loss(Predictions(loc, conf, []), boxes, labels)).backward()
     touched = (conf.grad != 0).any(2)

@@ -98,7 +98,7 @@ def test_shared_layers_see_one_stream_after_the_other_in_training():
 def test_masks_on_each_stream_teach_that_stream_alone(network):
     torch.manual_seed(0)
     model = make(network, infusion=(2, 0, 0, 0, 0, 0)).train()
-    assert model.infused_maps == [0, 6, 7] and [g.seen for g in model.grids[6:]] == [VISIBLE, LWIR]
+    assert model.infused_maps == [0, 6, 7] and [g.modality for g in model.grids[6:]] == [VISIBLE, LWIR]
     images = torch.randint(256, (1, 4, 128, 192), dtype=torch.uint8)
     seg = model(images).seg
     assert [s.shape[2:] for s in seg] == [model.grids[i][:2] for i in model.infused_maps]

@@ -16,7 +16,7 @@ import train
 from engine.checkpoint import save_checkpoint
 from kaist.files import InputError
 from model import make_network, predict_mirrored
-from ssd.deployable import Deployable, halve, resize
+from ssd.deployable import Deployable, resize, to_half
 from tools import export
 from utils import detect_image
 
@@ -105,7 +105,7 @@ def test_halved_networks_are_nearly_the_same():
     inputs = frames(3), frames(1)
     with torch.inference_mode():
         boxes, scores = raw(*inputs)
-        halve(model)
+        to_half(model)
         half_boxes, half_scores = raw(*inputs)
     assert {p.dtype for p in model.loc_heads.parameters()} == {torch.float16}
     assert boxes.shape == (1, len(model.priors), 4) and scores.shape == boxes.shape[:2]
