@@ -32,15 +32,8 @@ from kaist.frames import BOTH, Frame, frames_from_gt
 from kaist.images import check_images, read_frame
 from kaist.miss_rate import GroundTruth
 from pseudo_gt import MapRange, box_masks
-from ssd.augment import (
-    MAX_PASTED,
-    Augmentation,
-    add_blur_and_noise,
-    frame_mean,
-    paste_people,
-    sample_transform,
-    whole_frame,
-)
+from ssd.augment import Augmentation, add_blur_and_noise, frame_mean, sample_transform, whole_frame
+from ssd.copy_paste import MAX_PASTED, paste_people
 from ssd.layers import Detector
 
 # Config keys that KaistPairs, Augmentation, training_loader and test_loader take as keyword arguments.

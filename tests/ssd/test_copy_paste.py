@@ -6,7 +6,8 @@ import pytest
 from datasets import Collate, KaistPairs
 from kaist.annotations import open_annotations, read_image_list, time_of_day
 from kaist.frames import load_frames
-from ssd.augment import MAX_PASTED, Augmentation, mean_colour, paste_people
+from ssd.augment import Augmentation, mean_colour
+from ssd.copy_paste import MAX_PASTED, paste_people
 
 BLACK, WHITE = np.zeros((512, 640, 4), np.uint8), np.full((512, 640, 4), 255, np.uint8)
 NOBODY = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
