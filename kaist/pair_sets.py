@@ -1,8 +1,8 @@
-"""Sets of visible and LWIR pairs other than KAIST, by one small description: see docs/your-data.md.
+"""Open sets of visible and LWIR pairs other than KAIST from a description, see docs/your-data.md.
 
 A description is a JSON file, `pairs.json`, or a name in `NAMED_SETS`. A frame's id is what the * of its
-images' pattern stand for, or its path below their folder without the ending. What is missing, malformed or
-contradicts itself is refused by an InputError that names it and its line.
+image pattern match, joined by "/", or, without *, its path in the image folder without the suffix.
+Missing, malformed or contradictory input raises an InputError with the file and the line.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from kaist.labels import FRAME_ID, KAIST_LABELS, Errors, ObjectRow, guess_form, 
 
 SPLITS = ("train", "test")
 ROLES = ("person", "ignore", "drop")
-LABEL_FORMS = ("xml", "kaist-text", "yolo", "cvc14")  # of label files for one frame each
-# What a description may have, see docs/your-data.md, and of which kind it is.
+LABEL_FORMS = ("xml", "kaist-text", "yolo", "cvc14")  # forms of label files of one frame
+# The keys of a description, see docs/your-data.md, and the types of their values.
 KEY_TYPES = {
     **dict.fromkeys(("visible", "lwir", "labels", "list", "form", "night"), str),
     **dict.fromkeys(("names", *ROLES), list),
     "splits": dict,
 }
-TYPE_NAMES = {str: "a text", list: "a list of texts", dict: "an object of texts"}
+TYPE_NAMES = {str: "a string", list: "a list of strings", dict: "an object of strings"}
 DEFAULT_ROLES = {"person": ["person"], "ignore": [*KAIST_LABELS[1:], "ignored"]}
 NAMED_SETS: dict[str, dict[str, Any]] = {
     "kaist": {
         "visible": "images/*/*/visible/*",
         "lwir": "images/*/*/lwir/*",
-        "labels": "",  # whichever of KAIST's forms is there
+        "labels": "",  # the first of KAIST's forms that exists
         "list": "imageSets/{split}-all*.txt",
         "ignore": ["*"],
     },
@@ -66,21 +66,20 @@ NAMED_SETS: dict[str, dict[str, Any]] = {
         "night": "Night/*",
     },
 }
-LWIR_PERCENTILES = (0.1, 99.9)  # of the training list's LWIR values, which become 0 and 255
-UNLABELLED_REMEDY = "label them, or leave them out by a list"
-MAX_SAMPLED = 200  # frames that these are taken of
-Files = Mapping[str, Mapping[str, Path]]  # modality -> id -> file, of frames that lack the other one too
-Labels = dict[str, tuple[Path, list[ObjectRow]]]  # id -> where a frame's objects were read, and they
+LWIR_PERCENTILES = (0.1, 99.9)  # of the LWIR values of the training set; they become 0 and 255
+MAX_SAMPLED = 200  # frames from which the percentiles are computed
+UNLABELLED_REMEDY = "label them, or use a list without them"
+Files = Mapping[str, Mapping[str, Path]]  # modality -> id -> file, also of frames without the other modality
+Labels = dict[str, tuple[Path, list[ObjectRow]]]  # id -> label file of a frame, and its objects
 
 
 def open_pairs(data: str, root: Path | None, split: str, errors: Errors = None) -> PairSet:
-    """The frames of a set's split with their images, sizes and objects; every label and header is read.
+    """Open one split of a set; this reads every image header and every label file.
 
     Args:
-        data: a description's file, or a name in `NAMED_SETS`; root: where its paths begin (default: the
-            description's folder); split: "train" or "test".
-        errors: takes what is wrong with a frame's images and labels, as in `kaist.labels`; a frame of
-            two sizes is left out then.
+        data: the path of a description, or a name in `NAMED_SETS`; split: "train" or "test".
+        root: the folder that the description's paths are relative to; None: the description's folder.
+        errors: collects errors as in `kaist.labels`; frames with invalid images are then left out.
     """
     given, source, base = read_description(data, root, split)
     found = {modality: find_files(base, given[modality]) for modality in ("visible", "lwir")}
@@ -88,116 +87,117 @@ def open_pairs(data: str, root: Path | None, split: str, errors: Errors = None) 
     if not ids:
         a, b = (f"{next(iter(files))!r}" for files in found.values())
         problem = f"no visible image ({a}, …) has an LWIR partner ({b}, …)"
-        raise InputError(problem, "let the * of both patterns stand for what a pair shares", file=source)
+        raise InputError(problem, "put * where both file names of a pair have the same text", file=source)
     images = {i: {modality: files[i] for modality, files in found.items()} for i in ids}
     if "list" in given:
         ids = read_pair_list(resolve_file(base, given["list"]), found)
-    elif alone := found["visible"].keys() ^ found["lwir"].keys():
-        print(f"note: {len(alone)} of {len(ids) + len(alone)} frames lack a modality and are left out")
+    elif unpaired := found["visible"].keys() ^ found["lwir"].keys():
+        print(f"note: {len(unpaired)} of {len(ids) + len(unpaired)} frames lack a modality and are left out")
     sizes = {i: size for i in ids if (size := check_pair(i, images[i], errors))}
-    if not given["labels"]:  # whichever of KAIST's forms is there
-        opened = open_test_annotations(base, ids) if split == "test" else open_annotations(base)
-        labels = {i: (Path(opened.path(i)), opened.read_rows(i)) for i in sizes}
+    if not given["labels"]:  # KAIST's annotations
+        annotations = open_test_annotations(base, ids) if split == "test" else open_annotations(base)
+        labels = {i: (Path(annotations.path(i)), annotations.read_rows(i)) for i in sizes}
     elif given["labels"].endswith(".json"):
         labels = read_coco_labels(base, given["labels"], sizes, found, errors)
     else:
         labels = read_label_files(base, given, sizes, errors)
-    roles = {word: role for role in ROLES for word in given.get(role, ())}
-    objects = {i: apply_roles(*own, roles, errors) for i, own in labels.items()}
+    roles = {name: role for role in ROLES for name in given.get(role, ())}
+    objects = {i: apply_roles(path, rows, roles, errors) for i, (path, rows) in labels.items()}
     files = {i: {**images[i], "labels": path} for i, (path, _) in labels.items()}
     return PairSet(source, tuple(sizes), files, sizes, objects, given.get("night", ""))
 
 
 def read_description(data: str, root: Path | None, split: str) -> tuple[dict[str, Any], Path, Path]:
-    """A description of a split, with its defaults; what it is called; the folder where its paths begin."""
+    """Read and check a description; return it for one split with defaults, its source, its base folder."""
     path, remedy = Path(data), "see docs/your-data.md"
     if data in NAMED_SETS and (root is None or not root.is_dir()):
-        raise InputError(f"{data} needs its folder", "name it by --data-root", file=root)
+        raise InputError(f"{data} needs its folder", "set it with --data-root", file=root)
     if data not in NAMED_SETS and not path.is_file():
-        known = f"name a description, pairs.json, or one of {', '.join(NAMED_SETS)}"
-        raise InputError("no such set of pairs", known, file=path)
+        choices = f"choose a description, pairs.json, or one of {', '.join(NAMED_SETS)}"
+        raise InputError("no such set of pairs", choices, file=path)
     given = NAMED_SETS.get(data) or load_json(read_text(path), path)
     if not isinstance(given, dict) or not {"visible", "lwir", "labels"} <= given.keys():
-        raise InputError("a description has at least visible, lwir and labels", remedy, file=path)
+        raise InputError("a description needs visible, lwir and labels", remedy, file=path)
     for key, value in given.items():
         if key not in KEY_TYPES:
             near = difflib.get_close_matches(key, KEY_TYPES, 1) or [", ".join(KEY_TYPES)]
-            raise InputError(f"{key!r} is nothing that a description has", f"write {near[0]}", file=path)
-        words = value.values() if isinstance(value, dict) else value
-        if not isinstance(value, KEY_TYPES[key]) or not all(isinstance(word, str) for word in words):
+            raise InputError(f"{key!r} is not a key of a description", f"write {near[0]}", file=path)
+        strings = value.values() if isinstance(value, dict) else value
+        if not isinstance(value, KEY_TYPES[key]) or not all(isinstance(text, str) for text in strings):
             raise InputError(f"{key!r} is not {TYPE_NAMES[KEY_TYPES[key]]}", remedy, file=path)
     if given.get("form", LABEL_FORMS[0]) not in LABEL_FORMS:
         raise InputError(f"form {given['form']!r} is unknown", f"use {', '.join(LABEL_FORMS)}", file=path)
-    own = [word for role in ROLES for word in dict.fromkeys(given.get(role, ()))]
-    if twice := [word for word in own if own.count(word) > 1]:
-        raise InputError(f"{twice[0]!r} stands in two of {', '.join(ROLES)}", "leave it in one", file=path)
-    defaults = {role: [word for word in words if word not in own] for role, words in DEFAULT_ROLES.items()}
-    stands = given.get("splits", {}).get(split, split)
-    texts = {key: text.replace("{split}", stands) for key, text in given.items() if isinstance(text, str)}
+    names = [name for role in ROLES for name in dict.fromkeys(given.get(role, ()))]
+    if repeated := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"{repeated[0]!r} is in two of {', '.join(ROLES)}", "keep it in one", file=path)
+    defaults = {role: [x for x in defaults if x not in names] for role, defaults in DEFAULT_ROLES.items()}
+    split = given.get("splits", {}).get(split, split)
+    texts = {key: text.replace("{split}", split) for key, text in given.items() if isinstance(text, str)}
     return defaults | given | texts, root if data in NAMED_SETS else path, root or path.parent
 
 
-def find_files(base: Path, pattern: str, endings: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, Path]:
-    """Id -> file, of a folder with all below it, or of a pattern of which each * is within a name."""
+def find_files(base: Path, pattern: str, suffixes: Sequence[str] = IMAGE_SUFFIXES) -> dict[str, Path]:
+    """Map frame ids to the files in a folder and its subfolders, or to those of a pattern with *."""
     parts = (base / pattern).parts
     n_plain = next((i for i, part in enumerate(parts) if "*" in part), len(parts))
     head, below = Path(*parts[:n_plain]), "/".join(parts[n_plain:])
     if not head.is_dir():
-        raise InputError("no such folder", "name one, or quote a pattern, such as 'rgb/*.png'", file=head)
+        raise InputError("no such folder", "check the path, or quote a pattern: 'rgb/*.png'", file=head)
     names = re.compile("([^/]*)".join(map(re.escape, re.sub(r"\.(\*|\w+)$", "", below).split("*"))))
     found: dict[str, Path] = {}
     paths = head.glob(glob.escape(below).replace("[*]", "*") or "**/*")
-    for path in sorted(p for p in paths if p.suffix in endings):
+    for path in sorted(p for p in paths if p.suffix in suffixes):
         stem = path.relative_to(head).with_suffix("").as_posix()
         groups = names.fullmatch(stem)
         frame_id = "/".join(groups.groups()) if groups else stem
         if frame_id in found:
-            problem = f"it and {found[frame_id]} are of one frame, {frame_id}"
-            raise InputError(problem, "move one of them away", file=path)
+            problem = f"this file and {found[frame_id]} have the same frame id, {frame_id}"
+            raise InputError(problem, "remove or rename one of them", file=path)
         found[frame_id] = path
     if not found:
-        raise InputError("no file matches", f"it may end in {', '.join(endings)}", file=base / pattern)
+        raise InputError("no file matches", f"use files of {', '.join(suffixes)}", file=base / pattern)
     return found
 
 
 def resolve_file(base: Path, pattern: str) -> Path:
-    """The file that a name or pattern means."""
+    """Return the single file of a name or pattern."""
     found = sorted(base.glob(pattern)) if "*" in pattern else [base / pattern]
     if len(found) != 1 or not found[0].is_file():
         problem = f"{len(found)} files match" if len(found) > 1 else "no such file"
-        raise InputError(problem, "name one in a description of your own", file=base / pattern)
+        raise InputError(problem, "give the file name in your own description", file=base / pattern)
     return found[0]
 
 
 def match_names(names: Iterable[str], found: Files) -> dict[str, str]:
-    """Name -> the frame that a list or a JSON means by it, of names that mean one frame: by its id, or by
-    the path of either image from any folder on, with or without the ending."""
-    forms = {}
+    """Map names in a list or a JSON to frame ids; names without a unique frame are left out.
+
+    A name is a frame id, or the end of the path of either image, with or without the suffix."""
+    stems = {}
     for name in names:
         path = PurePosixPath(name)
-        forms[name] = name, (path.with_suffix("") if path.suffix in IMAGE_SUFFIXES else path).as_posix()
-    meant: dict[str, set[str]] = {form: set() for own in forms.values() for form in own}
+        stems[name] = (path.with_suffix("") if path.suffix in IMAGE_SUFFIXES else path).as_posix()
+    ids: dict[str, set[str]] = {name: set() for name in (*stems, *stems.values())}
     for files in found.values():
         for frame_id, path in files.items():
             parts = Path(os.path.abspath(path)).with_suffix("").as_posix().split("/")
             for tail in accumulate(reversed(parts), "{1}/{0}".format):
-                if tail in meant:
-                    meant[tail].add(frame_id)
-    meant |= {frame_id: {frame_id} for files in found.values() for frame_id in files}
-    frames = {name: meant[name] or meant[plain] for name, plain in forms.values()}
-    return {name: min(ids) for name, ids in frames.items() if len(ids) == 1}
+                if tail in ids:
+                    ids[tail].add(frame_id)
+    ids |= {frame_id: {frame_id} for files in found.values() for frame_id in files}
+    matches = {name: ids[name] or ids[stem] for name, stem in stems.items()}
+    return {name: min(frame_ids) for name, frame_ids in matches.items() if len(frame_ids) == 1}
 
 
 def read_pair_list(path: Path, found: Files) -> list[str]:
-    """The ids of a list's frames; each has both images and is listed once."""
+    """Read the frame ids of an image list; each frame needs both images and is listed once."""
     first: dict[str, int] = {}
     lines = line_numbers(path, any_id=True)
     frames = match_names(lines, found)
     for name, number in lines.items():
         frame_id = frames.get(name)
         if not all(frame_id in files for files in found.values()):
-            problem = f"{name[:60]!r} is no frame that has both images"
-            raise InputError(problem, "write an id or an image, or leave it out", file=path, line=number)
+            problem = f"{name[:60]!r} is not a frame with both images"
+            raise InputError(problem, "write its id or its image, or delete the line", file=path, line=number)
         if first.setdefault(frame_id, number) != number:
             problem = f"{name[:60]} is already in line {first[frame_id]}"
             raise InputError(problem, "list each frame once", file=path, line=number)
@@ -207,13 +207,12 @@ def read_pair_list(path: Path, found: Files) -> list[str]:
 def read_label_files(
     base: Path, given: Mapping[str, Any], sizes: Mapping[str, tuple[int, int]], errors: Errors
 ) -> Labels:
-    """The objects of frames of these ids and sizes, of a label file each; in YOLO's form alone a frame may
-    have none."""
+    """Read the label files of the frames in `sizes`; only in YOLO's format may a frame have no file."""
     files = find_files(base, given["labels"], (".xml", ".XML", ".txt"))
     forms = {i: given.get("form") or guess_form(files[i]) for i in sizes if i in files}
     missing = [i for i in sizes if i not in files]
     if missing and set(forms.values()) == {"yolo"}:
-        print(f"note: {len(missing)} of {len(sizes)} frames have no label file: as YOLO has it, no objects")
+        print(f"note: {len(missing)} of {len(sizes)} frames have no label file, which means no objects")
     elif missing:
         problem = f"{len(missing)} frames have no label file, {missing[0]} first"
         report(InputError(problem, UNLABELLED_REMEDY, file=base / given["labels"]), errors)
@@ -223,22 +222,21 @@ def read_label_files(
 
 
 def read_coco_labels(base: Path, pattern: str, ids: Collection[str], found: Files, errors: Errors) -> Labels:
-    """The objects of frames in a COCO JSON, each once; it may hold other frames too. Names of folders that
-    are not here, as of another machine, go by their last part."""
+    """Read the objects of frames from a COCO JSON; paths of another computer are matched by file name."""
     path = resolve_file(base, pattern)
     content = read_json(path, errors, kaist=False)
     frames, names = match_names(content, found), {}
     foreign = [name for name in content if name not in frames and not (base / name).exists()]
-    last = {name: PurePosixPath(name).name for name in foreign}
-    of_last = match_names(last.values(), found) if last else {}
-    frames |= {name: of_last[own] for name, own in last.items() if own in of_last}
+    file_names = {name: PurePosixPath(name).name for name in foreign}
+    by_file_name = match_names(file_names.values(), found) if file_names else {}
+    frames |= {name: by_file_name[last] for name, last in file_names.items() if last in by_file_name}
     for name, frame_id in frames.items():
         if frame_id in ids and names.setdefault(frame_id, name) != name:
             problem = f"{names[frame_id]} and {name} are both frame {frame_id}"
-            raise InputError(problem, "name each frame once", file=path)
+            raise InputError(problem, "list each frame once", file=path)
     if missing := [i for i in ids if i not in names]:
-        problem = f"{len(missing)} frames are not in it, {missing[0]} first"
-        remedy = f"write file_name from the description's folder on, {UNLABELLED_REMEDY}"
+        problem = f"{len(missing)} frames are not in this file, {missing[0]} first"
+        remedy = f"write file_name relative to the description's folder, {UNLABELLED_REMEDY}"
         report(InputError(problem, remedy, file=path), errors)
     return {i: (path, content[names[i]] if i in names else []) for i in ids}
 
@@ -246,14 +244,15 @@ def read_coco_labels(base: Path, pattern: str, ids: Collection[str], found: File
 def apply_roles(
     path: Path, rows: Sequence[ObjectRow], roles: Mapping[str, str], errors: Errors
 ) -> list[ObjectRow]:
-    """The objects that are not dropped; those to learn are called "person", the others are ignored.
-    path: where they were read; roles: class -> one of `ROLES`."""
+    """Drop or ignore objects by the role of their class, and label the others "person".
+
+    path: the label file, for messages; roles: class -> one of `ROLES`."""
     kept = []
     for row in rows:
         role = roles.get(row.label, roles.get("*"))
         if role is None:
             line = None if path.suffix == ".json" else row.number or None
-            problem = f"class {row.label[:40]!r} is none that the description speaks of"
+            problem = f"class {row.label[:40]!r} is not in the description"
             report(InputError(problem, "add it to person, ignore or drop", file=path, line=line), errors)
         elif role != "drop":
             kept.append(row._replace(label="person") if role == "person" else row._replace(ignore=True))
@@ -261,11 +260,11 @@ def apply_roles(
 
 
 def check_pair(frame_id: str, pair: Mapping[str, Path], errors: Errors) -> tuple[int, int] | None:
-    """Width and height of a pair's images, which have to agree; None if they or its id were refused."""
+    """Return the width and height of both images of a pair; None if they or the id are invalid."""
     try:
-        if printable(frame_id).strip().splitlines() != [frame_id]:  # as a result's companion has it
-            problem = f"its frame's id, {frame_id!r}, cannot stand in a list of frames"
-            raise InputError(problem, "rename it", file=pair["visible"])
+        if printable(frame_id).strip().splitlines() != [frame_id]:  # a line of a list of frames
+            problem = f"its frame id, {frame_id!r}, cannot be written to a list of frames"
+            raise InputError(problem, "rename the file", file=pair["visible"])
         visible, lwir = image_size(pair["visible"]), image_size(pair["lwir"], deep=True)
         if visible == lwir:
             return visible
@@ -277,21 +276,21 @@ def check_pair(frame_id: str, pair: Mapping[str, Path], errors: Errors) -> tuple
 
 
 def find_lwir_range(pairs: PairSet, errors: Errors = None) -> tuple[float, float]:
-    """Which values of LWIR images of more than 8 bits become 0 and 255; (0, 0) where all have 8.
+    """Choose the values that become 0 and 255 in LWIR images of more than 8 bits; (0, 0) if all have 8.
 
-    The `LWIR_PERCENTILES` of up to `MAX_SAMPLED` of the frames, which are those to train on. Some of 8
-    bits and others of more are refused.
+    These are the `LWIR_PERCENTILES` of up to `MAX_SAMPLED` frames, evenly spaced.
+    Raises InputError if some LWIR images have 8 bits and others more.
     """
-    looks = []
+    images = []
     for frame_id in pairs.frames[:: math.ceil(len(pairs.frames) / MAX_SAMPLED) or 1]:
         try:
-            looks.append(load_deep_image(pairs.images[frame_id]["lwir"]))
+            images.append(load_deep_image(pairs.images[frame_id]["lwir"]))
         except InputError as error:
             report(error, errors)
-    deep = [pixels[::4, ::4].ravel() for pixels in looks if pixels is not None]
+    deep = [pixels[::4, ::4].ravel() for pixels in images if pixels is not None]
     if not deep:
         return 0.0, 0.0
-    if len(deep) < len(looks):
+    if len(deep) < len(images):
         problem = "LWIR has both 8-bit images and images with more bits"
         report(InputError(problem, "scale all alike", file=pairs.source), errors)
     low, high = np.percentile(np.concatenate(deep), LWIR_PERCENTILES)
@@ -299,14 +298,14 @@ def find_lwir_range(pairs: PairSet, errors: Errors = None) -> tuple[float, float
 
 
 def kaist_ids(pairs: PairSet, split: str) -> dict[str, str]:
-    """Id -> KAIST's form of it: its own, or counted along a set of its split and time of day."""
+    """Map frame ids to KAIST ids: unchanged if all are KAIST ids, else numbered by split and time of day."""
     if all(map(FRAME_ID.fullmatch, pairs.frames)):
         return {i: i for i in pairs.frames}
-    sets = {("train", "day"): 0, ("train", "night"): 3, ("test", "day"): 6, ("test", "night"): 9}
-    numbers = dict.fromkeys(sets.values(), 0)
-    named = {}
+    ids, counts = {}, [0] * 12
     for frame_id in pairs.frames:
-        own = sets[split, pairs.time_of_day(frame_id) or "day"]
-        named[frame_id] = f"set{own:02d}/V{numbers[own] // 10**5:03d}/I{numbers[own] % 10**5:05d}"
-        numbers[own] += 1
-    return named
+        is_night = pairs.time_of_day(frame_id) == "night"
+        set_id = {"train": 0, "test": 6}[split] + 3 * is_night  # KAIST's night sets are 3 to 5 and 9 to 11
+        video, number = divmod(counts[set_id], 10**5)
+        ids[frame_id] = f"set{set_id:02d}/V{video:03d}/I{number:05d}"
+        counts[set_id] += 1
+    return ids

@@ -1,4 +1,4 @@
-"""Where a run's frames come from: a KAIST root, or another set of pairs. Runs without torch."""
+"""Open the training and test frames of a run, from a KAIST root or another set of pairs. Needs no torch."""
 
 from __future__ import annotations
 
@@ -20,15 +20,14 @@ from kaist.annotations import (
 from kaist.files import InputError
 from kaist.frames import Frame
 from kaist.miss_rate import GroundTruth, load_ground_truth
-from kaist.pair_sets import NAMED_SETS, find_lwir_range, open_pairs
+from kaist.pair_sets import NAMED_SETS, SPLITS, find_lwir_range, open_pairs
 
-KAIST = "kaist"  # what DATA says of a KAIST root
-# What is taken from a configuration: by open_training and open_testing.
+KAIST = "kaist"  # DATA of a KAIST root
+# Config keys that `open_training` and `open_testing` take.
 TRAIN_SET_KEYS = ("data", "data_root", "train_list", "annotations", "input_mode")
 TEST_SET_KEYS = ("data", "data_root", "test_list", "test_annotations", "lwir_range")
-# What a full KAIST is trained and tested on: the constants of its list and annotations, and the lists
-# under their published names, the longest first.
-SPLITS = {
+# Split -> config keys of its list and annotations, and the published lists, from the longest to the shortest.
+SPLIT_FILES = {
     "train": ("train_list", "annotations", [f"imageSets/train-all-{n}.txt" for n in ("02", "04", "20")]),
     "test": ("test_list", "test_annotations", ["imageSets/test-all-20.txt"]),
 }
@@ -37,18 +36,18 @@ SPLITS = {
 def open_training(
     data: str, data_root: str | Path, *, train_list: str, annotations: str, input_mode: str
 ) -> tuple[Path | PairSet, list[str], Annotations | PairSet]:
-    """Where to read the images of the frames to train on, the frames' ids, and their annotations.
+    """Open the training set: where to read its images, its frame ids, and its annotations.
 
     Args:
-        data: DATA, "kaist", another name in `pair_sets.NAMED_SETS`, or the path of a description.
-        data_root, train_list, annotations, input_mode: the constants. Of a KAIST root's paired
-            annotations the visible boxes are read for visible input alone.
+        data: "kaist", another name in `pair_sets.NAMED_SETS`, or the path of a description.
+        data_root, train_list, annotations, input_mode: the config values. From KAIST's paired annotations,
+            the visible boxes are read for INPUT_MODE = "visible", else the LWIR boxes.
     """
     if data != KAIST:
         pairs = open_pairs(data, pairs_root(data, data_root), "train")
         pairs = replace(pairs, lwir_range=find_lwir_range(pairs))
         if pairs.lwir_range[1]:
-            print("LWIR of {:g} … {:g} become 0 … 255, what lies beyond is clipped".format(*pairs.lwir_range))
+            print("LWIR values {:g} … {:g} become 0 … 255, others are clipped".format(*pairs.lwir_range))
         return pairs, list(pairs.frames), pairs
     root, modality = Path(data_root), "visible" if input_mode == "visible" else "lwir"
     frame_ids = read_image_list(resolve_path(root, train_list))
@@ -63,85 +62,88 @@ def open_testing(
     test_annotations: str,
     lwir_range: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Path | PairSet, GroundTruth]:
-    """Where to read the images of the frames to test on, and the frames' people; a demo set is drawn.
+    """Open the test set: where to read its images, and its ground truth; a demo set is drawn if missing.
 
     Args:
-        data, data_root: as of `open_training`; test_list, test_annotations: the constants.
-        lwir_range: that of the frames that were trained on.
+        data, data_root: as in `open_training`; test_list, test_annotations: the config values.
+        lwir_range: the `PairSet.lwir_range` of the training set.
     """
     if data != KAIST:
         pairs = open_pairs(data, pairs_root(data, data_root), "test")
         pairs = replace(pairs, lwir_range=tuple(lwir_range))
         return pairs, load_ground_truth(pairs, pairs.frames)
-    from kaist.demo import open_root  # here, because it takes Pillow
+    from kaist.demo import open_root  # imported here because it needs Pillow
 
     root = open_root(data_root)
     frame_ids = read_image_list(resolve_path(root, test_list))
-    where = root if test_annotations == "auto" else open_annotations(root, test_annotations, "lwir")
-    return root, load_ground_truth(where, frame_ids)
+    annotations = root if test_annotations == "auto" else open_annotations(root, test_annotations, "lwir")
+    return root, load_ground_truth(annotations, frame_ids)
 
 
 def overlap_warning(root: Path | PairSet, frames: Sequence[Frame], test_set: GroundTruth) -> list[str]:
-    """A warning of frames, of the same ids and images, that are to train (images in `root`) and to test."""
+    """Warn of frames, compared by id and image, that are in both the training and the test set."""
     shared = {frame.id for frame in frames} & set(test_set.frames)
     if isinstance(root, PairSet) and test_set.pairs:
-        theirs = test_set.pairs.images
-        shared = {i for i in shared if root.images[i]["visible"] == theirs[i]["visible"]}
+        test_images = test_set.pairs.images
+        shared = {i for i in shared if root.images[i]["visible"] == test_images[i]["visible"]}
     return [f"warning: {len(shared)} frames are in both the training and the test list"] if shared else []
 
 
 def dataset_name(data: str) -> str:
-    """What a set of pairs is called: by its own name, or the folder of its description."""
+    """Return the display name of DATA: the folder of a description, or the name of a named set."""
     return Path(data).parent.name or data
 
 
 def pairs_root(data: str, data_root: str | Path) -> Path | None:
-    """Where the paths of a set begin: DATA_ROOT for a named one, else its description's own folder."""
+    """Return the `root` argument of `open_pairs`: DATA_ROOT for a named set, else None."""
     return Path(data_root) if data in NAMED_SETS else None
 
 
-def find_kaist(root: Path, given: Mapping[str, str] = {}, kinds: Iterable[str] = SPLITS) -> dict[str, str]:
-    """The constants that train and test on a full KAIST: its root, lists and annotations.
+def find_kaist(root: Path, given: Mapping[str, str] = {}, splits: Iterable[str] = SPLITS) -> dict[str, str]:
+    """Find the lists and annotations of a full KAIST; return them as config values, with DATA_ROOT.
 
-    To test it takes KAIST_annotation.json, to train the first form that annotates every frame of the
-    list. A part that is not there is refused by its name.
+    The test set uses KAIST_annotation.json, the training set the first form that annotates all frames.
 
-    given: values of constants that are chosen already; kinds: those of `SPLITS` that are wanted.
+    Args:
+        given: config values that the user has set; splits: "train", "test", or both.
+
+    Raises:
+        InputError: a folder, list or form of annotations is missing.
     """
-    parts = {"data_root": str(root)}
-    if not root.is_dir() or ("train" in kinds and not (root / "images").is_dir()):
+    values = {"data_root": str(root)}
+    if not root.is_dir() or ("train" in splits and not (root / "images").is_dir()):
         problem = "no images/ here" if root.is_dir() else "no such folder"
-        raise InputError(problem, "name the folder that holds KAIST's images/", file=root)
-    for kind in kinds:
-        list_name, annotations_name, lists = SPLITS[kind]
-        there = [name for name in lists if (root / name).is_file()]
-        if not there and list_name not in given:
-            remedy = f"put one there, or name a list by --{list_name.replace('_', '-')}"
+        raise InputError(problem, "choose the folder that contains KAIST's images/", file=root)
+    for split in splits:
+        list_key, annotations_key, lists = SPLIT_FILES[split]
+        existing = [name for name in lists if (root / name).is_file()]
+        if not existing and list_key not in given:
+            remedy = f"copy one there, or choose a list with --{list_key.replace('_', '-')}"
             raise InputError(f"no {' and no '.join(lists)} here", remedy, file=root)
-        parts[list_name] = given.get(list_name) or there[0]
-        if annotations_name in given:
+        values[list_key] = given.get(list_key) or existing[0]
+        if annotations_key in given:
             continue
-        if kind == "train":
-            frame_ids = read_image_list(resolve_path(root, parts[list_name]))
-            parts[annotations_name] = complete_form(root, frame_ids)
+        if split == "train":
+            frame_ids = read_image_list(resolve_path(root, values[list_key]))
+            values[annotations_key] = complete_form(root, frame_ids)
         elif found := find_form_paths(root, "json"):
-            parts[annotations_name] = str(found[0].relative_to(root))
+            values[annotations_key] = str(found[0].relative_to(root))
         else:
             problem = f"no {JSON_NAME} here, the improved annotations that papers test on"
-            remedy = "put it there, or choose others by --test-annotations (eval.py: --annotations)"
+            remedy = "copy it there, or choose others with --test-annotations (eval.py: --annotations)"
             raise InputError(problem, remedy, file=root)
-    return parts
+    return values
 
 
 def complete_form(root: Path, frame_ids: Sequence[str]) -> str:
-    """The first form of annotations that has a file for every one of these frames."""
-    holds = {}
+    """Return the first form of annotations that has a file for each of these frames."""
+    n_annotated = {}
     for form, [folder, *_] in FORM_PATHS.items():
         if form != "json":
             annotations = Annotations(root / folder, form, "lwir")
-            holds[folder] = sum(os.path.exists(annotations.path(frame_id)) for frame_id in frame_ids)
-            if holds[folder] == len(frame_ids):
+            n_annotated[folder] = sum(os.path.exists(annotations.path(frame_id)) for frame_id in frame_ids)
+            if n_annotated[folder] == len(frame_ids):
                 return form
-    found = ", ".join(f"{folder}/ {n}" for folder, n in holds.items())
+    found = ", ".join(f"{folder}/ {n}" for folder, n in n_annotated.items())
     problem = f"no folder annotates all {len(frame_ids)} frames to train on ({found})"
-    raise InputError(problem, "complete one, or name others by --annotations", file=root)
+    raise InputError(problem, "complete one, or choose others with --annotations", file=root)

@@ -184,9 +184,9 @@ def test_a_named_set_is_trained_on(run, tmp_path, capsys):
 
 
 def test_a_wrong_set_is_refused_before_training(run, tmp_path):
-    with pytest.raises(InputError, match="no such set of pairs; name a description, pairs.json, or one of"):
+    with pytest.raises(InputError, match="no such set of pairs; choose a description, pairs.json, or one of"):
         run(train, "--data", "lvip", *QUICK)
-    with pytest.raises(InputError, match="needs its folder; name it by --data-root"):
+    with pytest.raises(InputError, match="needs its folder; set it with --data-root"):
         run(train, "--data", "llvip", "--data-root", "nowhere", *QUICK)
 
 

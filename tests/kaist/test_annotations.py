@@ -394,7 +394,7 @@ def test_a_full_kaist_is_found_by_its_root(full_kaist):
         "test_list": "imageSets/test-all-20.txt",
         "test_annotations": "KAIST_annotation.json",
     }
-    assert find_kaist(full_kaist, kinds=["test"]).keys() == {"data_root", "test_list", "test_annotations"}
+    assert find_kaist(full_kaist, splits=["test"]).keys() == {"data_root", "test_list", "test_annotations"}
 
 
 def test_the_form_that_annotates_every_frame_is_taken(full_kaist):

@@ -92,7 +92,7 @@ def test_a_list_names_frames_in_many_ways(tmp_path):
     write(tmp_path / "train.txt", "000\n001.png\n000.png\n")
     assert "train.txt:3: 000.png is already in line 1" in refusal(str(path), None, "train")
     write(tmp_path / "train.txt", "000\n009\n")
-    assert "train.txt:2: '009' is no frame that has both images" in refusal(str(path), None, "train")
+    assert "train.txt:2: '009' is not a frame with both images" in refusal(str(path), None, "train")
 
 
 def test_a_listed_frame_that_lacks_a_modality_is_refused_and_no_other_taken(tmp_path):
@@ -103,7 +103,7 @@ def test_a_listed_frame_that_lacks_a_modality_is_refused_and_no_other_taken(tmp_
     (tmp_path / "thermal/night/001.png").unlink()
     for name in ("night/001", "001", "dusk/001", "colour/night/001.png"):
         write(tmp_path / "list.txt", f"night/002\n{name}\n")
-        assert f"list.txt:2: '{name}' is no frame that has both images" in refusal(str(path), None, "train")
+        assert f"list.txt:2: '{name}' is not a frame with both images" in refusal(str(path), None, "train")
     for name in (
         "002",
         "./night/002.png",
@@ -155,16 +155,16 @@ def test_a_yolo_frame_without_labels_has_no_objects_and_others_are_refused(tmp_p
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"visibel": "colour"}, "'visibel' is nothing that a description has; write visible"),
-        ({"person": "person"}, "'person' is not a list of texts"),
-        ({"person": ["person", "rider"]}, "pairs.json: 'rider' stands in two of person, ignore, drop; leave"),
-        ({"ignore": ["*"], "drop": ["*"]}, "pairs.json: '*' stands in two of"),
-        ({"splits": ["train"]}, "'splits' is not an object of texts"),
+        ({"visibel": "colour"}, "'visibel' is not a key of a description; write visible"),
+        ({"person": "person"}, "'person' is not a list of strings"),
+        ({"person": ["person", "rider"]}, "pairs.json: 'rider' is in two of person, ignore, drop; keep"),
+        ({"ignore": ["*"], "drop": ["*"]}, "pairs.json: '*' is in two of"),
+        ({"splits": ["train"]}, "'splits' is not an object of strings"),
         ({"form": "voc"}, "form 'voc' is unknown"),
         ({"visible": "colours/{split}"}, "colours/train: no such folder"),
         ({"lwir": "thermal/{split}/*.tif"}, "no file matches"),
         ({"lwir": "thermal/{split}/0*.png"}, "has an LWIR partner"),
-        ({"drop": []}, "labels/train/001.txt:3: class 'dog' is none that the description speaks of"),
+        ({"drop": []}, "labels/train/001.txt:3: class 'dog' is not in the description"),
         ({"names": ["person"]}, "labels/train/000.txt:2: class '1' has no name"),
     ],
 )
@@ -192,9 +192,9 @@ def test_a_class_of_ones_own_lists_has_no_role_by_default(tmp_path):
 
 def test_no_description(tmp_path):
     assert "one of kaist, llvip, flir, cvc14" in refusal("lvip", None, "train")
-    assert "needs its folder; name it by --data-root" in refusal("llvip", None, "train")
+    assert "needs its folder; set it with --data-root" in refusal("llvip", None, "train")
     write(tmp_path / "pairs.json", '{"visible": "a"}')
-    assert "at least visible, lwir and labels" in refusal(str(tmp_path / "pairs.json"), None, "train")
+    assert "needs visible, lwir and labels" in refusal(str(tmp_path / "pairs.json"), None, "train")
 
 
 def test_modalities_of_two_sizes(tmp_path):
@@ -214,13 +214,13 @@ def test_an_id_that_no_line_of_a_list_can_be_is_refused(tmp_path, name, frame_id
     write(tmp_path / f"c/{name}.txt", "0 0.5 0.5 0.1 0.4\n")
     pair_trees.draw_pair(tmp_path / f"a/{name}.png", tmp_path / f"b/{name}.png", (160, 120))
     said = refusal(str(path), None, "train")
-    assert f"a/{name}.png: its frame's id, {frame_id}, cannot stand in a list of frames; rename it" in said
+    assert f"a/{name}.png: its frame id, {frame_id}, cannot be written to a list of frames; rename" in said
 
 
 def test_two_files_of_one_frame(tmp_path):
     path = draw_own(tmp_path)
     Image.new("RGB", (160, 120)).save(tmp_path / "colour/train/001.jpg")
-    assert "001.png: it and" in refusal(str(path), None, "train")
+    assert "001.png: this file and" in refusal(str(path), None, "train")
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_one_coco_json_for_both_splits(tmp_path):
     of_test = {**both, "images": both["images"][4:], "annotations": both["annotations"][4:]}
     write(tmp_path / "labels/both.json", json.dumps(of_test))
     said = refusal(str(path), None, "train")
-    assert "4 frames are not in it, 000 first; write file_name from the description's folder on" in said
+    assert "4 frames are not in this file, 000 first; write file_name relative to the description" in said
     for image in both["images"]:
         image["file_name"] = image["file_name"].removeprefix(f"colour/{'test/' * (image['id'] > 9)}")
     write(tmp_path / "labels/both.json", json.dumps(both))
