@@ -1,13 +1,13 @@
 """Draws the demo sets: paired street scenes, visible and LWIR, in KAIST's exact layout.
 
-Each video is a street of its own (street.py); figures walk through it from frame to frame and
+Each video is a street of its own (sprites.py); figures walk through it from frame to frame and
 are annotated as on KAIST: persons, crowds, cyclists, unsure figures, and how far each is covered.
 
     python -m kaist.demo --root data/demo
 
 A set can be drawn `shifted`: the visible camera of each video looks some pixels aside, and the set has
 paired annotations, each modality's boxes, instead of those of LWIR alone. All else is as without.
-The streets sets, of which every frame is a street of its own, are drawn by streets.py.
+The streets sets, of which every frame is a street of its own, are drawn by render_streets.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ import numpy as np
 from kaist.annotations import FRAME_HEIGHT, FRAME_SIZE, FRAME_WIDTH, JSON_NAME, time_of_day
 from kaist.files import InputError, OneLineParser, make_folder, read_text, run_script, write_text
 from kaist.labels import coco_content, read_labels
-from kaist.street import (
+from kaist.render_streets import ROOTS, World, draw_frame, frame_id, save_frame, text_path
+from kaist.sprites import (
     FOCAL,
     PARTS,
     ROAD,
@@ -41,7 +42,6 @@ from kaist.street import (
     draw_figure,
     paint,
 )
-from kaist.streets import ROOTS, World, draw_frame, frame_id, save_frame, text_path
 
 ROOT, SHIFTED_ROOT = Path("data/demo"), Path("data/demo-shifted")
 STREETS_ROOTS = tuple(ROOT.with_name(place) for place in ROOTS)

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from kaist import demo as demo_data
-from kaist import street as demo_street
+from kaist import sprites as demo_street
 from kaist.files import InputError
 
 SCRIPT = [sys.executable, "-m", "kaist.demo"]

@@ -17,7 +17,7 @@ import numpy as np
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_SIZE, FRAME_WIDTH
 from kaist.files import make_folder, write_atomically, write_text
-from kaist.street import (
+from kaist.sprites import (
     EYE,
     FOCAL,
     PARTS,

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kaist import demo, streets
+from kaist import demo
 from kaist.files import InputError
+from kaist.render_streets import Painter, World, draw_frame
 
 NUMBERS = {"train_frames": 6, "test_frames": 6, "progress": False}
 
@@ -38,7 +39,7 @@ def test_the_bytes_are_the_seeds_in_any_number_of_processes_and_in_two_goes(
 ):
     half = tmp_path / "streets"
     for set_id, number in ((0, 0), (7, 0)):
-        streets.draw_frame(half, streets.World(), 20, set_id, number)
+        draw_frame(half, World(), 20, set_id, number)
     (half / "recipe.txt").write_text((root / "recipe.txt").read_text())
     kept = half / "images/set00/V000/lwir/I00000.jpg"
     before = kept.stat().st_mtime_ns
@@ -77,7 +78,7 @@ def test_a_place_with_other_files_is_left_alone(root, tmp_path):
         demo.draw_set(other / "mine.txt", **NUMBERS)
 
 
-class Alone(streets.Painter):
+class Alone(Painter):
     """Draws what it is told to, and nothing else."""
 
     told: tuple = ()
@@ -89,7 +90,7 @@ class Alone(streets.Painter):
 @pytest.mark.parametrize(("seed", "x"), [(0, -6.2), (1, 0.4), (2, 3.0)])
 def test_a_box_is_around_its_person(seed, x):
     """The pixels of LWIR that differ from the street without them, and the margin that annotators leave."""
-    empty, full = Alone(seed, 0, 0, streets.World()), Alone(seed, 0, 0, streets.World())
+    empty, full = Alone(seed, 0, 0, World()), Alone(seed, 0, 0, World())
     full.told = ((14.0, "person", x),)
     (without, none), (scene, marks) = empty.compose(), full.compose()
     assert not none and len(marks) == 1
@@ -106,7 +107,7 @@ def test_who_is_hidden_is_told():
     """Someone right behind another is ignored; partly behind, they are occluded; beside, they are not."""
     found = []
     for aside in (0.0, 0.25, 0.8):
-        painter = Alone(1, 0, 0, streets.World())
+        painter = Alone(1, 0, 0, World())
         painter.told = ((14.0, "person", aside), (13.0, "person", 0.0))
         found.append([(label, occlusion) for label, _, occlusion in painter.compose()[1]])
     front = ("person", 0)
@@ -118,7 +119,7 @@ def test_statistics_are_in_the_stated_ranges():
     marks, means, deviations, counts = [], [], [], []
     for number in range(4):
         for set_id in range(6):
-            painter = streets.Painter(3, set_id, number, streets.World())
+            painter = Painter(3, set_id, number, World())
             scene, own = painter.compose()
             visible, lwir = painter.expose(scene)
             assert visible.shape == (512, 640, 3) and lwir.shape == (512, 640)
@@ -146,14 +147,10 @@ def test_worlds_differ_in_training_and_share_their_test_list():
     """Without crowds there are fewer people; the test frames of all sets are the same."""
     few, many = (
         sum(kind != "" for number in range(200) for _, kind, _ in painter(number).places())
-        for painter in (
-            lambda n, w=w: streets.Painter(0, 0, n, w) for w in (streets.World(False), streets.World())
-        )
+        for painter in (lambda n, w=w: Painter(0, 0, n, w) for w in (World(False), World()))
     )
     assert 1.4 * few < many
-    plain, full = (
-        streets.Painter(0, 9, 0, w).compose() for w in (streets.World(False, False), streets.World())
-    )
+    plain, full = (Painter(0, 9, 0, w).compose() for w in (World(False, False), World()))
     assert np.array_equal(plain[0], full[0]) and plain[1] == full[1]
 
 
