@@ -42,8 +42,8 @@ from kaist.files import (
     write_text,
 )
 from kaist.pair_sets import find_files
-from kaist.report import persons
-from kaist.results import PEDESTRIAN
+from kaist.report import format_people
+from kaist.results import PEDESTRIAN_ID
 from kaist.sources import KAIST
 
 if TYPE_CHECKING:
@@ -82,14 +82,14 @@ def main() -> None:
     from PIL import ImageShow
 
     from engine.checkpoint import choose_checkpoint
-    from kaist.demo import drawings_note
+    from kaist.demo import streets_note
     from kaist.picture import draw_pair
     from utils import choose_device, choose_precision, open_network
 
     device = choose_device(arguments.device)
     path = choose_checkpoint(arguments.checkpoint, find_folder(CHECKPOINTS))
     model, config, _ = open_network(path, device, arguments.experiment, min_score=arguments.min_score)
-    if note := drawings_note(config.data_root):
+    if note := streets_note(config.data_root):
         print(note)
     precision = choose_precision(arguments.precision or config.precision, device)
     pairs += find_pairs(images, config, failures)
@@ -125,7 +125,7 @@ def main() -> None:
             print_boxes(out, boxes, scores)
     if not few:
         speed, n = len(found) / (time.monotonic() - start), sum(len(scores) for _, scores in found.values())
-        print(f"{arguments.out}: {count_of(len(found))}, {persons(n)}, {speed:.1f} images/s")
+        print(f"{arguments.out}: {count_of(len(found))}, {format_people(n)}, {speed:.1f} images/s")
     if found:
         write_together(found, arguments)
     if n_rescaled:
@@ -176,7 +176,7 @@ def write_together(found: dict[str, tuple[np.ndarray, np.ndarray]], arguments: N
 
     if arguments.json:
         entries = [
-            {"image_id": name, "category_id": PEDESTRIAN, "bbox": box, "score": score}
+            {"image_id": name, "category_id": PEDESTRIAN_ID, "bbox": box, "score": score}
             for name, (boxes, scores) in found.items()
             for box, score in zip(boxes.round(4).tolist(), scores.tolist(), strict=True)
         ]
@@ -194,7 +194,7 @@ def count_of(n: int) -> str:
 
 def print_boxes(out: Path, boxes: np.ndarray, scores: np.ndarray) -> None:
     """Tell a picture's boxes (k, 4) xywh and scores (k,), the best `MAX_LISTED` of them."""
-    print(f"{out}: {persons(len(scores))}")
+    print(f"{out}: {format_people(len(scores))}")
     for (x, y, w, h), score in zip(boxes[:MAX_LISTED].tolist(), scores[:MAX_LISTED].tolist(), strict=True):
         print(f"  x {x:6.1f}  y {y:6.1f}  w {w:6.1f}  h {h:6.1f}  score {score:.3f}")
     if len(scores) > MAX_LISTED:

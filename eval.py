@@ -29,12 +29,12 @@ from engine.config import DETECT_KEYS, check_experiment, find_folder, limit_work
 from engine.curves import compare_runs, unique_names
 from engine.history import find_run
 from kaist.annotations import MODALITIES, PairSet, read_image_list
-from kaist.bootstrap import MOST_RESAMPLES
+from kaist.bootstrap import MAX_RESAMPLES
 from kaist.files import InputError, OneLineParser, check_folders, check_overwrite, out_path, run_script
 from kaist.miss_rate import GroundTruth, load_ground_truth, select_frames
 from kaist.pair_sets import find_lwir_range, open_pairs
 from kaist.report import draw_curves, print_scores, score, write_json
-from kaist.results import NOTHING, Detections, frames_path, read_detections, write_and_read
+from kaist.results import NO_DETECTIONS, Detections, frames_path, read_detections, write_and_read
 from kaist.sources import KAIST, TEST_SET_KEYS, dataset_name, find_kaist, open_testing, pairs_root
 
 CHECKPOINTS = "checkpoints"  # where the newest finished run is looked for
@@ -149,7 +149,7 @@ def parse_arguments() -> Namespace:
         arguments.image_list = arguments.image_list or root / parts["test_list"]
         arguments.annotations = arguments.annotations or root / parts["test_annotations"]
     for flag, number, most in (
-        ("--bootstrap", arguments.bootstrap, MOST_RESAMPLES),
+        ("--bootstrap", arguments.bootstrap, MAX_RESAMPLES),
         ("--show-errors", arguments.show_errors, MOST_ERRORS),
     ):
         if not 0 <= number <= most:
@@ -193,14 +193,14 @@ def read_result_files(arguments: Namespace) -> list[Found]:
     names, found = unique_names([path if with_endings else path.with_suffix("") for path in files], "_"), []
     for path, name in zip(files, names, strict=True):
         own, detections = test_set, read_detections(path, test_set.frames)
-        if detections.ids:
-            print(f"note: {path}: {detections.ids}")
+        if detections.id_format:
+            print(f"note: {path}: {detections.id_format}")
         if arguments.subset:
             others = detections.other_frames  # those outside of the subset are left out on purpose
             frames = choose_frames(test_set, arguments.subset)
             own, detections = select_frames(test_set, detections, frames)
             detections = replace(detections, other_frames=others)
-        found.append(Found(name, own, detections, own.pairs or arguments.data_root))
+        found.append(Found(name, own, detections, own.pair_set or arguments.data_root))
     return found
 
 
@@ -271,14 +271,14 @@ def evaluate_checkpoint(arguments: Namespace) -> list[Found]:
     check_blackout(config, arguments.blackout)
     root, test_set = open_testing(**pick(config, *TEST_SET_KEYS))
     if arguments.subset:
-        test_set, _ = select_frames(test_set, NOTHING, choose_frames(test_set, arguments.subset))
+        test_set, _ = select_frames(test_set, NO_DETECTIONS, choose_frames(test_set, arguments.subset))
     loader = test_loader(root, test_set, model, without=arguments.blackout, **pick(config, *TEST_LOADER_KEYS))
     precision = choose_precision(config.precision, device)
     network = compile_model(model, arguments.compile)
     detections, masks = detect_frames(network, loader, precision, **pick(config, *DETECT_KEYS))
     if masks:
         print("masks: " + ", ".join(f"{name} {value:.3f}" for name, value in masks.items()))
-    sure = np.bincount(detections.frame[detections.scores >= SURE])
+    sure = np.bincount(detections.frame_idxs[detections.scores >= SURE])
     if n_full := np.count_nonzero(sure >= config.max_boxes):
         most = f"the most detections there can be, {config.max_boxes}, at scores from {SURE} up"
         print(f"warning: {n_full} frames with {most}: this network is not trained")

@@ -34,7 +34,7 @@ from kaist.annotations import PairSet, resolve_path
 from kaist.frames import FRAME_KEYS, Frame, describe_videos, split_frames
 from kaist.images import check_images
 from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth
-from kaist.report import count_people, headline, report
+from kaist.report import describe_test_set, headline, report
 from kaist.sources import KAIST, TEST_SET_KEYS, TRAIN_SET_KEYS, open_testing, open_training, overlap_warning
 from model import make_network
 from ssd.augment import Augmentation
@@ -279,7 +279,7 @@ def print_banner(
     train_list, test_list = lists if config.data == KAIST else ("train", "test")
     print(*run.notes, describe_config(config, __file__), sep="\n")
     print(f"train: {len(frames)} frames, {n_persons} people to train on ({train_list}, {source})")
-    print(f"test: {count_people(test_set)} ({test_list}, {test_set.source})")
+    print(f"test: {describe_test_set(test_set)} ({test_list}, {test_set.source})")
     (h, w), millions = model.size, sum(p.numel() for p in model.parameters()) / 1e6
     heads = f"{len(model.priors)} priors, masks on maps {[i + 1 for i in model.infused_maps]}"
     print(f"network: {model.input_mode} input of {h}x{w}, {millions:.2f} M parameters, {heads}")

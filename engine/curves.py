@@ -15,7 +15,7 @@ from engine.config import find_data
 from engine.history import read_log, saved_constants
 from kaist.bootstrap import interval
 from kaist.files import InputError, read_text, write_atomically
-from kaist.report import ALL, Scores, percent, print_scores, score, show_interval
+from kaist.report import MAIN, Scores, format_interval, percent, print_scores, score
 from kaist.results import frames_path, read_detections
 from kaist.sources import KAIST, TEST_SET_KEYS, open_testing
 
@@ -164,18 +164,18 @@ def draw_runs(scores: Sequence[Scores], logs: Sequence[Log], path: Path, form: s
     losses, rates, final = figure.subplots(1, 3, width_ratios=(1, 1, 0.8))
     rows = []
     for i, (s, log) in enumerate(zip(scores, logs, strict=True)):
-        colour, result = f"C{i % 10}", s.official[ALL]
+        colour, result = f"C{i % 10}", s.official[MAIN]
         for term, style in STYLES.items():
             width = 1.5 if term == "loss" else 0.8
             plot_epochs(losses, log, {term: s.name}, color=colour, linestyle=style, linewidth=width)
         plot_epochs(rates, log, {"miss_rate": s.name}, color=colour)
-        final.plot(interval(s.samples[ALL]), [i, i], color=colour, linewidth=2)
+        final.plot(interval(s.samples[MAIN]), [i, i], color=colour, linewidth=2)
         final.plot(result.miss_rate, i, "o", color=colour, clip_on=False)
-        rate = f"{percent(result.miss_rate)} {show_interval(s.samples[ALL])}"
+        rate = f"{percent(result.miss_rate)} {format_interval(s.samples[MAIN])}"
         name = textwrap.fill(s.name.replace("-", "- "), 28).replace("- ", "-")  # broken where a part ends
         rows.append(f"{name}\n{rate}\nrecall {percent(result.recall)}")
-    best = min(scores, key=lambda s: s.official[ALL].miss_rate)
-    lowest = f"{best.name} ends lowest, {percent(best.official[ALL].miss_rate)}%"
+    best = min(scores, key=lambda s: s.official[MAIN].miss_rate)
+    lowest = f"{best.name} ends lowest, {percent(best.official[MAIN].miss_rate)}%"
     figure.suptitle(lowest, fontsize=14, fontweight="bold")
     losses.set(title="training loss and its terms", ylim=(0, None))
     rates.set(title="miss rate, Reasonable", ylim=(0, 1))

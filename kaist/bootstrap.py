@@ -13,14 +13,14 @@ from kaist.miss_rate import (
     GroundTruth,
     Setup,
     allowed_false_positives,
+    divide_or_nan,
     log_average,
     match_setups,
-    rank,
-    share,
+    sort_by_score,
 )
 from kaist.results import Detections
 
-MOST_RESAMPLES = 10**6  # whose rates are held in memory
+MAX_RESAMPLES = 10**6  # whose rates are held in memory
 
 
 def bootstrap(
@@ -45,7 +45,7 @@ def bootstrap(
     samples is the paired one, whose interval says whether they differ on these frames. Of a single frame or
     video samples are nan.
     """
-    ranked = rank(detections)
+    ranked = sort_by_score(detections)
     videos = [*map(video_of, ground_truth.frames)]
     units = np.unique(videos, return_inverse=True)[1] if by_video else np.arange(len(videos))
     n_units, samples = int(units.max()) + 1, {}
@@ -55,10 +55,10 @@ def bootstrap(
         if len(drawn) == 1:  # which says nothing about others
             samples[name] = np.full(resamples, np.nan)
             continue
-        people = np.bincount(ground_truth.frame[matching.positive], minlength=len(videos))
+        people = np.bincount(ground_truth.frame_idxs[matching.positive], minlength=len(videos))
         hits, false = matching.outcome == 1, matching.outcome == 0
         hits_before = np.append(np.cumsum(hits)[false], np.count_nonzero(hits))  # each false one, and the end
-        hits, false = ranked.frame[hits], ranked.frame[false]
+        hits, false = ranked.frame_idxs[hits], ranked.frame_idxs[false]
         rates = np.empty((resamples, len(FPPI_POINTS)))
         for i in range(resamples):
             picks = drawn[rng.integers(0, max(len(drawn), 1), len(drawn))]
@@ -66,7 +66,7 @@ def bootstrap(
             allowed = allowed_false_positives(weight.sum(), FPPI_POINTS)
             seen = np.searchsorted(np.cumsum(weight[false]), allowed, side="right")
             found = np.append(0, np.cumsum(weight[hits]))[hits_before[seen]]
-            rates[i] = share(found, weight @ people)
+            rates[i] = divide_or_nan(found, weight @ people)
         samples[name] = log_average(rates, "official")
     return samples
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kaist.miss_rate import GroundTruth, best_first, match_greedily, rank, touching_pairs
+from kaist.miss_rate import GroundTruth, match_greedily, overlapping_pairs, sort_by_score, sort_candidates
 from kaist.results import Detections
 
 IOUS = np.linspace(0.5, 0.95, 10)
@@ -26,14 +26,14 @@ def coco_ap(ground_truth: GroundTruth, detections: Detections) -> dict[str, floa
     above. A person outside of a range of areas is ignored; so is a detection outside of it that
     matches nothing.
     """
-    ranked = rank(detections)
-    order = np.argsort(ranked.frame, kind="stable")
-    frame = ranked.frame[order]
+    ranked = sort_by_score(detections)
+    order = np.argsort(ranked.frame_idxs, kind="stable")
+    frame = ranked.frame_idxs[order]
     place = np.arange(len(frame)) - np.searchsorted(frame, frame)  # of a detection in its frame
     detections = ranked.take(np.sort(order[place < MAX_DETECTIONS]))
-    det, gt, shared, area, other_area = touching_pairs(ground_truth, detections)
+    det, gt, shared, area, other_area = overlapping_pairs(ground_truth, detections)
     overlap = shared / np.where(ground_truth.ignore[gt], area, area + other_area - shared)
-    best = best_first(det, gt, overlap, IOUS[0])
+    best = sort_candidates(det, gt, overlap, IOUS[0])
     pairs = det[best], gt[best], overlap[best]
     gt_area, det_area = (boxes[:, 2] * boxes[:, 3] for boxes in (ground_truth.boxes, detections.boxes))
     values = {}
@@ -56,8 +56,8 @@ def match(
     never taken away. All thresholds are matched at once, as if each had frames of its own.
 
     Args:
-        pairs: (p,) det, gt and overlap of `best_first`: the IoU, with an object to ignore the share of the
-            detection's area.
+        pairs: (p,) det, gt and overlap, as sorted by `sort_candidates`. The overlap is the IoU, or with a
+            crowd region the fraction of the detection's area that it covers.
         counts, crowd: (m,) bool, people that count and objects to ignore.
         in_range: (n,) bool, detections whose area is within the range.
     """

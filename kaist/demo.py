@@ -343,7 +343,7 @@ def open_root(name: str | Path) -> Path:
     return root
 
 
-def drawings_note(data_root: str | Path) -> str:
+def streets_note(data_root: str | Path) -> str:
     """What to know of a network that was trained at `data_root`, where that is the streets set; else ""."""
     if Path(*Path(data_root).parts[-2:]) not in STREETS_ROOTS:
         return ""

@@ -12,7 +12,14 @@ from kaist.annotations import PairSet, image_path
 from kaist.files import InputError, write_atomically
 from kaist.frames import indices_in_videos
 from kaist.images import load_frame_image
-from kaist.miss_rate import SETUPS, GroundTruth, Matching, allowed_false_positives, match_setups, rank
+from kaist.miss_rate import (
+    SETUPS,
+    GroundTruth,
+    Matching,
+    allowed_false_positives,
+    match_setups,
+    sort_by_score,
+)
 from kaist.picture import CAPTIONS
 from kaist.results import Detections
 
@@ -46,16 +53,16 @@ def draw_errors(
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    people, ranked = ground_truth, rank(detections)
+    people, ranked = ground_truth, sort_by_score(detections)
     [(_, matching)] = match_setups(people, ranked, {SETUP: SETUPS[SETUP]})
     false, missed = find_errors(people, matching)
     false_tiles, missed_tiles = [], []  # of a frame's number, a box and words
-    for i in spread(people, ranked.frame, false)[:n]:
-        false_tiles.append((ranked.frame[i], ranked.boxes[i], f"score {ranked.scores[i]:.2f}"))
-    for i in spread(people, people.frame, missed)[:n]:
+    for i in order_across_videos(people, ranked.frame_idxs, false)[:n]:
+        false_tiles.append((ranked.frame_idxs[i], ranked.boxes[i], f"score {ranked.scores[i]:.2f}"))
+    for i in order_across_videos(people, people.frame_idxs, missed)[:n]:
         det = matching.gt_match[i]
         score = f"found at {ranked.scores[det]:.2f}" if det >= 0 else "never found"
-        missed_tiles.append((people.frame[i], people.boxes[i], f"{people.boxes[i, 3]:.0f} px, {score}"))
+        missed_tiles.append((people.frame_idxs[i], people.boxes[i], f"{people.boxes[i, 3]:.0f} px, {score}"))
     rate = f"{OPERATING_FPPI} false positives per image"
     sheets = {
         f"{len(false_tiles)} of {len(false)} false positives, those of the highest scores": false_tiles,
@@ -70,7 +77,7 @@ def draw_errors(
         for panel in panels:
             panel.axis("off")
         for panel, (frame, box, text) in zip(panels, tiles, strict=False):
-            frame_id, here = people.frames[frame], np.flatnonzero(people.frame == frame)
+            frame_id, here = people.frames[frame], np.flatnonzero(people.frame_idxs == frame)
             colours = np.where(matching.positive[here], "lime", "yellow").tolist()
             boxes = [*zip(people.boxes[here], colours, strict=True), (box, "red")]
             files = [image_path(root, frame_id, modality) for modality in CAPTIONS]
@@ -105,7 +112,7 @@ def find_errors(ground_truth: GroundTruth, matching: Matching) -> tuple[np.ndarr
     return false, missed[np.argsort(-ground_truth.boxes[missed, 3], kind="stable")]
 
 
-def spread(ground_truth: GroundTruth, frame: np.ndarray, errors: np.ndarray) -> np.ndarray:
+def order_across_videos(ground_truth: GroundTruth, frame: np.ndarray, errors: np.ndarray) -> np.ndarray:
     """Errors, indices into `frame`, with the first `PER_VIDEO` of each video before its others."""
     places = indices_in_videos(ground_truth.frames[frame[i]] for i in errors)
     return errors[np.argsort(np.array(places) >= PER_VIDEO, kind="stable")]

@@ -93,7 +93,7 @@ def merge_equal(rows: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def frames_from_gt(ground_truth: GroundTruth, min_height: float, margin: float) -> list[Frame]:
     """Convert ground truth to frames, labelled as for training."""
-    counts = np.bincount(ground_truth.frame, minlength=len(ground_truth.frames))
+    counts = np.bincount(ground_truth.frame_idxs, minlength=len(ground_truth.frames))
     objects = ground_truth.boxes, ~ground_truth.ignore, counts
     return make_frames(ground_truth.frames, *objects, ground_truth.sizes, min_height, margin)
 

@@ -31,13 +31,13 @@ from kaist.annotations import (
     time_of_day,
 )
 from kaist.files import InputError
-from kaist.results import Detections, frame_places, move_frames
+from kaist.results import Detections, frame_indices, reindex_frames
 
-OVERLAP = 0.5  # least overlap of a match
-MARGIN = 5  # pixels; people that come closer to the frame's border are ignored
+MIN_OVERLAP = 0.5  # least overlap of a match
+BORDER_MARGIN = 5  # pixels; people that come closer to the frame's border are ignored
 FPPI_POINTS = 10.0 ** np.arange(-2, 0.25, 0.25)  # where the detection rate is sampled
-POINTS = {"official": FPPI_POINTS, "leaderboard": np.round(FPPI_POINTS, 4)}  # by protocol
-BLOCK = 1 << 17  # elements worked on at once, to bound memory
+PROTOCOLS = {"official": FPPI_POINTS, "leaderboard": np.round(FPPI_POINTS, 4)}  # by protocol
+MAX_BLOCK_PAIRS = 1 << 17  # elements worked on at once, to bound memory
 
 
 class Setup(NamedTuple):
@@ -77,17 +77,17 @@ class GroundTruth:
     """
 
     frames: tuple[str, ...]
-    frame: np.ndarray
+    frame_idxs: np.ndarray
     boxes: np.ndarray
     occlusion: np.ndarray
     ignore: np.ndarray
     source: Path | None = None
-    pairs: PairSet | None = None
+    pair_set: PairSet | None = None
 
     @cached_property
     def sizes(self) -> np.ndarray:
         """(n_frames, 2) int64 width and height of the frames."""
-        return (self.pairs or LabelledFrames()).frame_sizes(self.frames)
+        return (self.pair_set or LabelledFrames()).frame_sizes(self.frames)
 
     def in_subset(self, subset: str) -> np.ndarray:
         """(n_frames,) bool: the frames of a setup's subset."""
@@ -98,8 +98,8 @@ class GroundTruth:
     @cached_property
     def subsets(self) -> list[tuple[str, ...]]:
         """Of each frame its time of day and, of KAIST, its scene."""
-        if self.pairs is not None:
-            return [(self.pairs.time_of_day(frame_id),) for frame_id in self.frames]
+        if self.pair_set is not None:
+            return [(self.pair_set.time_of_day(frame_id),) for frame_id in self.frames]
         sets = {frame_id[:5] for frame_id in self.frames}
         subsets = {name: (time_of_day(name), scene(name)) for name in sets}
         return [subsets[frame_id[:5]] for frame_id in self.frames]
@@ -138,33 +138,33 @@ def select_frames(
     Raises:
         InputError: a frame is not among the ground truth's.
     """
-    place = frame_places(ground_truth.frames, frames, "the frames evaluated")
-    frame = place[ground_truth.frame]
+    place = frame_indices(ground_truth.frames, frames, "the frames evaluated")
+    frame = place[ground_truth.frame_idxs]
     order = np.argsort(frame, kind="stable")[np.count_nonzero(frame < 0) :]
     columns = {name: getattr(ground_truth, name)[order] for name in ("boxes", "occlusion", "ignore")}
-    selected = replace(ground_truth, frames=tuple(frames), frame=frame[order], **columns)
-    return selected, move_frames(detections, place)
+    selected = replace(ground_truth, frames=tuple(frames), frame_idxs=frame[order], **columns)
+    return selected, reindex_frames(detections, place)
 
 
 # ------------------------------------------------------------------- matching
 
 
-def touching_pairs(ground_truth: GroundTruth, detections: Detections) -> list[np.ndarray]:
+def overlapping_pairs(ground_truth: GroundTruth, detections: Detections) -> list[np.ndarray]:
     """Detections and ground truth boxes of their frames that share an area; coordinates are continuous.
 
     Returns:
         (p,) det and gt, by det; the area that they share; and the area of each.
     """
-    first = np.searchsorted(ground_truth.frame, np.arange(len(ground_truth.frames) + 1))
-    n_pairs = np.diff(first)[detections.frame]
-    blocks = np.flatnonzero(np.diff(np.cumsum(n_pairs) // BLOCK)) + 1
+    first = np.searchsorted(ground_truth.frame_idxs, np.arange(len(ground_truth.frames) + 1))
+    n_pairs = np.diff(first)[detections.frame_idxs]
+    blocks = np.flatnonzero(np.diff(np.cumsum(n_pairs) // MAX_BLOCK_PAIRS)) + 1
     (x, y, w, h), (u, v, gt_w, gt_h) = detections.boxes.T, ground_truth.boxes.T
     det_edges, gt_edges = np.stack([x, y, x + w, y + h]), np.stack([u, v, u + gt_w, v + gt_h])
     found = []
     for rows in np.split(np.arange(len(n_pairs)), blocks):
         n = n_pairs[rows]
         det = np.repeat(rows, n)
-        gt = np.arange(len(det)) + np.repeat(first[detections.frame[rows]] - np.cumsum(n) + n, n)
+        gt = np.arange(len(det)) + np.repeat(first[detections.frame_idxs[rows]] - np.cumsum(n) + n, n)
         (x0, y0, x1, y1), (u0, v0, u1, v1) = det_edges.take(det, 1), gt_edges.take(gt, 1)
         width, height = np.minimum(x1, u1) - np.maximum(x0, u0), np.minimum(y1, v1) - np.maximum(y0, v0)
         touch = np.flatnonzero((width > 0) & (height > 0))
@@ -173,7 +173,7 @@ def touching_pairs(ground_truth: GroundTruth, detections: Detections) -> list[np
     return [det, gt, shared, (w * h)[det], (gt_w * gt_h)[gt]]
 
 
-def best_first(det: np.ndarray, gt: np.ndarray, overlap: np.ndarray, least: float) -> np.ndarray:
+def sort_candidates(det: np.ndarray, gt: np.ndarray, overlap: np.ndarray, least: float) -> np.ndarray:
     """Which pairs overlap by enough; by detection, and each detection's from the best overlap down (of equal
     ones the later box first)."""
     enough = np.flatnonzero(overlap >= least)
@@ -184,7 +184,7 @@ def match_greedily(det: np.ndarray, gt: np.ndarray, n_gt: int) -> np.ndarray:
     """Match detections in turn: each takes the first of its ground truth boxes that is still free.
 
     Args:
-        det, gt: (p,) pairs as of `best_first`, detections ranked by their number.
+        det, gt: (p,) pairs as of `sort_candidates`, detections ranked by their number.
 
     Returns:
         (n_gt,) int64: the detection that each box is matched with, -1 if none.
@@ -219,15 +219,15 @@ def match_setups(
     protocol: str = "official",
 ) -> Iterator[tuple[str, Matching]]:
     """Match `rank`ed detections under each setup; outcomes are in their order."""
-    sizes, h = ground_truth.sizes[ground_truth.frame], ground_truth.boxes[:, 3]
-    usable = ~ground_truth.ignore & is_inside(ground_truth.boxes, MARGIN, sizes)
+    sizes, h = ground_truth.sizes[ground_truth.frame_idxs], ground_truth.boxes[:, 3]
+    usable = ~ground_truth.ignore & is_inside(ground_truth.boxes, BORDER_MARGIN, sizes)
     counted = np.ones(len(ground_truth.frames), dtype=bool)
     if protocol == "leaderboard":
-        counted = np.bincount(detections.frame, minlength=len(counted)) > 0
-    det, gt, shared, area, gt_area = touching_pairs(ground_truth, detections)
-    best = best_first(det, gt, shared / (area + gt_area - shared), OVERLAP)
+        counted = np.bincount(detections.frame_idxs, minlength=len(counted)) > 0
+    det, gt, shared, area, gt_area = overlapping_pairs(ground_truth, detections)
+    best = sort_candidates(det, gt, shared / (area + gt_area - shared), MIN_OVERLAP)
     match_det, match_gt = det[best], gt[best]
-    inside = shared >= OVERLAP * area  # of a box to ignore, by which then the detection is ignored
+    inside = shared >= MIN_OVERLAP * area  # of a box to ignore, by which then the detection is ignored
     matched: dict[tuple, tuple[np.ndarray, ...]] = {}  # setups differ by subset only, some of them
     for name, (heights, levels, subset) in setups.items():
         if (heights, levels) not in matched:
@@ -241,8 +241,8 @@ def match_setups(
             matched[heights, levels] = counts, outcome, gt_match
         counts, outcome, gt_match = matched[heights, levels]
         frames = ground_truth.in_subset(subset)
-        outcome = np.where(frames[detections.frame], outcome, -1)
-        positive = counts & (frames & counted)[ground_truth.frame]
+        outcome = np.where(frames[detections.frame_idxs], outcome, -1)
+        positive = counts & (frames & counted)[ground_truth.frame_idxs]
         yield name, Matching(outcome, positive, gt_match, frames)
 
 
@@ -252,9 +252,9 @@ def is_inside(boxes: np.ndarray, margin: float, sizes: np.ndarray) -> np.ndarray
     return ((boxes[:, :2] >= margin) & (ends <= sizes - margin)).all(axis=1)
 
 
-def rank(detections: Detections) -> Detections:
+def sort_by_score(detections: Detections) -> Detections:
     """The detections from the highest score down; equal ones by frame, then by row."""
-    order = np.argsort(detections.frame, kind="stable")
+    order = np.argsort(detections.frame_idxs, kind="stable")
     return detections.take(order[np.argsort(-detections.scores[order], kind="stable")])
 
 
@@ -287,10 +287,10 @@ class Result:
     @property
     def detection_rate(self) -> np.ndarray:
         """(k,) share of the people found down to each detection; nan where none counts."""
-        return share(np.cumsum(self.hits), self.n_positive)
+        return divide_or_nan(np.cumsum(self.hits), self.n_positive)
 
 
-def share(found: np.ndarray, n_positive: np.ndarray | int) -> np.ndarray:
+def divide_or_nan(found: np.ndarray, n_positive: np.ndarray | int) -> np.ndarray:
     """found / n_positive, nan where nobody counts."""
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(np.equal(n_positive, 0), np.nan, np.divide(found, n_positive))
@@ -310,9 +310,9 @@ def evaluate(
     Args:
         protocol: "official" or "leaderboard" (see the module's docstring).
     """
-    if protocol not in POINTS:
-        raise InputError(f"protocol {protocol!r} is unknown", f"use {' or '.join(POINTS)}")
-    ranked, points, results = rank(detections), POINTS[protocol], {}
+    if protocol not in PROTOCOLS:
+        raise InputError(f"protocol {protocol!r} is unknown", f"use {' or '.join(PROTOCOLS)}")
+    ranked, points, results = sort_by_score(detections), PROTOCOLS[protocol], {}
     for name, matching in match_setups(ground_truth, ranked, setups, protocol):
         keep = matching.outcome >= 0
         hits = matching.outcome[keep] == 1
@@ -320,7 +320,7 @@ def evaluate(
         false = np.flatnonzero(~hits)
         allowed = np.minimum(allowed_false_positives(n_frames, points), len(false))
         found = np.append(false, len(hits))[allowed] - allowed  # hits before the next false one
-        rates, recall = share(found, n_positive), float(share(hits.sum(), n_positive))
+        rates, recall = divide_or_nan(found, n_positive), float(divide_or_nan(hits.sum(), n_positive))
         miss_rate, scores = float(log_average(rates, protocol)), ranked.scores[keep]
         results[name] = Result(miss_rate, recall, rates, points, hits, scores, n_positive, n_frames)
     return results
@@ -344,7 +344,7 @@ def log_average(rates: np.ndarray, protocol: str) -> np.ndarray:
         return np.exp(np.log(missed).mean(axis=-1))
 
 
-def id_shift(ground_truth: GroundTruth, detections: Detections) -> int:
+def find_id_shift(ground_truth: GroundTruth, detections: Detections) -> int:
     """-1 or 1 if the detections fit the people of the frame before or after clearly better than
     those of their own, as when ids were counted from the wrong number; else 0.
 
@@ -352,10 +352,10 @@ def id_shift(ground_truth: GroundTruth, detections: Detections) -> int:
     """
     fits = {}
     for shift in (0, -1, 1):
-        frame = detections.frame + shift
+        frame = detections.frame_idxs + shift
         inside = (frame >= 0) & (frame < len(ground_truth.frames))
-        moved = replace(detections.take(inside), frame=frame[inside])
-        _, gt, shared, area, gt_area = touching_pairs(ground_truth, moved)
-        fits[shift] = len(np.unique(gt[shared >= OVERLAP * (area + gt_area - shared)]))
+        moved = replace(detections.take(inside), frame_idxs=frame[inside])
+        _, gt, shared, area, gt_area = overlapping_pairs(ground_truth, moved)
+        fits[shift] = len(np.unique(gt[shared >= MIN_OVERLAP * (area + gt_area - shared)]))
     best = max(fits, key=fits.__getitem__)
     return best if fits[best] >= max(20, 1.5 * fits[0]) else 0

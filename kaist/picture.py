@@ -15,12 +15,12 @@ from PIL import Image, ImageDraw, ImageFont
 from kaist.annotations import FRAME_SIZE, Objects
 from kaist.files import write_atomically
 
-FOUND, PERSON, IGNORED = "lime", "white", "orange"  # colours of boxes
-STRIP = "#202020"  # behind captions
+DETECTION_COLOUR, PERSON_COLOUR, IGNORED_COLOUR = "lime", "white", "orange"  # colours of boxes
+BAR_COLOUR = "#202020"  # behind captions
 SHEET_WIDTH = 1920  # pixels
 SHEET_COLUMNS, SHEET_PICTURES = 8, 200  # at most
-FILM_WIDTH = 960  # of an animation's pictures
-FRAME_TIME = 100  # milliseconds of each
+ANIMATION_WIDTH = 960  # of an animation's pictures
+FRAME_MILLISECONDS = 100  # milliseconds of each
 CAPTIONS = {"visible": "visible", "lwir": "LWIR (thermal)"}
 
 
@@ -43,22 +43,23 @@ def draw_pair(
     font = ImageFont.load_default(max(14, height // 34))
     line = max(2, height // 256)
     bar = round(1.7 * font.size)
-    sheet = Image.new("RGB", (width * len(images) + line * (len(images) - 1), height + 2 * bar), STRIP)
-    legend = [(FOUND, f"{len(boxes)} found" + ", with score" * (len(boxes) > 0))]
+    sheet = Image.new("RGB", (width * len(images) + line * (len(images) - 1), height + 2 * bar), BAR_COLOUR)
+    legend = [(DETECTION_COLOUR, f"{len(boxes)} found" + ", with score" * (len(boxes) > 0))]
     if annotated is not None:
         scale = np.tile((width, height) / np.array(FRAME_SIZE), 2)
         n_people = int(annotated.is_person.sum())
-        legend.append((PERSON, f"{n_people} annotated (dashed)"))
+        legend.append((PERSON_COLOUR, f"{n_people} annotated (dashed)"))
         if n_people < len(annotated.boxes):
-            legend.append((IGNORED, f"{len(annotated.boxes) - n_people} annotated as ignored (dashed)"))
+            n_ignored = len(annotated.boxes) - n_people
+            legend.append((IGNORED_COLOUR, f"{n_ignored} annotated as ignored (dashed)"))
     for i, (modality, image) in enumerate(images.items()):
         panel = image.convert("RGB").resize((width, height))
         pen = ImageDraw.Draw(panel)
         if annotated is not None:
             for box, is_person in zip(annotated.boxes * scale, annotated.is_person, strict=True):
-                draw_dashed(pen, box, PERSON if is_person else IGNORED, line)
+                draw_dashed(pen, box, PERSON_COLOUR if is_person else IGNORED_COLOUR, line)
         for x, y, w, h in boxes.tolist():
-            pen.rectangle((x, y, x + w, y + h), outline=FOUND, width=line)
+            pen.rectangle((x, y, x + w, y + h), outline=DETECTION_COLOUR, width=line)
         draw_scores(pen, boxes, scores, font, panel.size)
         left = i * (width + line)
         sheet.paste(panel, (left, bar))
@@ -87,14 +88,14 @@ def draw_scores(
         for left, top in places + [(x, y - n * tall) for n in (2, 3, 4)]:
             left, top = min(max(left, 0), size[0] - wide), min(max(top, 0), size[1] - tall)
             label = left, top, left + wide, top + tall
-            if not any(overlap(label, other) for other in labels):
-                pen.rectangle(label, fill=FOUND)
+            if not any(boxes_overlap(label, other) for other in labels):
+                pen.rectangle(label, fill=DETECTION_COLOUR)
                 pen.text((left + 2, top + tall / 2), text, "black", font, anchor="lm")
                 labels.append(label)
                 break  # where all are taken: a label that hides others says less than none
 
 
-def overlap(a: Sequence[float], b: Sequence[float]) -> bool:
+def boxes_overlap(a: Sequence[float], b: Sequence[float]) -> bool:
     """Whether two boxes of left, top, right, bottom share an area."""
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
@@ -118,7 +119,7 @@ def save_sheet(path: Path, pictures: Sequence[Path]) -> int:
     columns = min(math.ceil(len(pictures) ** 0.5), SHEET_COLUMNS)
     small = [open_scaled(picture, SHEET_WIDTH // columns) for picture in pictures]
     width, height = (max(picture.size[axis] for picture in small) for axis in (0, 1))
-    sheet = Image.new("RGB", (columns * width, math.ceil(len(small) / columns) * height), STRIP)
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(small) / columns) * height), BAR_COLOUR)
     for i, picture in enumerate(small):
         sheet.paste(picture, (i % columns * width, i // columns * height))
     form = "JPEG" if path.suffix.lower() == ".jpg" else "PNG"
@@ -129,9 +130,9 @@ def save_sheet(path: Path, pictures: Sequence[Path]) -> int:
 def save_animation(path: Path, pictures: Sequence[Path]) -> int:
     """Write pictures, which are files, one after the other as an animated GIF or WebP without end.
     Returns how many they are."""
-    first = open_scaled(pictures[0], FILM_WIDTH)
-    others = (open_scaled(picture, FILM_WIDTH).resize(first.size) for picture in pictures[1:])
-    how = {"save_all": True, "duration": FRAME_TIME, "loop": 0, "format": path.suffix[1:].upper()}
+    first = open_scaled(pictures[0], ANIMATION_WIDTH)
+    others = (open_scaled(picture, ANIMATION_WIDTH).resize(first.size) for picture in pictures[1:])
+    how = {"save_all": True, "duration": FRAME_MILLISECONDS, "loop": 0, "format": path.suffix[1:].upper()}
     write_atomically(path, lambda beside: first.save(beside, append_images=others, **how))
     return len(pictures)
 

@@ -14,14 +14,23 @@ import numpy as np
 from kaist.bootstrap import bootstrap, interval
 from kaist.coco_ap import coco_ap
 from kaist.files import printable, write_atomically, write_text
-from kaist.miss_rate import POINTS, SCENE_SETUPS, SETUPS, GroundTruth, Result, evaluate, id_shift, rank
-from kaist.results import NOTHING, Detections, write_and_read
+from kaist.miss_rate import (
+    PROTOCOLS,
+    SCENE_SETUPS,
+    SETUPS,
+    GroundTruth,
+    Result,
+    evaluate,
+    find_id_shift,
+    sort_by_score,
+)
+from kaist.results import NO_DETECTIONS, Detections, write_and_read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HEADLINE = {"Reasonable-all": "all", "Reasonable-day": "day", "Reasonable-night": "night"}
-ALL = "Reasonable-all"
+MAIN = "Reasonable-all"
 FEW_PEOPLE = 50  # fewer make a rate that one person moves by 2 points or more
 TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of the miss rate
 CUT = 0.2  # least score of a file from which lower ones may have been left out
@@ -56,11 +65,11 @@ def score(
 ) -> Scores:
     """Evaluate a detector under both protocols, with bootstrap samples and COCO's AP if they are wanted."""
     setups = {**SETUPS, **SCENE_SETUPS}
-    official, leaderboard = (evaluate(ground_truth, detections, setups, protocol) for protocol in POINTS)
+    official, leaderboard = (evaluate(ground_truth, detections, setups, protocol) for protocol in PROTOCOLS)
     samples = {}
     if resamples:
         samples = bootstrap(ground_truth, detections, setups, resamples=resamples, by_video=by_video)
-    notes = find_notes(ground_truth, detections, official[ALL], leaderboard[ALL])
+    notes = find_notes(ground_truth, detections, official[MAIN], leaderboard[MAIN])
     coco = coco_ap(ground_truth, detections) if with_coco else {}
     return Scores(printable(name), official, leaderboard, samples, notes, coco)
 
@@ -70,8 +79,8 @@ def find_notes(
 ) -> list[str]:
     """What is unusual about a result, a sentence each; results are those of Reasonable-all."""
     rate, lost = percent(official.miss_rate), official.n_positive - leaderboard.n_positive
-    tied, reverse = reverse_ties(ground_truth, detections)
-    shift, scores = id_shift(ground_truth, detections), official.scores
+    tied, reverse = measure_ties(ground_truth, detections)
+    shift, scores = find_id_shift(ground_truth, detections), official.scores
     is_cut = len(scores) and scores[0] <= 1 and scores[-1] >= CUT and official.fppi[-1] < 1
     notes = {
         f"the leaderboard's script drops frames without detections and so loses {lost} of "
@@ -89,37 +98,37 @@ def find_notes(
     return [note for note, is_so in notes.items() if is_so]
 
 
-def reverse_ties(ground_truth: GroundTruth, detections: Detections) -> tuple[float, float]:
+def measure_ties(ground_truth: GroundTruth, detections: Detections) -> tuple[float, float]:
     """The share of frames that hold equal scores, and the miss rate with the rows of each tie reversed."""
-    ranked = rank(detections)
-    tied = (np.diff(ranked.frame) == 0) & (np.diff(ranked.scores) == 0)
-    order = np.lexsort((-np.arange(len(ranked.frame)), ranked.frame, -ranked.scores))
-    boxes = ranked.boxes[order]  # frames and scores stay as they are
-    result = evaluate(ground_truth, replace(ranked, boxes=boxes), {ALL: SETUPS[ALL]})[ALL]
-    return len(np.unique(ranked.frame[1:][tied])) / len(ground_truth.frames), result.miss_rate
+    ranked = sort_by_score(detections)
+    tied = (np.diff(ranked.frame_idxs) == 0) & (np.diff(ranked.scores) == 0)
+    order = np.lexsort((-np.arange(len(ranked.frame_idxs)), ranked.frame_idxs, -ranked.scores))
+    reverse = replace(ranked, boxes=ranked.boxes[order])  # frames and scores stay as they are
+    [result] = evaluate(ground_truth, reverse, {MAIN: SETUPS[MAIN]}).values()
+    return len(np.unique(ranked.frame_idxs[1:][tied])) / len(ground_truth.frames), result.miss_rate
 
 
 def headline(results: dict[str, Result]) -> dict[str, float]:
     """The numbers of a training log, fractions: "miss_rate", "miss_rate_day", … and "recall"."""
     rates = {f"miss_rate_{name}": results[key].miss_rate for key, name in HEADLINE.items()}
-    return {"miss_rate": rates.pop("miss_rate_all"), **rates, "recall": results[ALL].recall}
+    return {"miss_rate": rates.pop("miss_rate_all"), **rates, "recall": results[MAIN].recall}
 
 
-def count_people(ground_truth: GroundTruth) -> str:
+def describe_test_set(ground_truth: GroundTruth) -> str:
     """How many frames there are, and how many of their people count, in words."""
-    return people_words(evaluate(ground_truth, NOTHING))
+    return describe_counts(evaluate(ground_truth, NO_DETECTIONS))
 
 
-def people_words(results: dict[str, Result]) -> str:
+def describe_counts(results: dict[str, Result]) -> str:
     """How many frames there are, and how many of their people count, in words."""
     every, day, night = (results[key].n_positive for key in HEADLINE)
-    counts = f"{persons(every)} {'counts' if every == 1 else 'count'}"
-    known = any(results[key].n_frames for key in HEADLINE if key != ALL)
+    counts = f"{format_people(every)} {'counts' if every == 1 else 'count'}"
+    known = any(results[key].n_frames for key in HEADLINE if key != MAIN)
     times = f" ({day} day, {night} night)" if known else ""
-    return f"{results[ALL].n_frames} frames, {counts}{times}"
+    return f"{results[MAIN].n_frames} frames, {counts}{times}"
 
 
-def persons(n: int) -> str:
+def format_people(n: int) -> str:
     """A number of people, in words."""
     return f"{n} person" if n == 1 else f"{n} people"
 
@@ -184,7 +193,7 @@ def percent(value: float) -> str:
 
 def print_scores(scores: Sequence[Scores], all_setups: bool = False) -> None:
     """Print who counts, the table, all setups if they are wanted, paired differences and notes."""
-    print(people_words(scores[0].official))
+    print(describe_counts(scores[0].official))
     print(headline_table(scores))
     if all_setups:
         print("\n" + setup_table(scores))
@@ -194,7 +203,8 @@ def print_scores(scores: Sequence[Scores], all_setups: bool = False) -> None:
     for line in compare(scores):
         print(line)
     if not any(scores[0].official[f"Occ={level}"].n_positive for level in ("partial", "heavy")):
-        print(f"note: nobody is labelled as occluded: all of {SETUPS[ALL].heights[0]} pixels and more count")
+        lowest = SETUPS[MAIN].heights[0]
+        print(f"note: nobody is labelled as occluded: all of {lowest} pixels and more count")
     people = {HEADLINE[key]: scores[0].official[key].n_positive for key in with_frames(scores, HEADLINE)}
     if few := ", ".join(f"{n} ({name})" for name, n in people.items() if n < FEW_PEOPLE):
         print(f"warning: few people count, {few}: each of them moves such a rate by points")
@@ -214,21 +224,21 @@ def headline_table(scores: Sequence[Scores]) -> str:
     width = max(len(title), *(len(s.name) for s in scores))
     columns = "".join(f"{name:>8}" for name in (*(HEADLINE[key] for key in keys), "recall"))
     lines = [f"{title:{width}}  {'official':<{len(columns)}}leaderboard", " " * width + 2 * columns]
-    for s in by_miss_rate(scores):
+    for s in sort_by_miss_rate(scores):
         line = f"{s.name:{width}}"
         for results in (s.official, s.leaderboard):
-            values = [*(results[key].miss_rate for key in keys), results[ALL].recall]
+            values = [*(results[key].miss_rate for key in keys), results[MAIN].recall]
             line += "".join(f"{percent(value):>8}" for value in values)
         lines.append(line)
         if s.samples:
-            bounds = [f"{HEADLINE[key]} {show_interval(s.samples[key])}" for key in keys]
+            bounds = [f"{HEADLINE[key]} {format_interval(s.samples[key])}" for key in keys]
             lines.append(f"{'':{width}}  95%: {', '.join(bounds)}")
     return "\n".join(lines)
 
 
 def setup_table(scores: Sequence[Scores]) -> str:
     """Official miss rates under every setup, in per cent: a setup a line, a detector a column."""
-    scores = by_miss_rate(scores)
+    scores = sort_by_miss_rate(scores)
     widths = [max(len(s.name), 22 if s.samples else 8) + 2 for s in scores]
     lines = [f"{'official (%)':18}{'people':>7}{'frames':>8}"]
     lines[0] += "".join(f"{s.name:>{w}}" for s, w in zip(scores, widths, strict=True))
@@ -236,7 +246,7 @@ def setup_table(scores: Sequence[Scores]) -> str:
         first = scores[0].official[key]
         line = f"{key:18}{first.n_positive:>7}{first.n_frames:>8}"
         for s, w in zip(scores, widths, strict=True):
-            bounds = " " + show_interval(s.samples[key]) if s.samples else ""
+            bounds = " " + format_interval(s.samples[key]) if s.samples else ""
             line += f"{percent(s.official[key].miss_rate) + bounds:>{w}}"
         lines.append(line)
     return "\n".join(lines)
@@ -247,13 +257,13 @@ def compare(scores: Sequence[Scores]) -> list[str]:
 
     The interval is that of the paired difference: both rates on the same resampled frames.
     """
-    best, *others = by_miss_rate(scores)
+    best, *others = sort_by_miss_rate(scores)
     lines = []
     for s in others if best.samples else ():
-        samples = s.samples[ALL] - best.samples[ALL]
+        samples = s.samples[MAIN] - best.samples[MAIN]
         verdict = "they differ" if differs(samples) else "no difference is shown"
-        gap = percent(s.official[ALL].miss_rate - best.official[ALL].miss_rate)
-        lines.append(f"{s.name} minus {best.name}: {gap} points, 95% {show_interval(samples)}: {verdict}")
+        gap = percent(s.official[MAIN].miss_rate - best.official[MAIN].miss_rate)
+        lines.append(f"{s.name} minus {best.name}: {gap} points, 95% {format_interval(samples)}: {verdict}")
     return lines
 
 
@@ -263,7 +273,7 @@ def differs(samples: np.ndarray) -> bool:
     return low > 0 or high < 0
 
 
-def show_interval(samples: np.ndarray) -> str:
+def format_interval(samples: np.ndarray) -> str:
     """[low, high] in per cent."""
     return "[{}, {}]".format(*map(percent, interval(samples)))
 
@@ -273,7 +283,7 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def by_miss_rate(scores: Sequence[Scores], key: str = ALL) -> list[Scores]:
+def sort_by_miss_rate(scores: Sequence[Scores], key: str = MAIN) -> list[Scores]:
     """Lowest official miss rate first; undefined ones last."""
     return sorted(scores, key=lambda s: np.nan_to_num(s.official[key].miss_rate, nan=2.0))
 
@@ -298,8 +308,8 @@ def draw_curves(scores: Sequence[Scores], path: Path) -> None:
 def plot_curves(panel: Axes, scores: Sequence[Scores], key: str) -> None:
     """One setup's curves; the nine sample points are marked, beyond its last detection a curve goes
     on level. Colours are by the order under Reasonable-all."""
-    order = [s.name for s in by_miss_rate(scores)]
-    ranked = by_miss_rate(scores, key)
+    order = [s.name for s in sort_by_miss_rate(scores)]
+    ranked = sort_by_miss_rate(scores, key)
     for s in ranked:
         result, i = s.official[key], order.index(s.name)
         inside = result.fppi <= MAX_FPPI
@@ -313,7 +323,7 @@ def plot_curves(panel: Axes, scores: Sequence[Scores], key: str) -> None:
     best = ranked[0].official[key]
     title = f"{HEADLINE[key]}: {ranked[0].name} {percent(best.miss_rate)}%"
     title += f", best of {len(scores)}" if len(scores) > 1 else ""
-    title += f"\n{best.n_frames} frames, {persons(best.n_positive)}"
+    title += f"\n{best.n_frames} frames, {format_people(best.n_positive)}"
     rates = np.concatenate([s.official[k].rates for s in scores for k in HEADLINE])
     bottom = max(0.6 * (1 - np.max(rates, where=~np.isnan(rates), initial=0)), TICKS[0])
     ticks = [tick for tick in TICKS if tick >= bottom]

@@ -24,7 +24,7 @@ from kaist.annotations import read_image_list
 from kaist.files import InputError, load_json, read_text, write_text
 from kaist.labels import plain_numbers
 
-PEDESTRIAN = 1  # the category_id that counts
+PEDESTRIAN_ID = 1  # the category_id that counts
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,12 @@ class Detections:
     where one may wonder.
     """
 
-    frame: np.ndarray
+    frame_idxs: np.ndarray
     boxes: np.ndarray
     scores: np.ndarray
     other_categories: int = 0
     other_frames: int = 0
-    ids: str = ""
+    id_format: str = ""
 
     def __post_init__(self) -> None:
         """Raises ValueError for boxes or scores that are not finite: no rate could be trusted."""
@@ -51,10 +51,11 @@ class Detections:
 
     def take(self, index: np.ndarray) -> Detections:
         """Some of the detections, by their index."""
-        return replace(self, frame=self.frame[index], boxes=self.boxes[index], scores=self.scores[index])
+        columns = {name: getattr(self, name)[index] for name in ("frame_idxs", "boxes", "scores")}
+        return replace(self, **columns)
 
 
-NOTHING = Detections(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0))
+NO_DETECTIONS = Detections(np.empty(0, np.int64), np.empty((0, 4)), np.empty(0))
 
 
 def join_frames(found: Iterable[tuple[np.ndarray, np.ndarray]]) -> Detections:
@@ -64,7 +65,7 @@ def join_frames(found: Iterable[tuple[np.ndarray, np.ndarray]]) -> Detections:
     return Detections(frame, np.concatenate(boxes), np.concatenate(scores))
 
 
-def frame_places(named: Sequence[str], frames: Sequence[str], where: str | Path) -> np.ndarray:
+def frame_indices(named: Sequence[str], frames: Sequence[str], where: str | Path) -> np.ndarray:
     """(len(named),) int64: where each named frame stands in `frames`, -1 if it is not there."""
     places = {frame_id: i for i, frame_id in enumerate(frames)}
     missing = places.keys() - set(named)
@@ -74,12 +75,12 @@ def frame_places(named: Sequence[str], frames: Sequence[str], where: str | Path)
     return np.array([places.get(frame_id, -1) for frame_id in named], dtype=np.int64)
 
 
-def move_frames(detections: Detections, place: np.ndarray) -> Detections:
+def reindex_frames(detections: Detections, place: np.ndarray) -> Detections:
     """The detections with frame i renamed place[i]; those with place -1 are left out."""
-    frame = place[detections.frame]
+    frame = place[detections.frame_idxs]
     keep = frame >= 0
     others = detections.other_frames + np.count_nonzero(~keep)
-    return replace(detections.take(keep), frame=frame[keep], other_frames=others)
+    return replace(detections.take(keep), frame_idxs=frame[keep], other_frames=others)
 
 
 def frames_path(path: str | Path) -> Path:
@@ -120,10 +121,10 @@ def read_detections(path: str | Path, frames: Sequence[str]) -> Detections:
             line = entry_line(text, places[row]) if is_json else places[row] + 1
             values = ",".join(f"{value:g}" for value in rows[row])
             raise InputError(f"{problem}: {values}", remedy, file=path, line=line)
-    detections = Detections(ids.astype(np.int64), rows[:, 1:5], rows[:, 5], others, ids=taken_for)
+    detections = Detections(ids.astype(np.int64), rows[:, 1:5], rows[:, 5], others, id_format=taken_for)
     if named is frames:
         return detections
-    return move_frames(detections, frame_places(named, frames, companion))
+    return reindex_frames(detections, frame_indices(named, frames, companion))
 
 
 def parse_text(text: str, path: Path) -> tuple[np.ndarray, Sequence[int], int, str]:
@@ -213,7 +214,7 @@ def parse_entries(content: list, numbers: Mapping[str, int]) -> tuple[np.ndarray
     numbers: of frames by their ids, if they are these.
     """
     [categories] = plain_numbers([[entry["category_id"] for entry in content]], len(content))
-    places = np.flatnonzero(categories == PEDESTRIAN)
+    places = np.flatnonzero(categories == PEDESTRIAN_ID)
     people = [content[place] for place in places]
     boxes = plain_numbers([entry["bbox"] for entry in people], 4)
     ids, scores = ([entry[key] for entry in people] for key in ("image_id", "score"))
@@ -243,12 +244,12 @@ def write_detections(path: str | Path, detections: Detections, frames: Sequence[
     """
     path = Path(path)
     values = np.column_stack([detections.boxes, detections.scores]).tolist()
-    ids = detections.frame.tolist()
+    ids = detections.frame_idxs.tolist()
     rows = [(i, [f"{value:.9g}" for value in row]) for i, row in zip(ids, values, strict=True)]
     text = "".join(f"{i + 1},{','.join(row)}\n" for i, row in rows)
     if path.suffix == ".json":
         content = [
-            {"image_id": i, "category_id": PEDESTRIAN, "bbox": [*map(float, box)], "score": float(score)}
+            {"image_id": i, "category_id": PEDESTRIAN_ID, "bbox": [*map(float, box)], "score": float(score)}
             for i, (*box, score) in rows
         ]
         text = json.dumps(content)

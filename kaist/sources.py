@@ -83,8 +83,8 @@ def open_testing(
 def overlap_warning(root: Path | PairSet, frames: Sequence[Frame], test_set: GroundTruth) -> list[str]:
     """Warn of frames, compared by id and image, that are in both the training and the test set."""
     shared = {frame.id for frame in frames} & set(test_set.frames)
-    if isinstance(root, PairSet) and test_set.pairs:
-        test_images = test_set.pairs.images
+    if isinstance(root, PairSet) and test_set.pair_set:
+        test_images = test_set.pair_set.images
         shared = {i for i in shared if root.images[i]["visible"] == test_images[i]["visible"]}
     return [f"warning: {len(shared)} frames are in both the training and the test list"] if shared else []
 

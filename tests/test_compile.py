@@ -70,6 +70,6 @@ def test_frames_are_detected_by_a_graph_of_one_shape(pair, demo_root):
     found = [detect_frames(network, loader, torch.float32, **LIMITS) for network in (model, compiled)]
     (ours, our_masks), (theirs, their_masks) = found
     assert len(ours.scores) == len(theirs.scores) > 0
-    assert (ours.frame == theirs.frame).all() and abs(ours.boxes - theirs.boxes).max() < 0.1
+    assert (ours.frame_idxs == theirs.frame_idxs).all() and abs(ours.boxes - theirs.boxes).max() < 0.1
     assert our_masks == pytest.approx(their_masks, abs=1e-3)
     assert backend.frame_count == 1

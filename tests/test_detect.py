@@ -19,7 +19,7 @@ from engine.checkpoint import save_checkpoint
 from kaist.annotations import Objects, read_image_list
 from kaist.files import InputError
 from kaist.miss_rate import load_ground_truth
-from kaist.picture import IGNORED, draw_pair, draw_scores, overlap
+from kaist.picture import IGNORED_COLOUR, boxes_overlap, draw_pair, draw_scores
 from kaist.results import read_detections
 
 PROJECT = Path(__file__).parent.parent
@@ -270,7 +270,7 @@ def test_ignored_objects_are_told_from_people():
     top = picture.size[1] - 512 - (picture.size[1] - 512) // 2
     band = picture.crop((0, top + 90, 640, top + 210))
     assert {(255, 255, 255), (255, 165, 0)} <= {colour for _, colour in band.getcolors(1 << 16)}
-    assert IGNORED == "orange"
+    assert IGNORED_COLOUR == "orange"
 
 
 def test_labels_of_scores_never_collide():
@@ -290,7 +290,7 @@ def test_labels_of_scores_never_collide():
     draw_scores(Pen(), boxes, rng.random(80), ImageFont.load_default(14), (640, 512))
     labels = Pen.labels
     assert len(labels) > 40
-    assert not any(overlap(a, b) for i, a in enumerate(labels) for b in labels[:i])
+    assert not any(boxes_overlap(a, b) for i, a in enumerate(labels) for b in labels[:i])
     assert all(x >= 0 and y >= 0 and right <= 640 and bottom <= 512 for x, y, right, bottom in labels)
 
 
@@ -371,7 +371,9 @@ def test_eval_reads_what_detect_writes_as_coco_has_it(run, found, demo_root):
     }
     truth = load_ground_truth(demo_root, read_image_list(demo_root / "imageSets/test-all.txt"))
     detections = read_detections("found.json", truth.frames)
-    assert [truth.frames[i].replace("/", "_") for i in detections.frame] == [e["image_id"] for e in entries]
+    assert [truth.frames[i].replace("/", "_") for i in detections.frame_idxs] == [
+        e["image_id"] for e in entries
+    ]
     assert detections.boxes.tolist() == [e["bbox"] for e in entries]
 
 

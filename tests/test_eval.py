@@ -17,11 +17,11 @@ import train
 from engine.checkpoint import save_checkpoint
 from engine.curves import draw_curves as draw_run
 from kaist.annotations import read_image_list
-from kaist.error_sheet import spread
+from kaist.error_sheet import order_across_videos
 from kaist.files import InputError
 from kaist.images import MEAN_COLOUR, black_out, read_frame
 from kaist.miss_rate import GroundTruth, load_ground_truth
-from kaist.report import draw_curves, print_scores, reverse_ties, score
+from kaist.report import draw_curves, measure_ties, print_scores, score
 from kaist.results import Detections, read_detections
 
 PROJECT = Path(__file__).parent.parent
@@ -123,13 +123,13 @@ def test_ties_that_matter_are_told():
     truth = people([DAY, NIGHT])
     good, bad = BOX, [300.0, 100.0, 40.0, 100.0]
     found = detections([0, 0, 1], [good, bad, good], [0.9, 0.9, 0.8])
-    share, reverse = reverse_ties(truth, found)
+    share, reverse = measure_ties(truth, found)
     reordered = detections([0, 0, 1], [bad, good, good], [0.9, 0.9, 0.8])
     rates = [score("x", truth, d).official["Reasonable-all"].miss_rate for d in (found, reordered)]
     assert share == 0.5 and reverse == pytest.approx(rates[1]) and rates[0] < rates[1]
     assert any("50.0% of the frames hold equal scores" in note for note in score("x", truth, found).notes)
     alone = detections([0, 0, 1], [good, bad, good], [0.9, 0.85, 0.8])
-    assert reverse_ties(truth, alone)[0] == 0
+    assert measure_ties(truth, alone)[0] == 0
     assert not any("equal" in note for note in score("x", truth, alone).notes)
 
 
@@ -176,7 +176,7 @@ def test_a_runs_curves_have_points_and_whole_epochs(figures, tmp_path):
 
 def test_errors_of_one_video_do_not_fill_the_sheet():
     frames = [f"set06/V000/I{i:05}" for i in range(5)] + ["set06/V001/I00000", NIGHT]
-    order = spread(people(frames), np.arange(7), np.array([0, 1, 2, 3, 5, 4, 6]))
+    order = order_across_videos(people(frames), np.arange(7), np.array([0, 1, 2, 3, 5, 4, 6]))
     assert order.tolist() == [0, 1, 5, 6, 2, 3, 4]
 
 

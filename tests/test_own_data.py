@@ -122,7 +122,7 @@ def test_borders_and_subsets_are_those_of_the_set(tmp_path):
     assert (counts["Reasonable-all"], counts["Reasonable-day"], counts["Reasonable-night"]) == (6, 3, 3)
     low = truth.boxes.copy()
     low[:, 3] = (466 - low[:, 1]) + np.array([0, 0, 0, 1, 1, 1])
-    moved = type(truth)(truth.frames, truth.frame, low, truth.occlusion, truth.ignore, None, pairs)
+    moved = type(truth)(truth.frames, truth.frame_idxs, low, truth.occlusion, truth.ignore, None, pairs)
     assert evaluate(moved, nothing)["Reasonable-all"].n_positive == 3
 
 

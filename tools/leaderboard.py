@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kaist.bootstrap import MOST_RESAMPLES, bootstrap, interval
+from kaist.bootstrap import MAX_RESAMPLES, bootstrap, interval
 from kaist.files import (
     InputError,
     OneLineParser,
@@ -26,16 +26,16 @@ from kaist.files import (
 from kaist.frames import video_of
 from kaist.miss_rate import SETUPS, GroundTruth, load_ground_truth
 from kaist.report import (
-    ALL,
     HEADLINE,
+    MAIN,
     Scores,
-    by_miss_rate,
     differs,
+    format_interval,
     markdown_table,
     percent,
     plot_curves,
     score,
-    show_interval,
+    sort_by_miss_rate,
 )
 from kaist.results import Detections, read_detections
 
@@ -70,12 +70,12 @@ def main() -> None:
     add("--out", type=out_path(), default=Path("docs/leaderboard.md"), help="the page (%(default)s)")
     add("--figure", type=out_path(".png"), default=Path("docs/figures/leaderboard.png"), help="(%(default)s)")
     arguments = parser.parse_args()
-    if not 1 <= arguments.resamples <= MOST_RESAMPLES:
-        parser.error(f"--resamples takes a number from 1 to {MOST_RESAMPLES}")
+    if not 1 <= arguments.resamples <= MAX_RESAMPLES:
+        parser.error(f"--resamples takes a number from 1 to {MAX_RESAMPLES}")
     check_folders(arguments.out, arguments.figure)
     people = load_ground_truth(arguments.annotations)
     found = read_all(arguments.folders, people, arguments.only_published)
-    scores = by_miss_rate([score(name, people, d, arguments.resamples) for name, d in found.items()])
+    scores = sort_by_miss_rate([score(name, people, d, arguments.resamples) for name, d in found.items()])
     headline = {key: SETUPS[key] for key in HEADLINE}
     settings = {"resamples": arguments.resamples, "by_video": True}
     videos = {name: bootstrap(people, d, headline, **settings) for name, d in found.items()}
@@ -116,19 +116,19 @@ def page(
         results = [protocol[key] for protocol in (s.official, s.leaderboard) for key in HEADLINE]
         rates.append([s.name, *(percent(result.miss_rate) for result in results)])
         kinds = [samples[key] for key in HEADLINE for samples in (s.samples, videos[s.name])]
-        bounds.append([s.name, *map(show_interval, kinds)])
-        gap = percent(s.official[ALL].miss_rate - best.official[ALL].miss_rate)
-        kinds = [s.samples[ALL] - best.samples[ALL], videos[s.name][ALL] - videos[best.name][ALL]]
+        bounds.append([s.name, *map(format_interval, kinds)])
+        gap = percent(s.official[MAIN].miss_rate - best.official[MAIN].miss_rate)
+        kinds = [s.samples[MAIN] - best.samples[MAIN], videos[s.name][MAIN] - videos[best.name][MAIN]]
         shown = "shown" if differs(kinds[1]) else "by frames alone" if differs(kinds[0]) else "noise"
-        gaps.append([s.name, gap, *map(show_interval, kinds), shown])
+        gaps.append([s.name, gap, *map(format_interval, kinds), shown])
     pairs = list(combinations(scores, 2))
-    by_frame = sum(differs(a.samples[ALL] - b.samples[ALL]) for a, b in pairs)
-    by_video = sum(differs(videos[a.name][ALL] - videos[b.name][ALL]) for a, b in pairs)
+    by_frame = sum(differs(a.samples[MAIN] - b.samples[MAIN]) for a, b in pairs)
+    by_video = sum(differs(videos[a.name][MAIN] - videos[b.name][MAIN]) for a, b in pairs)
     parts = [[s.name, *(percent(s.official[key].miss_rate) for key in PARTS)] for s in scores]
     parts.append(["people", *(str(best.official[key].n_positive) for key in PARTS)])
     origins = [[s.name, *published.get(s.name, "––")] for s in scores]
-    times, n_people = list(HEADLINE.values()), best.official[ALL].n_positive
-    n_resamples, n_pairs = len(best.samples[ALL]), len(pairs)
+    times, n_people = list(HEADLINE.values()), best.official[MAIN].n_positive
+    n_resamples, n_pairs = len(best.samples[MAIN]), len(pairs)
     return f"""# Published detectors on KAIST, with intervals
 
 Made by `python -m tools.leaderboard FOLDER --annotations KAIST_annotation.json --only-published`
@@ -174,14 +174,14 @@ def draw(scores: Sequence[Scores], videos: dict[str, dict[str, np.ndarray]], pat
 
     figure = Figure(figsize=(13, 2 + 0.35 * len(scores)), layout="constrained")
     curves, forest = figure.subplots(1, 2)
-    plot_curves(curves, scores, ALL)
+    plot_curves(curves, scores, MAIN)
     curves.legend().remove()  # the other panel tells the colours
     for i, s in enumerate(scores):
         colour = f"C{i % 10}"
-        for samples, width in ((videos[s.name][ALL], 1.5), (s.samples[ALL], 5)):
+        for samples, width in ((videos[s.name][MAIN], 1.5), (s.samples[MAIN], 5)):
             forest.plot(interval(samples), (i, i), color=colour, linewidth=width, solid_capstyle="butt")
-        forest.plot(s.official[ALL].miss_rate, i, "o", color="white", markeredgecolor=colour, markersize=7)
-    forest.set_yticks(range(len(scores)), [f"{s.name} {percent(s.official[ALL].miss_rate)}" for s in scores])
+        forest.plot(s.official[MAIN].miss_rate, i, "o", color="white", markeredgecolor=colour, markersize=7)
+    forest.set_yticks(range(len(scores)), [f"{s.name} {percent(s.official[MAIN].miss_rate)}" for s in scores])
     forest.set(ylim=(len(scores) - 0.5, -0.5), xlim=(0, None), xlabel="miss rate, Reasonable, official")
     forest.set(title="95% intervals: over frames (thick) and over videos (thin)")
     forest.xaxis.set_major_formatter("{x:.0%}")

@@ -33,7 +33,7 @@ def run_training(nursery, folder, root, ranks, more):
     log = list(csv.DictReader((folder / "custom" / "log.csv").open()))
     frames = read_image_list(folder / "custom/detections.frames.txt")
     found = read_detections(folder / "custom/detections.txt", frames)
-    scores = [found.scores[found.frame == i] for i in range(len(frames))]
+    scores = [found.scores[found.frame_idxs == i] for i in range(len(frames))]
     return load_checkpoint(folder / "custom" / "last.pt")["model"], log, said, scores
 
 

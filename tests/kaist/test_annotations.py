@@ -337,7 +337,7 @@ def test_missing_annotations_are_named(tmp_path):
 def test_ground_truth_ignores_all_but_persons(tmp_path):
     write(tmp_path / f"annotations/{FRAME}.txt", BBGT)
     truth = load_ground_truth(tmp_path, [FRAME])
-    assert truth.ignore.tolist() == [False, True, True] and truth.frame.tolist() == [0, 0, 0]
+    assert truth.ignore.tolist() == [False, True, True] and truth.frame_idxs.tolist() == [0, 0, 0]
     with pytest.raises(InputError, match="--image-list"):
         load_ground_truth(tmp_path)
 

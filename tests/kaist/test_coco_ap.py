@@ -30,12 +30,12 @@ def by_pycocotools(people, detections):
     """The same numbers by COCOeval."""
     coco = pytest.importorskip("pycocotools.coco", reason="pycocotools is not installed")
     evaluator = pytest.importorskip("pycocotools.cocoeval")
-    columns = zip(people.frame.tolist(), people.boxes.tolist(), people.ignore.tolist(), strict=True)
+    columns = zip(people.frame_idxs.tolist(), people.boxes.tolist(), people.ignore.tolist(), strict=True)
     annotations = [
         {"id": i, "image_id": f, "category_id": 1, "bbox": b, "area": b[2] * b[3], "iscrowd": int(crowd)}
         for i, (f, b, crowd) in enumerate(columns, 1)
     ]
-    columns = (detections.frame.tolist(), detections.boxes.tolist(), detections.scores.tolist())
+    columns = (detections.frame_idxs.tolist(), detections.boxes.tolist(), detections.scores.tolist())
     results = [
         {"image_id": f, "category_id": 1, "bbox": b, "score": s} for f, b, s in zip(*columns, strict=True)
     ]
@@ -87,7 +87,7 @@ def test_random_cases_equal_pycocotools(seed):
     copies = rng.integers(0, m, n)
     near = people.boxes[copies] + rng.integers(-2, 3, (n, 4)) * (rng.random((n, 1)) < 0.7)
     near[:, 2:] = near[:, 2:].clip(1)
-    frame = np.where(rng.random(n) < 0.9, people.frame[copies], rng.integers(0, n_frames, n))
+    frame = np.where(rng.random(n) < 0.9, people.frame_idxs[copies], rng.integers(0, n_frames, n))
     check(people, found(frame, near, rng.integers(0, 40, n) / 40))
 
 

@@ -52,10 +52,10 @@ def test_frames_hold_the_objects_of_their_own(demo_root):
     assert [frame.id for frame in frames] == ids
     assert sum(len(frame.labels) for frame in frames) == len(people.boxes) > 0
     for i, frame in enumerate(frames):
-        own = people.boxes[people.frame == i]
+        own = people.boxes[people.frame_idxs == i]
         assert (frame.boxes_px[:, :2] == own[:, :2]).all()
         assert (frame.boxes_px[:, 2:] - frame.boxes_px[:, :2] - own[:, 2:] < 1e-3).all()
-        assert (frame.labels[people.ignore[people.frame == i]] == -1).all()
+        assert (frame.labels[people.ignore[people.frame_idxs == i]] == -1).all()
 
 
 def paired(root, visible, lwir):

@@ -17,11 +17,11 @@ from kaist.miss_rate import (
     Setup,
     allowed_false_positives,
     evaluate,
-    id_shift,
+    find_id_shift,
     load_ground_truth,
     match_setups,
-    rank,
     select_frames,
+    sort_by_score,
 )
 from kaist.results import Detections, read_detections
 
@@ -60,7 +60,7 @@ def make_detections(*rows):
 
 def outcomes(people, detections, setup=ANYONE["anyone"]):
     """Outcomes in the order of the score, and who found whom."""
-    ((_, matching),) = match_setups(people, rank(detections), {"it": setup})
+    ((_, matching),) = match_setups(people, sort_by_score(detections), {"it": setup})
     return matching.outcome.tolist(), matching.gt_match.tolist()
 
 
@@ -80,7 +80,7 @@ def slow_evaluate(people, detections, setup, protocol="official"):
             continue
         n_frames += 1
         truths = []
-        for k in np.flatnonzero(people.frame == index).tolist():
+        for k in np.flatnonzero(people.frame_idxs == index).tolist():
             x, y, w, h = people.boxes[k].tolist()
             ignore = bool(people.ignore[k]) or not setup.heights[0] <= h <= setup.heights[1]
             ignore = ignore or int(people.occlusion[k]) not in setup.occlusion
@@ -89,7 +89,7 @@ def slow_evaluate(people, detections, setup, protocol="official"):
         truths.sort(key=lambda truth: truth[4])
         mine = [
             (detections.boxes[k].tolist(), float(detections.scores[k]))
-            for k in np.flatnonzero(detections.frame == index).tolist()
+            for k in np.flatnonzero(detections.frame_idxs == index).tolist()
         ]
         mine.sort(key=lambda item: -item[1])
         if mine or protocol == "official":
@@ -149,7 +149,7 @@ def random_case(rng):
     near = people.boxes[copies] + rng.integers(-1, 2, (len(copies), 4)) * (6, 10, 6, 10)
     far = np.hstack([rng.integers(0, 500, (n, 2)), rng.integers(20, 100, (n, 2))])
     boxes = np.vstack([near, far]).astype(np.float64)
-    frame = np.concatenate([people.frame[copies], rng.integers(0, n, n)])
+    frame = np.concatenate([people.frame_idxs[copies], rng.integers(0, n, n)])
     scores = rng.integers(0, 30, len(boxes)) / 30
     order = np.lexsort((-scores, frame))
     return people, Detections(frame[order], boxes[order], scores[order])
@@ -183,7 +183,7 @@ def test_a_shuffled_file_is_sorted_stably(seed):
 
 
 def reorder(detections, order):
-    return Detections(detections.frame[order], detections.boxes[order], detections.scores[order])
+    return Detections(detections.frame_idxs[order], detections.boxes[order], detections.scores[order])
 
 
 # ------------------------------------------------------------------- matching, by hand
@@ -214,7 +214,7 @@ def test_of_equal_scores_the_earlier_row_is_served_first():
     people = make_people((0, 100, 100, 40, 100))
     worse, better = (0, 100, 110, 40, 100, 0.8), (0, 100, 100, 40, 100, 0.8)
     for rows in ((worse, better), (better, worse)):
-        ranked = rank(make_detections(*rows))
+        ranked = sort_by_score(make_detections(*rows))
         assert ranked.boxes[:, 1].tolist() == [row[2] for row in rows]
         assert outcomes(people, make_detections(*rows))[0] == [1, 0]
 
@@ -223,15 +223,15 @@ def test_of_equal_scores_in_an_unordered_file_the_earlier_row_is_served_first():
     """A row of a higher score further down changes nothing."""
     people = make_people((0, 100, 100, 40, 100), (0, 300, 100, 40, 100))
     exact, wrong, other = (0, 100, 100, 40, 100, 0.5), (0, 10, 100, 40, 100, 0.5), (0, 300, 100, 40, 100, 0.9)
-    assert rank(make_detections(wrong, exact, other)).boxes[:, 0].tolist() == [300, 10, 100]
+    assert sort_by_score(make_detections(wrong, exact, other)).boxes[:, 0].tolist() == [300, 10, 100]
     assert outcomes(people, make_detections(exact, wrong, other)) == ([1, 1, 0], [1, 0])
     result = evaluate(people, make_detections(exact, wrong, other))["Reasonable-all"]
     assert result.miss_rate == pytest.approx(1e-10)  # x, y, w and h would have decided for the wrong one
 
 
 def test_pooled_ties_go_by_frame():
-    ranked = rank(make_detections((2, 0, 0, 9, 9, 0.5), (0, 0, 0, 9, 9, 0.5), (1, 0, 0, 9, 9, 0.5)))
-    assert ranked.frame.tolist() == [0, 1, 2]
+    ranked = sort_by_score(make_detections((2, 0, 0, 9, 9, 0.5), (0, 0, 0, 9, 9, 0.5), (1, 0, 0, 9, 9, 0.5)))
+    assert ranked.frame_idxs.tolist() == [0, 1, 2]
 
 
 def test_best_overlap_is_taken_and_of_equal_ones_the_later():
@@ -382,7 +382,7 @@ def test_subsets_go_by_set_number_not_by_position():
     few, found = select_frames(
         people, make_detections((1, 1, 1, 9, 9, 0.5), (3, 1, 1, 9, 9, 0.6)), [frames[3], frames[0]]
     )
-    assert few.frame.tolist() == [0, 1] and found.frame.tolist() == [0] and found.other_frames == 1
+    assert few.frame_idxs.tolist() == [0, 1] and found.frame_idxs.tolist() == [0] and found.other_frames == 1
     with pytest.raises(InputError, match="set00/V000/I00000"):
         select_frames(people, found, ["set00/V000/I00000"])
 
@@ -405,9 +405,9 @@ def test_id_shift_sees_a_wrong_base():
     rows = [(i, *rng.uniform(10, 400, 2), 40, 100) for i in range(60)]
     people = make_people(*rows, frames=61)
     right = make_detections(*((*row, 0.5) for row in rows))
-    assert id_shift(people, right) == 0
-    assert id_shift(people, replace(right, frame=right.frame + 1)) == -1
-    assert id_shift(people, make_detections()) == 0
+    assert find_id_shift(people, right) == 0
+    assert find_id_shift(people, replace(right, frame_idxs=right.frame_idxs + 1)) == -1
+    assert find_id_shift(people, make_detections()) == 0
 
 
 # ------------------------------------------------------------------- confidence
@@ -419,10 +419,11 @@ def slow_resample(people, detections, setup, picks):
     for new, old in enumerate(picks):
         rows += [
             (new, *people.boxes[k], people.occlusion[k], people.ignore[k])
-            for k in np.flatnonzero(people.frame == old)
+            for k in np.flatnonzero(people.frame_idxs == old)
         ]
         boxes += [
-            (new, *detections.boxes[k], detections.scores[k]) for k in np.flatnonzero(detections.frame == old)
+            (new, *detections.boxes[k], detections.scores[k])
+            for k in np.flatnonzero(detections.frame_idxs == old)
         ]
     copied = make_people(*rows, frames=len(picks))
     return evaluate(copied, make_detections(*boxes), {"it": setup})["it"].miss_rate
@@ -473,7 +474,7 @@ def test_equals_the_official_tools(reference, real_people, name):
     expected = json.loads((reference / "results" / "reference.json").read_text())[name]
     detections = read_detections(reference / "results" / name, real_people.frames)
     # Ties keep the order of their rows; all else may stand anywhere.
-    ties = np.unique(np.stack([detections.frame, detections.scores]), axis=1, return_inverse=True)[1]
+    ties = np.unique(np.stack([detections.frame_idxs, detections.scores]), axis=1, return_inverse=True)[1]
     places = np.random.default_rng(0).permutation(ties.max() + 1)
     orders = [
         np.arange(len(ties)),
@@ -517,9 +518,9 @@ def test_real_subsets_are_the_first_and_last_frames(real_people):
 
 
 def test_one_perfect_box_scores_zero_on_the_leaderboard(reference, real_people):
-    alone = np.bincount(real_people.frame)[real_people.frame] == 1
+    alone = np.bincount(real_people.frame_idxs)[real_people.frame_idxs] == 1
     k = int(np.flatnonzero(alone & ~real_people.ignore & (real_people.boxes[:, 3] > 60))[0])
-    box = make_detections((real_people.frame[k], *real_people.boxes[k], 0.9))
+    box = make_detections((real_people.frame_idxs[k], *real_people.boxes[k], 0.9))
     assert evaluate(real_people, box, protocol="leaderboard")["Reasonable-all"].miss_rate == 0
     assert evaluate(real_people, box)["Reasonable-all"].miss_rate > 0.99
 
@@ -531,7 +532,7 @@ def test_memory_grows_with_the_detections_not_their_square(reference, real_peopl
     for times in (2, 20):
         boxes = np.tile(detections.boxes, (times, 1))
         boxes += rng.uniform(-1, 1, boxes.shape)
-        many = Detections(np.tile(detections.frame, times), boxes, rng.random(len(boxes)))
+        many = Detections(np.tile(detections.frame_idxs, times), boxes, rng.random(len(boxes)))
         tracemalloc.start()
         evaluate(real_people, many)
         peaks.append(tracemalloc.get_traced_memory()[1])

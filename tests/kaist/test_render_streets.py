@@ -155,7 +155,7 @@ def test_worlds_differ_in_training_and_share_their_test_list():
 
 
 def test_the_note_is_of_drawn_sets_alone():
-    assert "drawings alone" in demo.drawings_note("/somewhere/data/streets")
-    assert demo.drawings_note("data/streets-without-haze")
-    assert not demo.drawings_note("/mine/streets") and not demo.drawings_note("streets")
-    assert not demo.drawings_note("data/demo") and not demo.drawings_note("/data/kaist")
+    assert "drawings alone" in demo.streets_note("/somewhere/data/streets")
+    assert demo.streets_note("data/streets-without-haze")
+    assert not demo.streets_note("/mine/streets") and not demo.streets_note("streets")
+    assert not demo.streets_note("data/demo") and not demo.streets_note("/data/kaist")

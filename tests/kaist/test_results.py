@@ -84,7 +84,7 @@ def test_text_ids_count_from_one_and_json_ids_from_zero(tmp_path):
     content = [entry(3), entry(0, [1.5, 2, 3, 4], 1e-3)]
     from_json = read(tmp_path / "a.json", json.dumps(content))
     for found in (text, from_json):
-        assert found.frame.tolist() == [3, 0] and found.scores.tolist() == [0.5, 1e-3]
+        assert found.frame_idxs.tolist() == [3, 0] and found.scores.tolist() == [0.5, 1e-3]
         assert found.boxes.tolist() == [BOX, [1.5, 2, 3, 4]]
     np.testing.assert_array_equal(text.boxes, from_json.boxes)
 
@@ -98,7 +98,7 @@ def test_other_categories_are_counted(tmp_path):
 def test_no_rows_are_a_result(tmp_path):
     for name, text in (("a.txt", ""), ("b.txt", " \n"), ("a.json", "[]")):
         found = read(tmp_path / name, text)
-        assert found.boxes.shape == (0, 4) and len(found.frame) == len(found.scores) == 0
+        assert found.boxes.shape == (0, 4) and len(found.frame_idxs) == len(found.scores) == 0
 
 
 @pytest.mark.parametrize(
@@ -256,8 +256,8 @@ def test_json_ids_may_be_names(tmp_path):
     """Frame ids as the lists have them, or as detect.py names pictures."""
     rows = [{**entry(0), "image_id": name} for name in (FRAMES[1], FRAMES[0].replace("/", "_"))]
     found = read(tmp_path / "a.json", json.dumps(rows))
-    assert found.frame.tolist() == [1, 0] and found.ids == "its image ids are frame ids"
-    assert "numbers from 0" in read(tmp_path / "b.json", json.dumps([entry(0)])).ids
+    assert found.frame_idxs.tolist() == [1, 0] and found.id_format == "its image ids are frame ids"
+    assert "numbers from 0" in read(tmp_path / "b.json", json.dumps([entry(0)])).id_format
     for wrong in ("set11/V009/I99999", 1, None):
         text = ",\n".join(map(json.dumps, [*rows, {**entry(0), "image_id": wrong}]))
         with pytest.raises(InputError, match=f"a.json:3: image_id '{wrong}' is no frame of the list"):
@@ -272,7 +272,7 @@ def test_what_is_written_reads_back_exactly(tmp_path, name):
     detections = Detections(rng.integers(0, 4, 50), boxes, scores)
     write_detections(tmp_path / name, detections, FRAMES)
     found = read_detections(tmp_path / name, FRAMES)
-    np.testing.assert_array_equal(found.frame, detections.frame)
+    np.testing.assert_array_equal(found.frame_idxs, detections.frame_idxs)
     np.testing.assert_array_equal(found.boxes.astype(np.float32), boxes)
     np.testing.assert_array_equal(found.scores.astype(np.float32), scores)
     assert frames_path(tmp_path / name).read_text().split() == list(FRAMES)
@@ -284,7 +284,7 @@ def test_companion_says_what_ids_mean(tmp_path):
     detections = Detections(np.arange(5), np.array([BOX] * 5, float), np.arange(5) / 5)
     write_detections(tmp_path / "a.txt", detections, order)
     found = read_detections(tmp_path / "a.txt", FRAMES)
-    assert found.frame.tolist() == [2, 0, 1, 3] and found.other_frames == 1
+    assert found.frame_idxs.tolist() == [2, 0, 1, 3] and found.other_frames == 1
     with pytest.raises(InputError, match="set11/V000/I00000"):
         read_detections(tmp_path / "a.txt", ["set11/V000/I00000"])
 
@@ -322,7 +322,7 @@ def test_report_writes_the_run(annotations, tmp_path, capsys):
     numbers = report("mine", truth, perfect(2), tmp_path)
     assert numbers["official"]["Reasonable-all"]["miss_rate"] == pytest.approx(0.5)
     assert "mine" in capsys.readouterr().out
-    assert read_detections(tmp_path / "detections.txt", FRAMES).frame.tolist() == [0, 1]
+    assert read_detections(tmp_path / "detections.txt", FRAMES).frame_idxs.tolist() == [0, 1]
     assert json.loads((tmp_path / "miss_rate.json").read_text())["mine"] == numbers
     assert headline(evaluate(truth, perfect(2))).keys() == {
         "miss_rate",

@@ -16,8 +16,8 @@ from tools import leaderboard
 def test_the_page_holds_rates_intervals_and_gaps(demo_root, tmp_path, monkeypatch):
     people = load_ground_truth(demo_root, read_image_list(demo_root / "imageSets/test-all.txt"))
     rng = np.random.default_rng(0)
-    good = Detections(people.frame, people.boxes, rng.random(len(people.frame)))
-    poor = Detections(people.frame, people.boxes + [15, 0, 0, 0], good.scores)
+    good = Detections(people.frame_idxs, people.boxes, rng.random(len(people.frame_idxs)))
+    poor = Detections(people.frame_idxs, people.boxes + [15, 0, 0, 0], good.scores)
     for name, found in (("MLPD_result.txt", good), ("mine.json", poor)):
         write_detections(tmp_path / name, found, people.frames)
     page, figure = tmp_path / "page.md", tmp_path / "figure.png"
