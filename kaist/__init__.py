@@ -1,11 +1,11 @@
-"""The KAIST benchmark without torch: its files, its miss rate, its images, and a drawn demo set.
+"""The KAIST benchmark without torch: file formats, miss rate, images, and a synthetic demo set.
 
     import kaist
     test_set = kaist.load_ground_truth("KAIST_annotation.json")
     results = kaist.evaluate(test_set, kaist.read_detections("result.txt", test_set.frames))
     print(results["Reasonable-all"].miss_rate)
 
-This much needs numpy alone.
+This example needs numpy only.
 """
 
 from kaist.annotations import open_annotations, read_image_list

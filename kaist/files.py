@@ -59,7 +59,7 @@ def check_file(path: Path) -> int:
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe or a device"
-        raise InputError(f"it is {kind}, not a file", "name a file", file=path)
+        raise InputError(f"it is {kind}, not a file", "choose a file", file=path)
     return status.st_size
 
 
@@ -76,7 +76,7 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise InputError("not a text file in UTF-8", "name another file", file=path) from None
+        raise InputError("not a text file in UTF-8", "choose another file", file=path) from None
     return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
@@ -186,14 +186,14 @@ class OneLineParser(argparse.ArgumentParser):
         raise InputError(message, remedy)
 
 
-def out_path(*endings: str) -> Callable[[str], Path]:
-    """Return an argparse type for the path of an output file; endings: allowed suffixes, none: any."""
+def out_path(*suffixes: str) -> Callable[[str], Path]:
+    """Return an argparse type for the path of an output file; suffixes: the allowed ones, none: any."""
 
     def parse(text: str) -> Path:
         if not Path(text).name or os.path.isdir(text):
             raise argparse.ArgumentTypeError(f"{text!r} is not a file name")
-        if endings and Path(text).suffix.lower() not in endings:
-            raise argparse.ArgumentTypeError(f"{text} does not end in {' or '.join(endings)}")
+        if suffixes and Path(text).suffix.lower() not in suffixes:
+            raise argparse.ArgumentTypeError(f"{text} does not end in {' or '.join(suffixes)}")
         return Path(text)
 
     return parse
@@ -211,9 +211,7 @@ def check_overwrite(outputs: Iterable[Path | None], inputs: Iterable[Path | None
     real_inputs = {os.path.realpath(path) for path in inputs if path}
     for path in filter(None, outputs):
         if os.path.realpath(path) in real_inputs:
-            raise InputError(
-                "it is an input file and would be overwritten", "choose another place", file=path
-            )
+            raise InputError("an input file that would be overwritten", "choose another place", file=path)
 
 
 def check_flags(check: Callable[[], object]) -> None:

@@ -150,7 +150,7 @@ def hold_out_videos(times: Mapping[str, str], share: float, seed: int) -> dict[s
     times: frame id -> "day" or "night", or "" if unknown.
 
     Raises:
-        InputError: share > 0, but there is only one video by day or night.
+        InputError: share > 0, but there is at most one video by day and one by night.
     """
     held_out: set[str] = set()
     for time in sorted({*times.values()}) if share else ():
@@ -164,7 +164,7 @@ def hold_out_videos(times: Mapping[str, str], share: float, seed: int) -> dict[s
         if not n and len(videos) > 1:
             held_out.add(str(videos[counts.argmin()]))
     if share and not held_out:
-        problem = f"VALIDATION = {share:g} holds out whole videos, but the list has only one by day or night"
+        problem = f"VALIDATION = {share:g} holds out whole videos, but there is at most one by day and night"
         raise InputError(problem, "list more videos, or set VALIDATION = 0")
     return dict.fromkeys(frame_id for frame_id in times if video_of(frame_id) in held_out)
 

@@ -5,7 +5,7 @@ Files of one frame, by `form`; all are read as x, y, w, h in pixels, x and y the
         toolbox). paired, kaist-text: the same, but five columns are enough.
     xml, xml-sanitized: KAIST's XML with x, y, w, h in bndbox, or VOC's with xmin, ymin, xmax, ymax.
     yolo: lines of `class cx cy w h`, as fractions of the frame.
-    cvc14: lines of `x y w h 1 0 …`, x and y the center of the box; every object is a person.
+    cvc14: lines of `x y w h 1 0 …`, x and y the centre of the box; every object is a person.
 Files of many frames are JSON: KAIST's test annotations, or COCO's.
 
 Invalid input raises an InputError with its line. Readers with a parameter `errors` append it to that

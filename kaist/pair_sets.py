@@ -222,7 +222,7 @@ def read_label_files(
 
 
 def read_coco_labels(base: Path, pattern: str, ids: Collection[str], found: Files, errors: Errors) -> Labels:
-    """Read the objects of frames from a COCO JSON; paths of another computer are matched by file name."""
+    """Read the objects of frames from a COCO JSON; a path that does not exist is matched by its file name."""
     path = resolve_file(base, pattern)
     content = read_json(path, errors, kaist=False)
     frames, names = match_names(content, found), {}
@@ -262,7 +262,7 @@ def apply_roles(
 def check_pair(frame_id: str, pair: Mapping[str, Path], errors: Errors) -> tuple[int, int] | None:
     """Return the width and height of both images of a pair; None if they or the id are invalid."""
     try:
-        if printable(frame_id).strip().splitlines() != [frame_id]:  # a line of a list of frames
+        if printable(frame_id).strip().splitlines() != [frame_id]:  # not a line of a text file
             problem = f"its frame id, {frame_id!r}, cannot be written to a list of frames"
             raise InputError(problem, "rename the file", file=pair["visible"])
         visible, lwir = image_size(pair["visible"]), image_size(pair["lwir"], deep=True)

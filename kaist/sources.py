@@ -22,7 +22,7 @@ from kaist.frames import Frame
 from kaist.miss_rate import GroundTruth, load_ground_truth
 from kaist.pair_sets import NAMED_SETS, SPLITS, find_lwir_range, open_pairs
 
-KAIST = "kaist"  # DATA of a KAIST root
+KAIST = "kaist"  # the value of DATA for a KAIST root
 # Config keys that `open_training` and `open_testing` take.
 TRAIN_SET_KEYS = ("data", "data_root", "train_list", "annotations", "input_mode")
 TEST_SET_KEYS = ("data", "data_root", "test_list", "test_annotations", "lwir_range")

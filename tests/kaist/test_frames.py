@@ -145,9 +145,7 @@ def test_day_and_night_of_another_set_are_its_own():
         pairs = PairSet(Path("cvc14"), tuple(ids), {}, sizes, rows, "Night*")
         return {video_of(frame_id) for frame_id in split_frames(ids, pairs, **how)[1]}
 
-    with pytest.raises(
-        InputError, match="VALIDATION = 0.3 holds out whole videos, but the list has only one"
-    ):
+    with pytest.raises(InputError, match="VALIDATION = 0.3 holds out whole videos, but there is at most one"):
         split("Day", "Night")
     assert sorted(video[:-1] for video in split("Day1", "Day2", "Night1", "Night2")) == ["Day", "Night"]
     assert split("Day1", "Day2", "Night") < {"Day1", "Day2"}
