@@ -1,13 +1,13 @@
-"""KAIST pairs as batches: augmented samples, and their loaders.
+"""Data sets, batches and loaders of visible-LWIR pairs.
 
-Every random choice for a sample comes from a generator keyed by (seed, epoch, frame index), so
-any number of workers gives the same samples.
+All random values of a sample come from a generator with the seed (seed, epoch, frame index), so the
+samples do not depend on the number of workers.
 """
 
 from __future__ import annotations
 
 if __name__ == "__main__":
-    raise SystemExit("it checks nothing itself any more: python -m tools.check_data ROOT")
+    raise SystemExit("to check a data set, run: python -m tools.check_data ROOT")
 
 import dataclasses
 import math
@@ -47,11 +47,11 @@ TEST_LOADER_KEYS = ("min_height", "margin", *LOADER_KEYS)
 
 
 class Sample(NamedTuple):
-    """One frame as the network sees it; boxes are (n, 4) xyxy fractions of the input.
+    """One frame as the network sees it.
 
     image: (C, H, W) uint8.
-    mask_boxes, mask_labels: what the masks are drawn from: the boxes, or those of the unaugmented
-    frame where masks do not follow the augmentation.
+    boxes: (n, 4) float32 xyxy fractions of the input; labels: (n,) int64, see `Batch`.
+    mask_boxes, mask_labels: the objects in the masks; see `KaistPairs.masks_follow`.
     """
 
     image: Tensor
@@ -64,20 +64,19 @@ class Sample(NamedTuple):
 
 @dataclass(eq=False)
 class KaistPairs(Dataset):
-    """Frames of a KAIST root, or of another set of pairs, as samples for a network of a given input.
+    """Samples from the frames of KAIST or of another set of pairs, indexed by (epoch, index).
 
-    Indexed by (epoch, index). A frame that cannot be read comes as a BadFrame, because an exception
-    would end the whole batch.
+    A frame that cannot be read gives a `BadFrame`, because an exception would lose the whole batch.
 
-    root: folder with `images/`, or a set of pairs; frames: as from `load_frames`.
+    root: folder with `images/`, or a set of pairs; frames: see `load_frames`.
     input_mode: "lwir", "visible", "mean", "early" or "halfway"; input_size: (height, width).
-    filler: (C,) uint8, the colour around a frame and of a blanked modality.
-    augmentation: None resizes the whole frame.
-    masks_follow: masks show the boxes after augmentation. False repeats the mistake of the logged
-        experiments 18 to 25, whose masks showed the unaugmented frame.
-    seed: key of all random choices, together with epoch and frame index.
-    cache: decoded frames of this input, read instead of the images.
-    without: a modality that is blanked instead of read.
+    filler: (C,) uint8, the fill colour around a frame and of a blanked modality.
+    augmentation: random augmentation; None only resizes the frame.
+    masks_follow: make masks from the augmented boxes. False uses the original boxes, a mistake of
+        the logged experiments 18 to 25.
+    seed: random seed, combined with the epoch and the frame index.
+    cache: decoded frames, read instead of the image files.
+    without: a modality to blank.
     """
 
     root: Path | PairSet
@@ -107,47 +106,47 @@ class KaistPairs(Dataset):
             return BadFrame(frame.id, error)
         whole = transform = whole_frame(pixels.shape[2], self.input_size, frame.size)
         if options is not None:
-            how = (options, self.input_size, self.filler, frame.size)
-            transform = sample_transform(rng, frame.persons, frame_mean(pixels), *how)
+            settings = (options, self.input_size, self.filler, frame.size)
+            transform = sample_transform(rng, frame.persons, frame_mean(pixels), *settings)
         image = transform.apply(pixels)
         if options is not None and rng.random() < options.jitter:
             image = add_blur_and_noise(rng, image)
-        annotated = (frame.boxes_px, frame.labels, frame.seen)
-        objects = transform.move(*annotated)
-        mask_objects = objects if self.masks_follow else whole.move(*annotated)
+        frame_objects = (frame.boxes_px, frame.labels, frame.seen)
+        objects = transform.move(*frame_objects)
+        mask_objects = objects if self.masks_follow else whole.move(*frame_objects)
         return Sample(image, *objects, *mask_objects, frame.id)
 
     def paste(self, rng: np.random.Generator, frame: Frame, pixels: np.ndarray) -> tuple[Frame, np.ndarray]:
-        """The frame, by chance with people of another one of the same time of day and size."""
-        donors = self.donors.get(self.kind(frame))
+        """Copy-paste augmentation with a random donor frame of the same time of day and size."""
+        donors = self.donors.get(self.group_of(frame))
         if not donors or rng.random() >= self.augmentation.copy_paste:
             return frame, pixels
         donor = self.frames[rng.choice(donors)]
         try:
-            theirs = self.read(donor.id)
-        except InputError:  # it is told when its own turn comes
+            donor_pixels = self.read(donor.id)
+        except InputError:  # reported when the donor's own sample is read
             return frame, pixels
-        own = (frame.boxes_px, frame.labels)
-        pixels, boxes, labels = paste_people(rng, pixels, *own, theirs, donor.persons)
+        objects = (frame.boxes_px, frame.labels)
+        pixels, boxes, labels = paste_people(rng, pixels, *objects, donor_pixels, donor.persons)
         seen = np.append(frame.seen, np.full(len(labels) - len(frame.labels), BOTH))
         return dataclasses.replace(frame, boxes_px=boxes, labels=labels, seen=seen), pixels
 
     @cached_property
     def donors(self) -> dict[tuple[str, tuple[int, int]], list[int]]:
         """Indices of the frames with persons, by time of day and size."""
-        found = defaultdict(list)
+        groups = defaultdict(list)
         for i, frame in enumerate(self.frames):
             if frame.n_persons:
-                found[self.kind(frame)].append(i)
-        return found
+                groups[self.group_of(frame)].append(i)
+        return groups
 
-    def kind(self, frame: Frame) -> tuple[str, tuple[int, int]]:
-        """A frame's time of day, as its set marks it, and its size."""
-        is_marked = isinstance(self.root, PairSet)
-        return (self.root.time_of_day if is_marked else time_of_day)(frame.id), frame.size
+    def group_of(self, frame: Frame) -> tuple[str, tuple[int, int]]:
+        """A frame's time of day and size."""
+        time_of = self.root.time_of_day if isinstance(self.root, PairSet) else time_of_day
+        return time_of(frame.id), frame.size
 
     def read(self, frame_id: str) -> np.ndarray:
-        """A frame's pixels, (h, w, C) uint8, from the cache where there is one."""
+        """A frame's pixels, (h, w, C) uint8, from the cache if there is one."""
         if self.cache is not None:
             return self.cache.read(frame_id)
         return read_frame(self.root, frame_id, self.input_mode, self.without, self.filler)
@@ -157,9 +156,13 @@ class KaistPairs(Dataset):
 
 
 class Batch(NamedTuple):
-    """images (N, C, H, W) uint8; boxes (N, M, 4) float32 xyxy fractions; labels (N, M) int64, 1 person
-    in visible, 2 in LWIR, 3 in both, -1 ignore, 0 padding; masks: per infused map (N, h, w) int64;
-    frame ids."""
+    """Samples of N frames, padded to M objects.
+
+    images: (N, C, H, W) uint8.
+    boxes: (N, M, 4) float32 xyxy fractions of the input.
+    labels: (N, M) int64: person in visible 1, in LWIR 2, in both 3; ignore -1; padding 0.
+    masks: for each infused map (N, h, w) int64, see `box_masks`.
+    """
 
     images: Tensor
     boxes: Tensor
@@ -168,23 +171,22 @@ class Batch(NamedTuple):
     frame_ids: list[str]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device; copies from pinned memory do not block."""
+        """Copy the batch to a device, from pinned memory without blocking."""
         tensors = (t.to(device, non_blocking=True) for t in (self.images, self.boxes, self.labels))
         masks = [mask.to(device, non_blocking=True) for mask in self.masks]
         return Batch(*tensors, masks, self.frame_ids)
 
 
 def max_objects(dataset: KaistPairs) -> int:
-    """How many objects a sample may have, rounded up, for batches of a shape that stays."""
+    """The maximum number of objects in a sample, rounded up to a multiple of 8."""
     options = dataset.augmentation or Augmentation()
-    most = max(len(frame.labels) for frame in dataset.frames) + MAX_PASTED * (options.copy_paste > 0)
-    most *= 2 if options.mirror_apart or options.crop_apart else 1  # one box may become two
-    return max(8, math.ceil(most / 8) * 8)
+    n = max(len(frame.labels) for frame in dataset.frames) + MAX_PASTED * (options.copy_paste > 0)
+    n *= 2 if options.mirror_apart or options.crop_apart else 1  # a box may become one per modality
+    return max(8, math.ceil(n / 8) * 8)
 
 
 def pad(arrays: Sequence[np.ndarray], pad_to: int) -> Tensor:
-    """Arrays (n_i, …) of N frames as a tensor (N, M, …), filled with zeros: M is the largest n_i, but at
-    least `pad_to`."""
+    """Pad N arrays (n_i, …) with zeros to a tensor (N, M, …); M is the largest n_i, at least `pad_to`."""
     shape = (len(arrays), max(pad_to, *map(len, arrays)), *arrays[0].shape[1:])
     padded = np.zeros(shape, arrays[0].dtype)
     for row, array in zip(padded, arrays, strict=True):
@@ -194,12 +196,10 @@ def pad(arrays: Sequence[np.ndarray], pad_to: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Collate:
-    """Samples to a Batch with masks for feature maps of the given (h, w) sizes, and what is bad.
+    """The collate_fn: samples to a `Batch` (None if there is no readable frame) and the bad frames.
 
-    The Batch is of the frames that could be read, None if there are none.
-
-    map_range: leaves the persons that a map cannot detect out of its mask.
-    pad_to: so many objects a frame, or those of the fullest frame if they are more.
+    map_sizes, map_range: see `box_masks`.
+    pad_to: minimum number of objects to which boxes and labels are padded.
     """
 
     map_sizes: list[tuple[int, int]]
@@ -212,7 +212,7 @@ class Collate:
         if not samples:
             return None, bad
         arrays = zip(*(sample[1:5] for sample in samples), strict=True)
-        boxes, labels, *mask_objects = (pad(own, self.pad_to) for own in arrays)
+        boxes, labels, *mask_objects = (pad(field, self.pad_to) for field in arrays)
         masks = box_masks(*mask_objects, self.map_sizes, self.map_range)
         images = torch.stack([sample.image for sample in samples])
         if problem := share_memory([images, boxes, labels, *masks]):
@@ -226,21 +226,24 @@ class Collate:
 def training_loader(
     dataset: KaistPairs, model: Detector, *, cache: str, out_of_range: str, **settings: Any
 ) -> BatchLoader:
-    """Shuffled batches for a network, with masks.
+    """The loader of shuffled training batches.
 
     Args:
         cache: folder for decoded frames, "" for none.
-        out_of_range: what persons become whom a map cannot detect: "keep", "background" or "ignore".
-        settings: as of `BatchLoader`.
+        out_of_range: treatment in a map's mask of persons that match none of its priors: "keep",
+            "background" or "ignore".
+        settings: see `BatchLoader`.
     """
     if cache:
-        wanted = (cache, dataset.root, [frame.id for frame in dataset.frames], dataset.input_mode)
+        cache_args = (cache, dataset.root, [frame.id for frame in dataset.frames], dataset.input_mode)
         if is_main_process():
-            cache_frames(*wanted)
+            cache_frames(*cache_args)
         barrier()
-        dataset = dataclasses.replace(dataset, cache=cache_frames(*wanted, check=False))
-    map_range, priors = None, [own.cpu() for own in model.map_priors()]  # masks are made there
-    if out_of_range != "keep":  # a stream's map, which has no priors, goes by the finest
+        dataset = dataclasses.replace(dataset, cache=cache_frames(*cache_args, check=False))
+    map_range = None
+    if out_of_range != "keep":
+        priors = [map_priors.cpu() for map_priors in model.map_priors()]  # workers make masks on the CPU
+        # The maps of the two streams have no priors; they use those of the finest map.
         maps = [i if i < len(priors) else 0 for i in model.infused_maps]
         map_range = MapRange(priors, maps, {"background": 0, "ignore": -1}[out_of_range])
     return batch_loader(dataset, model, shuffle=True, map_range=map_range, **settings)
@@ -256,12 +259,12 @@ def test_loader(
     without: str = "",
     **settings: Any,
 ) -> BatchLoader:
-    """Batches of a test list's whole frames in their order for a network, after a look at every image.
+    """The loader of unaugmented test frames in their order; checks first that all images exist.
 
     Args:
-        min_height, margin: whom the masks ignore, as in `make_frames`.
-        without: a modality that is blanked.
-        settings: as of `BatchLoader`.
+        min_height, margin: persons to ignore in the masks, see `make_frames`.
+        without: a modality to blank.
+        settings: see `BatchLoader`.
     """
     frames = frames_from_gt(ground_truth, min_height, margin)
     check_images(root, [frame.id for frame in frames], model.input_mode, without)
@@ -270,17 +273,15 @@ def test_loader(
 
 
 def input_kwargs(model: Detector) -> dict[str, Any]:
-    """What `KaistPairs` is told of the network that its samples are for."""
+    """The arguments of `KaistPairs` that follow from the network."""
     return {"input_mode": model.input_mode, "input_size": model.size, "filler": model.filler()}
 
 
 def batch_loader(
     dataset: KaistPairs, model: Detector, map_range: MapRange | None = None, **settings: Any
 ) -> BatchLoader:
-    """Batches of pairs on the host, for a network and its device; map_range as in `Collate`, settings as of
-    `BatchLoader`."""
+    """The loader of a data set for a network and its device; settings: see `BatchLoader`."""
     on_gpu = model.priors.is_cuda
-    # A GPU wants shapes that stay; a CPU nothing to do for padding.
-    pad_to = max_objects(dataset) if on_gpu else 1
+    pad_to = max_objects(dataset) if on_gpu else 1  # fixed shapes for CUDA graphs, less work on a CPU
     collate = Collate([model.grids[i] for i in model.infused_maps], map_range, pad_to)
     return BatchLoader(dataset, collate, pin_memory=on_gpu, **settings)

@@ -1,8 +1,9 @@
 """SSD300 on VGG16 with segmentation infusion heads.
 
+The infusion heads predict box-shaped masks from the detector's feature maps; they are not used at inference.
+
 Sources: Liu et al., "SSD: Single Shot MultiBox Detector" (ECCV 2016); Brazil et al., "Illuminating
-Pedestrians via Simultaneous Detection & Segmentation" (ICCV 2017) for segmentation infusion: heads
-that learn box-shaped masks from the same feature maps, and are left out at inference.
+Pedestrians via Simultaneous Detection & Segmentation" (ICCV 2017), segmentation infusion.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ssd.boxes import EXTRA_LAYERS, STRIDES, VARIANCES, Predictions, feature_map
 from ssd.layers import VGG16_STAGES, Detector, L2Norm, conv_relu, stage_outputs, vgg_stage
 from ssd.multispectral import MLPD, INSANet
 
-# What a batch carries.
+# Channels of a batch's images.
 INPUT_CHANNELS = {"lwir": 1, "visible": 3, "mean": 4, "early": 4, "halfway": 4}
 IMAGENET_MEAN = (0.485, 0.456, 0.406, 0.449)  # R, G, B, then their mean for LWIR
 IMAGENET_STD = (0.229, 0.224, 0.225, 0.226)
@@ -28,15 +29,15 @@ class SSD300(Detector):
     """SSD with a VGG16 backbone, six feature maps and optional segmentation infusion heads.
 
     Args:
-        input_mode: "lwir" (1 channel), "visible" (3), "mean" (visible and LWIR averaged into 3),
-            "early" (4 channels side by side) or "halfway" (see `HalfwayFusion`). Batches carry
-            visible first, LWIR last.
+        input_mode: "lwir" (1 channel), "visible" (3), "mean" (average of visible and LWIR, 3),
+            "early" (4 stacked channels) or "halfway" (see `HalfwayFusion`). The channels of a batch
+            are visible first, LWIR last.
         batch_norm: BatchNorm after each of VGG16's 13 convolutions, as in VGG16-BN.
-        width, prior_set, size: as of `Detector`; infusion, infusion_conv: as in `Detector.add_heads`.
-        centres: where the priors lie, "even" or "stride", see `make_grids`.
-        pixel_mean, pixel_std: (R, G, B, LWIR) of pixels from 0 to 1, subtracted and divided by.
+        width, prior_set, size: see `Detector`; infusion, infusion_conv: see `Detector.add_heads`.
+        centres: centres of the priors, "even" or "stride", see `make_grids`.
+        pixel_mean, pixel_std: (R, G, B, LWIR) for pixels from 0 to 1; normalise the input.
 
-    What a checkpoint from before an argument was added was trained with is its default.
+    The defaults are the values of checkpoints older than the argument.
     """
 
     def __init__(
@@ -90,26 +91,25 @@ class SSD300(Detector):
         return [[*stream, *self.to_conv5_3] for stream in streams]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) uint8 -> float, less `pixel_mean` over `pixel_std`; "mean" averages to 3."""
+        """Normalise (N, C, H, W) uint8 images to float; "mean" averages visible and LWIR to 3 channels."""
         x = super().normalise(images)
         return (x[:, :3] + x[:, 3:]) / 2 if self.input_mode == "mean" else x
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """The six maps the heads read, finest first: 38, 19, 10, 5, 3, 1 for a 300x300 input."""
+        """The six feature maps, finest first: 38, 19, 10, 5, 3, 1 cells a side for a 300x300 input."""
         conv4_3 = self.to_conv4_3(x)
-        finest = self.conv4_3_norm(conv4_3)  # first: the order decides how gradients round
+        finest = self.conv4_3_norm(conv4_3)  # first, because the order affects rounding of gradients
         return [finest, *stage_outputs(self.conv6_7(self.to_conv5_3(conv4_3)), self.extras)]
 
 
 class HalfwayFusion(nn.Module):
-    """Visible and LWIR each in a VGG16 stream up to conv4_3, joined there by a 1x1 convolution.
+    """A VGG16 stream up to conv4_3 for each modality, fused by a 1x1 convolution.
 
     Source: Liu et al., "Multispectral Deep Neural Networks for Pedestrian Detection" (BMVC 2016), whose
-    halfway fusion joins after conv4 too. (MLPD does not: it runs both streams through all layers and
-    joins them at each of six maps.)
+    halfway fusion is also after conv4. (MLPD differs: both streams have all layers, fused at each map.)
 
     Args:
-        visible, lwir: from 3 channels and from 1 to `channels` at an eighth of the resolution.
+        visible, lwir: streams from 3 channels and 1 channel to `channels`, at 1/8 of the resolution.
     """
 
     def __init__(self, visible: nn.Sequential, lwir: nn.Sequential, channels: int) -> None:
@@ -122,61 +122,63 @@ class HalfwayFusion(nn.Module):
         return self.join(torch.cat([self.visible(x[:, :3]), self.lwir(x[:, 3:])], dim=1))
 
     def start_from_mean(self) -> None:
-        """Let the join be the streams' mean, so that pretrained layers after it see what they know."""
+        """Initialise the fusion as the mean of the streams, the input that pretrained layers expect."""
         half = torch.eye(self.join[0].out_channels, device="cpu") / 2
         self.join[0].weight.data.copy_(torch.cat([half, half], dim=1)[..., None, None])
 
 
 def make_network(network: str = "ssd300", **arguments: Any) -> Detector:
-    """An untrained network: "ssd300", "mlpd" or "insanet", of that class's arguments."""
+    """An untrained network: "ssd300", "mlpd" or "insanet", with the arguments of that class."""
     return {"ssd300": SSD300, "mlpd": MLPD, "insanet": INSANet}[network](**arguments)
 
 
 def build_model(checkpoint: dict[str, Any]) -> Detector:
-    """The network of a checkpoint, rebuilt from its own arguments; no weights are downloaded. InputError: the
-    weights are not those of such a network."""
+    """Rebuild a checkpoint's network from its `model_args` and weights; nothing is downloaded.
+
+    Raises:
+        InputError: The weights do not fit the arguments.
+    """
     arguments, weights = checkpoint["model_args"], checkpoint["model"]
     try:
-        with torch.device("meta"):  # shapes alone: other arguments could take all memory
+        with torch.device("meta"):  # check the shapes first: bad arguments could need all memory
             make_network(**arguments).load_state_dict(weights, assign=True)
         model = make_network(**arguments)
         model.load_state_dict(weights)
     except InputError:
         raise
-    except Exception as error:  # whatever wrong arguments lead to
+    except Exception as error:  # bad arguments can raise any type
         reason = f"{type(error).__name__}: {error}".splitlines()[0][:120]
-        raise InputError(
-            f"the checkpoint's weights do not fit its own model_args ({reason})", "choose another"
-        ) from None
+        problem = f"the checkpoint's weights do not fit its model_args ({reason})"
+        raise InputError(problem, "choose another checkpoint") from None
     return model
 
 
 def predict_mirrored(model: Detector, images: Tensor) -> Predictions:
-    """What the mirror images of (N, C, H, W) uint8 images say of the images, prior by prior.
+    """Predictions from the mirror images of (N, C, H, W) uint8 images, mapped back; without masks.
 
-    A prior's partner is the prior of the same shape in the column counted from the other side, and
-    its offset to the right becomes one to the left. There are no masks.
+    Each prior gets the prediction of its mirrored prior: the one of the same shape in the mirrored
+    column, with the sign of the x offset changed.
 
-    The priors of a 300 pixels wide input with centres at strides of 8 have no partners: the 38 cells
-    are 304 pixels wide. So the mirror image is padded on its left with the mean colour, up to a
-    multiple of the coarsest stride. That shifts the cells by what the priors lack to be symmetric.
+    With centres at multiples of the stride, priors are not symmetric: 38 cells of 8 pixels are 304
+    pixels wide, the input 300. Padding the left of the mirror image with the mean colour, up to a
+    multiple of the coarsest stride, makes them symmetric.
     """
     pad = -model.size[1] % STRIDES[-1] if model.centres == "stride" else 0
     filler = model.mean.round().to(images.dtype).expand(images.shape[0], -1, images.shape[2], pad)
     predictions = model(torch.cat([filler, images.flip(3)], dim=3))
     padded_sizes = feature_map_sizes((model.size[0], model.size[1] + pad)) if pad else model.map_sizes
-    partners, shifts, first = [], [], 0
+    mirrored, shifts, first = [], [], 0
     for k, ((h, w), (_, columns)) in enumerate(zip(model.map_sizes, padded_sizes, strict=True)):
         shapes = model.loc_heads[k].out_channels // 4
-        places = first + torch.arange(h * columns * shapes, device=images.device)
-        partners.append(places.view(h, columns, shapes).flip(1)[:, :w].flatten())
-        # Priors that divide the input evenly are symmetric as they are. Filled on the device: a GPU
-        # would be waited for by a copy of numbers to it.
+        idxs = first + torch.arange(h * columns * shapes, device=images.device)
+        mirrored.append(idxs.view(h, columns, shapes).flip(1)[:, :w].flatten())
+        # The coarsest maps' even priors are symmetric without padding: correct their boxes for it.
+        # new_full, because copying numbers to a GPU would make the host wait.
         shift = 0.0 if k < len(STRIDES) else pad / model.size[1]
-        shifts.append(predictions.loc.new_full((len(partners[-1]),), shift))
-        first += len(places)
-    partner = torch.cat(partners)
-    loc = predictions.loc[:, partner]
+        shifts.append(predictions.loc.new_full((len(mirrored[-1]),), shift))
+        first += len(idxs)
+    mirrored_idxs = torch.cat(mirrored)
+    loc = predictions.loc[:, mirrored_idxs]
     x = torch.cat(shifts) / (VARIANCES[0] * model.priors[:, 2]) - loc[..., 0]
     loc = torch.cat([x.unsqueeze(-1), loc[..., 1:]], dim=-1)
-    return Predictions(loc, predictions.conf[:, partner], [])
+    return Predictions(loc, predictions.conf[:, mirrored_idxs], [])
