@@ -172,7 +172,7 @@ def test_a_finished_or_other_run_is_never_overwritten(start, capsys):
     before = Path("checkpoints/custom/last.pt").read_bytes()
     start("--epochs", "1")
     said = capsys.readouterr().out
-    assert "checkpoints/custom is finished: a new run" in said
+    assert "checkpoints/custom is finished; starting a new run" in said
     assert "run: checkpoints/custom-2, epoch 1 of 1" in said
     start("--epochs", "1", "--lr", "1e-5")
     assert Path("checkpoints/custom/last.pt").read_bytes() == before

@@ -135,7 +135,7 @@ def test_a_run_passes_over_batches_without_frames_and_stops_with_its_checkpoint(
     with pytest.raises(InputError, match="all unreadable frames so far: set"):
         start("--max-bad-frames", "7")  # the second batch's four, then another four
     said = capsys.readouterr()
-    assert said.err.count("is left out") == 8 and "saved; the same command goes on" in said.out
+    assert said.err.count("is left out") == 8 and "saved; the same command resumes" in said.out
     kept = load_checkpoint(Path("checkpoints/custom/last.pt"))
     assert (kept["epoch"], kept["step"]) == (0, 2)
     assert kept["sums"] == pytest.approx(losses[0].tolist()) and kept["skipped"] == 1
@@ -167,5 +167,5 @@ def test_two_processes_leave_out_the_same_frames_and_stop_together(nursery, root
     said = [nursery.said.with_name(name).read_text() for name in ("said", "said1")]
     assert said[0].count("is left out") == 2 and "is left out" not in said[1]
     assert all(words.count("all unreadable frames so far") == 1 for words in said)
-    assert "saved; the same command goes on from epoch 1, step 3" in said[0]
+    assert "saved; the same command resumes from epoch 1, step 3" in said[0]
     assert load_checkpoint(tmp_path / "custom/last.pt")["step"] == 2

@@ -183,7 +183,7 @@ def test_many_signals_at_once_save_one_checkpoint_and_end_the_run(nursery, data,
         time.sleep(0.01)
     assert nursery.end() == 128 + number
     said = nursery.said.read_text()
-    assert said.count("saved; the same command goes on from epoch") == 1 and "Traceback" not in said
+    assert said.count("saved; the same command resumes from epoch") == 1 and "Traceback" not in said
     epoch, step = re.search(r"from epoch (\d+), step (\d+)", said.split("saved;")[1]).groups()
     kept = load_checkpoint(tmp_path / "custom/last.pt")
     assert (kept["epoch"] + 1, kept["step"] + 1) == (int(epoch), int(step)) != (1, 1)
@@ -240,7 +240,7 @@ def test_a_second_process_is_refused_until_the_first_has_gone(nursery, data, tmp
         train.main()
     os.kill(child, signal.SIGTERM)  # and this one saves
     assert nursery.end() == 128 + signal.SIGTERM
-    assert nursery.says("saved; the same command goes on from epoch 1")
+    assert nursery.says("saved; the same command resumes from epoch 1")
     child = nursery.start(*flags)
     wait_for(lambda: nursery.says("from epoch 1, step") or nursery.says("error"))
     os.kill(child, signal.SIGKILL)
@@ -291,7 +291,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(nursery, data,
         load_checkpoint(last)
     said = nursery.run(*flags)
     assert f"warning: {last}: not a readable checkpoint" in said
-    assert f"going on from {previous}" in said and "from epoch 2, step 1" in said
+    assert f"resuming from {previous}" in said and "from epoch 2, step 1" in said
     assert_same(load_checkpoint(last)["model"], load_checkpoint(finished / "last.pt")["model"])
     assert rows_of(folder) == rows_of(finished)
     assert (folder / "damaged.pt").read_bytes() == content
@@ -409,7 +409,7 @@ def test_workers_end_with_their_run_and_their_death_is_told(nursery, data, tmp_p
     assert nursery.end() == code, nursery.said.read_text()
     said = nursery.said.read_text()
     assert words in said and "Traceback" not in said
-    assert ("saved; the same command goes on" in said) == (hit != "main")
+    assert ("saved; the same command resumes" in said) == (hit != "main")
     wait_for(lambda: not alive(worker))
 
 
