@@ -1,4 +1,4 @@
-"""tools.export: what the files compute is what PyTorch computes, on frames of any size."""
+"""tools.export: the files compute the same boxes as PyTorch, on frames of any size."""
 
 import importlib.util
 import os
@@ -31,12 +31,12 @@ needs_onnx = pytest.mark.skipif(
 
 
 def make(*flags, width="0.0625"):
-    """An untrained network of wide spread scores, evaluating; and its configuration."""
+    """An untrained network with widely spread scores, in evaluation mode, and its configuration."""
     config = train.configure(["--width", width, *map(str, flags)])
     torch.manual_seed(0)
     model = make_network(**train.model_arguments(config)).eval()
     for head in model.conf_heads:
-        torch.nn.init.normal_(head.weight, std=0.05)  # no score is as good as 1
+        torch.nn.init.normal_(head.weight, std=0.05)  # so that no score is almost 1
     return model, config
 
 
@@ -48,10 +48,10 @@ def frames(channels, n=1, size=(512, 640), seed=0):
 @pytest.mark.parametrize("size", [(512, 640), (300, 300), (100, 900), (1080, 1440)])
 def test_resize_is_torchs_of_uint8(size):
     pixels = frames(2, size=size)
-    theirs = F.interpolate(
+    expected = F.interpolate(
         pixels.permute(0, 3, 1, 2), (300, 300), mode="bilinear", antialias=True, align_corners=False
     )
-    gap = (resize(pixels, (300, 300)) - theirs.float()).abs()
+    gap = (resize(pixels, (300, 300)) - expected.float()).abs()
     assert gap.max() <= 1 and (gap > 0).float().mean() < 0.01
 
 
@@ -65,11 +65,11 @@ def test_resize_is_torchs_of_uint8(size):
     ],
 )
 def test_boxes_are_those_of_detect(flags, flip, monkeypatch):
-    """Of the same pixels: the two ways of resizing differ by a grey level here and there."""
+    """On the same pixels, because the two methods of resizing differ by a grey level in some pixels."""
     model, config = make(*flags)
     frame = frames(1 if config.input_mode == "lwir" else 4)[0]
     same = resize(frame[None], model.size)[0].to(torch.uint8)
-    settings = SETTINGS | {"min_score": 0.45}  # of three logits the mean of two probabilities
+    settings = SETTINGS | {"min_score": 0.45}  # with three logits, a score is the mean of two probabilities
     monkeypatch.setattr("ssd.augment.Transform.apply", lambda *_: same)
     boxes, scores = detect_image(model, frame.numpy(), torch.float32, test_flip=flip, **settings)
     deployable = Deployable(model, **settings, predict_mirrored=predict_mirrored if flip else None)
@@ -77,9 +77,9 @@ def test_boxes_are_those_of_detect(flags, flip, monkeypatch):
         found, count = deployable(*map(torch.from_numpy, export.split_frame(frame.numpy())))
     assert found.shape == (1, 200, 5) and count.item() == len(scores) > 5
     assert not found[0, len(scores) :].any()
-    theirs = np.column_stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:], scores])
-    alone, pixels, gap = export.difference(found[0, : len(scores)].numpy(), theirs)
-    assert alone == 0 and pixels < 0.01 and gap < 1e-5
+    expected = np.column_stack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:], scores])
+    n_unpaired, distance, gap = export.difference(found[0, : len(scores)].numpy(), expected)
+    assert n_unpaired == 0 and distance < 0.01 and gap < 1e-5
 
 
 def test_boxes_are_pixels_of_each_frame_and_images_do_not_suppress_each_other():
@@ -133,7 +133,7 @@ def run(demo_root, tmp_path, monkeypatch):
     return run
 
 
-def test_weights_alone_rebuild_the_network_as_the_page_has_it(run, capsys):
+def test_safetensors_rebuild_the_network_with_the_program_of_the_page(run, capsys):
     pytest.importorskip("safetensors")
     run("--format", "safetensors")
     assert "read back bit for bit" in capsys.readouterr().out
@@ -146,15 +146,15 @@ def test_weights_alone_rebuild_the_network_as_the_page_has_it(run, capsys):
 
 
 @needs_onnx
-def test_an_onnx_file_is_what_pytorch_is(run, capsys, demo_root):
+def test_an_onnx_file_computes_what_pytorch_does(run, capsys, demo_root):
     import onnxruntime
 
     command = re.search(r"^python -m tools.export (.* --format onnx .*)$", PAGE, re.MULTILINE)
     run(*command[1].split()[2:], "--min-score", "0.55")
-    said = capsys.readouterr().out
-    assert "6 frames: boxes are " in said
-    table = [line.split() for line in said.splitlines() if re.match(r"(checkpoints/)?mine[\w./]* +\d", line)]
-    assert {row[0] for row in table} == {"checkpoints/mine/last.pt", "mine.onnx"}
+    output = capsys.readouterr().out
+    assert "6 frames: boxes differ " in output
+    rows = re.findall(r"^((?:checkpoints/)?mine[\w./]*) +\d", output, re.MULTILINE)
+    assert {*rows} == {"checkpoints/mine/last.pt", "mine.onnx"}
     for modality in ("visible", "lwir"):
         shutil.copy(demo_root / f"images/set06/V000/{modality}/I00000.jpg", f"{modality}.jpg")
     exec(PROGRAMS[0], {})
@@ -172,17 +172,18 @@ def test_an_onnx_file_is_what_pytorch_is(run, capsys, demo_root):
         got, got_counts = session.run(None, {"visible": inputs[0].numpy(), "lwir": inputs[1].numpy()})
         assert got.shape == (n, 200, 5) and np.abs(got_counts - counts.numpy()).max() <= 2
         for i in range(n):
-            alone, pixels, gap = export.difference(got[i, : got_counts[i]], boxes[i, : counts[i]].numpy())
-            assert alone <= 4 and pixels < 0.05 and gap < 1e-3
+            expected = boxes[i, : counts[i]].numpy()
+            n_unpaired, distance, gap = export.difference(got[i, : got_counts[i]], expected)
+            assert n_unpaired <= 4 and distance < 0.05 and gap < 1e-3
 
 
-@needs_onnx  # not for it: half a minute of compiling, where the extras of deployment are wanted at all
+@needs_onnx  # only where the optional packages are installed, because compiling takes half a minute
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
-def test_a_compiled_package_is_what_pytorch_is(run, capsys, demo_root):
-    """By the page's command and its program, as they stand."""
+def test_a_compiled_package_computes_what_pytorch_does(run, capsys, demo_root):
+    """With the command and the program of docs/deploy.md."""
     command = re.search(r"^python -m tools.export (.* --format pt2.*)$", PAGE, re.MULTILINE)
     run(*command[1].split()[2:], "--no-flip", "--min-score", "0.55")
-    assert "6 frames: boxes are " in capsys.readouterr().out
+    assert "6 frames: boxes differ " in capsys.readouterr().out
     for modality in ("visible", "lwir"):
         shutil.copy(demo_root / f"images/set06/V000/{modality}/I00000.jpg", f"{modality}.jpg")
     found = {}
@@ -192,8 +193,8 @@ def test_a_compiled_package_is_what_pytorch_is(run, capsys, demo_root):
     with torch.inference_mode():
         wanted, n = Deployable(model, **SETTINGS)(found["visible"][None], found["lwir"][None, :, :, None])
     own = found["boxes"][0, : found["count"][0]].numpy()
-    alone, pixels, gap = export.difference(own, wanted[0, : n[0]].numpy())
-    assert len(own) > 5 and alone <= 4 and pixels < 0.05 and gap < 1e-3
+    n_unpaired, distance, gap = export.difference(own, wanted[0, : n[0]].numpy())
+    assert len(own) > 5 and n_unpaired <= 4 and distance < 0.05 and gap < 1e-3
 
 
 def test_flags_are_refused_in_a_line(run, monkeypatch):
