@@ -1,4 +1,4 @@
-"""The coverage of prior sets against a brute-force reference, and the derived pedestrian set."""
+"""tools.priors: coverage against a brute-force reference, and the derived pedestrian set."""
 
 import subprocess
 import sys
@@ -32,12 +32,12 @@ def random_persons(n):
 def test_best_overlaps_are_those_of_all_priors(name, size, centres):
     persons = random_persons(200)
     shapes, grids = prior_shapes(name), make_grids(size, centres)
-    everything = box_convert(make_priors(grids, shapes), "cxcywh", "xyxy")
+    all_priors = box_convert(make_priors(grids, shapes), "cxcywh", "xyxy")
     corners = box_convert(torch.from_numpy(persons), "cxcywh", "xyxy")
-    overlaps = box_iou(corners, everything.double())
+    overlaps = box_iou(corners, all_priors.double())
     found = priors.best_overlaps(persons, shapes, grids)
     assert np.allclose(found, overlaps.amax(1).numpy(), atol=1e-6)
-    assert priors.cover(persons, name, size, centres).n_priors == len(everything)
+    assert priors.coverage(persons, name, size, centres).n_priors == len(all_priors)
 
 
 def test_table_by_hand():
@@ -51,13 +51,13 @@ def test_table_by_hand():
 def test_derived_set_by_hand():
     persons = np.array([[0.5, 0.5, 0.05, 0.1]] * 3 + [[0.5, 0.5, 0.1, 0.2]])
     ratio, heights = priors.derive_heights(persons, 2, (300, 300))
-    # 0.5 wide a height: 0.1 is 1.9 cells of the 38 and 0.95 of the 19, 0.5 of the 10; 1.0 is 5 of
-    # the 10, 2.5 of the 5 and 1.5 of the 3; a map with nothing else takes the largest.
+    # Half as wide as high: height 0.1 is 1.9 cells wide on the 38x38 map, 0.95 on the 19x19 and 0.5 on the
+    # 10x10; height 1.0 is 5 cells wide on the 10x10 map, 2.5 on the 5x5, 1.5 on the 3x3 and 0.5 on the 1x1.
     assert ratio == 0.5
     assert heights == [[0.1], [0.1], [0.1], [1.0], [1.0], [1.0]]
 
 
-def test_pedestrian_is_what_the_real_annotations_give(reference, tmp_path):
+def test_the_pedestrian_set_follows_from_the_real_annotations(reference, tmp_path):
     archive = reference / "annotations/annotations-xml-new_set00-05.tar.xz"
     if not archive.exists():
         pytest.skip("no archive of the training annotations")
@@ -69,11 +69,11 @@ def test_pedestrian_is_what_the_real_annotations_give(reference, tmp_path):
     )
     assert len(persons) == len(heights) == 1955
     ratio, derived = priors.derive_heights(persons, 8, (300, 300))
-    assert ratio == pytest.approx(0.35, abs=0.01)  # of a tenth of the frames
-    for ours, stored in zip(derived, prior_shapes("pedestrian"), strict=True):
-        assert ours == pytest.approx([h for _, h in stored], abs=0.005)
+    assert ratio == pytest.approx(0.35, abs=0.01)  # from a tenth of the frames
+    for map_heights, stored in zip(derived, prior_shapes("pedestrian"), strict=True):
+        assert map_heights == pytest.approx([h for _, h in stored], abs=0.005)
     matched = [
-        (priors.cover(persons, name, (300, 300), "even").best_iou >= 0.5).mean()
+        (priors.coverage(persons, name, (300, 300), "even").best_iou >= 0.5).mean()
         for name in ("ssd300", "pedestrian")
     ]
     assert matched[0] < 0.65 and matched[1] > 0.93
@@ -90,7 +90,7 @@ def test_every_annotated_frame_of_a_bare_folder(tmp_path, layout, capsys):
         text = XML.format("person", 100, 100, 40, 100)
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    assert priors.annotated_frames(open_annotations(folder)) == ["set00/V000/I00007"]
+    assert priors.annotated_ids(open_annotations(folder)) == ["set00/V000/I00007"]
     arguments = Namespace(
         data_root="nowhere", annotations=str(folder), image_list="all", min_height=12.0, margin=5.0
     )
@@ -98,7 +98,7 @@ def test_every_annotated_frame_of_a_bare_folder(tmp_path, layout, capsys):
     assert np.allclose(persons, [[120 / 640, 150 / 512, 40 / 640, 100 / 512]])
     assert heights.tolist() == [100]
     arguments.min_height = 101.0
-    with pytest.raises(InputError, match="no person to match"):
+    with pytest.raises(InputError, match="no person in these frames"):
         priors.read_persons(arguments)
 
 
@@ -115,7 +115,7 @@ def test_the_script_prints_its_table_and_draws(demo_root, tmp_path, monkeypatch,
     ("flags", "message"),
     [
         (["--sizes", "300"], "invalid input_size value"),
-        (["--derive", "1"], "from 2 up"),
+        (["--derive", "1"], "at least 2"),
         (["--sizes", "100x100"], "INPUT_SIZE"),
         (["--priors", "vgg"], "invalid choice"),
     ],
