@@ -214,7 +214,8 @@ def resolve_row(name: str) -> dict[str, Any]:
 
 def lab_book_table() -> str:
     """The lab book as a table: each row, what it builds on, what it changes, what was logged."""
-    lines = [f"{'row':>5} {'on':>4}  change, and what the 2021 log recorded (miss rate in %)"]
+    lines = ["Rows 1 to 26 are the log of 2021, rows 27 to 29 ideas that it left open; later rows are new."]
+    lines += [f"{'row':>5} {'on':>4}  description, changes, results of the 2021 log (miss rates in %)"]
     for name, row in EXPERIMENTS.items():
         change = ", ".join(f"{key} {format_value(value)}" for key, value in row.changes.items())
         lines.append(f"{name:>5} {row.based_on:>4}  {row.description}")

@@ -1,8 +1,8 @@
-"""The lab book: the experiments of the project's log, each a flat diff from the row it builds on,
-and from 27 on what the log left to be tried.
+"""The lab book: experiments, each given by the row that it builds on and the constants that it changes.
 
-Pure data. `BASE` holds what the log calls common to all. "All / day / night" are miss rates in %, measured
-by an evaluator that drops frames without detections.
+Rows 1 to 26 are the project's log of 2021, rows 27 to 29 are ideas that the log left open, later rows are
+new. `BASE` has the values of all constants before any change. Recorded results are miss rates in %, single
+or as all / day / night. They were measured by an evaluator that drops frames without detections.
 """
 
 from __future__ import annotations
@@ -25,22 +25,28 @@ BASE = (
     | dict(eval_every=5, min_score=0.2, nms_iou=0.5, max_boxes=200, test_flip=False)
 )
 
-# What rows from 26b on do otherwise, because a review of the log's choices found it better.
+# Corrections of the log's choices, found by a review; rows from 26b on have them.
 CORRECTIONS = {
-    "pixel_mean": (0.3465, 0.3219, 0.2842, 0.1598),  # of KAIST; ImageNet's put LWIR at -1.3 +- 0.29
+    "pixel_mean": (0.3465, 0.3219, 0.2842, 0.1598),  # KAIST's; ImageNet's map LWIR to -1.3 +- 0.29
     "pixel_std": (0.2358, 0.2265, 0.2274, 0.0813),
-    "lwir_filters": "sum",  # the mean answers to LWIR a third as much, with all of the bias
-    "centres": "stride",  # even ones drift by up to 4 pixels from where the cells look
-    "conf_divisor": "balanced",  # frames without people inflate it at small batches
-    "zoom_out": 2.0,  # 4 leaves a sixth of the people lower than 16 pixels
-    "crop_aspect": (0.8, 1.2),  # 0.5 to 2 makes people half as wide, or twice
-    "min_input_height": 10.0,  # of lower ones too little is left to learn
+    "lwir_filters": "sum",  # the mean responds to LWIR a third as much, with the full bias
+    "centres": "stride",  # even centres are up to 4 pixels away from the centres of the receptive fields
+    "conf_divisor": "balanced",  # frames without persons inflate the loss of small batches
+    "zoom_out": 2.0,  # 4 leaves a sixth of the persons below 16 pixels
+    "crop_aspect": (0.8, 1.2),  # 0.5 to 2 halves or doubles the width of persons
+    "min_input_height": 10.0,  # smaller persons have too few pixels to train on
 }
 
 
 class Row(NamedTuple):
-    """An experiment: the row it builds on (""), what it changes (train.py's constants in lower case),
-    what that is in words, and what the 2021 log recorded."""
+    """An experiment.
+
+    Attributes:
+        based_on: the row that it builds on; "" for `BASE`.
+        changes: constants of train.py, in lower case, and their new values.
+        description: the changes in words.
+        logged: the results that the log of 2021 recorded.
+    """
 
     based_on: str
     changes: dict[str, Any]
@@ -52,20 +58,20 @@ EXPERIMENTS = {
     "1": Row(
         "",
         {},
-        "LWIR, SGD, lr 1e-3, batch 8, 120k iterations, L1, no augmentation beyond resize, 10% of train held "
-        "out. The decay never fired: an error occurred where it was due, at 80k iterations, which is epoch "
-        "81, so that the run may have ended there",
+        "LWIR, SGD, lr 1e-3, batch 8, 120k iterations, L1, no augmentation but resizing, 10% of train held "
+        "out. The decay due at 80k iterations (epoch 81) never happened: an error occurred there, which may "
+        "have ended the run",
         "train loss 0.2 at epoch 80, validation loss above 2: overfits",
     ),
     "2": Row(
         "1",
         {"optimizer": "adam"},
-        "Adam; it may have ended at epoch 81 too",
+        "Adam; may also have ended at epoch 81",
         "NaN after about 30 epochs; 43.63 at epoch 25",
     ),
     "3": Row(
         "2",
-        {"lr": 5e-4, "batch_size": 32, "epochs": 150, "schedule": "step"},
+        dict(lr=5e-4, batch_size=32, epochs=150, schedule="step"),
         "lr 5e-4, batch 32, 150 epochs, decay at 2/3 and 5/6",
     ),
     "4": Row(
@@ -80,19 +86,10 @@ EXPERIMENTS = {
     "8": Row("7", {"epochs": 300}, "300 epochs"),
     "9": Row("7", {"validation": 0.0}, "no validation split, all frames", "29.18, recall 0.8029"),
     "10": Row("9", {"epochs": 120}, "120 epochs", "27.72, recall 0.8092"),
-    "11": Row("9", {"epochs": 100}, "100 epochs (kept from here on)", "28.55, recall 0.8131"),
-    "12": Row(
-        "11", {"batch_norm": True}, "VGG16 with BatchNorm", "28.25, recall 0.8173; 27.93 / 33.82 / 16.06"
-    ),
-    "13": Row(
-        "12", {"input_mode": "visible"}, "visible input", "35.52, recall 0.7742; 36.34 / 33.86 / 42.52"
-    ),
-    "14": Row(
-        "12",
-        {"input_mode": "mean"},
-        "visible + LWIR input, averaged into 3 channels",
-        "34.75 / 35.27 / 33.55",
-    ),
+    "11": Row("9", {"epochs": 100}, "100 epochs, kept in later rows", "28.55, recall 0.8131"),
+    "12": Row("11", {"batch_norm": True}, "BatchNorm", "28.25, recall 0.8173; 27.93 / 33.82 / 16.06"),
+    "13": Row("12", {"input_mode": "visible"}, "visible", "35.52, recall 0.7742; 36.34 / 33.86 / 42.52"),
+    "14": Row("12", {"input_mode": "mean"}, "mean of visible and LWIR, 3 channels", "34.75 / 35.27 / 33.55"),
     "15": Row("13", {"lr": 0.001}, "lr 1e-3"),
     "16": Row("12", {"eval_every": 10}, "evaluate every 10 epochs"),
     "17": Row("13", {"eval_every": 10}, "evaluate every 10 epochs"),
@@ -110,68 +107,55 @@ EXPERIMENTS = {
     "24": Row(
         "23",
         {"seg_cells": "mean"},
-        "per-map mean over cells, each loss term recorded",
+        "mean over the cells of each map, each loss term recorded",
         "the mask loss is too small to learn from",
     ),
     "25": Row(
         "24",
         {"seg_cells": "sum"},
-        "per-map sum over cells; whether it also went over the batch cannot be decided: here it does not",
+        "sum over the cells of each map, but not over the batch, which the log leaves open",
     ),
     "26": Row("23", {"masks_follow": True}, "masks follow the augmentation"),
     "26b": Row("26", CORRECTIONS, "row 26 with the log's mistakes corrected; later rows build on this one"),
     "27": Row(
         "26b",
         {"out_of_range": "background"},
-        "an idea the log left open: persons that no prior of a map matches are background in its mask",
+        "persons that match no prior of a map are background in its mask",
     ),
-    "28": Row("26b", {"out_of_range": "ignore"}, "the same, but ignored"),
+    "28": Row(
+        "26b", {"out_of_range": "ignore"}, "persons that match no prior of a map are ignored in its mask"
+    ),
     "29": Row(
         "22",
         {**CORRECTIONS, "masks_follow": True, "seg_maps": "uncertainty"},
-        "the other idea it left open: 22 with masks that follow the augmentation, the maps' losses "
-        "weighted by learned uncertainty",
+        "22 with corrections, masks follow the augmentation, mask losses weighted by learned uncertainty",
     ),
-    "30": Row(
-        "26b",
-        {"copy_paste": 0.5},
-        "tried after the log: people of other frames pasted into half of the frames",
-    ),
-    "31": Row(
-        "26b",
-        {"priors": "pedestrian"},
-        "beyond the log: priors of a person's shape (python -m tools.priors shows why)",
-    ),
-    "32": Row("26b", {"input_size": (512, 640)}, "beyond the log: the frame at its own size and shape"),
-    "33": Row(
-        "26b",
-        {"input_mode": "halfway"},
-        "beyond the log: visible and LWIR in two streams, joined after conv4_3",
-    ),
+    "30": Row("26b", {"copy_paste": 0.5}, "persons of other frames pasted into half of the frames"),
+    "31": Row("26b", {"priors": "pedestrian"}, "priors of a person's shape (see python -m tools.priors)"),
+    "32": Row("26b", {"input_size": (512, 640)}, "frames at their original size"),
+    "33": Row("26b", {"input_mode": "halfway"}, "visible and LWIR in two streams, fused after conv4_3"),
     "34": Row(
-        "33",
-        {"modality_dropout": 0.25},
-        "the same, and one sample in four sees one modality alone: either may be missing at test time",
+        "33", {"modality_dropout": 0.25}, "one modality blanked in a quarter of the samples, as if missing"
     ),
     "35": Row(
         "26b",
         dict(pretrained="coco", batch_norm=False, priors="ssd300-coco")
         | dict(pixel_mean=(0.48235, 0.45882, 0.40784, 0.1598), pixel_std=(0.229, 0.224, 0.225, 0.0813)),
-        "beyond the log: to start from torchvision's SSD300 of COCO, with what its weights need: no "
-        "BatchNorm, COCO's priors so that its heads fit, and torchvision's normalisation of the visible",
+        "initial weights of torchvision's SSD300 for COCO, and what they need: no BatchNorm, COCO's priors, "
+        "torchvision's normalisation of the visible image",
     ),
-    "36": Row("26b", {"ema_decay": 0.999}, "beyond the log: weights averaged over about 1,000 steps"),
-    "37": Row("26b", {"schedule": "cosine"}, "beyond the log: cosine schedule with warm-up"),
-    "38": Row("26b", {"test_flip": True}, "beyond the log: detections averaged over frame and mirror image"),
+    "36": Row("26b", {"ema_decay": 0.999}, "weights averaged over about 1,000 steps"),
+    "37": Row("26b", {"schedule": "cosine"}, "cosine schedule with warm-up"),
+    "38": Row("26b", {"test_flip": True}, "detections averaged over the frame and its mirror image"),
     "39": Row(
         "33",
         dict(priors="pedestrian", input_size=(512, 640), ema_decay=0.999, schedule="cosine", test_flip=True),
-        "rows 31, 32, 33, 36, 37 and 38 together (35 excludes BatchNorm)",
+        "rows 31, 32, 33, 36, 37 and 38 together (not 35, which excludes BatchNorm)",
     ),
     "40": Row(
         "33",
         {"priors": "pedestrian", "test_flip": True},
-        "rows 31, 33 and 38 together: what helped on the demo set at no larger an input (python -m "
+        "rows 31, 33 and 38 together: what helped on the demo set at the same input size (see python -m "
         "tools.study beyond)",
     ),
     "41": Row(
@@ -180,43 +164,41 @@ EXPERIMENTS = {
         | dict(priors="multispectral", lr=1e-4, schedule="step-mlpd", batch_size=12, epochs=40)
         | dict(masks_follow=True, augment=True, crop_aspect=(0.8, 1.2), min_input_height=12.0)
         | dict(mirror_apart=0.5, crop_apart=0.5, learn="all", min_score=0.1, nms_iou=0.425),
-        "MLPD (Kim et al., 2021), its recipe: two streams joined at all six maps, a label for each modality, "
-        "which are moved apart; its authors' detections have 7.58 / 7.95 / 6.95",
+        "MLPD (Kim et al., 2021) with its recipe: two streams fused at all six maps, labels per modality, "
+        "modalities cropped and mirrored separately; its authors' detections have 7.58 / 7.95 / 6.95",
     ),
     "42": Row(
         "41",
         dict(network="insanet", batch_size=8, shift_left=0.3),
-        "INSANet (Lee et al., 2024): two streams to conv3_3, attention within and between them, one trunk; "
-        "its authors' detections have 5.76 / 6.63 / 4.20",
+        "INSANet (Lee et al., 2024): two streams up to conv3_3, attention within and between them, then one "
+        "trunk; its authors' detections have 5.76 / 6.63 / 4.20",
     ),
-    "43": Row("42", {"learn": "person"}, "past INSANet: only plain persons are learned"),
-    "44": Row("42", {"priors": "pedestrian"}, "past INSANet: priors of a person's shape"),
+    "43": Row("42", {"learn": "person"}, "only persons labelled person are positives"),
+    "44": Row("42", {"priors": "pedestrian"}, "priors of a person's shape"),
     "45": Row(
-        "42",
-        dict(ema_decay=0.999, schedule="cosine"),
-        "past INSANet: averaged weights, and a cosine schedule with warm-up",
+        "42", dict(ema_decay=0.999, schedule="cosine"), "averaged weights, cosine schedule with warm-up"
     ),
-    "46": Row("42", {"test_flip": True}, "past INSANet: detections averaged over frame and mirror image"),
+    "46": Row("42", {"test_flip": True}, "detections averaged over the frame and its mirror image"),
     "47": Row(
         "42",
         dict(infusion=(1, 1, 0, 0, 0, 0), seg_maps="sum", seg_balance="height", seg_weight=4.0),
-        "past INSANet: segmentation infusion on the two finest maps, its masks weighted as in SDS-RCNN",
+        "segmentation infusion on the two finest maps, cells weighted as in SDS-RCNN",
     ),
     "48": Row(
         "42",
         dict(batch_size=32, lr=4e-4, schedule="cosine"),
-        "past INSANet: four times the batch and the learning rate, with warm-up and a cosine schedule",
+        "four times the batch size and the learning rate, cosine schedule with warm-up",
     ),
     "49": Row(
         "47",
         dict(learn="person", priors="pedestrian", ema_decay=0.999, schedule="cosine", test_flip=True),
-        "rows 43 to 47 together; in small none of them was shown to help (python -m tools.study past)",
+        "rows 43 to 47 together; none was shown to help at small scale (see python -m tools.study past)",
     ),
     "50": Row(
         "47",
         {"infusion": (2, 1, 0, 0, 0, 0)},
-        "row 47 with a head on each stream as well, before they are fused, for the masks of its own boxes; "
-        "worse in small",
+        "row 47 with a mask head on each stream too, before fusion, trained on the boxes of its modality; "
+        "worse at small scale",
     ),
     "demo": Row(
         "26b",
@@ -224,14 +206,14 @@ EXPERIMENTS = {
         | dict(infusion=(1, 1, 0, 0, 0, 0), loc_reduction="sum", lr=2e-3, weight_decay=1e-05)
         | dict(schedule="cosine", batch_size=4, epochs=14, zoom_out=1.0, copy_paste=0.5)
         | dict(eval_every=7, min_score=0.01, nms_iou=0.45, test_flip=True),
-        "not of the log: a narrow network on both modalities for the demo set",
+        "a narrow network with both modalities for the demo set",
     ),
     "streets": Row(
         "demo",
         dict(data_root="data/streets", input_size=(320, 384), batch_size=8, epochs=11, eval_every=11)
         | dict(ema_decay=0.999, zoom_out=1.5, crop_aspect=(0.75, 1.33), jitter=0.8, copy_paste=0.0)
         | dict(modality_dropout=0.3),
-        "not of the log: drawn streets alone, as varied as can be, to find real people (docs/streets.md); "
-        "about an hour on two cores",
+        "trained only on drawn streets, to detect persons in real images (docs/streets.md); takes about an "
+        "hour on two cores",
     ),
 }
