@@ -1,4 +1,4 @@
-"""Miniature sets of pairs in the layouts of LLVIP, FLIR aligned and CVC-14, and of one's own."""
+"""Miniature sets of pairs in the layouts of LLVIP, FLIR aligned and CVC-14, and of a custom set."""
 
 import json
 
@@ -51,7 +51,7 @@ def draw_llvip(root, n=3, size=(320, 256)):
 
 
 def draw_flir(root):
-    """FLIR aligned: all in JPEGImages, told apart by lists; persons, cars and bicycles."""
+    """FLIR aligned: all in JPEGImages, split by lists; persons, cars and bicycles."""
     names = [f"FLIR_{i:05d}" for i in (2, 3, 8, 8863)]
     for i, name in enumerate(names):
         files = (root / f"JPEGImages/{name}_{end}" for end in ("RGB.jpg", "PreviewData.jpeg"))
@@ -81,7 +81,7 @@ def draw_cvc14(root):
 
 
 def draw_own(root, form="yolo", size=(160, 120), n=4, deep=False, height=50, **more):
-    """A set of one's own with train/ and test/ folders; returns its pairs.json.
+    """A custom set with train/ and test/ folders; returns its pairs.json.
 
     form: of the labels, "yolo", "voc" or "coco"; classes person, rider and dog; height: of persons.
     """

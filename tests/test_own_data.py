@@ -49,7 +49,7 @@ def run(tmp_path, monkeypatch, undrawn):
     return run
 
 
-def test_kaist_by_a_description_gives_the_samples_of_its_root(demo_root, tmp_path):
+def test_kaist_opened_by_a_description_gives_the_same_samples(demo_root, tmp_path):
     """Bit for bit: pixels, boxes and labels, copy-paste included."""
     description = {
         "visible": f"{demo_root}/images/*/*/visible/*.jpg",
@@ -126,7 +126,7 @@ def test_borders_and_subsets_are_those_of_the_set(tmp_path):
     assert evaluate(moved, nothing)["Reasonable-all"].n_positive == 3
 
 
-def test_a_cache_holds_frames_of_one_size(tmp_path):
+def test_a_cache_has_frames_of_one_size(tmp_path):
     pairs = open_pairs(str(pair_trees.draw_own(tmp_path, size=(161, 119))), None, "train")
     cache = cache_frames(tmp_path / "cache", pairs, pairs.frames, "early")
     assert cache.all().shape == (4, 119, 161, 4)
@@ -183,14 +183,14 @@ def test_a_named_set_is_trained_on(run, tmp_path, capsys):
     assert "3 frames" in said and "3 people count (0 day, 3 night)" in said
 
 
-def test_a_wrong_set_is_refused_before_training(run, tmp_path):
+def test_an_invalid_set_is_refused_before_training(run, tmp_path):
     with pytest.raises(InputError, match="no such set of pairs; choose a description, pairs.json, or one of"):
         run(train, "--data", "lvip", *QUICK)
     with pytest.raises(InputError, match="needs its folder; set it with --data-root"):
         run(train, "--data", "llvip", "--data-root", "nowhere", *QUICK)
 
 
-def test_frames_to_train_and_to_test_are_told(run, tmp_path, capsys):
+def test_frames_of_both_splits_are_reported(run, tmp_path, capsys):
     path = pair_trees.draw_own(tmp_path / "mine", height=60)
     path.write_text(path.read_text().replace("{split}", "train"))
     run(train, "--data", path, *QUICK)

@@ -1,4 +1,4 @@
-"""KAIST's files: image lists, every form of annotation, and how bad ones are named."""
+"""KAIST's image lists and annotations in every form, and the messages for invalid ones."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def make_json(path, annotations, frames=(FRAME,)):
     return write(path, json.dumps(content, indent=1))
 
 
-def test_sets_tell_time_and_scene():
+def test_time_of_day_and_scene_follow_from_the_set():
     day = [n for n in range(12) if time_of_day(f"set{n:02d}/V000/I00000") == "day"]
     assert day == [0, 1, 2, 6, 7, 8]
     scenes = [scene(f"set{n:02d}/V000/I00000") for n in range(12)]
@@ -90,14 +90,14 @@ def test_image_list(tmp_path):
         ("\n", None, "empty"),
     ],
 )
-def test_bad_image_list_is_named(tmp_path, text, line, word):
+def test_invalid_image_lists_are_reported(tmp_path, text, line, word):
     path = write(tmp_path / "list.txt", text)
     with pytest.raises(InputError, match=word) as error:
         read_image_list(path)
     assert f"{path}:{line}:" in str(error.value) if line else str(path) in str(error.value)
 
 
-def test_missing_image_list_names_the_others(tmp_path):
+def test_a_missing_image_list_is_reported_with_the_existing_ones(tmp_path):
     write(tmp_path / "test-all-20.txt", FRAME)
     with pytest.raises(InputError, match="test-all-20.txt"):
         read_image_list(tmp_path / "test-all.txt")
@@ -111,7 +111,7 @@ def check_objects(objects, n):
     assert objects.occlusion.tolist() == [0, 1, 2][:n] and objects.occlusion.dtype == np.int64
 
 
-def test_every_form_is_found_in_a_root(tmp_path):
+def test_every_form_is_found_below_a_root(tmp_path):
     name = f"{FRAME}.txt"
     write(tmp_path / "annotations_paired/set06/V001/lwir/I00019.txt", BBGT)
     visible = BBGT.replace("10 20", "9 9")
@@ -167,7 +167,7 @@ def test_empty_frame(tmp_path):
         ("% bbGt version=3\nperson 1 2 3 4 3 0 0 0 0 0 0\n", 2, "occlusion"),
     ],
 )
-def test_bad_bbgt_is_named(tmp_path, text, line, word):
+def test_invalid_bbgt_is_reported(tmp_path, text, line, word):
     path = write(tmp_path / f"annotations/{FRAME}.txt", text)
     with pytest.raises(InputError, match=word) as error:
         open_annotations(tmp_path).read(FRAME)
@@ -185,7 +185,7 @@ def test_bad_bbgt_is_named(tmp_path, text, line, word):
         ("<occlusion>0", "<occlusion>7", "occlusion"),
     ],
 )
-def test_bad_xml_is_named(tmp_path, old, new, word):
+def test_invalid_xml_is_reported(tmp_path, old, new, word):
     path = write(tmp_path / f"annotations-xml-new/{FRAME}.xml", XML.replace(old, new, 1))
     with pytest.raises(InputError, match=word) as error:
         open_annotations(tmp_path).read(FRAME)
@@ -193,14 +193,14 @@ def test_bad_xml_is_named(tmp_path, old, new, word):
     assert error.value.file == path and (error.value.line == starts[0] or word == "broken XML")
 
 
-def test_the_second_objects_line_is_told(tmp_path):
+def test_the_line_of_the_second_object_is_reported(tmp_path):
     text = XML.replace("<h>70</h>", "<h>7_0</h>")
     write(tmp_path / f"annotations-xml-new/{FRAME}.xml", text)
     with pytest.raises(InputError, match=rf"{FRAME}.xml:4: '7_0' is not a number"):
         open_annotations(tmp_path).read(FRAME)
 
 
-def test_an_xml_with_entities_is_refused_unread(tmp_path):
+def test_an_xml_with_entities_is_refused_before_parsing(tmp_path):
     bomb = '<!DOCTYPE a [<!ENTITY x "xxxxxxxxxx"><!ENTITY y "&x;&x;">]>\n' + XML
     write(tmp_path / f"annotations-xml-new/{FRAME}.xml", bomb)
     with pytest.raises(InputError, match=rf"{FRAME}.xml:1: XML with a DOCTYPE"):
@@ -227,7 +227,7 @@ def test_a_roots_json_is_preferred_for_evaluation(tmp_path):
     assert open_test_annotations(tmp_path, ["set00/V000/I00001"]).form == "bbgt"
 
 
-def test_bad_json_is_named(tmp_path):
+def test_invalid_json_is_reported(tmp_path):
     path = tmp_path / "a.json"
     for annotations, word in (
         ([(0, [1, 2, 3, 4], 0, 0), (0, [1, 2, -3, 4], 0, 0)], "annotation 1 .*positive"),
@@ -259,7 +259,7 @@ SIDES = [None, "4", True, [], {}, float("nan"), 1e9, -1, 0, 10**400]
         ("ignore", STRANGE),
     ],
 )
-def test_a_strange_value_of_a_json_object_is_refused(key, values):
+def test_an_invalid_value_of_a_json_object_is_refused(key, values):
     item = {"category_id": 1, "bbox": [1, 2, 3, 4.5], "occlusion": 1, "ignore": True}
     content = {"images": [{"id": 0, "im_name": FRAME}], "annotations": [item | {"image_id": 0}] * 4}
     content["categories"] = [{"id": 1, "name": "person"}, {"id": 2, "name": 7}]
@@ -272,7 +272,7 @@ def test_a_strange_value_of_a_json_object_is_refused(key, values):
 
 
 @pytest.mark.parametrize("form", ["bbgt", "flat", "xml", "paired", "json"])
-def test_many_frames_are_what_each_is_by_itself(tmp_path, form):
+def test_reading_many_frames_equals_reading_each(tmp_path, form):
     rng = np.random.default_rng(0)
     frames = [f"set0{i % 3}/V00{i % 2}/I{i:05d}" for i in range(12)]
     layout = {"paired": "{0}/lwir/{1}.txt", "xml": "{0}/{1}.xml", "flat": "{2}.txt"}.get(form, "{0}/{1}.txt")
@@ -317,7 +317,7 @@ def test_a_nested_file_is_read_before_a_flat_one(tmp_path):
     assert len(annotations.read(FRAME).boxes) == 0
 
 
-def test_missing_annotations_are_named(tmp_path):
+def test_missing_annotations_are_reported(tmp_path):
     with pytest.raises(InputError, match="annotations-xml-new-sanitized.*KAIST_annotation.json"):
         open_annotations(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
@@ -334,7 +334,7 @@ def test_missing_annotations_are_named(tmp_path):
         open_annotations(path).read("set06/V001/I00020")
 
 
-def test_ground_truth_ignores_all_but_persons(tmp_path):
+def test_ground_truth_ignores_everything_except_persons(tmp_path):
     write(tmp_path / f"annotations/{FRAME}.txt", BBGT)
     truth = load_ground_truth(tmp_path, [FRAME])
     assert truth.ignore.tolist() == [False, True, True] and truth.frame_idxs.tolist() == [0, 0, 0]
@@ -354,7 +354,7 @@ def test_forms_agree_on_real_files(reference):
         assert ours.labels == theirs.labels
 
 
-def test_text_of_the_test_set_gives_the_numbers_of_the_json(reference, tmp_path):
+def test_text_annotations_of_the_test_set_give_the_same_numbers_as_the_json(reference, tmp_path):
     folder = reference / "annotations"
     with tarfile.open(folder / "test-all-20_improved_bbGt_txt.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
@@ -362,7 +362,7 @@ def test_text_of_the_test_set_gives_the_numbers_of_the_json(reference, tmp_path)
     expected = load_ground_truth(folder / "KAIST_annotation.json")
     truth = load_ground_truth(tmp_path / "annotations_KAIST_test_set", frames)
     assert truth.frames == expected.frames and expected.ignore.sum() == 864
-    for field in ("frame", "boxes", "occlusion", "ignore"):
+    for field in ("frame_idxs", "boxes", "occlusion", "ignore"):
         np.testing.assert_array_equal(getattr(truth, field), getattr(expected, field))
     detections = read_detections(reference / "results" / "MBNet_result.txt", frames)
     ours, theirs = evaluate(truth, detections), evaluate(expected, detections)
@@ -377,7 +377,7 @@ def test_image_lists_of_the_benchmark(reference):
 
 @pytest.fixture
 def full_kaist(demo_root, tmp_path):
-    """A demo set under the names of a full KAIST."""
+    """A demo set with the file names of the full KAIST."""
     root = tmp_path / "full"
     shutil.copytree(demo_root, root)
     for old, new in (("train-all", "train-all-02"), ("test-all", "test-all-20")):
@@ -385,7 +385,7 @@ def full_kaist(demo_root, tmp_path):
     return root
 
 
-def test_a_full_kaist_is_found_by_its_root(full_kaist):
+def test_a_full_kaist_is_found_from_its_root(full_kaist):
     parts = find_kaist(full_kaist)
     assert parts == {
         "data_root": str(full_kaist),
@@ -397,8 +397,8 @@ def test_a_full_kaist_is_found_by_its_root(full_kaist):
     assert find_kaist(full_kaist, splits=["test"]).keys() == {"data_root", "test_list", "test_annotations"}
 
 
-def test_the_form_that_annotates_every_frame_is_taken(full_kaist):
-    """A folder that holds the test frames' annotations alone comes first in order, but is not it."""
+def test_the_form_that_annotates_every_frame_is_used(full_kaist):
+    """annotations/ comes first, but does not have all training frames."""
     xml = full_kaist / "annotations-xml-new"
     for path in (full_kaist / "annotations").rglob("*.txt"):
         beside = xml / path.relative_to(full_kaist / "annotations").with_suffix(".xml")
@@ -419,13 +419,13 @@ def test_the_form_that_annotates_every_frame_is_taken(full_kaist):
         ("annotations/set03", r"all 12 frames to train on \(annotations/ 10, "),
     ],
 )
-def test_a_part_that_a_full_kaist_lacks_is_named(lost, named, full_kaist):
+def test_a_missing_part_of_a_full_kaist_is_reported(lost, named, full_kaist):
     (full_kaist / lost).rename(full_kaist / "lost")
     with pytest.raises(InputError, match=named):
         find_kaist(full_kaist)
 
 
-def test_what_is_chosen_already_need_not_be_there(full_kaist):
+def test_a_part_that_the_user_has_set_may_be_missing(full_kaist):
     (full_kaist / "imageSets/train-all-02.txt").rename(full_kaist / "mine.txt")
     (full_kaist / "KAIST_annotation.json").unlink()
     given = {"train_list": "mine.txt", "test_annotations": "bbgt"}
@@ -435,8 +435,8 @@ def test_what_is_chosen_already_need_not_be_there(full_kaist):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system")
-def test_a_pipe_in_place_of_the_improved_annotations_is_told(tmp_path, demo_root):
-    """Others that are there too would give other numbers."""
+def test_a_pipe_in_place_of_the_improved_annotations_is_reported(tmp_path, demo_root):
+    """The other annotations of the root would give other numbers."""
     root = shutil.copytree(demo_root, tmp_path / "root", ignore=shutil.ignore_patterns("images", "*.json"))
     os.mkfifo(root / "KAIST_annotation.json")
     for source in (root, root / "KAIST_annotation.json"):

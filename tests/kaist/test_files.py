@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and whatever cannot be read or written is named."""
+"""Files are written completely or not at all, and errors name the file."""
 
 import errno
 import itertools
@@ -19,8 +19,8 @@ def system_error(number, path):
     return OSError(number, os.strerror(number), str(path))
 
 
-def test_two_writers_of_one_name_end_with_one_whole_file(tmp_path):
-    """As two containers that share a folder: even the process ids may be the same."""
+def test_two_writers_of_one_path_leave_one_complete_file(tmp_path):
+    """For example, two containers that share a folder; their process ids may be equal."""
     path = tmp_path / "cache.u8"
 
     def write(temporary):
@@ -35,8 +35,8 @@ def test_two_writers_of_one_name_end_with_one_whole_file(tmp_path):
     assert os.listdir(tmp_path) == ["cache.u8"]
 
 
-def test_a_temporary_file_is_nobody_elses(tmp_path, monkeypatch):
-    """Not even one that lies there under the name that was drawn."""
+def test_a_temporary_file_never_replaces_another_file(tmp_path, monkeypatch):
+    """Not even one with the random name of the temporary file."""
     monkeypatch.setattr("secrets.token_hex", lambda n: "0" * 2 * n)
     other = tmp_path / f".a.txt.{'0' * 16}.tmp"
     other.symlink_to(tmp_path / "precious")
@@ -53,7 +53,7 @@ def test_a_written_file_has_the_usual_permissions(tmp_path):
     assert len(modes) == 1
 
 
-def test_a_read_only_disk_is_told_by_the_files_own_name(tmp_path, monkeypatch):
+def test_a_read_only_disk_is_reported_with_the_final_file_name(tmp_path, monkeypatch):
     path = tmp_path / "detections.txt"
 
     def refuse(temporary, **_):
@@ -66,7 +66,7 @@ def test_a_read_only_disk_is_told_by_the_files_own_name(tmp_path, monkeypatch):
     assert ".tmp" not in str(error.value)
 
 
-def test_a_full_disk_is_told_with_the_need(tmp_path):
+def test_a_full_disk_is_reported_with_the_required_space(tmp_path):
     path = tmp_path / "frames.u8"
     path.write_text("old")
 
@@ -83,7 +83,7 @@ def test_a_full_disk_is_told_with_the_need(tmp_path):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["frames.u8"]
 
 
-def test_pipes_and_devices_are_refused_and_not_waited_for(tmp_path):
+def test_pipes_and_devices_are_refused_without_waiting(tmp_path):
     pipe = tmp_path / "I00019.txt"
     os.mkfifo(pipe)
     for path, kind in (
@@ -112,7 +112,7 @@ PRINTING = (["print('x\\n' * 100_000)"], ["print('x')"], ["print('x')", "sys.exi
 
 @pytest.fixture
 def run(tmp_path):
-    """A function that runs a script's `main`, whose body it is given, as entry scripts run it."""
+    """A function that runs lines of code as the main() of a script."""
 
     def run(code, stdout=subprocess.PIPE, **environment):
         body = "\n".join(f"    {line}" for line in code)
@@ -132,7 +132,7 @@ def run(tmp_path):
 
 
 @pytest.mark.parametrize("code", [["print('é 日 \\udce9')"], ["print('é 日 \\udce9')", "sys.exit()"]])
-def test_what_a_terminal_cannot_show_is_escaped(run, code):
+def test_characters_that_a_terminal_lacks_are_escaped(run, code):
     done = run(code, **ASCII)
     assert (done.returncode, done.stdout, done.stderr) == (0, "\\xe9 \\u65e5 \\udce9\n", "")
     assert run(code, PYTHONIOENCODING="utf-8").stdout == "é 日 \\udce9\n"
@@ -160,14 +160,14 @@ def test_a_closed_pipe_ends_a_script_silently(run):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_a_full_output_is_told_in_a_line(run):
+def test_a_full_output_is_reported_in_one_line(run):
     for code, unbuffered in itertools.product(PRINTING, ("", "1")):
         with Path("/dev/full").open("w") as full:
             done = run(code, full, PYTHONUNBUFFERED=unbuffered)
         assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
 
 
-def test_other_failures_still_say_where(run):
+def test_an_os_error_without_a_file_keeps_its_traceback(run):
     done = run(["raise OSError('a bug')"])
     assert done.returncode == 1 and "OSError: a bug" in done.stderr
     done = run(["open('/nowhere/at all')"])

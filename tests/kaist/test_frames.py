@@ -1,4 +1,4 @@
-"""Annotated frames: who is learned, who is ignored, and whose boxes are whose."""
+"""Frames for training: persons, ignored objects, boxes of each modality, and the validation split."""
 
 from pathlib import Path
 
@@ -24,10 +24,10 @@ from kaist.labels import ObjectRow
 from kaist.miss_rate import load_ground_truth
 
 
-def test_what_is_learned_and_what_is_ignored():
+def test_persons_and_ignored_objects():
     rows = [
         ("person", [100, 100, 20, 50], 0, False),
-        ("person", [100, 100, 20, 50], 2, False),  # occlusion alone does not ignore
+        ("person", [100, 100, 20, 50], 2, False),  # occlusion does not make an object ignored
         ("people", [100, 100, 20, 50], 0, False),
         ("person?", [100, 100, 20, 50], 0, False),
         ("cyclist", [100, 100, 20, 50], 0, False),
@@ -45,7 +45,7 @@ def test_what_is_learned_and_what_is_ignored():
     assert frame.labels.tolist() == [1, 1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 1]
 
 
-def test_frames_hold_the_objects_of_their_own(demo_root):
+def test_frames_have_their_own_objects(demo_root):
     ids = (demo_root / "imageSets/test-all.txt").read_text().split()
     people = load_ground_truth(demo_root, ids)
     frames = frames_from_gt(people, min_height=12.0, margin=5.0)
@@ -67,7 +67,7 @@ def paired(root, visible, lwir):
     return open_annotations(root)
 
 
-def test_of_paired_annotations_each_modality_has_its_boxes_and_equal_ones_are_joined(tmp_path):
+def test_paired_annotations_keep_the_boxes_of_each_modality_and_merge_equal_ones(tmp_path):
     annotations = paired(
         tmp_path,
         ["person 100 100 40 90", "person 200 100 40 90", "people 300 100 90 90", "person 20 20 30 60"],
@@ -84,7 +84,7 @@ def test_of_paired_annotations_each_modality_has_its_boxes_and_equal_ones_are_jo
     assert alone.boxes_px[:, 0].tolist() == [100, 205, 300] and (alone.seen == BOTH).all()
 
 
-def test_boxes_of_one_box_forms_are_seen_in_both(demo_root):
+def test_forms_with_one_box_for_both_modalities(demo_root):
     ids = (demo_root / "imageSets/train-all.txt").read_text().split()
     plain, pairs = (
         load_frames(ids, open_annotations(demo_root, form), min_height=12, margin=5, pairs=pairs)
@@ -95,7 +95,7 @@ def test_boxes_of_one_box_forms_are_seen_in_both(demo_root):
         assert a.n_persons == (a.labels == 1).sum() == len(a.persons)
 
 
-def test_whom_learn_names(tmp_path):
+def test_classes_that_learn_selects(tmp_path):
     lines = [f"{word} {x} 100 40 90 0 0 0 0 0 0 0" for x, word in ((100, "person"), (200, "person?"))]
     lines += ["people 300 100 40 90 0 0 0 0 0 0 0", "cyclist 400 100 40 90 0 0 0 0 0 0 0"]
     lines += ["person 500 100 40 90 0 0 0 0 0 1 0"]  # flagged to be ignored
@@ -123,17 +123,17 @@ def test_whole_videos_are_held_out_of_day_and_night():
         drawn.add(tuple(videos))
     assert len(drawn) > 3
     assert list(hold_out_videos(times, 0.3, 5)) == list(hold_out_videos(times, 0.3, 5))
-    few = hold_out_videos(times, 0.01, 0)  # the smallest, where none is near the share
+    few = hold_out_videos(times, 0.01, 0)  # the smallest video, if none is close to the share
     assert describe_videos(few).split(" (")[1].endswith("set04/V001") and len(few) == 70
     most = hold_out_videos(times, 0.99, 0)
-    assert len({video_of(frame) for frame in most}) == 3  # one of day and one of night stay
+    assert len({video_of(frame) for frame in most}) == 3  # one video by day and one by night remain
     assert not hold_out_videos(times, 0.0, 0)
     with pytest.raises(InputError, match=r"VALIDATION = 0.5 holds out whole videos"):
         hold_out_videos({i: times[i] for i in ids[:40] + ids[-40:]}, 0.5, 0)
 
 
-def test_day_and_night_of_another_set_are_its_own():
-    """Of CVC-14's folders Day and Night, which are no KAIST ids, neither is held out whole."""
+def test_time_of_day_of_another_set_comes_from_its_description():
+    """CVC-14 has the folders Day and Night and no KAIST ids; neither folder is held out completely."""
     how = {"validation": 0.3, "seed": 1, "min_height": 12, "margin": 5}
 
     def split(*videos):

@@ -1,4 +1,4 @@
-"""Images of every layout a user may have; those that would be misread are refused."""
+"""Images of all supported kinds; images that would be decoded wrongly are refused."""
 
 import itertools
 import os
@@ -50,7 +50,7 @@ def colour_png(pixels):
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "float", "32 bits", "colours"])
 def test_deep_images_are_refused(tmp_path, kind):
-    """Pillow would clip them: a thermal image of 14 bits came out white."""
+    """Pillow would clip them: a thermal image of 14 bits would become white."""
     path = tmp_path / "images/set00/V000/lwir/I00000.png"
     path.parent.mkdir(parents=True)
     sixteen_bits(path, kind)
@@ -63,8 +63,8 @@ def test_deep_images_are_refused(tmp_path, kind):
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".jpeg", ".tif", ".tiff", ".JPG", ".PNG", ".TIF"])
-def test_images_are_found_by_any_ending(demo_root, tmp_path, suffix, capsys):
-    """Beside others: visible keeps its .jpg, LWIR has another ending and content."""
+def test_images_are_found_by_any_suffix(demo_root, tmp_path, suffix, capsys):
+    """Visible images keep .jpg, LWIR images have another suffix and content."""
     root = tmp_path / "set"
     frame_id = read_image_list(demo_root / "imageSets/train-all.txt")[0]
     expected = read_frame(demo_root, frame_id, "early")
@@ -86,7 +86,7 @@ def test_images_are_found_by_any_ending(demo_root, tmp_path, suffix, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_jpg_is_looked_up_once_and_preferred(tmp_path, monkeypatch):
+def test_a_jpg_is_preferred_and_needs_one_lookup(tmp_path, monkeypatch):
     path = tmp_path / "images/set00/V000/lwir/I00000.jpg"
     path.parent.mkdir(parents=True)
     for suffix in (".jpg", ".png"):
@@ -98,7 +98,7 @@ def test_a_jpg_is_looked_up_once_and_preferred(tmp_path, monkeypatch):
     assert image_path(tmp_path, "set00/V000/I00001", "lwir") == path.with_name("I00001.jpg")
 
 
-def test_a_header_tells_the_size_unless_it_is_cut(tmp_path):
+def test_the_header_has_the_size_unless_it_is_truncated(tmp_path):
     path = tmp_path / "a.jpg"
     exif = Image.Exif()
     exif[0x9286] = "long " * 1000
@@ -139,7 +139,7 @@ def test_other_sizes_are_scaled_with_one_note(tmp_path, size, capsys):
     assert np.array_equal(frame, cache_frames(tmp_path / "c", tmp_path, frames, "early").read(frames[1]))
 
 
-def test_pipes_and_images_beyond_memory_are_refused(tmp_path):
+def test_pipes_and_huge_images_are_refused(tmp_path):
     with pytest.raises(InputError, match="not found"):
         load_image(tmp_path / "a.jpg", "lwir")
     os.mkfifo(tmp_path / "a.jpg")
@@ -150,7 +150,7 @@ def test_pipes_and_images_beyond_memory_are_refused(tmp_path):
         load_image(tmp_path / "b.png", "lwir")
 
 
-def test_names_that_are_not_utf_8_have_a_fingerprint(tmp_path):
+def test_the_fingerprint_of_names_that_are_not_utf_8(tmp_path):
     path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg"))
     path.write_bytes(b"")
     assert fingerprint([path]) != fingerprint([tmp_path])
@@ -177,7 +177,7 @@ def test_modalities_and_channels(demo_root):
         (lambda p: Image.new("I;16", (640, 512)).save(p, "PNG"), "not an 8-bit image"),
     ],
 )
-def test_bad_images_are_named_before_training(demo_root, tmp_path, damage, message):
+def test_invalid_images_are_reported_before_training(demo_root, tmp_path, damage, message):
     root = shutil.copytree(demo_root, tmp_path / "set")
     frame_id = read_image_list(root / "imageSets/train-all.txt")[3]
     path = image_path(root, frame_id, "lwir")
@@ -185,7 +185,7 @@ def test_bad_images_are_named_before_training(demo_root, tmp_path, damage, messa
     with pytest.raises(InputError, match=message) as error:
         check_images(root, [frame_id], "early")
     assert str(error.value).startswith(str(path))
-    check_images(root, [frame_id], "visible")  # what the input does not need is not asked for
+    check_images(root, [frame_id], "visible")  # the other modality is not needed
 
 
 def test_cache_is_reused_until_a_file_changes(demo_root, tmp_path):
@@ -193,23 +193,23 @@ def test_cache_is_reused_until_a_file_changes(demo_root, tmp_path):
     ids = read_image_list(root / "imageSets/train-all.txt")[:3]
     first = cache_frames(folder, root, ids, "early")
     before = first.path.stat()
-    first.read(ids[0])[:] = 0  # whatever a reader does to its frame stays its own
+    first.read(ids[0])[:] = 0  # a change of the frame in memory does not reach the file
     again = cache_frames(folder, root, ids, "early")
     assert again.path == first.path and again.path.stat().st_ino == before.st_ino
     assert np.array_equal(again.read(ids[0]), read_frame(root, ids[0], "early"))
 
     path = image_path(root, ids[1], "lwir")
     shutil.copy(image_path(root, ids[2], "lwir"), path)
-    redrawn = cache_frames(folder, root, ids, "early")
-    assert np.array_equal(redrawn.read(ids[1]), read_frame(root, ids[1], "early"))
-    assert not np.array_equal(redrawn.read(ids[1]), first.read(ids[1]))  # a mapped file lives on
-    assert [p for p in folder.iterdir()] == [redrawn.path]
+    rebuilt = cache_frames(folder, root, ids, "early")
+    assert np.array_equal(rebuilt.read(ids[1]), read_frame(root, ids[1], "early"))
+    assert not np.array_equal(rebuilt.read(ids[1]), first.read(ids[1]))  # a map outlives its file
+    assert [p for p in folder.iterdir()] == [rebuilt.path]
 
-    os.utime(path, ns=(0, 0))  # the same size, another time
-    assert cache_frames(folder, root, ids, "early").path != redrawn.path
+    os.utime(path, ns=(0, 0))  # the same size, another modification time
+    assert cache_frames(folder, root, ids, "early").path != rebuilt.path
 
 
-def test_caches_of_other_roots_inputs_and_lists_are_kept_apart(demo_root, tmp_path):
+def test_caches_of_other_roots_inputs_and_lists_have_other_names(demo_root, tmp_path):
     root, folder = shutil.copytree(demo_root, tmp_path / "set"), tmp_path / "cache"
     ids = read_image_list(root / "imageSets/train-all.txt")[:3]
     kinds = [(demo_root, ids, "early"), (root, ids, "early"), (root, ids, "lwir"), (root, ids[::-1], "early")]
@@ -217,7 +217,7 @@ def test_caches_of_other_roots_inputs_and_lists_are_kept_apart(demo_root, tmp_pa
     assert len(paths) == 4 and set(folder.iterdir()) == paths
 
 
-def test_interrupted_cache_is_drawn_again(demo_root, tmp_path):
+def test_an_interrupted_cache_is_built_again(demo_root, tmp_path):
     root, folder = shutil.copytree(demo_root, tmp_path / "set"), tmp_path / "cache"
     ids = read_image_list(root / "imageSets/train-all.txt")[:3]
     path = image_path(root, ids[2], "visible")
@@ -229,7 +229,7 @@ def test_interrupted_cache_is_drawn_again(demo_root, tmp_path):
     path.write_bytes(whole)
     cache = cache_frames(folder, root, ids, "early")
     name = cache.path.name.rsplit("-", 1)[0]
-    unfinished = folder / f".{name}-0.u8.1.tmp"  # of a process that was killed
+    unfinished = folder / f".{name}-0.u8.1.tmp"  # left by a killed process
     unfinished.write_bytes(b"")
     os.utime(unfinished, (0, 0))
     cache.path.write_bytes(b"cut off")
@@ -238,7 +238,7 @@ def test_interrupted_cache_is_drawn_again(demo_root, tmp_path):
     assert list(folder.iterdir()) == [cache.path]
 
 
-def test_cache_says_when_it_cannot_be(demo_root, tmp_path, monkeypatch):
+def test_errors_of_a_cache_are_reported(demo_root, tmp_path, monkeypatch):
     ids = read_image_list(demo_root / "imageSets/train-all.txt")[:3]
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot use this folder"):

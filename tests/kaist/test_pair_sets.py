@@ -1,4 +1,4 @@
-"""Sets of pairs other than KAIST: each layout and form of label gives the boxes that were drawn."""
+"""Sets of pairs other than KAIST: every layout and form of label gives the expected boxes."""
 
 import json
 
@@ -53,7 +53,7 @@ def test_cvc14(tmp_path, capsys):
     assert len(train.frames) == 5 and len(test.frames) == 6
     assert "1 of 6 frames lack a modality and are left out" in capsys.readouterr().out
     name = "Night/2014_05_01_13_01_05"
-    assert boxes(test, name) == [("person", False, (190, 189.5, 40, 101))]  # of its centre (210, 240)
+    assert boxes(test, name) == [("person", False, (190, 189.5, 40, 101))]  # centre (210, 240)
     assert test.sizes[name] == (640, 471)
     assert test.time_of_day(name) == "night" and test.time_of_day(test.frames[0]) == "day"
     assert kaist_ids(test, "test")[name] == "set09/V000/I00001"
@@ -66,8 +66,8 @@ def test_kaist_by_name(demo_root):
 
 
 @pytest.mark.parametrize("form", ["yolo", "voc", "coco"])
-def test_own_set_in_each_form(tmp_path, form):
-    """The same pairs, whatever form their labels have, told by what is there."""
+def test_a_custom_set_in_each_form(tmp_path, form):
+    """All forms of labels give the same pairs; the form is guessed from the files."""
     pairs = open_pairs(str(draw_own(tmp_path, form)), None, "train")
     assert pairs.frames == ("000", "001", "002", "003")
     person, rider = boxes(pairs, "001")
@@ -75,7 +75,7 @@ def test_own_set_in_each_form(tmp_path, form):
     assert rider == ("rider", True, (80, 40, 16, 40))
 
 
-def test_kaist_text_labels_of_an_own_set(tmp_path):
+def test_kaist_text_labels_of_a_custom_set(tmp_path):
     path = draw_own(tmp_path, "voc", labels="text")
     write(tmp_path / "text/000.txt", "% bbGt version=3\nperson 20 30 20 50 2 0 0 0 0 0 0\n")
     for i in (1, 2, 3):
@@ -85,7 +85,7 @@ def test_kaist_text_labels_of_an_own_set(tmp_path):
     assert pairs.read("000").occlusion.tolist() == [2] and boxes(pairs, "003") == []
 
 
-def test_a_list_names_frames_in_many_ways(tmp_path):
+def test_a_list_may_have_ids_or_paths(tmp_path):
     path = draw_own(tmp_path, list="{split}.txt")
     write(tmp_path / "train.txt", "002\ncolour/train/000.png\n\nthermal/train/003\n")
     assert open_pairs(str(path), None, "train").frames == ("002", "000", "003")
@@ -95,7 +95,7 @@ def test_a_list_names_frames_in_many_ways(tmp_path):
     assert "train.txt:2: '009' is not a frame with both images" in refusal(str(path), None, "train")
 
 
-def test_a_listed_frame_that_lacks_a_modality_is_refused_and_no_other_taken(tmp_path):
+def test_a_listed_frame_without_a_modality_is_refused_and_not_replaced_by_another(tmp_path):
     path = draw_own(tmp_path, n=1, visible="colour", lwir="thermal", labels="labels", list="list.txt")
     for frame in ("day/001", "night/001", "night/002"):
         pair_trees.draw_pair(tmp_path / f"colour/{frame}.png", tmp_path / f"thermal/{frame}.png", (160, 120))
@@ -114,7 +114,7 @@ def test_a_listed_frame_that_lacks_a_modality_is_refused_and_no_other_taken(tmp_
         assert open_pairs(str(path), None, "train").frames == ("night/002", "day/001")
 
 
-def test_a_list_names_images_by_the_paths_of_a_description_that_lies_elsewhere(tmp_path):
+def test_a_list_of_image_paths_with_a_description_in_another_folder(tmp_path):
     for video in ("a", "b"):
         draw_own(tmp_path / "images" / video, n=1)
     names = {"visible": "colour", "lwir": "thermal", "labels": "labels"}
@@ -127,7 +127,7 @@ def test_a_list_names_images_by_the_paths_of_a_description_that_lies_elsewhere(t
 
 
 @pytest.mark.parametrize("form", ["yolo", "coco"])
-def test_paths_begin_at_the_descriptions_folder_from_any_working_directory(tmp_path, monkeypatch, form):
+def test_paths_are_relative_to_the_description_in_any_working_directory(tmp_path, monkeypatch, form):
     draw_own(tmp_path / "sets/mine", form, list="{split}.txt")
     write(tmp_path / "sets/mine/train.txt", "002\n000\n")
     for folder, name in (
@@ -142,7 +142,7 @@ def test_paths_begin_at_the_descriptions_folder_from_any_working_directory(tmp_p
         assert load_image(pairs.images["002"]["lwir"], "lwir").size == (160, 120)
 
 
-def test_a_yolo_frame_without_labels_has_no_objects_and_others_are_refused(tmp_path, capsys):
+def test_only_yolo_frames_may_lack_a_label_file(tmp_path, capsys):
     path = draw_own(tmp_path / "yolo")
     (tmp_path / "yolo/labels/train/002.txt").unlink()
     assert boxes(open_pairs(str(path), None, "train"), "002") == []
@@ -168,14 +168,14 @@ def test_a_yolo_frame_without_labels_has_no_objects_and_others_are_refused(tmp_p
         ({"names": ["person"]}, "labels/train/000.txt:2: class '1' has no name"),
     ],
 )
-def test_wrong_descriptions_are_told(tmp_path, change, words):
+def test_invalid_descriptions_are_reported(tmp_path, change, words):
     path = draw_own(tmp_path)
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     assert words in refusal(str(path), None, "train")
 
 
-def test_a_class_of_ones_own_lists_has_no_role_by_default(tmp_path):
-    """Without a list `ignore`, which has people by default; nor without `person`."""
+def test_a_class_in_a_given_list_loses_its_default_role(tmp_path):
+    """By default `ignore` has people, and `person` has person."""
     rows = [("person", (9, 9, 9, 40), 0), ("people", (50, 9, 30, 40), 0), ("cyclist", (90, 9, 9, 40), 0)]
     path = draw_own(tmp_path, "voc", n=1)
     write(tmp_path / "labels/train/000.xml", pair_trees.voc((160, 120), rows))
@@ -208,8 +208,8 @@ def test_modalities_of_two_sizes(tmp_path):
     ("name", "frame_id"),
     [("img", "''"), ("img1 ", "'1 '"), ("img1\x85", r"'1\x85'"), ("img1\udcff", r"'1\udcff'")],
 )
-def test_an_id_that_no_line_of_a_list_can_be_is_refused(tmp_path, name, frame_id):
-    """Empty, with a space or a line's end at its end, or not UTF-8: results would not find their frames."""
+def test_an_id_that_cannot_be_a_line_of_a_list_is_refused(tmp_path, name, frame_id):
+    """It is empty, ends with a space or a line break, or is not UTF-8."""
     path = draw_own(tmp_path, n=1, visible="a/img*.png", lwir="b/img*.png", labels="c/img*.txt")
     write(tmp_path / f"c/{name}.txt", "0 0.5 0.5 0.1 0.4\n")
     pair_trees.draw_pair(tmp_path / f"a/{name}.png", tmp_path / f"b/{name}.png", (160, 120))
@@ -233,7 +233,7 @@ def test_two_files_of_one_frame(tmp_path):
         ("man 0.5 0.5 0.1 0.1", "class 'man' has no name"),
     ],
 )
-def test_wrong_yolo_lines(tmp_path, line, words):
+def test_invalid_yolo_lines_are_reported(tmp_path, line, words):
     path = tmp_path / "a.txt"
     path.write_text(f"\n{line}\n")
     with pytest.raises(InputError, match=r"a\.txt:2: ") as caught:
@@ -241,16 +241,16 @@ def test_wrong_yolo_lines(tmp_path, line, words):
     assert words in str(caught.value)
 
 
-def test_a_voc_file_says_where_it_is_wrong(tmp_path):
+def test_the_line_of_an_invalid_voc_object_is_reported(tmp_path):
     path = tmp_path / "a.xml"
     path.write_text(pair_trees.voc((9, 9), [("person", (1, 2, 3, 4), 1), ("person", (5, 5, -2, 4), 0)]))
     with pytest.raises(InputError, match=r"a\.xml:3: box x=5 y=5 w=-2 h=4 is not a box"):
         read_labels(path, "xml", (9, 9))
     path.write_text(pair_trees.voc((9, 9), [("person", (1, 2, 3, 4), 1)]))
-    assert read_labels(path, "xml", (9, 9))[0].ignore  # it is difficult
+    assert read_labels(path, "xml", (9, 9))[0].ignore  # difficult
 
 
-def test_a_coco_json_that_is_none(tmp_path):
+def test_an_invalid_coco_json_is_reported(tmp_path):
     path = tmp_path / "a.json"
     path.write_text("[]")
     with pytest.raises(InputError, match="not a COCO annotation JSON"):
@@ -276,8 +276,8 @@ def test_a_coco_json_that_is_none(tmp_path):
         read_json(path, kaist=False)
 
 
-def test_random_boxes_come_back(tmp_path):
-    """Through COCO exactly, through YOLO to its digits."""
+def test_random_boxes_survive_writing_and_reading(tmp_path):
+    """Exactly in COCO's format, and up to `YOLO_DECIMALS` in YOLO's."""
     rng = np.random.default_rng(7)
     for trial in range(20):
         size = tuple(rng.integers(200, 4000, 2).tolist())
@@ -325,7 +325,7 @@ def test_lwir_of_8_bits_has_no_range(tmp_path):
         find_lwir_range(open_pairs(str(path), None, "train"))
 
 
-def test_a_coco_json_of_another_machine_goes_by_names_alone(tmp_path):
+def test_a_coco_json_of_another_computer_is_matched_by_file_names(tmp_path):
     path = draw_own(tmp_path, "coco")
     before = open_pairs(str(path), None, "train")
     content = json.loads((tmp_path / "labels/train.json").read_text())
@@ -336,7 +336,7 @@ def test_a_coco_json_of_another_machine_goes_by_names_alone(tmp_path):
 
 
 def test_one_coco_json_for_both_splits(tmp_path):
-    """Frames of the same name are told apart by their folders, and refused where they cannot be."""
+    """Frames with equal names are distinguished by their folders, or else refused."""
     path = draw_own(tmp_path, "coco")
     content = json.loads((tmp_path / "labels/train.json").read_text())
     both = {**content, "images": [], "annotations": []}
