@@ -1,4 +1,4 @@
-"""Broken input: what once ended in a traceback, and two thousand inputs of fuzz.py."""
+"""Broken input: regressions, and two thousand inputs of fuzz.py."""
 
 import math
 import struct
@@ -21,7 +21,7 @@ RESULT = b'[{"image_id": 0, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5
 
 
 def png(header):
-    """A PNG of nothing but its header chunk."""
+    """A PNG with a header chunk only."""
     chunk = b"IHDR" + header
     return (
         b"\x89PNG\r\n\x1a\n" + struct.pack(">I", len(header)) + chunk + struct.pack(">I", zlib.crc32(chunk))
@@ -32,17 +32,17 @@ REGRESSIONS = [
     ("annotation-json", b"[" * 100_000),  # RecursionError
     ("annotation-json", ANNOTATIONS.replace(b"[1, 2", b"[" + b"9" * 5000 + b", 2")),  # ValueError
     ("annotation-json", ANNOTATIONS.replace(b"[1, 2", b"[" + NINES + b", 2")),  # OverflowError
-    ("annotation-json", ANNOTATIONS.replace(b"[1, 2, 3, 4]", b'"1234"')),  # taken for a box
+    ("annotation-json", ANNOTATIONS.replace(b"[1, 2, 3, 4]", b'"1234"')),  # accepted as a box
     ("annotation-json", ANNOTATIONS.replace(b'"set06/V000/I00000"', b"{}")),
     ("annotation-json", ANNOTATIONS.replace(b'"person"', b'["person"]')),
     ("result-json", b'[{"image_id": ' + b"[" * 100_000),
     ("result-json", RESULT.replace(b"0.5", b"9" * 5000)),
     ("result-json", RESULT.replace(b"0.5", NINES)),
     ("png", png(b"")),  # ValueError
-    ("png", png(struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0))),  # a bomb
+    ("png", png(struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0))),  # decompression bomb
     ("xml", b"<!DOCTYPE a [<!ENTITY a 'x'><!ENTITY b '&a;&a;'>]><annotation>&b;</annotation>"),
     ("xml", b'<?xml version="1.0" encoding="utf-16"?><annotation/>'.decode().encode("utf-16")),
-    ("image-list", "set٠٦/V٠٠٠/I٠٠٠٠٠".encode()),  # digits, but not 0 to 9
+    ("image-list", "set٠٦/V٠٠٠/I٠٠٠٠٠".encode()),  # digits other than 0 to 9
     ("frame-list", b"set06/V000/I00000\x00"),
     ("checkpoint", b"PK\x03\x04"),
     ("train-flags", b"--lr\n1e400"),
@@ -59,15 +59,15 @@ def readers():
 
 
 @pytest.mark.parametrize(("name", "data"), REGRESSIONS)
-def test_what_once_ended_in_a_traceback_is_refused(readers, tmp_path, name, data):
+def test_inputs_that_once_raised_other_errors_are_refused(readers, tmp_path, name, data):
     assert fuzz.feed(readers[name], data, tmp_path) == "refused"
 
 
-def test_what_is_valid_is_taken(readers, tmp_path):
+def test_valid_input_is_accepted(readers, tmp_path):
     for name, data in (("annotation-json", ANNOTATIONS), ("result-json", RESULT)):
-        assert fuzz.feed(readers[name], data, tmp_path) == "taken"
+        assert fuzz.feed(readers[name], data, tmp_path) == "accepted"
     for name, reader in readers.items():
-        assert fuzz.feed(reader, reader.seeds[0], tmp_path) == "taken", name
+        assert fuzz.feed(reader, reader.seeds[0], tmp_path) == "accepted", name
 
 
 def test_two_thousand_inputs(readers, tmp_path):
@@ -76,7 +76,7 @@ def test_two_thousand_inputs(readers, tmp_path):
         results = set()
         for number in range(math.ceil(2000 * reader.weight / total)):
             results.add(fuzz.feed(reader, fuzz.make_input(name, reader, number, 1), tmp_path))
-        assert "refused" in results and results <= {"refused", "taken"}, results
+        assert "refused" in results and results <= {"refused", "accepted"}, results
 
 
 @pytest.mark.timing
@@ -84,13 +84,13 @@ def test_an_error_and_a_hang_are_failures(tmp_path, monkeypatch):
     def fail(path):
         raise KeyError("x")
 
-    monkeypatch.setattr(fuzz, "LIMIT", 0.1)
+    monkeypatch.setattr(fuzz, "TIMEOUT", 0.1)
     readers = [fuzz.Reader(read, "x", 1, []) for read in (fail, lambda path: time.sleep(60))]
     failed, hung = (fuzz.feed(reader, b"a", tmp_path) for reader in readers)
     assert "KeyError: 'x'" in failed and "TimeoutError: not read after 0.1 s" in hung
 
 
-def test_a_refused_file_that_the_check_calls_clean_is_a_failure(tmp_path):
+def test_a_refused_file_without_a_fault_is_a_failure(tmp_path):
     def read(path):
         raise InputError("no", "never")
 
@@ -100,7 +100,7 @@ def test_a_refused_file_that_the_check_calls_clean_is_a_failure(tmp_path):
         fuzz.checked(read, lambda path: ["fault"])(tmp_path)
 
 
-def test_an_input_depends_on_its_number_and_seed_alone(readers):
+def test_an_input_depends_only_on_its_number_and_seed(readers):
     for name, reader in readers.items():
         once = [fuzz.make_input(name, reader, number, 5) for number in range(50)]
         again = [fuzz.make_input(name, reader, number, 5) for number in reversed(range(50))]
@@ -108,7 +108,7 @@ def test_an_input_depends_on_its_number_and_seed_alone(readers):
         assert fuzz.make_input(name, reader, 0, 6) != once[0] or name.endswith("flags")
 
 
-def test_a_name_that_the_system_refuses_is_told_in_one_line(tmp_path):
+def test_an_overlong_file_name_is_reported_in_one_line(tmp_path):
     flags = ["--detections", fuzz.__file__, "--annotations", "A" * 5000]
     done = subprocess.run(
         [sys.executable, fuzz.eval_script.__file__, *flags], cwd=tmp_path, capture_output=True, text=True
@@ -125,12 +125,12 @@ def test_the_script_counts_its_inputs(tmp_path, monkeypatch, capsys):
         return end.value.code, capsys.readouterr().out
 
     monkeypatch.chdir(tmp_path)
-    code, said = run("--reader", "bbgt", "--reader", "image-list")
-    assert code == 0 and "bbgt" in said and "xml" not in said and said.endswith("\n0 failures\n")
+    code, output = run("--reader", "bbgt", "--reader", "image-list")
+    assert code == 0 and "bbgt" in output and "xml" not in output and output.endswith("\n0 failures\n")
     assert not list(tmp_path.iterdir())
     broken = fuzz.Reader(lambda path: path.read_bytes() / 1, "x", 1, [b"seed"])
     monkeypatch.setattr(fuzz, "make_readers", lambda: {"broken": broken})
-    code, said = run("--out", "failures")
-    assert code == 1 and said.endswith("100 failures, kept in failures\n")
+    code, output = run("--out", "failures")
+    assert code == 1 and output.endswith("100 failures, saved in failures\n")
     assert "TypeError" in (tmp_path / "failures/broken-7.trace").read_text()
     assert (tmp_path / "failures/broken-7").read_bytes() == fuzz.make_input("broken", broken, 7, 0)
