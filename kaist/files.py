@@ -64,7 +64,7 @@ def check_file(path: Path) -> int:
 
 
 def read_text(path: Path) -> str:
-    """Return the content of a UTF-8 text file, whatever the locale.
+    """Return the content of a UTF-8 text file, with or without a byte order mark, whatever the locale.
 
     Raises:
         InputError: not a regular file, not UTF-8, or larger than `MAX_TEXT`.
@@ -74,10 +74,9 @@ def read_text(path: Path) -> str:
         problem = f"the file has {size / 1e6:.0f} MB, the limit for text files is {MAX_TEXT / 1e6:.0f} MB"
         raise InputError(problem, "split it, or leave out detections of low scores", file=path)
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        return path.read_text("utf-8-sig")
     except UnicodeDecodeError:
         raise InputError("not a text file in UTF-8", "choose another file", file=path) from None
-    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
 def load_json(text: str, path: Path) -> Any:
