@@ -126,7 +126,7 @@ def compare_runs(folders: Sequence[Path], resamples: int, by_video: bool, out: P
     for folder, name in zip(folders, unique_names(folders, "/"), strict=True):
         detections = read_detections(folder / "detections.txt", test_set.frames)
         scores.append(score(name, test_set, detections, resamples or RESAMPLES, by_video))
-    print(f"people of {test_set.source}")
+    print(f"ground truth: {test_set.source}")
     print_scores(scores)
     logs = [read_log(folder) for folder in folders]
     write_atomically(out, lambda path: draw_runs(scores, logs, path, out.suffix[1:]))

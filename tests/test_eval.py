@@ -267,8 +267,8 @@ def test_blackouts_of_a_network(run, save, demo_root, capsys):
     run("--checkpoint", path, "--without", "visible")
     assert path.with_name("detections-without-visible.txt").read_text() == texts["visible"]
     assert len(set(texts.values())) == 3
-    assert "was not trained to do without sides-a" in capsys.readouterr().out
-    with pytest.raises(InputError, match="cannot do without"):
+    assert "was not trained to work without sides-a" in capsys.readouterr().out
+    with pytest.raises(InputError, match="has a single modality"):
         run("--checkpoint", save("--input-mode", "lwir"), "--blackout", "sides-b")
     with pytest.raises(InputError, match="not allowed with"):
         run("--without", "lwir", "--blackout", "sides-b")
@@ -341,17 +341,17 @@ def test_nothing_that_is_read_is_replaced(run, result, demo_root):
 
 def test_companions_among_the_result_files_are_left_out(run, result, demo_root, capsys):
     run("--detections", *sorted(result.parent.glob("*.txt")), "--annotations", demo_root)
-    assert "note: 1 lists of frames (.frames.txt) are no result files" in capsys.readouterr().out
-    with pytest.raises(InputError, match="mine.frames.txt: it lists the frames .*; name the result file"):
+    assert "note: ignored 1 lists of frames (.frames.txt)" in capsys.readouterr().out
+    with pytest.raises(InputError, match="mine.frames.txt: a list of frames, .*; name the result file"):
         run("--detections", result.with_suffix(".frames.txt"), "--annotations", demo_root)
 
 
 def test_flags_that_would_do_nothing_are_refused(run, result):
     with pytest.raises(InputError, match="--compare takes no --subset"):
         run("--compare", "a", "b", "--by-video", "--subset", "night")
-    with pytest.raises(InputError, match="--data brings its own list and labels"):
+    with pytest.raises(InputError, match="--data takes no --image-list, --annotations or --kaist"):
         run("--detections", result, "--data", "pairs.json", "--image-list", "list.txt")
-    with pytest.raises(InputError, match="--data brings its own list and labels"):
+    with pytest.raises(InputError, match="--data takes no --image-list, --annotations or --kaist"):
         run("--detections", result, "--data", "pairs.json", "--kaist", "root")
 
 

@@ -169,8 +169,8 @@ def test_evaluation_without_a_modality(save, demo_root, tmp_path, monkeypatch, c
     files = [path.with_name(f"detections-without-{name}.txt") for name in ("visible", "lwir")]
     assert files[0].read_text() != files[1].read_text()
     call(monkeypatch, eval_script, "--checkpoint", save("--workers", "0"), "--without", "lwir")
-    assert "warning: it was not trained to do without lwir" in capsys.readouterr().out
-    with pytest.raises(InputError, match="'lwir' cannot do without"):
+    assert "the network was not trained to work without lwir" in capsys.readouterr().out
+    with pytest.raises(InputError, match="'lwir' has a single modality"):
         call(monkeypatch, eval_script, "--checkpoint", save("--input-mode", "lwir"), "--without", "lwir")
     with pytest.raises(InputError, match="--without evaluate a checkpoint"):
         call(

@@ -225,7 +225,7 @@ def test_files_of_different_lists_are_not_mixed(tmp_path, annotations, monkeypat
         if frames != FRAMES:
             frames_path(tmp_path / name).write_text("\n".join(frames) + "\n")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="mean different lists of frames"):
+    with pytest.raises(InputError, match="have different lists of frames"):
         run_main(monkeypatch, "--detections", "a.txt", "b.txt", "--annotations", annotations)
 
 
