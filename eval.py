@@ -92,11 +92,7 @@ class DetectorResult(NamedTuple):
 
 
 def parse_arguments() -> Namespace:
-    """Parse and check the command line, and fill in the parts of --kaist.
-
-    Raises:
-        InputError: A flag cannot be used, or not together with another.
-    """
+    """Parse and check the command line, and fill in the parts of --kaist."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
     add = parser.add_mutually_exclusive_group().add_argument
     add("--detections", nargs="+", type=Path, metavar="FILE", help="result files, text or COCO JSON")
@@ -198,14 +194,14 @@ def read_result_files(arguments: Namespace) -> list[DetectorResult]:
     results = []
     for path, name in zip(files, names, strict=True):
         ground_truth, detections = test_set, read_detections(path, test_set.frames)
-        if detections.ids:
-            print(f"note: {path}: {detections.ids}")
+        if detections.id_format:
+            print(f"note: {path}: {detections.id_format}")
         if arguments.subset:
             n_other = detections.other_frames  # rows that --subset removes are not reported
             frames = choose_frames(test_set, arguments.subset)
             ground_truth, detections = select_frames(test_set, detections, frames)
             detections = replace(detections, other_frames=n_other)
-        root = ground_truth.pairs or arguments.data_root
+        root = ground_truth.pair_set or arguments.data_root
         results.append(DetectorResult(name, ground_truth, detections, root))
     return results
 

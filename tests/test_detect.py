@@ -91,7 +91,7 @@ def test_folders_are_searched_to_any_depth_and_each_pair_is_taken_once(run, foun
 def test_a_pair_of_any_names(run, found, tmp_path):
     run("--visible", draw(tmp_path / "photo.png"), "--lwir", draw(tmp_path / "hot.jpg", mode="L"))
     assert pictures() == ["photo.png"]
-    with pytest.raises(InputError, match="belong together"):
+    with pytest.raises(InputError, match="must be used together"):
         run("--visible", tmp_path / "photo.png")
 
 
@@ -154,7 +154,7 @@ def test_a_bad_image_costs_a_line_and_never_the_rest(run, found, tmp_path, capsy
         (["lone.png", "--json", "none/found.json"], "none: no such folder; create it first"),
         (["lone.png", "--sheet", "./.png"], "./.png does not end in .png or .jpg"),
         (["lone.png", "--min-score", "2"], "--min-score 2.0 is not a number from 0 to 1"),
-        ([], "name an image or a folder"),
+        ([], "name images or folders"),
     ],
 )
 def test_nothing_is_made_where_there_is_nothing_to_write(run, tmp_path, arguments, message):
@@ -215,7 +215,7 @@ def test_untrained_and_broken_networks_are_told(run, found, tmp_path, capsys, ch
     assert "epoch 1 of 2" in capsys.readouterr().out
     found["boxes"], found["scores"] = np.tile(found["boxes"], (200, 1)), np.full(200, 0.3)
     run("x")
-    assert "200, at scores from 0.3 up: this network is not trained" in capsys.readouterr().out
+    assert "200 detections at scores of 0.3 or more: this network is not trained" in capsys.readouterr().out
     content = torch.load(checkpoint)
     content["model"]["loc_heads.0.bias"][3] = torch.nan
     save_checkpoint(tmp_path / "nan.pt", content)
@@ -386,4 +386,4 @@ def test_show_opens_pictures_and_says_where_none_can(run, found, tmp_path, monke
         monkeypatch.setattr("PIL.ImageShow.show", show)
         run(*drive)
         assert shown == names
-        assert ("no program here that shows pictures" in capsys.readouterr().out) != can_show
+        assert ("no program that can show pictures" in capsys.readouterr().out) != can_show
