@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from engine.config import CHOICES, DETECT_KEYS, check_experiment, find_folder, pick
+from engine.config import DETECT_KEYS, check_experiment, find_folder, pick
+from engine.validation import CHOICES
 from kaist.annotations import FRAME_ID, FRAME_SIZE, IMAGE_SUFFIXES, MODALITIES, Objects, open_test_annotations
 from kaist.files import (
     InputError,

@@ -69,15 +69,11 @@ EXPERIMENTS = {
         "Adam; may also have ended at epoch 81",
         "NaN after about 30 epochs; 43.63 at epoch 25",
     ),
-    "3": Row(
-        "2",
-        dict(lr=5e-4, batch_size=32, epochs=150, schedule="step"),
-        "lr 5e-4, batch 32, 150 epochs, decay at 2/3 and 5/6",
-    ),
+    "3": Row("2", dict(lr=5e-4, batch_size=32, epochs=150, schedule="step"), "decay at 2/3 and 5/6"),
     "4": Row(
         "1",
         dict(lr=5e-4, batch_size=32, epochs=150, schedule="step", augment=True, validation=0.0),
-        "SGD, lr 5e-4, batch 32, 150 epochs, SSD augmentation, all frames",
+        "SGD, decay at 2/3 and 5/6, SSD augmentation, all frames",
         "29.03, recall 0.8330 (epoch 130)",
     ),
     "5": Row("4", {"validation": 0.1}, "10% validation split"),
@@ -107,7 +103,7 @@ EXPERIMENTS = {
     "24": Row(
         "23",
         {"seg_cells": "mean"},
-        "mean over the cells of each map, each loss term recorded",
+        "mean over the cells of each map; each loss term is logged",
         "the mask loss is too small to learn from",
     ),
     "25": Row(
@@ -118,13 +114,9 @@ EXPERIMENTS = {
     "26": Row("23", {"masks_follow": True}, "masks follow the augmentation"),
     "26b": Row("26", CORRECTIONS, "row 26 with the log's mistakes corrected; later rows build on this one"),
     "27": Row(
-        "26b",
-        {"out_of_range": "background"},
-        "persons that match no prior of a map are background in its mask",
+        "26b", {"out_of_range": "background"}, "persons that match no prior of a map: background in its mask"
     ),
-    "28": Row(
-        "26b", {"out_of_range": "ignore"}, "persons that match no prior of a map are ignored in its mask"
-    ),
+    "28": Row("26b", {"out_of_range": "ignore"}, "persons that match no prior of a map: ignored in its mask"),
     "29": Row(
         "22",
         {**CORRECTIONS, "masks_follow": True, "seg_maps": "uncertainty"},
@@ -155,8 +147,7 @@ EXPERIMENTS = {
     "40": Row(
         "33",
         {"priors": "pedestrian", "test_flip": True},
-        "rows 31, 33 and 38 together: what helped on the demo set at the same input size (see python -m "
-        "tools.study beyond)",
+        "rows 31, 33 and 38 together, which helped on the demo set (see python -m tools.study beyond)",
     ),
     "41": Row(
         "",
@@ -175,20 +166,14 @@ EXPERIMENTS = {
     ),
     "43": Row("42", {"learn": "person"}, "only persons labelled person are positives"),
     "44": Row("42", {"priors": "pedestrian"}, "priors of a person's shape"),
-    "45": Row(
-        "42", dict(ema_decay=0.999, schedule="cosine"), "averaged weights, cosine schedule with warm-up"
-    ),
+    "45": Row("42", dict(ema_decay=0.999, schedule="cosine"), "averaged weights, cosine schedule"),
     "46": Row("42", {"test_flip": True}, "detections averaged over the frame and its mirror image"),
     "47": Row(
         "42",
         dict(infusion=(1, 1, 0, 0, 0, 0), seg_maps="sum", seg_balance="height", seg_weight=4.0),
         "segmentation infusion on the two finest maps, cells weighted as in SDS-RCNN",
     ),
-    "48": Row(
-        "42",
-        dict(batch_size=32, lr=4e-4, schedule="cosine"),
-        "four times the batch size and the learning rate, cosine schedule with warm-up",
-    ),
+    "48": Row("42", dict(batch_size=32, lr=4e-4, schedule="cosine"), "4x batch size and lr, cosine schedule"),
     "49": Row(
         "47",
         dict(learn="person", priors="pedestrian", ema_decay=0.999, schedule="cosine", test_flip=True),

@@ -19,12 +19,9 @@ from kaist.files import InputError
 
 
 def share_memory(tensors: Sequence[Tensor]) -> InputError | None:
-    """Move a worker's tensors to shared memory; does nothing in the main process.
+    """Move a worker's tensors to shared memory, and return the error if there is too little of it.
 
-    multiprocessing would move them too, but if that fails, the main process waits forever.
-
-    Returns:
-        The error if there is too little shared memory, else None.
+    multiprocessing would move them too, but if that failed, the main process would wait forever.
     """
     if get_worker_info() is None:
         return None
@@ -183,11 +180,7 @@ class BatchLoader:
             raise InputError(f"a loader process died ({error})", remedy) from None
 
     def record_bad_frames(self, frames: list[BadFrame]) -> None:
-        """Warn once of each unreadable frame.
-
-        Raises:
-            InputError: there are more than `max_bad_frames`.
-        """
+        """Warn once of each unreadable frame. Raises InputError if there are more than `max_bad_frames`."""
         for frame_id, error in frames:
             if frame_id not in self.bad_frames and self.max_bad_frames and is_main_process():
                 tqdm.write(f"warning: {error}; {frame_id} is left out", file=sys.stderr)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.checkpoint import unpickling_problem
-from engine.config import invalid_constant
+from engine.validation import invalid_constant
 from kaist.files import InputError
 from ssd.layers import Detector
 from ssd.multispectral import MultispectralSSD

@@ -107,7 +107,7 @@ def test_files_that_do_not_fit_are_refused_before_any_data(tmp_path, monkeypatch
         call(monkeypatch, eval_script, "--checkpoint", "author.pth", "--experiment", "42")
     for script in (eval_script, detect_script):
         images = ["x.jpg"] if script is detect_script else []
-        with pytest.raises(InputError, match="--experiment says whose network"):
+        with pytest.raises(InputError, match="--experiment is the row of the network"):
             call(monkeypatch, script, *images, "--experiment", "41")
 
 
@@ -121,7 +121,7 @@ def test_files_that_do_not_fit_are_refused_before_any_data(tmp_path, monkeypatch
         (["--experiment", "41", "--no-batch-norm"], "BATCH_NORM = False cannot be used"),
         (["--experiment", "42", "--loc-loss", "smooth_l1"], "LOC_LOSS = 'smooth_l1' cannot be used"),
         (["--experiment", "42", "--input-size", "300,300"], "multiples of 64"),
-        (["--experiment", "26", "--infusion", "2,0,0,0,0,0"], "heads on both streams too, is for mlpd"),
+        (["--experiment", "26", "--infusion", "2,0,0,0,0,0"], "both streams too. needs NETWORK = mlpd"),
         (["--experiment", "42", "--infusion", "1,2,0,0,0,0"], "write 1 for a map with a segmentation head"),
     ],
 )

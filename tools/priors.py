@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.config import CHOICES, find_folder
+from engine.config import find_folder
+from engine.validation import CHOICES
 from kaist.annotations import FRAME_SIZE, Annotations, open_annotations, read_image_list, resolve_path
 from kaist.demo import open_root
 from kaist.files import InputError, OneLineParser, check_folders, out_path, run_script, write_atomically

@@ -9,7 +9,8 @@ The picture shows at a glance whether boxes and masks follow the augmentation of
 from argparse import Namespace
 from pathlib import Path
 
-from engine.config import check_config, find_folder, parse_flags, pick, read_constants
+from engine.config import find_folder, parse_flags, pick, read_constants
+from engine.validation import check_config
 from kaist.files import InputError, check_flags, run_script, write_atomically
 
 if __name__ == "__main__":  # before importing torch, which takes seconds

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 import train
-from engine.config import CHOICES, checkpoint_config, parse_flags, read_constants, resolve_row
+from engine.config import checkpoint_config, parse_flags, read_constants, resolve_row
 from engine.experiments import BASE, EXPERIMENTS, Row
 from engine.optim import lr_factor
+from engine.validation import CHOICES
 from kaist.files import InputError
 
 NO_MAPS = ["--infusion", "0,0,0,0,0,0"]
@@ -52,7 +53,7 @@ def test_the_row_streets_names_its_set_and_flags_win(monkeypatch, tmp_path):
         (["--batch-size", "0"], "BATCH_SIZE = 0.*from 1 to"),
         (["--width", "nan"], "WIDTH = nan"),
         (["--input-mode", "radar"], "invalid choice: 'radar'"),
-        (["--infusion", "1,0"], "wants 6 values"),
+        (["--infusion", "1,0"], "expected 6 values"),
         (["--pretrained", "imagenet"], "WIDTH = 1.0"),
         (["--pretrained", "coco", "--width", "1"], "BATCH_NORM = False"),
         (["--validation", "1"], "VALIDATION = 1.0"),
@@ -96,7 +97,7 @@ def test_what_cannot_be_used_is_refused(flags, message):
 def test_a_row_with_a_wrong_key_is_refused(monkeypatch):
     row = Row("26", {"lrr": 1.0}, "")
     monkeypatch.setitem(EXPERIMENTS, "77", row)
-    with pytest.raises(InputError, match="row 77 changes lrr, which no recipe has"):
+    with pytest.raises(InputError, match="row 77 changes lrr, which BASE does not have"):
         train.configure(["--experiment", "77", "--data-root", "nowhere"])
 
 
@@ -284,12 +285,12 @@ def test_a_checkpoints_configuration_that_no_run_has_is_refused(changes):
 
 
 @pytest.mark.parametrize(("asked", "started"), [(256, 8), (8, 8), (3, 3)])
-def test_no_more_workers_are_started_than_the_cores_have_a_use_for(asked, started, monkeypatch, capsys):
+def test_workers_are_limited_by_the_cores(asked, started, monkeypatch, capsys):
     monkeypatch.setattr("os.cpu_count", lambda: 2)
     assert train.configure(["--workers", str(asked)]).workers == started
     said = capsys.readouterr().out
     assert (said == "") == (asked == started)
-    assert asked == started or "WORKERS = 256 are more than 2 cores have a use for: 8 are started" in said
+    assert asked == started or "WORKERS = 256 is too many for 2 cores; using 8" in said
     monkeypatch.setenv("RANK", "1")
     assert train.configure(["--workers", str(asked)]).workers == started
     assert not capsys.readouterr().out
