@@ -47,7 +47,7 @@ def test_runs_are_compared_in_one_table_and_one_figure(runs, monkeypatch, capsys
 def test_runs_that_cannot_be_compared_are_named(runs, monkeypatch, tmp_path):
     with pytest.raises(InputError, match="nowhere: config.json is missing"):
         compare(monkeypatch, runs / "a", "nowhere")
-    with pytest.raises(InputError, match="named twice"):
+    with pytest.raises(InputError, match="given twice"):
         compare(monkeypatch, runs / "a", runs / "a")
     other = tmp_path / "other"
     shutil.copytree(runs / "b", other)
