@@ -37,35 +37,24 @@ YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Options of the training augmentation.
+    """Options of the training augmentation."""
 
-    zoom_out: largest side of the zoomed-out canvas, as a multiple of the frame's. Sides and area of an
-        `unpaired_window` are 1 / zoom_out to zoom_out times the frame's.
-    crop_aspect: smallest and largest width / height of a crop, as multiples of the frame's. SSD's own
-        limits are 0.5 and 2 in pixels.
-    min_input_height: persons lower than this in the network's input are ignored (pixels).
-    hue_saturation: distort hue and saturation of the visible image too.
-    lwir_jitter: distort brightness and contrast of the LWIR image.
-    jitter: probability of `extra_colour_jitter`, for each modality, and of `add_blur_and_noise`.
-    copy_paste: probability that persons of another frame are pasted into a frame.
-    modality_dropout: probability that one modality, either with equal chance, is blanked with the filler.
-    crop_apart: probability that each modality is cropped by its own `unpaired_window`; otherwise the
-        frame is not cropped. 0: both modalities are cropped by one `random_window`.
-    mirror_apart: probability that LWIR is not mirrored when visible is.
-    shift_left: probability that both modalities are shifted left by 0 to `MAX_SHIFT` pixels.
-    """
-
+    # Largest side of the zoomed-out canvas, as a multiple of the frame's; sides and area of an
+    # `unpaired_window` are 1 / zoom_out to zoom_out times the frame's.
     zoom_out: float = 4.0
+    # Limits of a crop's width / height, as multiples of the frame's; SSD's own are 0.5 and 2 in pixels.
     crop_aspect: tuple[float, float] = (0.4, 1.6)
-    min_input_height: float = 0.0
-    hue_saturation: bool = True
-    lwir_jitter: bool = True
-    jitter: float = 0.0
-    copy_paste: float = 0.0
-    modality_dropout: float = 0.0
+    min_input_height: float = 0.0  # persons lower than this in the network's input are ignored (pixels)
+    hue_saturation: bool = True  # distort hue and saturation of the visible image too
+    lwir_jitter: bool = True  # distort brightness and contrast of the LWIR image
+    jitter: float = 0.0  # probability of `extra_colour_jitter` (each modality) and `add_blur_and_noise`
+    copy_paste: float = 0.0  # probability that persons of another frame are pasted into a frame
+    modality_dropout: float = 0.0  # probability that one modality, either with equal chance, is blanked
+    # Probability that each modality has its own `unpaired_window`, otherwise the frame is not cropped.
+    # 0: one `random_window` for both.
     crop_apart: float = 0.0
-    mirror_apart: float = 0.0
-    shift_left: float = 0.0
+    mirror_apart: float = 0.0  # probability that LWIR is not mirrored when visible is
+    shift_left: float = 0.0  # probability that both modalities are shifted left, by 0 to `MAX_SHIFT` pixels
 
 
 def random_window(
@@ -137,15 +126,11 @@ def unpaired_window(
 
 
 class Crop(NamedTuple):
-    """A rectangle of the frame and its place in the network's input, both in whole pixels.
-
-    source: xyxy pixels of the frame; target: xyxy pixels of the input. The rest of the input is filler.
-    flip: the input is mirrored afterwards.
-    """
+    """A rectangle of the frame and its place in the network's input, both xyxy in whole pixels."""
 
     source: tuple[int, int, int, int]
-    target: tuple[int, int, int, int]
-    flip: bool
+    target: tuple[int, int, int, int]  # the rest of the input is filler
+    flip: bool  # mirror the input afterwards
 
 
 def round_to_pixels(window: Window, size: Size, flip: bool, frame: Size = FRAME_SIZE) -> Crop:
@@ -237,22 +222,15 @@ def frame_mean(frame: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Transform:
-    """A sampled augmentation, for a frame's pixels (`apply`) and its boxes (`move`).
+    """A sampled augmentation, for a frame's pixels (`apply`) and its boxes (`move`)."""
 
-    crops: one for all channels, or one for visible and one for LWIR.
-    matrix, offset: (C, C) and (C,) float32, see `apply_colour_matrix`.
-    filler: (C,) uint8, the colour outside the frame.
-    min_height: persons lower than this in the input are ignored (pixels).
-    ignore_truncated: persons cut by the border of the input are ignored.
-    """
-
-    crops: tuple[Crop, ...]
-    matrix: np.ndarray
-    offset: np.ndarray
+    crops: tuple[Crop, ...]  # one for all channels, or one for visible and one for LWIR
+    matrix: np.ndarray  # (C, C) float32, see `apply_colour_matrix`
+    offset: np.ndarray  # (C,) float32
     size: Size
-    filler: np.ndarray
-    min_height: float = 0.0
-    ignore_truncated: bool = False
+    filler: np.ndarray  # (C,) uint8, the colour outside the frame
+    min_height: float = 0.0  # persons lower than this in the input are ignored (pixels)
+    ignore_truncated: bool = False  # persons cut by the border of the input are ignored
 
     def apply(self, pixels: np.ndarray) -> Tensor:
         """Transform a frame's pixels (h, w, C) uint8 to the network's input (C, *size) uint8."""
@@ -277,9 +255,7 @@ class Transform:
 
         With one crop, persons are labelled `BOTH`. With two, each modality has the boxes that are seen in it,
         labelled `VISIBLE` or `LWIR`, and equal boxes are merged. Ignored objects stay -1.
-
-        Returns:
-            boxes (k, 4) float32 xyxy fractions of the input; labels (k,) int64.
+        Returns boxes (k, 4) float32 xyxy fractions of the input, and labels (k,) int64.
         """
         moved, modalities = [], (VISIBLE, LWIR) if len(self.crops) == 2 else (BOTH,)
         for crop, modality in zip(self.crops, modalities, strict=True):

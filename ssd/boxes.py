@@ -1,4 +1,4 @@
-"""SSD's priors, box coding, and detections from predictions: decoding and NMS.
+"""SSD's priors, box encoding and decoding, and detections from predictions by NMS.
 
 Source: Liu et al., "SSD: Single Shot MultiBox Detector" (ECCV 2016).
 """
@@ -18,44 +18,42 @@ from torch import Tensor
 from kaist.files import InputError
 from kaist.frames import BOTH
 
-MIN_ENCODED_SIDE = 1e-5  # of a box that is encoded, as a fraction: no logarithm of zero
+MIN_ENCODED_SIDE = 1e-5  # fraction of the input; shorter sides are encoded as this: no log of zero
 VARIANCES = (0.1, 0.2)  # SSD's scaling of centre and size offsets
-MAX_LOG_SCALE = math.log(1000 / 16)  # a decoded box is at most this many e-folds its prior
-STRIDES = (8, 16, 32, 64)  # pixels of the input between the cells of the four finest maps
-TOPK_CANDIDATES = 400  # an image's highest scores that NMS looks at
+MAX_LOG_SCALE = math.log(1000 / 16)  # largest log ratio of the sides of a decoded box and its prior
+STRIDES = (8, 16, 32, 64)  # pixels of the input, of the four finest maps
+TOPK_CANDIDATES = 400  # boxes of an image that go into NMS, by score
 # Extra layers as (1x1 width, 3x3 width, stride, padding).
 EXTRA_LAYERS = ((256, 512, 2, 1), (128, 256, 2, 1), (128, 256, 1, 0), (128, 256, 1, 0))
 
 
 class Predictions(NamedTuple):
-    """What the network says of a batch: loc (N, P, 4), the encoded offsets of each prior; conf (N, P, 2)
-    logits of background and person, or (N, P, 3) of background, person in visible and person in LWIR;
-    seg per infused map (N, 2, h, w) mask logits, empty unless asked for."""
+    """A network's output for a batch."""
 
-    loc: Tensor
+    loc: Tensor  # (N, P, 4) encoded offsets of each prior
+    # (N, P, 2) logits of background and person, or (N, P, 3): background, person in visible, person in LWIR.
     conf: Tensor
-    seg: list[Tensor]
+    seg: list[Tensor]  # for each infused map (N, 2, h, w) mask logits; empty if not requested
 
 
 class Grid(NamedTuple):
-    """The cells of a feature map: h rows of w, their centres dy and dx apart.
+    """The h x w cells of a feature map.
 
     The centre of row i, column j is ((j + 0.5) * dx, (i + 0.5) * dy), as fractions of the input.
-    `modality` is what the map is computed from: `VISIBLE`, `LWIR` or `BOTH`.
     """
 
     h: int
     w: int
     dy: float
     dx: float
-    modality: int = BOTH
+    modality: int = BOTH  # what the map is computed from: `VISIBLE`, `LWIR` or `BOTH`
 
 
 def feature_map_sizes(size: tuple[int, int], network: str = "ssd300") -> list[tuple[int, int]]:
-    """(height, width) of a network's six feature maps for an input of (height, width) pixels.
+    """(height, width) of the six maps of "ssd300" or "mlpd", for an input of (height, width) pixels.
 
     Raises:
-        InputError: the input is too small for six maps, or larger than any use of it.
+        InputError: the input is too small for six maps, or implausibly large.
     """
     if max(size) > 10_000:
         raise InputError("INPUT_SIZE is beyond 10,000 pixels a side", "KAIST frames are 512,640")
@@ -76,16 +74,15 @@ def feature_map_sizes(size: tuple[int, int], network: str = "ssd300") -> list[tu
 def prior_shapes(prior_set: str) -> list[list[tuple[float, float]]]:
     """(width, height) of each map's priors, as fractions of the input.
 
-    "ssd300": the paper's scales for VOC (0.1, then 0.2 to 0.9); "ssd300-coco": torchvision's for
-    COCO (0.07, then 0.15 to 0.87). Their shapes come in torchvision's order: a square of the map's
-    scale, a square of the geometric mean with the next scale, then ratio r and 1/r for each r.
+    "ssd300": the paper's scales for VOC (0.1, then 0.2 to 0.9); "ssd300-coco": torchvision's for COCO
+    (0.07, then 0.15 to 0.87). The order is torchvision's: a square of the map's scale, a square of the
+    geometric mean with the next scale, then ratio r and 1/r for each r.
 
-    "pedestrian": upright boxes alone, of the median person's shape (width/height 0.44 in a 640x512
-    frame, so 0.35 in its fractions) and eight heights from 0.062 to 1, each on the maps whose cells
-    suit its width. `python -m tools.priors --derive 8` gave them on KAIST's train-all-02 list.
+    "pedestrian": upright boxes of the median person's shape (width/height 0.44 in a 640x512 frame, 0.35 in
+    fractions). Each of eight heights from 0.062 to 1 is used on the maps whose cells suit its width. Found by
+    `python -m tools.priors --derive 8` on KAIST's train-all-02 list.
 
-    "multispectral": MLPD's and INSANet's, half as wide as high and square in a 640x512 frame, each
-    in three sizes.
+    "multispectral": MLPD's and INSANet's, with ratios 1/2 and 1 in a 640x512 frame, in three sizes each.
     """
     if prior_set == "pedestrian":
         heights, maps = (0.062, 0.093, 0.138, 0.205, 0.305, 0.453, 0.673, 1.0), (0, 1, 3, 4, 6, 7)
@@ -106,19 +103,19 @@ def prior_shapes(prior_set: str) -> list[list[tuple[float, float]]]:
     shapes = []
     for i, ratios in enumerate(((2,), (2, 3), (2, 3), (2, 3), (2,), (2,))):
         s, between = scales[i], math.sqrt(scales[i] * scales[i + 1])
-        own = [(s, s), (between, between)]
+        map_shapes = [(s, s), (between, between)]
         for root in map(math.sqrt, ratios):
-            own += [(s * root, s / root), (s / root, s * root)]
-        shapes.append([(min(w, 1.0), min(h, 1.0)) for w, h in own])
+            map_shapes += [(s * root, s / root), (s / root, s * root)]
+        shapes.append([(min(w, 1.0), min(h, 1.0)) for w, h in map_shapes])
     return shapes
 
 
 def make_grids(size: tuple[int, int], centres: str, network: str = "ssd300") -> list[Grid]:
-    """The cells of a network's six feature maps, see `feature_map_sizes`.
+    """The cells of the six feature maps of `feature_map_sizes`.
 
-    centres: "even" divides the input evenly among a map's cells, as the logged experiments did. "stride"
-    takes SSD300's own stride on the four finest maps, as torchvision does: 38 cells of 8 pixels reach
-    beyond an input of 300. The two coarsest maps, not padded, stay even; so do all of other networks.
+    centres: "even" divides the input evenly into cells, as in the logged experiments. "stride" places
+        SSD300's cells by the strides of the four finest maps, as torchvision does: 38 cells of 8 pixels
+        reach beyond an input of 300. The two coarsest maps, which are not padded, stay even.
     """
     grids = [Grid(h, w, 1 / h, 1 / w) for h, w in feature_map_sizes(size, network)]
     if centres == "stride" and network == "ssd300":
@@ -128,12 +125,12 @@ def make_grids(size: tuple[int, int], centres: str, network: str = "ssd300") -> 
 
 
 def make_priors(grids: list[Grid], shapes: list[list[tuple[float, float]]]) -> Tensor:
-    """(P, 4) float32 cxcywh priors as fractions of the input; 2,740 of SSD300's 8,732 cross its border."""
+    """(P, 4) float32 cxcywh priors, fractions of the input; 2,740 of SSD300's 8,732 cross its border."""
     priors = []
-    cpu = torch.device("cpu")  # whatever the context: on "meta" the arithmetic would import torch._dynamo
+    cpu = torch.device("cpu")  # explicit, because arithmetic on "meta" would import torch._dynamo
     for (h, w, dy, dx, _), map_shapes in zip(grids, shapes, strict=True):
-        places = torch.arange(h, device=cpu), torch.arange(w, device=cpu)
-        rows, columns = torch.meshgrid(*places, indexing="ij")
+        indices = torch.arange(h, device=cpu), torch.arange(w, device=cpu)
+        rows, columns = torch.meshgrid(*indices, indexing="ij")
         centres = torch.stack([(columns + 0.5) * dx, (rows + 0.5) * dy], dim=-1)
         wh = torch.tensor(map_shapes, device=cpu).expand(h, w, -1, 2)
         centres = centres.unsqueeze(2).expand_as(wh)
@@ -142,49 +139,49 @@ def make_priors(grids: list[Grid], shapes: list[list[tuple[float, float]]]) -> T
 
 
 def encode(boxes: Tensor, priors: Tensor) -> Tensor:
-    """Offsets (…, 4) that turn priors (…, 4) cxcywh into boxes (…, 4) cxcywh (SSD, eq. 2), finite of all."""
+    """Encode boxes (…, 4) cxcywh as offsets (…, 4) from priors (…, 4) cxcywh (SSD, eq. 2), always finite."""
     centre = (boxes[..., :2] - priors[..., :2]) / (priors[..., 2:] * VARIANCES[0])
     size = torch.log(boxes[..., 2:].clamp(min=MIN_ENCODED_SIDE) / priors[..., 2:]) / VARIANCES[1]
     return torch.cat([centre, size], dim=-1)
 
 
 def decode(loc: Tensor, priors: Tensor) -> Tensor:
-    """The inverse of `encode`; sizes are clamped so that no offset overflows to infinity."""
+    """Invert `encode`. Sizes are clamped, so that no offset overflows to infinity."""
     centre = priors[..., :2] + loc[..., :2] * VARIANCES[0] * priors[..., 2:]
     size = priors[..., 2:] * torch.exp((loc[..., 2:] * VARIANCES[1]).clamp(max=MAX_LOG_SCALE))
     return torch.cat([centre, size], dim=-1)
 
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """cxcywh (…, 4) -> xyxy."""
+    """Convert boxes (…, 4) from cxcywh to xyxy."""
     centre, half = boxes[..., :2], boxes[..., 2:] / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """xyxy (…, 4) -> cxcywh."""
+    """Convert boxes (…, 4) from xyxy to cxcywh."""
     low, high = boxes[..., :2], boxes[..., 2:]
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
 @functools.cache
 def load_nms() -> Callable[[Tensor, Tensor, float], Tensor]:
-    """torchvision's NMS: (boxes (k, 4) xyxy, scores (k,), IoU) -> indices kept, by descending score.
+    """torchvision's NMS: (boxes (k, 4) xyxy, scores (k,), IoU) -> indices to keep, by descending score.
 
-    Its compiled library is loaded by itself, because `import torchvision` takes two seconds.
+    Only its compiled library is loaded, because `import torchvision` takes two seconds.
     """
     try:
         for library in Path(importlib.util.find_spec("torchvision").origin).parent.glob("_C*"):
             torch.ops.load_library(library)
         return torch.ops.torchvision.nms
-    except (AttributeError, OSError):  # laid out otherwise
+    except (AttributeError, OSError):  # another layout of the package
         from torchvision.ops import nms
 
         return nms
 
 
 def person_scores(conf: Tensor) -> Tensor:
-    """Scores (…,) of logits (…, 2 or 3): the person's probability, or the mean of both persons'."""
+    """Scores (…,) from logits (…, 2 or 3): the probability of a person, or its mean over both modalities."""
     if conf.shape[-1] == 2:
         return torch.sigmoid(conf[..., 1] - conf[..., 0])
     return conf.sigmoid()[..., 1:].mean(dim=-1)
@@ -194,17 +191,18 @@ def person_scores(conf: Tensor) -> Tensor:
 def detect(
     predictions: Predictions, priors: Tensor, *, min_score: float, nms_iou: float, max_boxes: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Boxes and scores of each image: decode, clip to the frame, drop overlaps.
+    """Decode the boxes of each image and remove duplicates by NMS.
 
-    Of two logits the `TOPK_CANDIDATES` highest scores of an image are looked at, as SSD does. Of three
-    logits all are, and boxes are not clipped, as MLPD's and INSANet's authors do.
+    With two logits the `TOPK_CANDIDATES` boxes of highest score go into NMS, clipped to the frame, as in SSD.
+    With three logits all boxes do, and they are not clipped, as in MLPD and INSANet.
 
     Args:
         priors: (P, 4) cxcywh fractions.
-        min_score: candidates up to this score are dropped; max_boxes: at most so many an image are kept.
-        nms_iou: of two boxes that overlap by more than this IoU the lower-scored one is dropped.
+        min_score: only boxes of a higher score are kept; max_boxes: largest number of boxes of an image.
+        nms_iou: of two boxes with a higher IoU the one of lower score is removed.
 
-    Returns: of each image xyxy boxes (k, 4) as fractions of the frame and their scores (k,), best first.
+    Returns:
+        For each image boxes (k, 4) xyxy fractions of the frame, and scores (k,) in descending order.
     """
     scores = person_scores(predictions.conf)
     is_ssd = predictions.conf.shape[-1] == 2

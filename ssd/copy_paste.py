@@ -20,9 +20,7 @@ def paste_people(
     donor_pixels: np.ndarray,
     donor_boxes: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Paste one to `MAX_PASTED` persons of a donor frame where they overlap no object of a frame.
-
-    A person for whom no such place is found is left out.
+    """Paste 1 to `MAX_PASTED` persons of a donor frame where they overlap no object, if a place is found.
 
     Args:
         pixels, donor_pixels: (h, w, C) uint8, of the same size; not modified.
@@ -30,7 +28,7 @@ def paste_people(
         donor_boxes: (m, 4) float32 xyxy pixels of the donor's persons, m >= 1.
 
     Returns:
-        The frame's new pixels, boxes and labels, as above.
+        The new pixels, boxes and labels.
     """
     pixels, n_pasted = pixels.copy(), rng.integers(1, MAX_PASTED + 1)
     for box in donor_boxes[rng.permutation(len(donor_boxes))[:n_pasted]]:

@@ -1,4 +1,4 @@
-"""A network as other programs take it: frames of any size in, boxes in their pixels out, all in one graph."""
+"""A network for export to other runtimes: frames of any size in, boxes in pixels out, as one graph."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor, nn
 from ssd.boxes import TOPK_CANDIDATES, Predictions, cxcywh_to_xyxy, decode, load_nms, person_scores
 from ssd.layers import Detector
 
-# The candidates of NMS of a network that looks at all of them: a graph's shapes are fixed.
+# Boxes that go into NMS with three logits. `ssd.boxes.detect` takes all, but a graph's shapes are fixed.
 MULTILABEL_CANDIDATES = 4000
-ROUND_HALF_UP = 0.5 + 2**-10  # rounds a half up, however a runtime adds it together
-MIN_SIDE = 0.01  # pixels; a box that is clipped to less is left out, as in result files
+ROUND_HALF_UP = 0.5 + 2**-10  # added before floor; a bit above 0.5, because runtimes sum in any order
+MIN_SIDE = 0.01  # pixels; boxes with a shorter side after clipping are dropped, as in result files
 
 
 class Deployable(nn.Module):
-    """Frames of any size to boxes in their pixels, of fixed shapes.
+    """A detector with resizing, decoding and NMS, all shapes fixed by the input's.
 
     Args:
-        min_score, nms_iou, max_boxes: as of `ssd.boxes.detect`.
-        raw: give the boxes of all priors and their scores instead.
-        predict_mirrored: what the mirror images say of the images, to average with; None without.
+        min_score, nms_iou, max_boxes: see `ssd.boxes.detect`.
+        raw: return the boxes and scores of all priors, without NMS.
+        predict_mirrored: predicts from the mirrored images; averaged with the predictions if given.
     """
 
     def __init__(
@@ -40,12 +40,10 @@ class Deployable(nn.Module):
         self.min_score, self.nms_iou, self.max_boxes, self.raw = min_score, nms_iou, max_boxes, raw
 
     def forward(self, *frames: Tensor) -> tuple[Tensor, Tensor]:
-        """Boxes (n, max_boxes, 5) x0, y0, x1, y1, score, best first and zeros after the last; and their
-        number (n,). Raw: boxes (n, P, 4) and scores (n, P) of all priors.
+        """Detect persons in frames (n, height, width, C) uint8 of each modality, of any sizes.
 
-        Args:
-            frames: (n, height, width, C) uint8 of each modality, of any sizes; boxes are pixels of the
-                first.
+        Returns (n, max_boxes, 5): x0, y0, x1, y1 in pixels of the first modality, and score; best first,
+        padded with zeros; and the number of boxes (n,). If raw, boxes (n, P, 4) and scores (n, P) instead.
         """
         images = torch.cat([resize(frame, self.model.size) for frame in frames], dim=1)
         loc, conf, _ = self.model(images)
@@ -66,34 +64,41 @@ class Deployable(nn.Module):
         pixels = boxes * torch.stack(sides * 2)
         if self.raw:
             return pixels, scores
-        # One NMS for all images: moved apart, they do not overlap each other.
-        reach = boxes.max() - boxes.min() + 1
-        apart = boxes + reach * torch.arange(boxes.shape[0]).view(-1, 1, 1)
-        kept = load_nms()(apart.flatten(0, 1), scores.flatten(), self.nms_iou)
+        # One NMS for the batch: an offset for each image keeps its boxes from overlapping the others', as in
+        # torchvision's batched_nms.
+        offset = boxes.max() - boxes.min() + 1
+        shifted = boxes + offset * torch.arange(boxes.shape[0]).view(-1, 1, 1)
+        kept = load_nms()(shifted.flatten(0, 1), scores.flatten(), self.nms_iou)
         ones = torch.ones_like(kept, dtype=torch.float32)
         is_kept = torch.zeros_like(scores).flatten().scatter(0, kept, ones).view_as(scores) > 0
         is_kept &= (scores > self.min_score) & ((pixels[..., 2:] - pixels[..., :2]) >= MIN_SIDE).all(2)
         scores, best = (scores * is_kept).topk(min(self.max_boxes, n_candidates), dim=1)
-        found = torch.cat([gather_boxes(pixels, best), scores.unsqueeze(2)], dim=2)
-        return found * (scores > 0).unsqueeze(2), (scores > 0).sum(1)
+        detections = torch.cat([gather_boxes(pixels, best), scores.unsqueeze(2)], dim=2)
+        return detections * (scores > 0).unsqueeze(2), (scores > 0).sum(1)
 
 
 def gather_boxes(values: Tensor, index: Tensor) -> Tensor:
-    """Rows (n, k, 4) of values (n, P, 4) by their index (n, k)."""
+    """(n, k, 4): the rows of values (n, P, 4) at index (n, k)."""
     return values.gather(1, index.unsqueeze(2).expand(-1, -1, 4))
 
 
 def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """(n, h, w, C) uint8 -> (n, C, *size) float32 of whole numbers: torch's antialiased resize of uint8, by
-    two matrix products, which every runtime has. Less than a pixel in a hundred differs, by a grey level."""
+    """Resize (n, h, w, C) uint8 to (n, C, *size) float32 integers, by two matrix products.
+
+    Unlike torch's antialiased resize, every runtime has these. Fewer than 1% of the pixels differ from it, by
+    one grey level.
+    """
     x = frames.permute(0, 3, 1, 2).float()
     x = (x @ resize_weights(frames.shape[2], size[1]).T + ROUND_HALF_UP).floor()
     return (resize_weights(frames.shape[1], size[0]) @ x + ROUND_HALF_UP).floor().clamp(0, 255)
 
 
 def resize_weights(source: int, target: int) -> Tensor:
-    """(target, source) float32: how much each pixel of a side is in each pixel of the resized side. A
-    triangle around the target's centre, as wide as its pixels, but at least as the source's."""
+    """(target, source) float32 weights of antialiased linear interpolation along one side.
+
+    A row is a triangle around the target pixel's centre, whose half-width is one target pixel but at least
+    one source pixel.
+    """
     step = torch.scalar_tensor(source, dtype=torch.float32) / target
     centre = (torch.arange(target) + 0.5) * step
     distance = (torch.arange(source) + 0.5 - centre.unsqueeze(1)).abs()
@@ -102,7 +107,7 @@ def resize_weights(source: int, target: int) -> Tensor:
 
 
 def to_half(model: Detector) -> None:
-    """Convolutions and BatchNorm in half precision; what stands between them keeps its own."""
+    """Convert convolutions and BatchNorm to half precision, in place; other layers keep theirs."""
 
     def cast(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (inputs[0].to(module.weight.dtype),)

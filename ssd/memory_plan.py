@@ -1,8 +1,8 @@
-"""The memory that a training step takes on CUDA, planned by fake tensors: no GPU is needed.
+"""The memory that a training step takes on CUDA, planned on fake tensors, without a GPU.
 
-A fake tensor has shape and dtype, and no values. A step on fake tensors makes and drops the tensors that
-a real one would, and their bytes are counted as they come and go. The fakes are a CPU's, because
-autograd asks for a driver where there are any of CUDA; the losses are those that CUDA takes.
+A fake tensor has a shape and a dtype but no values. A step on fake tensors allocates and frees what a real
+one would, and the bytes are counted. The fake tensors are CPU tensors, because autograd needs a driver for
+CUDA tensors; the losses are computed as on CUDA.
 """
 
 from __future__ import annotations
@@ -21,49 +21,49 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from engine.optim import make_optimizer
 
-OBJECTS_PER_FRAME = 16  # padded number of boxes
-# The bytes per frame come from these two; in smaller batches the optimiser's step sets the peak.
+OBJECTS_PER_FRAME = 16  # boxes of a frame, padding included
+# Batches that are planned. In smaller ones the optimiser's step sets the peak, not the frames.
 PROBE_BATCH_SIZES = (16, 32)
 ALLOCATION_BLOCK = 512  # bytes: CUDA's allocator rounds up to whole blocks
 RESERVED_BYTES = 1.5e9  # for CUDA's context and the convolutions' workspaces
-SAFETY_FACTOR = 1.3  # largest ratio of measured to planned bytes on an H100 (docs/speed.md)
+SAFETY_FACTOR = 1.3  # largest measured / planned ratio on an H100, less the reserve (docs/speed.md)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within and not yet gone. `peak`: the most there were."""
+    """Counts the bytes of the tensors created in its context: `current`, still alive, and their `peak`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self.known = WeakIdKeyDictionary()
+        self.current = self.peak = 0
+        self.counted = WeakIdKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        before = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
-                if storage not in self.known and id(storage) not in before:
-                    self.known[storage] = size = -(-storage.nbytes() // ALLOCATION_BLOCK) * ALLOCATION_BLOCK
+                if storage not in self.counted and id(storage) not in inputs:
+                    self.counted[storage] = size = -(-storage.nbytes() // ALLOCATION_BLOCK) * ALLOCATION_BLOCK
                     self.count(size)
                     weakref.finalize(storage, self.count, -size)
         return out
 
     def count(self, size: int) -> None:
-        """Bytes that have come, or, below zero, gone."""
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        """Add the bytes of a new tensor; negative for a freed one."""
+        self.current += size
+        self.peak = max(self.peak, self.current)
 
 
 class MemoryPlan(NamedTuple):
-    """Bytes of the weights, of what any step adds (gradients, optimiser), and of what each frame adds."""
+    """Bytes of the weights, of gradients and optimiser state (`fixed`), and of each frame of a batch."""
 
     weights: int
     fixed: int
     per_frame: int
 
-    def step(self, n: int) -> int:
-        """What training with batches of n frames takes; of few frames, it may be more."""
+    def total(self, n: int) -> int:
+        """Bytes of a training step on n frames, underestimated for small n."""
         return self.weights + self.fixed + n * self.per_frame
 
     def largest_batch(self, memory: float) -> int:
@@ -73,8 +73,10 @@ class MemoryPlan(NamedTuple):
 
 
 def plan_memory(model: nn.Module, criterion: nn.Module, optimizer: str, precision: torch.dtype) -> MemoryPlan:
-    """The plan of eager training steps of a `Detector` on any device, "meta" included, by its `Criterion` and
-    the optimizer "sgd" or "adam"; a compiled network takes no more."""
+    """Plan the eager training steps of a `Detector`, on any device including "meta", and its `Criterion`.
+
+    optimizer: "sgd" or "adam". A compiled network takes no more.
+    """
     few, many = (added_bytes(model, criterion, optimizer, precision, n) for n in PROBE_BATCH_SIZES)
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     per_frame = (many - few) // (PROBE_BATCH_SIZES[1] - PROBE_BATCH_SIZES[0])
@@ -84,35 +86,37 @@ def plan_memory(model: nn.Module, criterion: nn.Module, optimizer: str, precisio
 def plan_batch(
     model: nn.Module, criterion: nn.Module, optimizer: str, precision: torch.dtype
 ) -> Callable[[], int]:
-    """What gives the largest batch that fits into a GPU beside what is there now, before the first step; 0
-    where none does or the model is on no GPU."""
-    device = model.priors.device
-    resident = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    """Return a function that computes the largest batch that fits on the model's GPU.
 
-    def largest() -> int:
-        if device.type != "cuda":
-            return 0
+    It returns 0 if no batch fits or the model is not on a GPU. Call this before the first training step:
+    memory in use now counts as taken.
+    """
+    device = model.priors.device
+    if device.type != "cuda":
+        return lambda: 0
+    resident = torch.cuda.memory_allocated(device)
+
+    def largest_batch() -> int:
         plan = plan_memory(model, criterion, optimizer, precision)
         return plan.largest_batch(torch.cuda.mem_get_info(device)[1] - resident + plan.weights)
 
-    return largest
+    return largest_batch
 
 
 def added_bytes(
     model: nn.Module, criterion: nn.Module, optimizer: str, precision: torch.dtype, n: int
 ) -> int:
-    """The peak of what a training step on n frames adds to the weights, an earlier one's gradients and the
-    optimiser's state included."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # here: few runs need it, and it takes a while
+    """Peak bytes of a training step on n frames beyond the weights, with gradients and optimiser state."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # here, because few runs need this slow import
 
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH):
         model, criterion = as_fake(model).train(), as_fake(criterion)
         criterion.multibox.sparse = criterion.multibox.static
-        learner = make_optimizer(model, criterion, name=optimizer, lr=1e-3, bias_lr_factor=1, weight_decay=0)
+        optim = make_optimizer(model, criterion, name=optimizer, lr=1e-3, bias_lr_factor=1, weight_decay=0)
         with LiveBytes() as live:
             for parameter in (*model.parameters(), *criterion.parameters()):
                 parameter.grad = torch.empty_like(parameter)
-            learner.step()
+            optim.step()
             images = torch.empty(n, model.mean.shape[1], *model.size, dtype=torch.uint8)
             boxes = torch.empty(n, OBJECTS_PER_FRAME, 4)
             labels = torch.empty(n, OBJECTS_PER_FRAME, dtype=torch.int64)
@@ -121,17 +125,17 @@ def added_bytes(
                 predictions = model(images)
             loss = criterion(predictions, boxes, labels, masks)[0]
             del predictions
-            learner.zero_grad()
+            optim.zero_grad()
             loss.backward()
-            learner.step()
+            optim.step()
         return live.peak
 
 
 def as_fake(module: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers are a CPU's fake tensors; nothing is allocated."""
-    fake: dict[int, Any] = {}
+    """Copy a module with fake CPU tensors as parameters and buffers, which allocates nothing."""
+    memo: dict[int, Any] = {}  # of deepcopy: the copy of each tensor, by its id
     for tensor in (*module.parameters(), *module.buffers()):
         new = torch.empty_like(tensor, device="cpu", requires_grad=False)
         is_parameter = isinstance(tensor, nn.Parameter)
-        fake[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-    return copy.deepcopy(module, fake)
+        memo[id(tensor)] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+    return copy.deepcopy(module, memo)

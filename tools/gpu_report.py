@@ -223,7 +223,7 @@ def speed_batches(setting: Setting) -> Iterator[Line]:
             step(row_batch(config, n).to(setting.device))
             taken = torch.cuda.max_memory_allocated() - held
             plan = plan_memory(step.model, step.criterion, config.optimizer, BF16)
-            yield Line(f"memory, batch {n}", taken / 2**20, "MiB", f"planned {plan.step(n) / 2**20:.0f} MiB")
+            yield Line(f"memory, batch {n}", taken / 2**20, "MiB", f"planned {plan.total(n) / 2**20:.0f} MiB")
 
 
 def speed_training(setting: Setting) -> Iterator[Line]:

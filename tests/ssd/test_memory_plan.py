@@ -29,23 +29,23 @@ def test_live_bytes_by_hand():
         model = as_fake(nn.Sequential(nn.Linear(256, 1024), nn.ReLU(inplace=True), nn.Linear(1024, 256)))
         with LiveBytes() as live:
             x = torch.empty(64, 256)
-            assert live.now == 64 * 256 * 4
+            assert live.current == 64 * 256 * 4
             hidden = model[1](model[0](x))
-            assert live.now == 64 * 256 * 4 + 64 * 1024 * 4
+            assert live.current == 64 * 256 * 4 + 64 * 1024 * 4
             loss = model[2](hidden).square().sum()
             del hidden, x
-            saved = live.now
+            saved = live.current
             assert saved == 64 * 256 * 4 + 64 * 1024 * 4 + 64 * 256 * 4 + 512  # and the loss, in a block
             loss.backward()
             del loss
     gradients = sum(p.nbytes for p in model.parameters())
-    assert live.now == gradients and live.peak > max(saved, gradients)
+    assert live.current == gradients and live.peak > max(saved, gradients)
     assert all(p.grad.shape == p.shape for p in model.parameters())
 
 
 def test_largest_batch_by_hand():
     plan = MemoryPlan(weights=100, fixed=200, per_frame=50)
-    assert plan.step(2) == 400
+    assert plan.total(2) == 400
     batches = {0: 0, 349: 0, 351: 1, 399: 1, 401: 2}
     assert {n: plan.largest_batch(RESERVED_BYTES + SAFETY_FACTOR * n) for n in batches} == batches
 
@@ -73,8 +73,8 @@ def test_the_page_says_what_is_planned():
         network = row_network(row_config("26"))
     plan = plan_memory(*network, "adam", torch.bfloat16)
     weights, fixed, frame = map(int, said)
-    assert plan.step(32) / 2**20 == pytest.approx(weights + fixed + 32 * frame, rel=0.03)
-    planned = plan.step(64) - plan.weights
+    assert plan.total(32) / 2**20 == pytest.approx(weights + fixed + 32 * frame, rel=0.03)
+    planned = plan.total(64) - plan.weights
     assert planned == pytest.approx(added_bytes(*network, "adam", torch.bfloat16, 64), rel=0.02)
 
 
