@@ -34,10 +34,11 @@ LABEL_FILE = re.compile(r"(set\d\d)[/_](V\d{3})[/_](?:visible/|lwir/)?(I\d{5})\.
 def main() -> None:
     """Print the table and draw the curves, or print a derived set."""
     arguments = parse_arguments()
-    persons, heights = read_persons(arguments)
+    persons = read_persons(arguments)
     if arguments.derive:
         print(derive(persons, arguments.derive, arguments.sizes[0]))
         return
+    heights = persons[:, 3] * FRAME_SIZE[1]  # pixels
     setups = itertools.product(arguments.priors, arguments.sizes)
     coverages = [coverage(persons, name, size, arguments.centres) for name, size in setups]
     print(coverage_table(coverages, heights))
@@ -54,8 +55,8 @@ def parse_arguments() -> Namespace:
     add("--image-list", default="imageSets/train-all.txt", help=text)
     add("--annotations", default="auto", help="a form, as for train.py, or a path (%(default)s)")
     add("--priors", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
-    kwargs = {"type": input_size, "metavar": "HxW", "default": [(300, 300), (512, 640)]}
-    add("--sizes", nargs="+", **kwargs, help="input sizes (default: 300x300 512x640)")
+    sizes, text = [(300, 300), (512, 640)], "input sizes (default: 300x300 512x640)"
+    add("--sizes", nargs="+", type=input_size, default=sizes, metavar="HxW", help=text)
     add("--centres", choices=CHOICES["centres"], default="stride", help="centres of the priors (%(default)s)")
     add("--min-height", type=float, default=12.0, help="minimum height of persons, pixels (%(default)s)")
     add("--margin", type=float, default=5.0, help="their minimum distance from the border (%(default)s)")
@@ -77,12 +78,8 @@ def input_size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def read_persons(arguments: Namespace) -> tuple[np.ndarray, np.ndarray]:
-    """Read the training persons: (n, 4) cxcywh fractions of the frame, and their heights (n,) in pixels.
-
-    Raises:
-        InputError: there are none.
-    """
+def read_persons(arguments: Namespace) -> np.ndarray:
+    """Read the training persons, at least one: (n, 4) cxcywh fractions of the frame."""
     root = Path(arguments.data_root)
     if not Path(arguments.annotations).exists():
         root = open_root(find_folder(root))
@@ -97,8 +94,7 @@ def read_persons(arguments: Namespace) -> tuple[np.ndarray, np.ndarray]:
         raise InputError("no person in these frames", "choose another list", file=annotations.source)
     limits = f"at least {arguments.min_height:g} px high and {arguments.margin:g} px inside the frame"
     print(f"{len(low):,} persons {limits}, in {len(frames):,} frames of {annotations.source}\n")
-    persons = np.concatenate([(low + high) / 2, high - low], axis=1)
-    return persons / (FRAME_SIZE * 2), (high - low)[:, 1]
+    return np.concatenate([(low + high) / 2, high - low], axis=1) / (FRAME_SIZE * 2)
 
 
 def annotated_ids(annotations: Annotations) -> list[str]:
