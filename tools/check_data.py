@@ -216,8 +216,17 @@ def check_frames(
                 if other != path:
                     problem = f"the same pixels as {other}".replace(f"{root}/" * isinstance(root, Path), "")
                     yield Fault("copied-image", path, 0, problem)
-    # A source that annotates some frames of a list has to annotate all of them. If no source annotates
-    # any of them, the faults name the first source.
+    yield from missing_annotations(by_list, annotated)
+
+
+def missing_annotations(
+    by_list: dict[Path, list[str]], annotated: dict[Annotations | Path, set[str]]
+) -> Iterator[Fault]:
+    """Yield the frames that a source of annotations should have.
+
+    A source that annotates some frames of a list has to annotate all of them. If no source annotates any
+    of them, the faults name the first source.
+    """
     for frame_ids in by_list.values():
         used = [source for source, known in annotated.items() if not known.isdisjoint(frame_ids)]
         for source, frame_id in product(used or [*annotated][:1], frame_ids):
