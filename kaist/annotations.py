@@ -15,7 +15,7 @@ import fnmatch
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -150,11 +150,6 @@ class PairSet(LabelledFrames):
     def frame_sizes(self, frame_ids: Sequence[str]) -> np.ndarray:
         """Return the width and height of frames, (n, 2) int64."""
         return np.array([self.sizes[frame_id] for frame_id in frame_ids], np.int64).reshape(-1, 2)
-
-    def take(self, frame_id: str) -> PairSet:
-        """Return a set of one frame without objects, which is quick to send to another process."""
-        files, size = {frame_id: self.images[frame_id]}, {frame_id: self.sizes[frame_id]}
-        return replace(self, frames=(frame_id,), images=files, sizes=size, objects={})
 
     def read_rows(self, frame_id: str) -> list[ObjectRow]:
         """Return the objects of a frame."""

@@ -166,11 +166,8 @@ def check_list(path: Path, frames: dict[str, tuple[Path, int]], disjoint: bool) 
 
     Args:
         frames: frame id -> the list and line that name it first.
-        disjoint: report every frame that another list has. False: only if one of the two lists is a
-            test list, which has "test" in its name.
-
-    Raises:
-        InputError: the file does not exist or is not text.
+        disjoint: report every frame that another list has. False: only if one of the two is a test list,
+            which has "test" in its name.
     """
     errors: list[InputError] = []
     for frame_id, line in line_numbers(path, errors).items():
@@ -199,8 +196,10 @@ def check_frames(
     by_list: dict[Path, list[str]] = defaultdict(list)
     ignore_sigint = (signal.SIGINT, signal.SIG_IGN)  # the main process handles it
     with ProcessPoolExecutor(initializer=signal.signal, initargs=ignore_sigint) as pool:
-        roots = (root.take(frame_id) if isinstance(root, PairSet) else root for frame_id in frames)
-        results = pool.map(check_frame, roots, repeat(modalities), repeat(forms), frames, chunksize=8)
+        paths = ({m: image_path(root, frame_id, m) for m in modalities} for frame_id in frames)
+        is_set = isinstance(root, PairSet)
+        expected = ((root.sizes[frame_id], root.lwir_range) if is_set else () for frame_id in frames)
+        results = pool.map(check_frame, frames, paths, expected, repeat(forms), chunksize=8)
         bar = tqdm(results, "checking", len(frames), unit="frame", leave=False)
         for (frame_id, place), (faults, frame_digests, form_idxs) in zip(frames.items(), bar, strict=True):
             for i in form_idxs:
@@ -236,15 +235,13 @@ def missing_annotations(
 
 
 def check_frame(
-    root: Path | PairSet, modalities: Sequence[str], forms: Sequence[Annotations], frame_id: str
+    frame_id: str, paths: dict[str, Path], expected: tuple, forms: Sequence[Annotations]
 ) -> tuple[list[Fault], dict[bytes, Path], list[int]]:
-    """Check the images and annotation files of one frame.
+    """Check the images and annotation files of one frame; paths, expected: as in `check_frame_images`.
 
     Returns:
         The faults, digest -> file of the valid images, and the indices of the forms that annotate the frame.
     """
-    paths = {modality: image_path(root, frame_id, modality) for modality in modalities}
-    expected = (root.sizes[frame_id], root.lwir_range) if isinstance(root, PairSet) else ()
     faults, digests = check_frame_images(paths, *expected)
     by_form = {i: check_annotation(form, frame_id) for i, form in enumerate(forms)}
     form_idxs = [i for i, form_faults in by_form.items() if form_faults is not None]
