@@ -45,7 +45,7 @@ class CapturedStep:
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         shapes = tuple(tensor.shape for tensor in inputs)
         self.seen[shapes] += 1
-        # Without optimiser state the host still has to read whether the step is finite (`step_if_finite`).
+        # Not before the optimiser has a state: until then the host reads a value (`step_if_finite`).
         if self.graph is None and self.seen[shapes] > WARM_UP_STEPS and self.optimizer.state:
             self.capture(inputs)
             self.shapes = shapes
@@ -76,10 +76,8 @@ class CapturedStep:
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.outputs = self.step(*self.inputs)
         except RuntimeError as error:
-            for cause in (
-                error,
-                error.__context__,
-            ):  # running out of memory may make the end of the capture fail too
+            # If a step runs out of memory, ending the capture fails too and hides the first error.
+            for cause in (error, error.__context__):
                 if isinstance(cause, torch.OutOfMemoryError):
                     raise cause from None
             message = str(error).partition("\n")[0]

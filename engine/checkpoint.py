@@ -84,8 +84,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def verify_archive(path: Path) -> None:
     """Check the parts of a checkpoint's zip archive against their checksums, which torch.load does not do.
 
-    Parts that could take much more memory than the file has are refused too: compressed or overlapping parts,
-    which torch.save does not write, and a bytearray, which torch.load creates from its length alone.
+    Also reject what could need much more memory than the file's size: compressed or overlapping parts, which
+    torch.save does not write, and a bytearray, which torch.load creates from its length.
 
     Raises:
         ValueError: it is not such an archive, or was changed.

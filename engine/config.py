@@ -135,7 +135,7 @@ def find_data(values: dict[str, Any]) -> dict[str, str]:
 
 
 def same_value(name: str, a: Any, b: Any) -> bool:
-    """Whether two values of a constant are equal, as absolute paths if it is one; a list equals a tuple."""
+    """Whether two values of a constant are equal; paths as absolute paths, lists as tuples."""
     if name in PATH_CONSTANTS and isinstance(a, str) and isinstance(b, str):
         return os.path.abspath(ROOT / a) == os.path.abspath(ROOT / b)
     return (list(a) if isinstance(a, tuple) else a) == (list(b) if isinstance(b, tuple) else b)
@@ -162,14 +162,14 @@ def lab_book_table() -> str:
     lines = ["Rows 1 to 26 are the log of 2021, rows 27 to 29 ideas that it left open; later rows are new."]
     lines += [f"{'row':>5} {'on':>4}  description, changes, results of the 2021 log (miss rates in %)"]
     for name, row in EXPERIMENTS.items():
-        change = ", ".join(f"{key} {format_value(value)}" for key, value in row.changes.items())
+        changes = ", ".join(f"{key} {format_value(value)}" for key, value in row.changes.items())
         lines.append(f"{name:>5} {row.based_on:>4}  {row.description}")
-        lines += [f"{'':12}{part}" for part in (change, row.logged) if part]
+        lines += [f"{'':12}{part}" for part in (changes, row.logged) if part]
     return "\n".join(lines)
 
 
 def limit_workers(config: Namespace) -> Namespace:
-    """Limit the loader's worker processes to four per core, or eight."""
+    """Limit the number of worker processes to 4 per core, but not below 8."""
     cores = os.cpu_count() or 1
     max_workers = max(8, 4 * cores)
     if config.workers > max_workers:
@@ -200,7 +200,7 @@ def checkpoint_config(checkpoint: dict[str, Any], path: Path, **changes: Any) ->
         for argument, expected in checkpoint["model_args"].items():
             name = {"size": "input_size", "prior_set": "priors"}.get(argument, argument)
             if name in values and format_value(expected) != format_value(values[name]):
-                raise InputError(f"{name.upper()} is not its network's", "")
+                raise InputError(f"{name.upper()} differs from its network's", "")
         known = known | values | changes
         check_config({key: value for key, value in known.items() if key != "name"})
         known |= find_data(known)
@@ -279,35 +279,34 @@ def run_name(config: Namespace) -> str:
 
 
 def describe_config(config: Namespace, script: str) -> str:
-    """Which constants of a script a run's row replaces, and which of them were changed further."""
+    """The constants of a script that a run's row replaces, and those that its flags replace."""
     constants, changed = read_constants(script), describe_changes(vars(config))
     source = f"constants of {Path(script).name}"
     if not config.experiment:
         return f"{source}, changed: {changed}" if changed else source
     row = resolve_row(config.experiment).items()
-    kept = {name: value for name, value in row if same_value(name, value, getattr(config, name))}
-    new = {name: value for name, value in kept.items() if not same_value(name, value, constants[name][0])}
-    text = f"{source}, replaced by row {config.experiment}: {format_constants(new)}"
+    used = {name: value for name, value in row if same_value(name, value, getattr(config, name))}
+    changes = {name: value for name, value in used.items() if not same_value(name, value, constants[name][0])}
+    text = f"{source}, replaced by row {config.experiment}: {format_constants(changes)}"
     return f"{text}; replaced by flags: {changed}" if changed else text
 
 
 def tuple_type(default: tuple) -> Any:
     """An argparse type that parses "1,0,0" into a tuple of the default's length and element type."""
-    kind = type(default[0])
+    element_type = type(default[0])
 
     def parse(text: str) -> tuple:
-        values = tuple(kind(part) for part in re.split(r"[,\s]+", text.strip("()[] ")))
+        values = tuple(element_type(part) for part in re.split(r"[,\s]+", text.strip("()[] ")))
         if len(values) != len(default):
-            raise argparse.ArgumentTypeError(
-                f"expected {len(default)} values, such as {format_value(default)}"
-            )
+            problem = f"expected {len(default)} values, such as {format_value(default)}"
+            raise argparse.ArgumentTypeError(problem)
         return values
 
     return parse
 
 
 def check_experiment(parser: OneLineParser, arguments: Namespace) -> None:
-    """Reject --experiment, the row of an authors' file of weights, without --checkpoint, that file."""
+    """Reject --experiment without --checkpoint: it is the row of the network in that file of weights."""
     if arguments.experiment and not arguments.checkpoint:
         parser.error("--experiment is the row of the network in --checkpoint; give --checkpoint too")
 

@@ -34,9 +34,8 @@ def init_distributed(device: torch.device, batch_size: int) -> None:
         return
     if batch_size % processes:
         problem = f"BATCH_SIZE = {batch_size} cannot be split among {processes} processes"
-        raise InputError(
-            problem, "it is the batch size of all processes together; choose a multiple of their number"
-        )
+        remedy = "it is the batch size of all processes together; choose a multiple of their number"
+        raise InputError(problem, remedy)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 

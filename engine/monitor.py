@@ -26,8 +26,8 @@ class StepMonitor:
     """Context manager that counts a run's steps and stops the run if they are not finite.
 
     On a CPU each step is counted at once. On a GPU `READ_BACK_STEPS` are counted together, with one copy.
-    So a non-finite step is reported a few steps late, but with its own number and frames. Until then
-    `GuardedStep` protects the weights.
+    So a non-finite step is reported a few steps late, but with its own number and frames. `GuardedStep`
+    has already skipped it then.
 
     Args:
         max_nonfinite_steps: number of consecutive non-finite steps that stops the run.
@@ -88,11 +88,11 @@ class StepMonitor:
         losses, finite = torch.stack(losses).cpu(), torch.stack(finite).tolist()
         now = time.perf_counter()
         seconds, self.started = (now - self.started) / len(pending), now
-        for (mean, own), good, ids in zip(losses, finite, frame_ids, strict=True):
-            self.consecutive = 0 if good else self.consecutive + 1
-            if not good:
-                evidence = self.run.save_evidence(ids, own, rank())
+        for (mean_losses, own_losses), is_finite, ids in zip(losses, finite, frame_ids, strict=True):
+            self.consecutive = 0 if is_finite else self.consecutive + 1
+            if not is_finite:
+                evidence = self.run.save_evidence(ids, own_losses, rank())
                 if self.consecutive == self.max_nonfinite_steps:
                     self.run.in_step = True  # later steps have changed the weights: do not save them
                     raise InputError(*NONFINITE, file=evidence)
-            self.run.add_step(mean if good else None, seconds)
+            self.run.add_step(mean_losses if is_finite else None, seconds)

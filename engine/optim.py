@@ -66,8 +66,8 @@ def step_if_finite(optimizer: torch.optim.Optimizer, finite: Tensor) -> None:
 class GuardedStep:
     """An optimiser step that is skipped if a loss or the gradient is not finite.
 
-    BatchNorm's running statistics, which the forward pass has changed, are then restored. The host reads
-    no value, so it does not wait for the GPU.
+    BatchNorm's running statistics, which the forward pass has changed, are then restored. The host does
+    not wait for a GPU, except before the first step (`step_if_finite`).
 
     Args:
         network: the network whose BatchNorm statistics are restored.
@@ -110,7 +110,7 @@ def update_ema(ema: nn.Module, model: nn.Module, decay: float, step: int) -> Non
     Does nothing if `ema` is `model`.
 
     Args:
-        decay: used once step / (step + 10) exceeds it; so the initial weights soon lose influence.
+        decay: at most this; early steps use step / (step + 10), to forget the initial weights sooner.
         step: number of the optimiser step just taken, from 0, over the whole run.
     """
     if ema is model:

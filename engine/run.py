@@ -32,7 +32,7 @@ from kaist.sources import KAIST
 
 DAMAGED = "damaged.pt"  # a last.pt that was found to be damaged
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-WARM_UP_STEPS, TIMED_STEPS = 10, 20  # first steps of a process; steps timed to estimate the duration
+WARM_UP_STEPS, TIMED_STEPS = 10, 20  # steps of a process before timing, and timed, to estimate its duration
 # Progress of a new run. A checkpoint stores these keys and the state of the parts.
 INITIAL_PROGRESS = {"epoch": 0, "step": 0, "sums": [], "seconds": 0.0, "skipped": 0, "history": []}
 FORCE_QUIT_SECONDS = 3.0  # a second Ctrl-C after this time does not wait for the current step
@@ -52,7 +52,7 @@ class Run:
 
     Args:
         config: the run's constants.
-        name: of its folder, without the number.
+        name: name of its folder, without a number.
         model_args: arguments of its network.
 
     Attributes:
@@ -287,7 +287,7 @@ class Run:
         if not is_main_process():
             return
         if scores.get("miss_rate", 2.0) < best:  # before last.pt, whose history says that best.pt was saved
-            save_checkpoint(self.folder / "best.pt", self.checkpoint_content(to_continue=False))
+            save_checkpoint(self.folder / "best.pt", self.checkpoint_content(resumable=False))
         self.save()
         self.write_log()
         if "miss_rate" in scores:
@@ -327,16 +327,16 @@ class Run:
             f"      python detect.py --checkpoint {self.folder} {example}"
         )
 
-    def checkpoint_content(self, to_continue: bool) -> dict[str, Any]:
+    def checkpoint_content(self, resumable: bool) -> dict[str, Any]:
         """The content of a checkpoint; without the optimiser it cannot be resumed."""
         content = {"model_args": self.model_args, "config": vars(self.config), "experiment": self.name}
         content |= {name: getattr(self, name) for name in INITIAL_PROGRESS}
-        parts = {name: part for name, part in self.parts.items() if to_continue or name != "optimizer"}
+        parts = {name: part for name, part in self.parts.items() if resumable or name != "optimizer"}
         return content | {name: part.state_dict() for name, part in parts.items()}
 
     def save(self) -> None:
         """Write last.pt; the last.pt before it becomes previous.pt."""
-        content = self.checkpoint_content(to_continue=True)
+        content = self.checkpoint_content(resumable=True)
         save_checkpoint(self.folder / LAST, content, previous=self.folder / PREVIOUS)
         self.saved_at = time.monotonic()
 
