@@ -119,8 +119,8 @@ def main() -> None:
     all_scores = [scores for _, scores in detections.values()]
     if not is_listed:
         speed, n_boxes = len(detections) / (time.monotonic() - start), sum(map(len, all_scores))
-        counts = f"{count_images(len(detections))}, {format_people(n_boxes)}"
-        print(f"{arguments.out}: {counts}, {speed:.1f} images/s")
+        n_images = count_images(len(detections))
+        print(f"{arguments.out}: {n_images}, {format_people(n_boxes)}, {speed:.1f} images/s")
     if detections:
         write_combined(detections, arguments)
     if n_rescaled:
@@ -135,11 +135,7 @@ def main() -> None:
 def detect_pair(
     model: Detector, pair: Pair, config: Namespace, precision: torch.dtype
 ) -> tuple[dict[str, Image.Image], np.ndarray, np.ndarray]:
-    """Detect persons in one frame.
-
-    Returns:
-        The images, boxes (k, 4) xywh in pixels of the first image, and scores (k,).
-    """
+    """A frame's images, and the detections: boxes (k, 4) xywh, pixels of the first image; scores (k,)."""
     from kaist.images import join_modalities, load_image, to_array
     from utils import detect_image
 
@@ -212,24 +208,22 @@ def parse_arguments() -> Namespace:
     add("--checkpoint", type=Path, help="a checkpoint or a run's folder (default: the newest finished run)")
     published = "--checkpoint is an author's file of weights for this row's network (docs/published.md)"
     add("--experiment", default="", metavar="ROW", help=published)
-    add("--min-score", type=float, default=MIN_SCORE, help="lowest score of a detection (%(default)s)")
-    add("--out", type=Path, default=Path(OUT), help="folder of the pictures (%(default)s)")
-    add("--json", type=out_path(), metavar="FILE", help="write all boxes as COCO results; image_id is a name")
+    add("--min-score", type=float, default=MIN_SCORE, help="lowest score (default: %(default)s)")
+    add("--out", type=Path, default=Path(OUT), help="folder of the pictures (default: %(default)s)")
+    add("--json", type=out_path(), metavar="FILE", help="write all boxes as COCO results")
     sheet, animation = out_path(".png", ".jpg"), out_path(".gif", ".webp")
     add("--sheet", type=sheet, metavar="FILE", help="write a sheet of all pictures, scaled down: png, jpg")
     add("--animation", type=animation, metavar="FILE", help="write an animation of all pictures: gif, webp")
     add("--show", action="store_true", help=f"open the pictures in a viewer, at most {MAX_LISTED}")
-    add("--device", default=DEVICE, help="auto, cpu, cuda, mps (%(default)s)")
+    add("--device", default=DEVICE, help="auto, cpu, cuda, mps (default: %(default)s)")
     add("--precision", choices=CHOICES["precision"], help="(default: that of the checkpoint)")
     arguments = parser.parse_args()
-    is_score, has_images = 0 <= arguments.min_score <= 1, arguments.images or arguments.pair
-    for is_wrong, message in (
-        (not is_score, f"--min-score {arguments.min_score} is not a number from 0 to 1"),
-        (bool(arguments.visible) != bool(arguments.lwir), "--visible and --lwir must be used together"),
-        (not has_images and not arguments.visible, "name images or folders, or use --pair or --visible"),
-    ):
-        if is_wrong:
-            parser.error(message)
+    if not 0 <= arguments.min_score <= 1:
+        parser.error(f"--min-score {arguments.min_score} is not a number from 0 to 1")
+    if bool(arguments.visible) != bool(arguments.lwir):
+        parser.error("--visible and --lwir must be used together")
+    if not arguments.images and not arguments.visible and not arguments.pair:
+        parser.error("name images or folders, or use --visible and --lwir, or --pair")
     check_experiment(parser, arguments)
     check_folders(*(path for path in combined_outputs(arguments) if arguments.out not in path.parents))
     return arguments
@@ -279,10 +273,7 @@ def natural_key(path: Path | str) -> list[tuple[int, str]]:
 
 
 def match_files(visible: str, lwir: str) -> list[Pair]:
-    """Pair the files of two folders by their names, or those of two patterns by the text matched by *.
-
-    A file without a counterpart gives a frame with one modality.
-    """
+    """Pair the files of two folders, or of two patterns with *, by name; unpaired ones are frames, too."""
     files = {"visible": find_files(Path(), visible), "lwir": find_files(Path(), lwir)}
     keys = sorted(files["visible"] | files["lwir"], key=natural_key)
     return [{m: by_key[key] for m, by_key in files.items() if key in by_key} for key in keys]
@@ -316,8 +307,7 @@ def check_modalities(
     if not missing or (config.modality_dropout and len(missing) < len(needed) and not is_loose):
         return True
     problem = f"the {missing[0]} image is missing, and a network with input {config.input_mode!r} needs it"
-    remedy = "use one name in visible/ and lwir/, --pair or --visible and --lwir, or a network trained with "
-    remedy += "MODALITY_DROPOUT"
+    remedy = "use one name in visible/ and lwir/, or --pair, or a network trained with MODALITY_DROPOUT"
     report_failure(InputError(problem, remedy, file=next(iter(pair.values()))), failures, n_images)
     return False
 

@@ -92,7 +92,7 @@ class DetectorResult(NamedTuple):
 
 
 def parse_arguments() -> Namespace:
-    """Parse and check the command line, and fill in the parts of --kaist."""
+    """Parse and check the command line."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
     add = parser.add_mutually_exclusive_group().add_argument
     add("--detections", nargs="+", type=Path, metavar="FILE", help="result files, text or COCO JSON")
@@ -114,11 +114,11 @@ def parse_arguments() -> Namespace:
     blackouts = ("visible", "lwir", "sides-a", "sides-b", "surroundings")
     parts = "opposite halves of both (sides-a, sides-b) or LWIR except its centre (surroundings)"
     add("--blackout", choices=blackouts, default="", help=f"blank a modality, {parts}")
-    add("--without", choices=blackouts[:2], default="", dest="blackout", help="the same as --blackout")
+    add("--without", choices=blackouts[:2], default="", dest="blackout", help="short for --blackout")
     published = "--checkpoint is an author's file of weights for this row's network (docs/published.md)"
     group.add_argument("--experiment", default="", metavar="ROW", help=published)
-    group.add_argument("--device", default=DEVICE, help="auto, cpu, cuda, mps (%(default)s)")
-    speed = "use torch.compile, which is faster for long lists (%(default)s)"
+    group.add_argument("--device", default=DEVICE, help="auto, cpu, cuda, mps (default: %(default)s)")
+    speed = "use torch.compile, which is faster for long lists (default: %(default)s)"
     group.add_argument("--compile", choices=("on", "off"), default=COMPILE, help=speed)
     add = parser.add_argument_group("output").add_argument
     add("--all-setups", action="store_true", help="also print the nine setups and the scenes")
@@ -132,6 +132,12 @@ def parse_arguments() -> Namespace:
     add("--show-errors", type=int, default=0, metavar="N", help=errors)
     add("--errors-out", type=picture, metavar="FILE", help=f"picture of the errors ({place} {ERRORS})")
     arguments = parser.parse_args()
+    check_arguments(parser, arguments)
+    return arguments
+
+
+def check_arguments(parser: OneLineParser, arguments: Namespace) -> None:
+    """Refuse bad flags, replace --kaist by the flags it stands for, and make suffixes of output files."""
     given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
     unused = sorted(given - {"compare", "bootstrap", "by_video", "out"}) if arguments.compare else []
     files, data, root = arguments.detections, arguments.data, arguments.kaist
@@ -166,7 +172,6 @@ def parse_arguments() -> Namespace:
     for path in files:
         if not os.path.isfile(path):  # Path.is_file raises an error for some names
             raise InputError("result file not found", "check --detections", file=path)
-    return arguments
 
 
 # ------------------------------------------------------------------- result files

@@ -1,6 +1,6 @@
 """Train SSD300 with segmentation infusion on KAIST, and evaluate it during training.
 
-Every constant below is also a flag: `python train.py --batch-size 16`. `--experiment 19` uses the
+Every constant in this file is also a flag: `python train.py --batch-size 16`. `--experiment 19` uses the
 constants of row 19 of the lab book (engine/experiments.py). `--list` prints the lab book, and
 `--runs` prints the runs so far.
 """
@@ -51,8 +51,8 @@ TEST_LIST = "imageSets/test-all.txt"  # image list to evaluate on; KAIST's is im
 ANNOTATIONS = "auto"  # training annotations: auto, bbgt, xml, xml-sanitized, paired, json, or a path
 TEST_ANNOTATIONS = "auto"  # test annotations, with the same choices; auto prefers KAIST_annotation.json
 VALIDATION = 0.0  # fraction of the training list, in whole videos, held out to choose the best epoch
-MIN_HEIGHT = 12.0  # shorter persons are ignored in training (pixels)
-MARGIN = 5.0  # persons closer to the frame's border are ignored in training (pixels)
+MIN_HEIGHT = 12.0  # persons shorter than this are ignored in training (pixels)
+MARGIN = 5.0  # persons closer than this to the frame's border are ignored in training (pixels)
 LEARN = "person"  # labels to train on: person, people (person, person? and people), all (any label)
 # -------- run
 EXPERIMENT = ""  # row of the lab book (--list) whose values replace the constants in this file
@@ -61,40 +61,40 @@ CHECKPOINTS = "checkpoints"  # parent folder of all run folders
 SEED = 42  # random seed of the initial weights, the order of the frames and the augmentation
 SAVE_MINUTES = 10.0  # minutes between checkpoints within an epoch; 0: save only after each epoch
 ON_NONFINITE = "stop"  # if the loss or a gradient is not finite: stop, or skip the step
-MAX_BAD_FRAMES = 10  # frames that may fail to load during training; they are skipped, more stop the run
+MAX_BAD_FRAMES = 10  # unreadable frames that are skipped during training; more stop the run
 # -------- machine
 DEVICE = "auto"  # auto, cpu, cuda, cuda:1, mps
 PRECISION = "auto"  # precision of the network: fp32, bf16, or auto (bf16 if the hardware supports it)
-COMPILE = "auto"  # off, graphs (CUDA graph of a step), on (torch.compile and graphs), auto (graphs)
+COMPILE = "auto"  # off, graphs (training steps as CUDA graphs), on (torch.compile too), auto (graphs)
 DETERMINISTIC = False  # use torch's deterministic algorithms; see docs/robustness.md
 WORKERS = 2  # data loader processes
 START_METHOD = "auto"  # start method of these processes: fork, spawn, forkserver, or auto (Python's default)
 CACHE = ""  # folder for decoded training frames (1.31 MB per pair), read instead of the image files
 # -------- model
-NETWORK = "ssd300"  # ssd300, mlpd, insanet (both: INPUT_MODE halfway, BATCH_NORM, LOC_LOSS l1 with mean)
+NETWORK = "ssd300"  # ssd300, or mlpd, insanet (with INPUT_MODE halfway, LOC_LOSS l1, LOC_REDUCTION mean)
 INPUT_MODE = "early"  # lwir, visible, mean (average of both), early (4 channels), halfway (two streams)
 INPUT_SIZE = (300, 300)  # height and width of the network's input (pixels)
-PIXEL_MEAN = (0.3465, 0.3219, 0.2842, 0.1598)  # mean of R, G, B and LWIR (0 to 1), subtracted; fill colour
+PIXEL_MEAN = (0.3465, 0.3219, 0.2842, 0.1598)  # normalisation mean of R, G, B, LWIR (0 to 1); fill colour
 PIXEL_STD = (0.2358, 0.2265, 0.2274, 0.0813)  # standard deviation; both as published for KAIST's training set
 BATCH_NORM = True  # use BatchNorm in VGG16
 WIDTH = 0.25  # width multiplier of every layer; 1.0 is VGG16
-PRIORS = "pedestrian"  # ssd300 (VOC's), ssd300-coco, pedestrian (upright), multispectral (MLPD's)
+PRIORS = "pedestrian"  # prior set: ssd300 (VOC), ssd300-coco, pedestrian (upright), multispectral (MLPD)
 CENTRES = "stride"  # prior centres: stride (as in torchvision) or even (as in the logged experiments)
-PRETRAINED = "none"  # initial weights: none, imagenet (VGG16), coco (SSD300), or a file
+PRETRAINED = "none"  # initial weights: none, imagenet (VGG16), coco (SSD300), or a file of published weights
 LWIR_FILTERS = "sum"  # pretrained LWIR filters: sum or mean of the RGB filters (logged experiments: mean)
-INFUSION = (1, 1, 0, 0, 0, 0)  # 1 for each map (38, 19, 10, 5, 3, 1) with a mask head; 2: also on streams
+INFUSION = (1, 1, 0, 0, 0, 0)  # 1: a mask head on this map (38, 19, 10, 5, 3, 1); 2: on each stream too
 INFUSION_CONV = False  # add a 3x3 convolution before the 1x1 convolution of each mask head
 # -------- loss
 LOC_LOSS = "smooth_l1"  # box regression loss: l1 or smooth_l1
-LOC_REDUCTION = "sum"  # over a box's 4 offsets: sum (SSD paper) or mean (a quarter of it)
-CONF_DIVISOR = "balanced"  # conf loss is divided by: positives (SSD paper), or balanced (small batches)
+LOC_REDUCTION = "sum"  # reduction of the box loss over the 4 offsets: sum (SSD paper) or mean (a quarter)
+CONF_DIVISOR = "balanced"  # divisor of the conf loss: positives (SSD paper) or balanced (for small batches)
 SEG_CELLS = "mean"  # reduction of the mask loss over the cells of a map: mean or sum
 SEG_MAPS = "sum"  # reduction of the mask loss over the maps: mean, sum, or uncertainty (learned weights)
 SEG_BALANCE = "none"  # cell weights in the mask loss: none, share (SEG_PERSON_SHARE), height (SDS-RCNN)
 SEG_PERSON_SHARE = 0.2  # fraction of a map's total weight on person cells, if SEG_BALANCE is share
 SEG_WEIGHT = 1.0  # weight of the mask loss in the total loss
-MASKS_FOLLOW = True  # masks are made from the augmented boxes; False: the original ones (rows 18 to 25)
-OUT_OF_RANGE = "keep"  # mask cells of persons that match no prior of the map: keep, background, ignore
+MASKS_FOLLOW = True  # make masks from the augmented boxes; False: from the original ones (rows 18 to 25)
+OUT_OF_RANGE = "keep"  # mask label of persons that match no prior of the map: keep, background, ignore
 # -------- optimiser
 OPTIMIZER = "adam"  # sgd (momentum 0.9) or adam
 LR = 2e-3  # learning rate
@@ -103,7 +103,7 @@ WEIGHT_DECAY = 1e-5  # L2 penalty
 SCHEDULE = "cosine"  # constant, step (x0.1 at 2/3, 5/6 of EPOCHS), step-mlpd (1/2, 9/10), cosine
 BATCH_SIZE = 4  # frames per step
 EPOCHS = 14  # passes over the training list
-EMA_DECAY = 0.0  # decay of the averaged weights, which are evaluated and saved; 0: no averaging
+EMA_DECAY = 0.0  # decay of the weights' moving average, which is evaluated and saved; 0: no averaging
 # -------- augmentation
 AUGMENT = True  # use SSD's augmentation; False only resizes
 ZOOM_OUT = 1.0  # maximum zoom-out factor; 1.0: no zoom-out

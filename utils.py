@@ -30,9 +30,7 @@ MAX_MARGIN, MARGIN_BINS = 16.0, 4096  # range and bins of the histogram of mask 
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name such as "cuda:1"; "auto" is CUDA, else Apple's MPS, else the CPU.
-
-    Also tunes this process for the device.
+    """Choose and set up a device; "auto" is CUDA if available, else Apple's MPS, else the CPU.
 
     Raises:
         InputError: The device is not available.
@@ -139,11 +137,7 @@ def open_network(
 
 
 def published_checkpoint(path: Path, experiment: str) -> dict[str, Any]:
-    """A checkpoint's content, made from a row of the lab book and an author's file of its weights.
-
-    Raises:
-        InputError: There is no such row, or the file has another network's weights.
-    """
+    """A checkpoint's content, made from a row of the lab book and an author's file of its weights."""
     config = read_config(str(Path(__file__).with_name("train.py")), ["--experiment", experiment])
     state = read_published(path)
     config.input_mode = tutorial_input_mode(state, config.input_mode)
@@ -179,8 +173,7 @@ def detect_frames(
     detections, frame_sizes, full_batch = [], [], 0
     sizes = {frame.id: frame.size for frame in loader.loader.dataset.frames}
     cells = torch.zeros(len(model.infused_maps), 2, MARGIN_BINS, dtype=torch.int64, device=device)
-    is_hidden = not is_main_process()
-    bar = tqdm(loader.epoch(0), "detecting", total=len(loader), leave=False, disable=is_hidden)
+    bar = tqdm(loader.epoch(0), "detecting", len(loader), leave=False, disable=not is_main_process())
     with torch.inference_mode():
         for batch in iterate(bar):
             if batch is None:  # the last batch may have no frame for this process
@@ -269,12 +262,9 @@ def detect_image(
 
 
 def to_pixels(boxes: Tensor, scores: Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Convert boxes (k, 4), xyxy fractions, and scores (k,) to float64 and xywh pixels.
+    """Convert xyxy fractions (k, 4) and scores (k,) to float64; xywh pixels of a (width, height) frame.
 
     Boxes with a side below 0.01 pixels, which clipping can leave, are dropped.
-
-    Args:
-        size: (width, height) of the frame in pixels.
     """
     boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).cpu().double().numpy()
     boxes = boxes * (*size, *size)
