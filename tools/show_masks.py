@@ -86,7 +86,7 @@ def draw_masks(batch: Batch, path: Path) -> None:
     if batch.images.shape[1] != 4:
         panels = {"LWIR": ([0], BOTH)} if batch.images.shape[1] == 1 else {"visible": ([0, 1, 2], BOTH)}
     colours = {-1: "tab:red", VISIBLE: "deepskyblue", LWIR: "orange", BOTH: "limegreen"}  # by label
-    legend = {"ignored, neither of these": "tab:red", "background": "0.85", "person": "limegreen"}
+    legend = {"ignored": "tab:red", "background": "0.85", "person": "limegreen"}
     cells = ListedColormap([*legend.values()])
     columns, n = len(panels) + len(batch.masks), len(batch.images)
     figure = Figure(figsize=(2 * columns, 2.15 * n + 0.5), layout="constrained")
