@@ -1,4 +1,4 @@
-"""Recorded steps, without a GPU: which steps are recorded, replayed or run as they are.
+"""Captured steps, without a GPU: which steps are captured, replayed or run eagerly.
 
 That a replay computes the same is compared on a GPU by `tools.benchmark --report`.
 """
@@ -19,7 +19,7 @@ CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """A step whose \"GPU\" notes what happens: its calls, recordings and replays, by frames of the batch."""
+    """A step on a fake GPU that logs eager calls, captures and replays, by number of frames."""
     happened = []
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=0.5, momentum=0.9)
@@ -40,7 +40,7 @@ def recorded(monkeypatch):
     return captured, optimizer, happened
 
 
-def test_a_shape_is_recorded_once_and_others_run_as_they_are(recorded):
+def test_one_shape_is_captured_and_others_run_eagerly(recorded):
     captured, optimizer, happened = recorded
     full, last = torch.ones(4, 1), torch.ones(3, 1)
     groups = [dict(group) for group in optimizer.param_groups]
@@ -49,18 +49,18 @@ def test_a_shape_is_recorded_once_and_others_run_as_they_are(recorded):
     assert happened == [("step", 3, 0.5, False)] + [("step", 4, 0.5, False)] * WARM_UP_STEPS
     happened.clear()
     optimizer.param_groups[0]["lr"] = 0.25
-    captured(full)  # recorded with the rate in the device's memory, and replayed
+    captured(full)  # captured with the learning rate in device memory, and replayed
     assert happened == [("step", 4, 0.25, True), ("replay", 0.25)]
     happened.clear()
     optimizer.param_groups[0]["lr"] = 0.125
     captured(full)
     captured(last)
     assert happened == [("replay", 0.125), ("step", 3, 0.125, False)]
-    assert optimizer.param_groups == [groups[0] | {"lr": 0.125}]  # a saved state is of numbers
+    assert optimizer.param_groups == [groups[0] | {"lr": 0.125}]  # numbers, no tensors, in a saved state
 
 
-def test_nothing_is_recorded_before_the_optimiser_has_a_state(recorded):
-    """The first steps may not be finite: what decides on that waits for the GPU."""
+def test_nothing_is_captured_before_the_optimiser_has_a_state(recorded):
+    """Without a state, the host reads whether a step is finite, which cannot be captured."""
     captured, optimizer, happened = recorded
     [(weight, state)] = optimizer.state.items()
     optimizer.state.clear()
@@ -72,14 +72,14 @@ def test_nothing_is_recorded_before_the_optimiser_has_a_state(recorded):
     assert happened[-1] == ("replay", 0.5)
 
 
-def test_rates_are_those_of_replays_from_the_first_step_on(recorded):
+def test_eager_steps_round_learning_rates_like_replays(recorded):
     captured, optimizer, happened = recorded
-    optimizer.param_groups[0]["lr"] = 0.1  # no float32
+    optimizer.param_groups[0]["lr"] = 0.1  # not representable in float32
     captured(torch.ones(4, 1))
     assert happened[-1][2] == float(np.float32(0.1))
 
 
-def test_inputs_are_copied_to_where_they_were_recorded(recorded):
+def test_inputs_are_copied_to_the_captured_memory(recorded):
     captured, _, _ = recorded
     for _ in range(WARM_UP_STEPS + 1):
         out = captured(torch.ones(2, 1))
@@ -88,12 +88,12 @@ def test_inputs_are_copied_to_where_they_were_recorded(recorded):
     assert torch.equal(captured.inputs[0], torch.full((2, 1), 7.0))
 
 
-def test_a_step_that_cannot_be_recorded_is_told_with_the_remedy(recorded, monkeypatch):
+def test_a_step_that_cannot_be_captured_raises_with_a_remedy(recorded, monkeypatch):
     captured, optimizer, _ = recorded
     groups = [dict(group) for group in optimizer.param_groups]
     for error, told, words in (
         (RuntimeError("CUDA error: operation not permitted\nmore"), InputError, "permitted.*--compile off"),
-        (torch.OutOfMemoryError("no memory"), torch.OutOfMemoryError, "no memory"),  # the run says of what
+        (torch.OutOfMemoryError("no memory"), torch.OutOfMemoryError, "no memory"),  # the run adds the remedy
     ):
         monkeypatch.setattr(torch.cuda, "graph", Mock(side_effect=error))
         captured.seen.clear()
@@ -105,7 +105,7 @@ def test_a_step_that_cannot_be_recorded_is_told_with_the_remedy(recorded, monkey
         assert optimizer.param_groups == groups
 
 
-def test_what_is_recorded_where(monkeypatch):
+def test_which_choices_and_devices_capture(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Stream", object)
     step, optimizer = (lambda images: images), SimpleNamespace(param_groups=[])
     for choice, device, recorded in (

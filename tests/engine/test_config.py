@@ -1,4 +1,4 @@
-"""Constants, flags, rows of the lab book, and the name a run is saved under."""
+"""Constants, flags, rows of the lab book, and the name of a run."""
 
 import re
 import shutil
@@ -33,11 +33,11 @@ def test_flags_win_over_rows_and_rows_over_constants():
     config = train.configure(["--experiment", "19", "--lr", "0.25", "--infusion", "0,0,1,0,0,0"])
     assert config.lr == 0.25 and config.infusion == (0, 0, 1, 0, 0, 0)
     assert config.epochs == 100 and config.width == 1.0  # the row's
-    assert config.data_root == defaults()["data_root"]  # no row speaks of it
+    assert config.data_root == defaults()["data_root"]  # in no row
     assert train.configure(["--no-augment"]).augment is False
 
 
-def test_the_row_streets_names_its_set_and_flags_win(monkeypatch, tmp_path):
+def test_row_streets_sets_its_data_root_and_flags_win(monkeypatch, tmp_path):
     own = Path(train.__file__).parent / "data" / "streets"
     monkeypatch.chdir(tmp_path)
     assert Path(train.configure(["--experiment", "streets"]).data_root).resolve() == own.resolve()
@@ -89,7 +89,7 @@ def test_the_row_streets_names_its_set_and_flags_win(monkeypatch, tmp_path):
         (["--loader", "device"], "unrecognized arguments: --loader device; .* --help lists the flags"),
     ],
 )
-def test_what_cannot_be_used_is_refused(flags, message):
+def test_invalid_values_and_flags_are_refused(flags, message):
     with pytest.raises(InputError, match=message):
         train.configure(flags)
 
@@ -112,7 +112,7 @@ def test_every_row_resolves_to_known_constants():
             assert key not in CHOICES or value in CHOICES[key]
 
 
-def test_the_book_can_be_printed(monkeypatch, capsys):
+def test_list_prints_the_lab_book(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["train.py", "--list"])
     with pytest.raises(SystemExit):
         train.main()
@@ -121,7 +121,7 @@ def test_the_book_can_be_printed(monkeypatch, capsys):
     assert "26.33 / 31.38 / 15.89" in said and "infusion 1,1,0,0,0,0" in said
 
 
-def test_the_constants_as_they_come_are_the_demo_row():
+def test_the_constants_of_train_are_the_demo_row():
     assert {key: defaults()[key] for key in BASE} == resolve_row("demo")
 
 
@@ -161,7 +161,7 @@ def test_the_constants_as_they_come_are_the_demo_row():
         ("26", {"infusion": (1, 0, 0, 0, 0, 0), "seg_maps": "sum", "masks_follow": True}),
     ],
 )
-def test_rows_as_the_log_has_them(row, expected):
+def test_rows_have_the_values_of_the_log(row, expected):
     resolved = resolve_row(row)
     assert {key: resolved[key] for key in expected} == expected
 
@@ -200,15 +200,15 @@ def test_rows_as_the_log_has_them(row, expected):
         ("40", {"priors": "pedestrian", "input_mode": "halfway", "test_flip": True}),
     ],
 )
-def test_rows_beyond_the_log_change_row_26b_as_they_say(row, change):
+def test_rows_beyond_the_log_change_only_these_constants_of_row_26b(row, change):
     before, after = resolve_row("26b"), resolve_row(row)
     assert {key: value for key, value in after.items() if value != before[key]} == change
     train.configure(["--experiment", row])  # it can be trained
 
 
-def test_a_run_is_named_for_its_row_only_if_it_is_that_row():
+def test_a_run_name_has_the_row_and_all_changes():
     name = lambda *flags: train.run_name(train.configure(list(flags)))  # noqa: E731
-    assert name("--data-root", "/data/kaist") == "demo-onkaist"  # the demo row is of the demo set
+    assert name("--data-root", "/data/kaist") == "demo-onkaist"  # the demo row trains on the demo set
     assert name() == "demo"
     assert name("--experiment", "26") == "26"
     assert name("--experiment", "26", "--workers", "7", "--data-root", "x") == "26"
@@ -242,9 +242,9 @@ def content_of(**changes):
     return {"config": {**vars(config), **changes}, "model_args": train.model_arguments(config)}
 
 
-def test_an_old_checkpoints_configuration_is_filled_up():
-    content = content_of(loader="device")  # a constant that has gone
-    for name in ("test_flip", "start_method", "ema_decay"):  # constants that came later
+def test_constants_that_an_old_checkpoint_lacks_get_old_defaults():
+    content = content_of(loader="device")  # a constant that was removed
+    for name in ("test_flip", "start_method", "ema_decay"):  # constants that were added later
         del content["config"][name]
     config = checkpoint_config(content, "last.pt", device="cpu", data_root="elsewhere")
     assert (config.test_flip, config.start_method, config.ema_decay) == (False, "auto", 0.0)
@@ -262,7 +262,7 @@ def test_an_old_checkpoints_configuration_is_filled_up():
         {"max_boxes": -1},
         {"max_boxes": 10**30},
         {"margin": [1.0]},
-        {"input_size": (512, 640)},  # not the network's
+        {"input_size": (512, 640)},  # differs from the network's
         {"pixel_mean": (0.5, 0.5, 0.5, 0.5)},
         {"batch_size": 0},
         {"batch_size": "x"},
@@ -279,7 +279,7 @@ def test_an_old_checkpoints_configuration_is_filled_up():
         {"test_flip": "yes"},
     ],
 )
-def test_a_checkpoints_configuration_that_no_run_has_is_refused(changes):
+def test_an_impossible_configuration_in_a_checkpoint_is_refused(changes):
     with pytest.raises(InputError, match="^last.pt: not a run's configuration .*; choose a checkpoint"):
         checkpoint_config(content_of(**changes), "last.pt")
 
@@ -304,14 +304,14 @@ def test_a_checkpoint_without_a_needed_constant_is_refused(missing):
         checkpoint_config(content, "last.pt")
 
 
-def test_a_full_kaist_fills_what_is_not_given(demo_root, tmp_path):
+def test_kaist_sets_the_paths_that_are_not_given(demo_root, tmp_path):
     root = shutil.copytree(demo_root, tmp_path / "kaist")
     for old, new in (("train-all", "train-all-04"), ("test-all", "test-all-20")):
         (root / f"imageSets/{old}.txt").rename(root / f"imageSets/{new}.txt")
     config = train.configure(["--experiment", "26", "--pretrained", "none", "--kaist", str(root)])
     assert (config.data_root, config.train_list) == (str(root), "imageSets/train-all-04.txt")
     assert (config.annotations, config.test_annotations) == ("bbgt", "KAIST_annotation.json")
-    assert not hasattr(config, "kaist")  # a run resumes by what was chosen
+    assert not hasattr(config, "kaist")  # only the resulting paths are kept
     given = ["--test-list", "mine.txt", "--test-annotations", "auto"]
     config = train.configure(["--kaist", str(root), *given])
     assert (config.test_list, config.test_annotations) == ("mine.txt", "auto")

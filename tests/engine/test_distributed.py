@@ -1,4 +1,4 @@
-"""Two processes under torchrun against one: same losses, weights and miss rate."""
+"""Two processes compared with one: same losses, weights and miss rate."""
 
 import csv
 import signal
@@ -28,7 +28,7 @@ FLAGS = (
 
 
 def run_training(nursery, folder, root, ranks, more):
-    """Weights, log.csv and what a run said, and the scores in each of its test frames, best first."""
+    """Weights, log.csv and output of a run, and the scores in each test frame, highest first."""
     said = nursery.run(*FLAGS, "--data-root", root, "--checkpoints", folder, *more, ranks=ranks)
     log = list(csv.DictReader((folder / "custom" / "log.csv").open()))
     frames = read_image_list(folder / "custom/detections.frames.txt")
@@ -38,8 +38,7 @@ def run_training(nursery, folder, root, ranks, more):
 
 
 def test_two_processes_train_as_one(nursery, demo_root, tmp_path):
-    """They share a cache, which the first one draws. Of the last batch of five test frames the second has
-    none."""
+    """They share a cache. Of the last batch of five test frames, the second process has none."""
     (tmp_path / "five.txt").write_text("".join((demo_root / "imageSets/test-all.txt").open().readlines()[:5]))
     more = [*"--epochs 1 --eval-every 1 --test-list".split(), tmp_path / "five.txt"]
     one, log_one, said_one, scores_one = run_training(nursery, tmp_path / "one", demo_root, 1, more)
@@ -53,32 +52,34 @@ def test_two_processes_train_as_one(nursery, demo_root, tmp_path):
     assert log_one[-1]["miss_rate"] == log_two[-1]["miss_rate"] != ""
     assert len(scores_one) == len(scores_two) == 5
     for a, b in zip(scores_one, scores_two, strict=True):
-        assert len(a) > 20 and np.allclose(a[:20], b[:20], atol=1e-4)  # of this frame, not another
+        assert len(a) > 20 and np.allclose(a[:20], b[:20], atol=1e-4)  # scores of the same frame
     assert not np.allclose(scores_one[0][:20], scores_one[1][:20], atol=1e-4)
     assert said_one.count("lowest miss rate") == said_two.count("lowest miss rate") == 1
-    assert "epoch" not in nursery.said.with_name("said1").read_text()  # one writer
+    assert "epoch" not in nursery.said.with_name("said1").read_text()  # only rank 0 prints
     assert sorted(p.name for p in Path(tmp_path / "two").iterdir()) == ["custom"]
 
 
-LOST = "error: another process of this run has ended; see its error message; the same command resumes the run"
+ERROR = (
+    "error: another process of this run has ended; see its error message; the same command resumes the run"
+)
 
 
 @pytest.mark.timing
 @pytest.mark.parametrize(
     ("killed", "kill"), [(0, "open train-all 1"), (1, "open jpg 5"), (0, "open jpg 42"), (1, "open jpg 62")]
 )
-def test_a_killed_process_is_told_in_one_line_by_the_other(nursery, demo_root, tmp_path, killed, kill):
-    """As its lists are read, as all 36 images are looked at, in the second step, and in the evaluation."""
+def test_the_other_process_reports_a_killed_one_in_one_line(nursery, demo_root, tmp_path, killed, kill):
+    """Killed while reading lists, checking the 36 images, in the second step, and in the evaluation."""
     kills = [kill * (rank == killed) for rank in (0, 1)]
     nursery.start_ranks(kills, *FLAGS, "--data-root", demo_root, "--checkpoints", tmp_path)
     assert sorted(nursery.numbers()) == [-signal.SIGKILL, 2]
     said = nursery.said.with_name("said" + "1" * (killed == 0)).read_text()
     lines = [line.split("\r")[-1] for line in said.splitlines() if "error" in line or "File" in line]
-    assert lines == [LOST]
+    assert lines == [ERROR]
 
 
 def average_in_a_process(rank, folder):
-    """What one of two processes makes of its own BatchNorm statistics."""
+    """Run one of two processes: average BatchNorm statistics and save the state."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1), torch.nn.BatchNorm2d(1))
     for parameter in model.parameters():
@@ -91,14 +92,14 @@ def average_in_a_process(rank, folder):
 
 
 @pytest.mark.timing
-def test_processes_average_what_batch_norm_has_seen(tmp_path):
-    """On CPUs each normalises by its own frames; a shared evaluation is of one network."""
+def test_processes_average_batch_norm_statistics(tmp_path):
+    """On CPUs each process normalises by its own frames, but all evaluate the same network."""
     start = torch.multiprocessing.start_processes
     start(average_in_a_process, (str(tmp_path),), nprocs=2, start_method="fork")
     states = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for state in states:
         assert (state["1.running_mean"], state["1.running_var"]) == (5.0, 2.5)
-    assert [state["1.weight"].item() for state in states] == [0, 1]  # weights are the optimiser's
+    assert [state["1.weight"].item() for state in states] == [0, 1]  # weights are not averaged
 
 
 def test_a_batch_is_split_by_rank(monkeypatch):

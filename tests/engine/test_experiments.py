@@ -1,4 +1,4 @@
-"""The lab book's rows: each as the log has it, and each a network that can be trained."""
+"""Rows of the lab book have the values of the log, and each can be trained."""
 
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from engine.checkpoint import load_checkpoint
 from engine.config import resolve_row
 from engine.experiments import CORRECTIONS, EXPERIMENTS
 
-# The log, read afresh: input, optimiser, lr, batch, epochs, schedule, loc loss, validation,
+# The log, transcribed independently: input, optimiser, lr, batch, epochs, schedule, loc loss, validation,
 # augmentation, BatchNorm, evaluation interval.
 ONE = ("lwir", "sgd", 1e-3, 8, 122, "constant", "l1", 0.1, False, False, 5)
 FOUR = ("lwir", "sgd", 5e-4, 32, 150, "step", "l1", 0.0, True, False, 5)
@@ -74,7 +74,7 @@ SEG_LOG = {
     "29": ((1, 1, 1, 1, 1, 1), False, "mean", "uncertainty", True, "keep"),
     "30": ((1, 0, 0, 0, 0, 0), False, "mean", "sum", True, "keep"),
 }
-# What no logged row changes.
+# Constants that no logged row changes.
 COMMON = {
     "seed": 42,
     "input_size": (300, 300),
@@ -93,7 +93,7 @@ COMMON = {
 
 
 @pytest.mark.parametrize("row", LOG)
-def test_a_rows_constants_are_the_logs(row):
+def test_a_row_has_the_constants_of_the_log(row):
     resolved = resolve_row(row)
     assert tuple(resolved[key] for key in KEYS) == LOG[row]
     assert tuple(resolved[key] for key in SEG_KEYS) == SEG_LOG[row]
@@ -106,7 +106,7 @@ def test_a_rows_constants_are_the_logs(row):
 
 
 def rows_by_step():
-    """The first row of each kind of step; no row of one kind differs in more than how long and how fast."""
+    """One row for each set of constants that affect a training step; other constants are ignored."""
     pace = {
         "epochs",
         "eval_every",
@@ -126,8 +126,8 @@ def rows_by_step():
 
 
 @pytest.mark.parametrize("row", rows_by_step())
-def test_every_kind_of_row_makes_a_step(row, demo_root, tmp_path, monkeypatch):
-    """One optimiser step of its own recipe, made narrow, from the command line on."""
+def test_every_kind_of_row_trains_a_step(row, demo_root, tmp_path, monkeypatch):
+    """One optimiser step of a narrow network, started from the command line."""
 
     class Stepped(Exception):
         """Ends a run after its first step."""

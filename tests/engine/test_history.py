@@ -1,4 +1,4 @@
-"""`--runs` lists what is there, whatever else lies in the folder."""
+"""Reading run folders and the table of `--runs`, whatever else is in the folder."""
 
 import os
 
@@ -25,10 +25,10 @@ def test_runs_are_listed_newest_first(tmp_path):
     for path in (half, *half.iterdir()):
         os.utime(path, (2e9, 2e9))
     os.symlink("nowhere", tmp_path / "old/link")
-    os.utime(tmp_path / "old", (3e9, 3e9))  # as by an evaluation
+    os.utime(tmp_path / "old", (3e9, 3e9))  # as after an evaluation
     _, _, first, second = runs_table(tmp_path, describe_changes).splitlines()
     assert first.split()[:5] == ["new", "26", "2/3", "unfinished", "50.00"]
-    assert "EPOCHS 3" in first  # a run from before DATA was a constant
+    assert "EPOCHS 3" in first  # a run older than the constant DATA
     assert second.split()[:5] == ["old", "demo", "2/2", "finished", "25.00"]
     assert "no runs yet" in runs_table(tmp_path / "none", describe_changes)
 
@@ -47,7 +47,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize("config", BROKEN)
-def test_a_folder_that_holds_no_run_is_passed_over(tmp_path, config):
+def test_a_folder_that_is_not_a_run_is_ignored(tmp_path, config):
     folder = make_run(tmp_path / "broken", config)
     make_run(tmp_path / "whole", '{"epochs": 2, "experiment": ["odd"]}')
     assert read_run(folder) is None and not same_recipe(folder, {"epochs": 2})
@@ -61,7 +61,7 @@ def test_a_folder_that_holds_no_run_is_passed_over(tmp_path, config):
 @pytest.mark.parametrize(
     "log", ["epoch\nx\n", "epoch\n1,2\n", "epoch\n\xe9\n", "epoch\n" + "1" * 200_000, "a\n\0\n"]
 )
-def test_a_log_that_is_none_is_named(tmp_path, log):
+def test_a_broken_log_is_named(tmp_path, log):
     folder = make_run(tmp_path / "broken", log=log)
     with pytest.raises(InputError, match="log.csv: "):
         read_log(folder)
@@ -70,7 +70,7 @@ def test_a_log_that_is_none_is_named(tmp_path, log):
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system")
 @pytest.mark.parametrize(("name", "read"), [("config.json", saved_constants), ("log.csv", read_log)])
-def test_a_pipe_is_not_waited_for(tmp_path, name, read):
+def test_a_pipe_does_not_block(tmp_path, name, read):
     folder = make_run(tmp_path / "run")
     (folder / name).unlink()
     os.mkfifo(folder / name)

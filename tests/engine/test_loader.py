@@ -1,4 +1,4 @@
-"""Frames that turn unreadable while a run is under way: left out, counted, never replaced."""
+"""Frames that become unreadable during a run are left out and counted, not replaced."""
 
 import shutil
 import sys
@@ -79,7 +79,7 @@ def test_bad_frames_are_left_out_and_named_once(demo_root, root, workers, capsys
     truncate(root, cut)
     for epoch in (0, 1):
         left = samples(loader.epoch(epoch))
-        assert left.keys() == whole[epoch].keys() - {gone, cut}  # nothing takes their place
+        assert left.keys() == whole[epoch].keys() - {gone, cut}  # they are not replaced
         for frame_id, parts in left.items():
             for ours, theirs in zip(parts, whole[epoch][frame_id], strict=True):
                 assert torch.equal(ours, theirs)
@@ -89,7 +89,7 @@ def test_bad_frames_are_left_out_and_named_once(demo_root, root, workers, capsys
     assert f"{image_path(root, cut, 'visible')}: broken image" in said
 
 
-def test_a_batch_of_bad_frames_alone_is_none(root):
+def test_a_batch_of_only_bad_frames_is_none(root):
     loader = make_loader(root, max_bad=4)
     ids = [loader.loader.dataset.frames[i].id for _, i in list(loader.batches)[1]]
     for frame_id in ids:
@@ -120,9 +120,7 @@ def start(root, tmp_path, monkeypatch, undrawn):
     return start
 
 
-def test_a_run_passes_over_batches_without_frames_and_stops_with_its_checkpoint(
-    start, root, monkeypatch, capsys
-):
+def test_a_run_skips_batches_without_frames_and_saves_when_it_stops(start, root, monkeypatch, capsys):
     losses = []
 
     def forward(self, *batch, forward=train.Criterion.forward):
@@ -148,7 +146,7 @@ def test_a_bad_test_frame_stops_the_run_and_loses_nothing(start, demo_root, root
     stopped = load_checkpoint(Path("checkpoints/custom/last.pt"))
     assert (stopped["epoch"], stopped["step"]) == (0, 3)
     shutil.copytree(demo_root, root, dirs_exist_ok=True)
-    start()  # all that is left to do is to evaluate
+    start()  # only the evaluation is left to do
     ended = load_checkpoint(Path("checkpoints/custom/last.pt"))
     assert (ended["epoch"], ended["step"]) == (1, 0) and "miss_rate" in ended["history"][0]
     for key, value in stopped["model"].items():

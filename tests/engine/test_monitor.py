@@ -1,4 +1,4 @@
-"""Steps are counted late on a GPU and told as what they were; what is not finite moves nothing."""
+"""Counting steps on CPU and GPU, and skipping steps that are not finite."""
 
 import copy
 
@@ -14,7 +14,7 @@ SETTINGS = {"lr": 1e-3, "bias_lr_factor": 2.0, "weight_decay": 1e-5}
 
 
 class FakeRun:
-    """Remembers what it is told."""
+    """Records the calls of the monitor."""
 
     in_step = False
 
@@ -37,7 +37,7 @@ class FakeRun:
 
 
 class OnGpu(torch.Tensor):
-    """Says that it is on a GPU."""
+    """A tensor that claims to be on a GPU."""
 
     is_cuda = True
 
@@ -69,22 +69,22 @@ def test_a_gpus_step_that_is_not_finite_is_named():
     with pytest.raises(InputError, match="evidence.json"), StepMonitor(run, 1) as monitor:
         for n in range(READ_BACK_STEPS):
             add(monitor, n, torch.nan if n in (1, 4) else 1.0, OnGpu)
-    assert run.in_step  # later steps have moved the weights: they are not to be saved
+    assert run.in_step  # later steps have changed the weights: do not save them
     [(step, frames, losses, rank)] = run.evidence
     assert (step, frames, losses[1], rank) == (2, ["frame1"], 10, 0)
     assert run.step == 1
 
 
-def test_what_an_interrupted_step_left_is_not_counted():
+def test_an_interrupted_step_is_not_counted():
     run = FakeRun()
     with pytest.raises(RuntimeError), StepMonitor(run, 1) as monitor:
         for _ in monitor.steps([1, 2]):
-            monitor.pending.append(None)  # a step that the device never ended
+            monitor.pending.append(None)  # a step that never completed
             raise RuntimeError
     assert run.in_step and run.step == 0
 
 
-def test_batches_that_cannot_be_read_are_steps_left_out():
+def test_unreadable_batches_count_as_skipped_steps():
     run = FakeRun()
     with StepMonitor(run, 1) as monitor:
         for step, batch in monitor.steps(["a", None, "c"]):
@@ -93,7 +93,7 @@ def test_batches_that_cannot_be_read_are_steps_left_out():
     assert run.losses == [[1.0, 0], None, [1.0, 2]] and not run.in_step
 
 
-def test_only_steps_in_a_row_end_a_run():
+def test_only_consecutive_nonfinite_steps_stop_a_run():
     run = FakeRun()
     with pytest.raises(InputError), StepMonitor(run, 2) as monitor:
         for n, value in enumerate([torch.inf, 1.0, torch.nan, torch.nan]):
@@ -104,7 +104,7 @@ def test_only_steps_in_a_row_end_a_run():
 
 
 def fused(optimizer):
-    """The optimiser as it is made on a GPU; torch has the same kernels for CPUs."""
+    """The optimiser with fused kernels, as on a GPU; torch has them for CPUs too."""
     for group in [optimizer.defaults, *optimizer.param_groups]:
         group["fused"] = True
     return optimizer
@@ -112,7 +112,7 @@ def fused(optimizer):
 
 @pytest.mark.parametrize("name", ["sgd", "adam"])
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_a_step_that_is_not_finite_moves_nothing(name, on_gpu):
+def test_a_nonfinite_step_changes_nothing(name, on_gpu):
     model = row_network(plain_config(width=0.01))[0]
     optimizer = make_optimizer(model, torch.nn.Identity(), name=name, **SETTINGS)
     if on_gpu:
@@ -124,7 +124,7 @@ def test_a_step_that_is_not_finite_moves_nothing(name, on_gpu):
         step_if_finite(optimizer, torch.tensor(finite))
 
     before = copy.deepcopy(model.state_dict())
-    step(torch.nan, False)  # the very first, too
+    step(torch.nan, False)  # also the first step
     step(0.1, True)
     moved = copy.deepcopy(model.state_dict())
     state = copy.deepcopy(optimizer.state_dict()["state"])
@@ -138,8 +138,8 @@ def test_a_step_that_is_not_finite_moves_nothing(name, on_gpu):
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_a_state_keeps_to_the_kernels_of_its_device():
-    """A run of a GPU goes on on a CPU, and the other way round."""
+def test_a_loaded_state_keeps_fused_of_the_device():
+    """A run of a GPU can be resumed on a CPU, and the reverse."""
     model = row_network(plain_config(width=0.01))[0]
     theirs, ours = (make_optimizer(model, torch.nn.Identity(), name="adam", **SETTINGS) for _ in range(2))
     fused(theirs)
@@ -149,7 +149,7 @@ def test_a_state_keeps_to_the_kernels_of_its_device():
     assert {group["fused"] for group in theirs.param_groups} == {True}
 
 
-def test_batch_norm_forgets_a_step_that_is_not_finite():
+def test_batch_norm_statistics_are_restored_after_a_nonfinite_step():
     model = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 1), torch.nn.BatchNorm2d(2))
     optimizer = make_optimizer(model, torch.nn.Identity(), name="sgd", **SETTINGS)
     guarded_step = GuardedStep(model, optimizer)

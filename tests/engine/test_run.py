@@ -1,4 +1,4 @@
-"""A training run survives: kills at any moment, damaged files, full disks, dying workers."""
+"""Runs survive kills at any moment, damaged files, full disks and dead workers."""
 
 import csv
 import errno
@@ -32,9 +32,8 @@ QUICK = (
     "--checkpoints checkpoints --name custom --batch-size 2 --workers 0 --width 0.0625 --device cpu "
     "--precision fp32 --eval-every 1"
 ).split()
-# When a run is killed: at the so-and-so-many-th time in its process that it opens, or renames, a file
-# of such a name ("later": after its first checkpoint). "half" cuts the file first, as a write that
-# was under way leaves it.
+# When a run is killed: when it opens or renames a file of this name for the nth time ("later": counted
+# after its first checkpoint). "half" truncates the file first, as an interrupted write would.
 KILLS = [
     *("open config.json 1", "rename config.json 1 half", "open set00 1", "rename last.pt 1 half"),
     *("later set03 1", "rename last.pt 2 half", "later set06 1", "rename best.pt 1 half"),
@@ -45,7 +44,7 @@ KILLS = [
 
 @pytest.fixture(scope="module")
 def data(demo_root, tmp_path_factory):
-    """Flags for a run of three short steps an epoch."""
+    """Flags for a run of three short steps per epoch."""
     short = tmp_path_factory.mktemp("lists") / "short.txt"
     short.write_text("".join((demo_root / "imageSets/train-all.txt").open().readlines()[::2]))
     return ["--data-root", str(demo_root), "--train-list", str(short), *QUICK]
@@ -60,13 +59,13 @@ def finished(nursery, data, tmp_path_factory):
 
 
 def rows_of(folder):
-    """log.csv without what the clock decides."""
+    """log.csv without the columns that depend on time."""
     rows = list(csv.DictReader((folder / "log.csv").open()))
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_s")} for row in rows]
 
 
 def assert_same(a, b):
-    """Every number is the same, bit for bit, at any depth."""
+    """Assert that all numbers in nested containers are equal, bit for bit."""
     assert type(a) is type(b)
     if isinstance(a, torch.Tensor):
         assert torch.equal(a, b)
@@ -85,7 +84,7 @@ def assert_same(a, b):
 
 
 @pytest.mark.timing
-def test_a_run_killed_many_times_ends_as_one_never_interrupted(nursery, data, tmp_path):
+def test_a_run_killed_many_times_gives_the_same_results(nursery, data, tmp_path):
     flags = [*data, *"--epochs 5 --eval-every 2 --no-test-flip".split()]
     flags += ["--save-minutes", "1e-6"]  # a checkpoint after every step
     whole, killed = tmp_path / "whole/custom", tmp_path / "killed/custom"
@@ -110,8 +109,8 @@ def test_a_run_killed_many_times_ends_as_one_never_interrupted(nursery, data, tm
     assert not any(killed.glob(".*.tmp")) and os.listdir(killed.parent) == ["custom"]
 
 
-def test_no_layer_draws_random_numbers():
-    """So that a checkpoint needs no generator's state."""
+def test_no_layer_samples_random_numbers():
+    """So a checkpoint does not need the state of the random generator."""
     config = train.configure(["--width", "0.0625"])
     model = train.make_network(**train.model_arguments(config)).train()
     before = torch.get_rng_state()
@@ -136,17 +135,17 @@ def test_a_step_that_fails_in_the_middle_is_not_saved(data, tmp_path, monkeypatc
     assert (last["epoch"], last["step"]) == (1, 0)
 
 
-def test_a_second_ctrl_c_does_not_wait_if_it_comes_later(data, tmp_path):
+def test_a_later_second_ctrl_c_does_not_wait(data, tmp_path):
     config = train.configure([*data, "--checkpoints", str(tmp_path)])
     run = Run(config, "custom", train.model_arguments(config))
-    for _ in range(2):  # at once, as of one key: the step is ended first
+    for _ in range(2):  # in quick succession: the step is completed first
         run.request_stop(signal.SIGINT, None)
     run.stop_time -= 4
     with pytest.raises(KeyboardInterrupt):
         run.request_stop(signal.SIGINT, None)
 
 
-def test_what_is_replaced_is_kept_without_hard_links_too(tmp_path, monkeypatch):
+def test_previous_is_kept_without_hard_links_too(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EPERM, "no hard links here")
 
@@ -158,8 +157,8 @@ def test_what_is_replaced_is_kept_without_hard_links_too(tmp_path, monkeypatch):
     assert [load_checkpoint(file)["epoch"] for file in (path, previous)] == [3, 2]
 
 
-def test_what_is_ignored_stays_ignored(data, tmp_path, monkeypatch):
-    """As SIGHUP is under nohup: a closed terminal does not end the run."""
+def test_ignored_signals_stay_ignored(data, tmp_path, monkeypatch):
+    """Such as SIGHUP under nohup: closing the terminal does not stop the run."""
     config = train.configure([*data, "--checkpoints", str(tmp_path)])
     run = Run(config, "custom", train.model_arguments(config))
     monkeypatch.setattr(Run, "start", lambda self: None)
@@ -174,7 +173,7 @@ def test_what_is_ignored_stays_ignored(data, tmp_path, monkeypatch):
 
 @pytest.mark.timing
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_many_signals_at_once_save_one_checkpoint_and_end_the_run(nursery, data, tmp_path, number):
+def test_many_signals_at_once_save_one_checkpoint_and_stop_the_run(nursery, data, tmp_path, number):
     flags = [*data, "--epochs", "50", "--checkpoints", tmp_path]
     child = nursery.start(*flags)
     wait_for(lambda: nursery.says("1/3"))
@@ -190,7 +189,7 @@ def test_many_signals_at_once_save_one_checkpoint_and_end_the_run(nursery, data,
 
 
 @pytest.mark.timing
-def test_a_signal_ends_an_evaluation_and_the_run_goes_on_to_the_same_numbers(
+def test_a_run_stopped_in_an_evaluation_resumes_to_the_same_numbers(
     nursery, data, finished, tmp_path, monkeypatch, undrawn
 ):
     monkeypatch.setattr(sys, "argv", ["train.py", *data, "--epochs", "2", "--checkpoints", str(tmp_path)])
@@ -205,7 +204,7 @@ def test_a_signal_ends_an_evaluation_and_the_run_goes_on_to_the_same_numbers(
     monkeypatch.setattr(train.Run, "add_step", lambda *a: steps.append(1) or add_step(*a))
     monkeypatch.setattr(utils, "predict", ask_to_stop)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in the nursery: rounding depends on it
+    torch.set_num_threads(1)  # as in the nursery, because rounding depends on it
     try:
         with pytest.raises(SystemExit) as end:
             train.main()
@@ -221,7 +220,7 @@ def test_a_signal_ends_an_evaluation_and_the_run_goes_on_to_the_same_numbers(
     assert rows_of(tmp_path / "custom") == rows_of(finished)
 
 
-def test_a_run_without_its_config_is_left_alone_and_told(nursery, data, finished, tmp_path):
+def test_a_run_without_its_config_is_reported_and_not_touched(nursery, data, finished, tmp_path):
     folder = shutil.copytree(finished, tmp_path / "custom")
     (folder / "config.json").unlink()
     before = (folder / "last.pt").read_bytes()
@@ -231,14 +230,14 @@ def test_a_run_without_its_config_is_left_alone_and_told(nursery, data, finished
 
 
 @pytest.mark.timing
-def test_a_second_process_is_refused_until_the_first_has_gone(nursery, data, tmp_path, monkeypatch):
+def test_a_second_process_is_refused_until_the_first_has_ended(nursery, data, tmp_path, monkeypatch):
     flags = [*data, "--epochs", "400", "--checkpoints", str(tmp_path)]
     child = nursery.start(*flags)
     wait_for(lambda: (tmp_path / "custom/last.pt").exists())
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     with pytest.raises(InputError, match=rf"custom: another process .*pid {child} on .* since 20"):
         train.main()
-    os.kill(child, signal.SIGTERM)  # and this one saves
+    os.kill(child, signal.SIGTERM)  # the first one saves
     assert nursery.end() == 128 + signal.SIGTERM
     assert nursery.says("saved; the same command resumes from epoch 1")
     child = nursery.start(*flags)
@@ -257,7 +256,7 @@ CONTENT = {"model_args": {}, "config": {}, "model": {"weight": torch.arange(8.0)
 def test_any_flipped_bit_of_a_checkpoint_is_found(tmp_path):
     path = tmp_path / "x.pt"
     save_checkpoint(path, CONTENT)
-    assert torch.equal(torch.load(path)["model"]["weight"], torch.arange(8.0))  # still torch's
+    assert torch.equal(torch.load(path)["model"]["weight"], torch.arange(8.0))  # torch.load can read it
     content, rng = path.read_bytes(), random.Random(0)
     found = 0
     places = range(0, len(content), 3)
@@ -269,7 +268,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_found(tmp_path):
             loaded = load_checkpoint(path)
         except InputError:
             found += 1
-        else:  # a date, or another part of the archive that means nothing
+        else:  # in a date or another unused field of the archive
             assert torch.equal(loaded["model"]["weight"], torch.arange(8.0))
             assert loaded["config"] == CONTENT["config"] and loaded.keys() == {"format", *CONTENT}
     assert found > len(places) / 2
@@ -279,7 +278,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_found(tmp_path):
             load_checkpoint(path)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(nursery, data, finished, tmp_path):
+def test_a_damaged_checkpoint_is_named_and_previous_is_used(nursery, data, finished, tmp_path):
     flags = [*data, "--epochs", "2", "--checkpoints", tmp_path]
     folder = shutil.copytree(finished, tmp_path / "custom")
     last, previous = folder / "last.pt", folder / "previous.pt"
@@ -297,7 +296,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(nursery, data,
     assert (folder / "damaged.pt").read_bytes() == content
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_says_what_is_needed(tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_old_checkpoint_and_reports_the_size_needed(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     save_checkpoint(path, CONTENT)
     before = path.read_bytes()
@@ -316,14 +315,14 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_says_what_is_needed(tmp_path,
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["last.pt"]
 
 
-def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(nursery, data, tmp_path):
+def test_a_run_on_a_full_disk_stops_and_resumes_with_free_space(nursery, data, tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("only root can mount a small disk")
     try:
         flags = [*data, "--epochs", "1", "--checkpoints", tmp_path]
         filler = tmp_path / "filler"
-        filler.write_bytes(bytes(3_200_000))  # there is room for one checkpoint, not for two
+        filler.write_bytes(bytes(3_200_000))  # space for one checkpoint, not for two
         nursery.start(*flags)
         assert nursery.end() == 2, nursery.said.read_text()
         assert nursery.says("last.pt: the disk is full")
@@ -336,9 +335,9 @@ def test_a_run_on_a_full_disk_stops_and_goes_on_when_there_is_room(nursery, data
         subprocess.run(["umount", str(tmp_path)], check=True)
 
 
-STOOD = {"epoch": 1, "step": 2, "sums": [3.0], "seconds": 0.5, "skipped": 0}
-STOOD["history"] = [{"epoch": 1, "loss": 2.0, "lr": 0.1, "seconds": 9, "miss_rate": float("nan")}]
-ROW = STOOD["history"][0]
+PROGRESS = {"epoch": 1, "step": 2, "sums": [3.0], "seconds": 0.5, "skipped": 0}
+PROGRESS["history"] = [{"epoch": 1, "loss": 2.0, "lr": 0.1, "seconds": 9, "miss_rate": float("nan")}]
+ROW = PROGRESS["history"][0]
 
 
 @pytest.mark.parametrize(
@@ -353,11 +352,11 @@ ROW = STOOD["history"][0]
         *({"history": value} for value in ({"a": 1}, [ROW, ROW], [ROW | {"lr": torch.ones(2)}])),
     ],
 )
-def test_a_checkpoint_that_does_not_tell_where_its_run_stood_is_passed_over(changes, tmp_path, capsys):
+def test_a_checkpoint_with_invalid_progress_is_not_resumed(changes, tmp_path, capsys):
     path = tmp_path / "last.pt"
-    save_checkpoint(path, CONTENT | STOOD)
+    save_checkpoint(path, CONTENT | PROGRESS)
     assert load_resumable(path, epochs=2)["epoch"] == 1
-    save_checkpoint(path, CONTENT | STOOD | changes)
+    save_checkpoint(path, CONTENT | PROGRESS | changes)
     assert load_resumable(path, epochs=2) is None
     said = capsys.readouterr().out
     assert said.startswith(f"warning: {path}: ") and said.count("\n") == 1
@@ -371,7 +370,7 @@ def children(pid):
 
 
 def alive(pid):
-    """Whether a process runs: neither gone nor dead and waiting for its parent to notice."""
+    """Whether a process is running: neither gone nor a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")")[1].split()[0] != "Z"
     except FileNotFoundError:
@@ -391,12 +390,12 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="re
         ("main", -signal.SIGKILL, ""),
     ],
 )
-def test_workers_end_with_their_run_and_their_death_is_told(nursery, data, tmp_path, hit, code, words):
+def test_workers_end_with_their_run_and_a_dead_worker_is_reported(nursery, data, tmp_path, hit, code, words):
     flags = [*data, "--epochs", "400", "--workers", "1", "--checkpoints", str(tmp_path)]
     child = nursery.start(*flags)
     wait_for(lambda: nursery.says("1/3"))
     [worker] = children(child)
-    os.kill(worker, signal.SIGINT)  # Ctrl-C is the main process's business
+    os.kill(worker, signal.SIGINT)  # workers ignore SIGINT
     log = tmp_path / "custom/log.csv"
     wait_for(log.exists)
     assert alive(worker)
@@ -414,7 +413,7 @@ def test_workers_end_with_their_run_and_their_death_is_told(nursery, data, tmp_p
 
 
 def loader_of(config):
-    """The training batches that train.py makes of a configuration."""
+    """The loader of training batches that train.py makes from a configuration."""
     _, ids, annotations = open_training(**pick(config, *TRAIN_SET_KEYS))
     frames, _ = split_frames(ids, annotations, **pick(config, *FRAME_KEYS))
     model = train.make_network(**train.model_arguments(config))
@@ -436,7 +435,7 @@ def test_spawned_workers_give_the_same_batches(data, demo_root):
 
 
 @pytest.mark.timing
-def test_too_little_shared_memory_is_told(data, monkeypatch):
+def test_too_little_shared_memory_is_reported(data, monkeypatch):
     def full(*_):
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device")
 
@@ -465,7 +464,7 @@ def test_ctrl_c_while_torch_is_imported_leaves_no_traceback(tmp_path):
 
 
 def test_the_same_command_gives_the_same_numbers(nursery, data, finished, tmp_path):
-    """On a CPU with --deterministic or without."""
+    """On a CPU, with and without --deterministic."""
     nursery.run(*data, "--epochs", "2", "--deterministic", "--checkpoints", tmp_path)
     again = tmp_path / "custom"
     assert_same(*(load_checkpoint(folder / "last.pt")["model"] for folder in (finished, again)))
