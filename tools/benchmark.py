@@ -1,209 +1,232 @@
-"""How fast this project is on this machine, against torchvision doing the same; and all of a GPU.
+"""How fast this project is, compared with torchvision and the usual SSD code, and the report on a GPU.
 
     python -m tools.benchmark --quick                 # under three minutes on two cores
-    python -m tools.benchmark --only loss detect      # some lines
+    python -m tools.benchmark --only loss detect      # some of the benchmarks
     python -m tools.benchmark --device cuda           # the same on a GPU
     python -m tools.benchmark --rows                  # detection by every row of the lab book
-    python -m tools.benchmark --rows 41 42            # by some, beside row 26
-    python -m tools.benchmark --memory-plan           # what a GPU's memory holds; needs no GPU
-    python -m tools.benchmark --device cuda --report out/  # is it right, how fast is it, in 8 minutes
+    python -m tools.benchmark --rows 41 42            # by some rows, compared with row 26
+    python -m tools.benchmark --memory-plan           # largest batches by GPU memory; needs no GPU
+    python -m tools.benchmark --device cuda --report out/  # correctness and speed, in 8 minutes
 
-Functions that do the same work run in turns, and medians are compared. The references are
-torchvision's SSD300 and augmentation, and the usual SSD loss.
+Functions that do the same work are timed by turns, and their medians are compared.
 """
 
 import itertools
 import os
 import platform
+import re
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from engine.config import OneLineParser, resolve_row
 from engine.experiments import EXPERIMENTS
 from kaist.files import run_script
-from kaist.miss_rate import evaluate, load_ground_truth
+from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth
 from kaist.results import read_detections
 from ssd.memory_plan import plan_memory
 from tools import gpu_report, timing, workloads
-from tools.timing import Line, Setting, Subprocess, added_memory, at_least, at_most, time_in_turns
-from tools.workloads import detection, loss_step, plain_config, repeated_step, row_image
+from tools.timing import Line, Setting, Subprocess, at_least, at_most, make_timer, time_in_turns, timer
+from tools.workloads import plain_config, repeated_step, row_image
 from utils import choose_device, choose_precision, tune_malloc
 
-CARDS = (8, 16, 24, 80, 140)  # GB of memory of the GPUs that --memory-plan knows
-BENCHMARKS = ("loss", "detect", "sample", "image", "step", "evaluation", "memory")  # of --only
-NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+GPU_MEMORY = (8, 16, 24, 80, 140)  # GB, columns of --memory-plan
+BENCHMARKS = ("loss", "detect", "sample", "image", "step", "evaluation", "memory")  # values of --only
+PRECISION_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-def compare(setting: Setting, ours: tuple, *peers: tuple[str, float, str, tuple]) -> Iterator[Line]:
-    """Ours and others timed in turns, on a CPU in a process each: the allocator's settings of ours (see
-    `tune_malloc`) are not for its rivals.
+class Comparison(NamedTuple):
+    """Our function and its peer: ours(setting) and peer(setting) return them; `aim` is the targeted ratio."""
 
-    Args:
-        ours: (make, …): make(setting, …) gives the function.
-        peers: the work, how many times faster ours has to be, who does the same work, and what makes its
-            function, as of ours.
-    """
-    run = (lambda make, *arguments: make(*arguments)) if setting.on_gpu else Subprocess
-    makers = [(tuned, *ours), *(make for *_, make in peers)]
-    timings = time_in_turns(setting, *(run(make, setting, *more) for make, *more in makers))
-    own, *others = (taken.seconds for taken in timings)
-    for (what, aim, name, _), other in zip(peers, others, strict=True):
-        note = f"{1e3 * own:.4g} ms, {name}: {1e3 * other:.4g} ms"
-        yield at_least(what, other / own, "times faster", aim, note)
+    benchmark: str
+    work: str
+    aim: float
+    ours: Callable
+    peer_name: str
+    peer: Callable
 
 
-def tuned(setting: Setting, make: Callable, *arguments: object) -> Callable:
-    """make(…) where the C library keeps freed memory, as in train.py, eval.py and detect.py."""
-    tune_malloc()
-    return make(setting, *arguments)
-
-
-def compared(setting: Setting) -> Iterator[tuple[str, tuple]]:
-    """What is compared, as `compare` takes it, and its name for --only."""
+def comparisons(setting: Setting) -> Iterator[Comparison]:
+    """All comparisons of times."""
     for people, aim in ((3, 6.0), (20, 4.0)):
-        what = f"multibox loss and gradient, batch 32, {people} people"
-        usual = (what, aim, "usual SSD loss", (loss_step, people, False))
-        yield "loss", ((loss_step, people, True), usual)
+        work = f"multibox loss and gradient, batch 32, {people} people"
+        ours, peer = (partial(workloads.loss_step, people=people, ours=x) for x in (True, False))
+        yield Comparison("loss", work, aim, ours, "usual SSD loss", peer)
     for candidates, mean, aim in (("6,046", -3.6, 1.1), ("136", -8.94, 2.0)):
-        what = f"decode + NMS, batch 8, {candidates} candidates each"
-        yield "detect", ((detection, mean, True), (what, aim, "torchvision", (detection, mean, False)))
+        work = f"decode + NMS, batch 8, {candidates} candidates each"
+        ours, peer = (partial(workloads.detection, mean=mean, ours=x) for x in (True, False))
+        yield Comparison("detect", work, aim, ours, "torchvision", peer)
     for source, aim, cached in (("JPEG pairs", 7, False), ("the frame cache", 14, True)):
-        what = f"samples from {source}, one thread"
-        recipe = (what, aim, "the v2 recipe", (workloads.recipe_samples,))
-        yield "sample", ((workloads.our_samples, cached), recipe)
-    plain, visible, n = plain_config(), plain_config(input_mode="visible"), setting.batch
+        work, ours = f"samples from {source}, one thread", partial(workloads.our_samples, cached=cached)
+        yield Comparison("sample", work, aim, ours, "the v2 recipe", workloads.recipe_samples)
+    plain, peer_name = plain_config(), "torchvision, fp32"
     for precision in dict.fromkeys([setting.precision, torch.float32]):
-        name, usual, fast = NAMES[precision], "torchvision, fp32", precision == torch.bfloat16
-        what = f"one image, file to boxes, {name}"
-        theirs = (what, 2.2 if fast else 1.2, usual, (workloads.torchvision_image,))
-        yield "image", ((row_image, visible, precision), theirs)
-        what = f"training step with masks, batch {n}, {name}"
-        theirs = (what, 2.5 if fast else 1.1, usual, (workloads.torchvision_step,))
-        bare = (tuned, workloads.bare_step, plain, precision)
-        bare = (f"{what}, beside its convolutions alone", 0.95, "convolutions", bare)
-        yield "step", ((repeated_step, plain, precision), theirs, bare)
+        name, is_bf16 = PRECISION_NAMES[precision], precision == torch.bfloat16
+        work, aim = f"one image, file to boxes, {name}", 2.2 if is_bf16 else 1.2
+        ours = partial(row_image, config=plain_config(input_mode="visible"), precision=precision)
+        yield Comparison("image", work, aim, ours, peer_name, workloads.torchvision_image)
+        work, aim = f"training step with masks, batch {setting.batch}, {name}", 2.5 if is_bf16 else 1.1
+        ours = partial(repeated_step, config=plain, precision=precision)
+        yield Comparison("step", work, aim, ours, peer_name, workloads.torchvision_step)
+        peer = partial(tuned, partial(workloads.bare_step, config=plain, precision=precision))
+        yield Comparison("step", f"{work}, beside its convolutions", 0.95, ours, "convolutions", peer)
 
 
-def measured_lines(setting: Setting, names: Container[str]) -> Iterator[Line]:
-    """What is measured of these names."""
-    for name, arguments in compared(setting):
-        if name in names:
-            yield from compare(setting, *arguments)
-    if "evaluation" in names:
+def compare(setting: Setting, comparison: Comparison) -> Line:
+    """Time a comparison's functions by turns.
+
+    On a CPU each runs in its own process, because `tune_malloc` applies to a whole process and the peer has
+    to run without it.
+    """
+    run = (lambda make, *arguments: nullcontext(make(*arguments))) if setting.on_gpu else Subprocess
+    with (
+        run(make_timer, tuned, comparison.ours, setting) as our_timer,
+        run(make_timer, comparison.peer, setting) as peer_timer,
+    ):
+        ours, peer = (result.seconds for result in time_in_turns(setting, our_timer, peer_timer))
+    note = f"{1e3 * ours:.4g} ms, {comparison.peer_name}: {1e3 * peer:.4g} ms"
+    return at_least(comparison.work, peer / ours, "times faster", comparison.aim, note)
+
+
+def tuned(make: Callable, *arguments: object) -> Callable:
+    """make(…) in a process whose C library keeps freed memory, as in train, eval and detect."""
+    tune_malloc()
+    return make(*arguments)
+
+
+def measured_lines(setting: Setting, benchmarks: Container[str]) -> Iterator[Line]:
+    """Run the chosen benchmarks."""
+    for comparison in comparisons(setting):
+        if comparison.benchmark in benchmarks:
+            yield compare(setting, comparison)
+    if "evaluation" in benchmarks:
         yield from time_evaluation(setting)
-    if "memory" in names and not setting.on_gpu and timing.STATUS.exists():
+    if "memory" in benchmarks and not setting.on_gpu and timing.PROCESS_STATUS.exists():
         yield compare_memory(setting)
 
 
 def time_evaluation(setting: Setting) -> Iterator[Line]:
-    """Nine setups of a drawn result file, reading it included, or, where KAIST_REFERENCE is, of KAIST's own,
-    reading its people too."""
+    """Reading and evaluating result files of 2,252 frames under nine setups.
+
+    The files are those of the folder that KAIST_REFERENCE names, and reading the annotations is timed too.
+    Without it there is one file of random detections, compared with random persons in memory.
+    """
     if root := os.environ.get("KAIST_REFERENCE"):
-        read = partial(load_ground_truth, Path(root, "annotations/KAIST_annotation.json"))
+        load = partial(load_ground_truth, Path(root, "annotations/KAIST_annotation.json"))
         paths = sorted(Path(root, "results").glob("*_result.*"))
     else:
         paths = [setting.folder / "drawn_result.txt"]
-        drawn = workloads.random_result(paths[0], 2252)
+        ground_truth = workloads.random_result(paths[0], 2252)
+        load = lambda: ground_truth  # noqa: E731
     for path in paths:
+        [result] = time_in_turns(setting, timer(partial(evaluate_file, load, path)))
+        work = f"evaluation, 9 setups, 2,252 frames, {path.name}"
+        yield Line(work, 1e3 * result.seconds, "ms", result.spread)
 
-        def ours(path: Path = path) -> None:
-            people = read() if root else drawn
-            evaluate(people, read_detections(path, people.frames))
 
-        [taken] = time_in_turns(setting, ours)
-        what = f"evaluation, 9 setups, 2,252 frames, {path.name}"
-        yield Line(what, 1e3 * taken.seconds, "ms", taken.spread)
+def evaluate_file(load: Callable[[], GroundTruth], path: Path) -> None:
+    """Evaluate a result file against the ground truth that `load` returns."""
+    ground_truth = load()
+    evaluate(ground_truth, read_detections(path, ground_truth.frames))
 
 
 def compare_memory(setting: Setting) -> Line:
-    """Peak memory that a step adds on a CPU, each in a process of its own."""
-    ours = Subprocess(tuned, setting, added_memory, repeated_step, plain_config(), setting.precision)
-    theirs = Subprocess(added_memory, setting, workloads.torchvision_step)
-    mine, reference = (held() / 2**20 for held in (ours, theirs))
-    note = f"{mine:.0f} MiB, torchvision: {reference:.0f} MiB"
-    what = f"memory added by a step of batch {setting.batch}"
-    return at_most(what, mine / reference, "of torchvision's", 0.8, note)
+    """Peak memory that a training step adds on a CPU, compared with torchvision's."""
+    step = partial(repeated_step, config=plain_config(), precision=setting.precision)
+    with (
+        Subprocess(tuned, timing.added_memory, step, setting) as measure,
+        Subprocess(timing.added_memory, workloads.torchvision_step, setting) as measure_peer,
+    ):
+        ours, peer = measure() / 2**20, measure_peer() / 2**20
+    note = f"{ours:.0f} MiB, torchvision: {peer:.0f} MiB"
+    work = f"memory added by a step of batch {setting.batch}"
+    return at_most(work, ours / peer, "of torchvision's", 0.8, note)
 
 
-def network_words(row: dict) -> list[str]:
-    """What a row's network is."""
+def describe_network(row: dict) -> list[str]:
+    """A row's input, priors and, where they are not SSD300's, network and BatchNorm."""
     words = [row["input_mode"], "{}x{}".format(*row["input_size"]), row["priors"]]
     words = [row["network"]] * (row["network"] != "ssd300") + words
     return words + ["BatchNorm"] * row["batch_norm"]
 
 
-def rows_by(rows: Iterable[str], words: Callable[[dict], list[str]]) -> dict[str, list[str]]:
-    """Those of some rows of the lab book of which the same words are said."""
+def group_rows(rows: Iterable[str], describe: Callable[[dict], list[str]]) -> dict[str, list[str]]:
+    """Group rows of the lab book by their description: description -> names of rows."""
     groups: dict[str, list[str]] = {}
     for name in rows:
-        groups.setdefault(", ".join(words(resolve_row(name))), []).append(name)
+        groups.setdefault(", ".join(describe(resolve_row(name))), []).append(name)
     return groups
 
 
-def memory_rows() -> Iterator[str]:
-    """Lines of a table: bytes of a training step as planned, and the largest batch by memory."""
+def memory_table() -> Iterator[str]:
+    """Lines of a table: the planned bytes of a training step, and the largest batch by GPU memory."""
 
-    def words(row: dict) -> list[str]:
+    def describe(row: dict) -> list[str]:
         maps = "".join(map(str, row["infusion"]))
         changes = ["averaged weights"] * bool(row["ema_decay"])
         changes += [f"width {row['width']:g}"] * (row["width"] < 1)
-        return [*network_words(row), f"masks {maps}", row["optimizer"], *changes]
+        return [*describe_network(row), f"masks {maps}", row["optimizer"], *changes]
 
     yield "| rows | network | weights | a step | a frame | batch in |\n|---|---|---|---|---|---|"
-    for text, names in rows_by(EXPERIMENTS, words).items():
+    for network, names in group_rows(EXPERIMENTS, describe).items():
         config = workloads.row_config(names[0])
         with torch.device("meta"):
             model, criterion = workloads.row_network(config)
-        for precision, name in NAMES.items():
+        for precision, precision_name in PRECISION_NAMES.items():
             plan = plan_memory(model, criterion, config.optimizer, precision)
             if config.ema_decay:
                 plan = plan._replace(fixed=plan.fixed + plan.weights)
-            sizes = [f"{value / 2**20:,.0f} MiB" for value in plan]
-            fits = ", ".join(f"{card} GB: {plan.largest_batch(1e9 * card)}" for card in CARDS)
-            yield f"| {', '.join(names)} | {text}, {name} | {' | '.join(sizes)} | {fits} |"
+            sizes = " | ".join(f"{value / 2**20:,.0f} MiB" for value in plan)
+            batches = ", ".join(f"{size} GB: {plan.largest_batch(1e9 * size)}" for size in GPU_MEMORY)
+            yield f"| {', '.join(names)} | {network}, {precision_name} | {sizes} | {batches} |"
 
 
-def detect_rows(setting: Setting, rows: list[str]) -> Iterator[str]:
-    """Lines of a table: one image or pair, files to boxes, by the networks of some rows at full width, or
-    of all, against row 26's. Rows that differ in training alone share a line."""
+def detection_table(setting: Setting, rows: list[str]) -> Iterator[str]:
+    """Lines of a table: the time of detection in one pair, from its files to boxes, compared with row 26.
+
+    Args:
+        rows: names of rows, whose networks are timed at full width; none: all rows. Rows that differ only in
+            training share a line.
+    """
     yield "| rows | network | detect | of row 26 |\n|---|---|---|---|"
     chosen = dict.fromkeys(["26", *rows]) if rows else EXPERIMENTS
-    networks = rows_by(chosen, lambda row: [*network_words(row), *["test flip"] * row["test_flip"]])
+    networks = group_rows(chosen, lambda row: [*describe_network(row), *["test flip"] * row["test_flip"]])
     configs = (workloads.row_config(names[0], width=setting.speed_width) for names in networks.values())
-    detectors = (row_image(setting, config, setting.precision) for config in configs)
-    timings = time_in_turns(setting, *detectors)
-    timed = [(*item, taken.seconds) for item, taken in zip(networks.items(), timings, strict=True)]
-    [reference] = [seconds for _, names, seconds in timed if "26" in names]
-    for network, names, seconds in timed:
+    timers = (timer(row_image(setting, config, setting.precision)) for config in configs)
+    times = [result.seconds for result in time_in_turns(setting, *timers)]
+    [reference] = [t for names, t in zip(networks.values(), times, strict=True) if "26" in names]
+    for (network, names), seconds in zip(networks.items(), times, strict=True):
         yield f"| {', '.join(names)} | {network} | {1e3 * seconds:.4g} ms | {seconds / reference:.2f} |"
 
 
 def main() -> None:
-    """Print the machine, and the table line by line."""
+    """Print a description of the machine, and the chosen table line by line."""
     arguments = parse_arguments()
     device = choose_device(arguments.device)
     precision = choose_precision("auto", device)
     torch.manual_seed(0)
     machine = describe_machine(device, precision)
-    on_gpu, seconds = device.type == "cuda", 2.0 if arguments.quick else 8.0
-    how = {"seconds": seconds, "batch": 32 if on_gpu else 2 if arguments.quick else 8, "drawn": 16}
+    on_gpu, quick = device.type == "cuda", arguments.quick
+    kwargs = {"seconds": 2.0 if quick else 8.0, "train_frames": 16}
+    kwargs["batch"] = 32 if on_gpu else 2 if quick else 8
     if arguments.report:
-        how = {} if on_gpu else timing.TINY
+        kwargs = {} if on_gpu else timing.TINY
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(device, precision, Path(folder), **how)
+        setting = Setting(device, precision, Path(folder), **kwargs)
         if arguments.report:
             gpu_report.write_report(arguments.report, setting, machine)
             return
         print(machine, end="\n\n")
         if arguments.rows is not None:
-            lines = detect_rows(setting, arguments.rows)
+            lines = detection_table(setting, arguments.rows)
         elif arguments.memory_plan:
-            lines = memory_rows()
+            lines = memory_table()
         else:
             measured = measured_lines(setting, arguments.only or BENCHMARKS)
             lines = itertools.chain([timing.HEADER], (line.row() for line in measured))
@@ -212,9 +235,9 @@ def main() -> None:
 
 
 def describe_machine(device: torch.device, precision: torch.dtype) -> str:
-    """One line on the processor, the device, its precision and torch's version."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    names = [line.partition(": ")[2] for line in info.splitlines() if line.startswith("model name")]
+    """One line: processor, threads, GPU, instruction set, precision of convolutions, torch version."""
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.+)", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
     parts = [*(names or [platform.processor()])[:1], f"{torch.get_num_threads()} threads"]
     parts += [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
     parts += [torch.backends.cpu.get_cpu_capability(), f"convolutions in {precision}"]
@@ -222,16 +245,18 @@ def describe_machine(device: torch.device, precision: torch.dtype) -> str:
 
 
 def parse_arguments() -> Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--quick", action="store_true", help="under three minutes on two cores")
+    add(
+        "--quick", action="store_true", help="less time and smaller batches: under three minutes on two cores"
+    )
     add("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
-    add("--device", default="cpu", help="cpu, cuda (default: %(default)s)")
-    add("--rows", nargs="*", metavar="ROW", help="detection by these rows, or by all of the lab book")
-    add("--memory-plan", action="store_true", help="largest batches by a GPU's memory, instead")
-    whole = f"all that is to know of a GPU in under {gpu_report.MINUTES} minutes, into this folder, instead"
-    add("--report", type=Path, metavar="FOLDER", help=whole)
+    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("--rows", nargs="*", metavar="ROW", help="time detection by these rows of the lab book, or by all")
+    add("--memory-plan", action="store_true", help="print the largest batches by GPU memory")
+    report = f"run the GPU report, under {gpu_report.MINUTES} minutes, and write it into this folder"
+    add("--report", type=Path, metavar="FOLDER", help=report)
     return parser.parse_args()
 
 

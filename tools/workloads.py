@@ -1,10 +1,10 @@
-"""What is measured: a row's training step, detection and samples, the same by others, and drawn inputs."""
+"""The functions that are timed: training step, detection, samples; the same of torchvision; random inputs."""
 
 import copy
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
-from itertools import count, islice
+from itertools import count, cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from torchvision.models.detection.ssd import SSD, ssd300_vgg16
 from torchvision.ops import box_convert, box_iou
 from torchvision.transforms import v2
 
-from datasets import AUGMENTATION_KEYS, DATASET_KEYS, Batch, Collate, KaistPairs
+from datasets import AUGMENTATION_KEYS, DATASET_KEYS, Batch, Collate, KaistPairs, input_kwargs
 from engine.captured import capture_steps
 from engine.config import ROOT, model_arguments, pick, read_constants, resolve_row
 from engine.optim import make_optimizer, update_ema
@@ -30,49 +30,49 @@ from kaist.miss_rate import GroundTruth
 from kaist.results import Detections, write_detections
 from model import INPUT_CHANNELS, make_network
 from pseudo_gt import box_masks
-from ssd.augment import Augmentation, mean_colour
-from ssd.boxes import Grid, Predictions, detect, encode
+from ssd.augment import Augmentation
+from ssd.boxes import Predictions, detect, encode
 from ssd.layers import Detector
 from ssd.losses import CRITERION_KEYS, Criterion
 from tools.timing import Setting
 from train import make_step
 from utils import autocast, compile_model, detect_image
 
-LIMITS = {"min_score": 0.01, "nms_iou": 0.45, "max_boxes": 200}  # of detection, as in training
+NMS_SETTINGS = {"min_score": 0.01, "nms_iou": 0.45, "max_boxes": 200}  # as in training
 
 
-# ------------------------------------------------------------------------------ a row's
+# ------------------------------------------------------------------------------ rows of the lab book
 
 
 def row_config(row: str, **changes: object) -> Namespace:
-    """train.py's constants as a row of the lab book has them, but for some."""
+    """train.py's constants with the values of a row of the lab book, and `changes` to them."""
     constants = {name: value for name, (value, _) in read_constants(ROOT / "train.py").items()}
     return Namespace(**(constants | resolve_row(row) | changes))
 
 
 def plain_config(**changes: object) -> Namespace:
-    """Row 26 as near to the usual SSD300 as it can be: no BatchNorm, SGD, the paper's loss, and two maps
-    with masks."""
+    """Row 26 made similar to the usual SSD300: no BatchNorm, SGD, the paper's loss, masks on two maps."""
     usual = {"batch_norm": False, "optimizer": "sgd", "loc_reduction": "sum", "infusion": (1, 1, 0, 0, 0, 0)}
-    return row_config("26", **{"input_mode": "early", **usual, **LIMITS, **changes})
+    return row_config("26", **{"input_mode": "early", **usual, **NMS_SETTINGS, **changes})
 
 
 def row_network(config: Namespace) -> tuple[Detector, Criterion]:
-    """A row's untrained network and its losses, made where torch makes tensors."""
+    """A row's untrained network and its criterion, on torch's default device."""
     model = make_network(**model_arguments(config))
     heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
     return model, Criterion(*heads, **pick(config, *CRITERION_KEYS))
 
 
 class Step:
-    """A row's training step on a device, as train.py makes it, from untrained weights.
+    """A row's training step, built as in train.py, from untrained weights.
 
     Args:
-        config: as from `row_config`; mode: what COMPILE says.
+        config: from `row_config`.
+        mode: value of COMPILE.
     """
 
     def __init__(self, config: Namespace, device: torch.device, precision: torch.dtype, mode: str = "off"):
-        self.config, self.taken = config, 0
+        self.config, self.n_steps = config, 0
         model, criterion = row_network(config)
         self.model = model.to(device, memory_format=torch.channels_last).train()
         self.criterion = criterion.to(device)
@@ -80,43 +80,37 @@ class Step:
         self.optimizer = make_optimizer(model, criterion, name=config.optimizer, lr=1e-6, **rates)
         self.ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else model
         step = make_step(compile_model(model, mode), model, criterion, self.optimizer, precision)
-        self.take = capture_steps(step, self.optimizer, mode, device)
+        self.take_step = capture_steps(step, self.optimizer, mode, device)
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Take a step; returns the loss terms, (terms,), total first."""
-        losses, _ = self.take(batch.images, batch.boxes, batch.labels, *batch.masks)
-        update_ema(self.ema, self.model, self.config.ema_decay, self.taken)
-        self.taken += 1
+        """Take a step and return the loss terms, (terms,), total first."""
+        losses, _ = self.take_step(batch.images, batch.boxes, batch.labels, *batch.masks)
+        update_ema(self.ema, self.model, self.config.ema_decay, self.n_steps)
+        self.n_steps += 1
         return losses[0]
 
 
-def row_batch(config: Namespace, n: int) -> Batch:
-    """n frames of 3 people and noise for a row's network, on the CPU; always the same."""
+def random_batch(model: Detector, n: int) -> Batch:
+    """n frames of noise with 3 persons each, for a network, on the CPU; equal for equal n."""
     g = torch.Generator().manual_seed(n)
-    size = (n, INPUT_CHANNELS[config.input_mode], *config.input_size)
+    size = (n, INPUT_CHANNELS[model.input_mode], *model.size)
     images = torch.randint(256, size, dtype=torch.uint8, generator=g)
     boxes, labels = random_objects(n, 3, torch.device("cpu"))
-    return Batch(images, boxes, labels, box_masks(boxes, labels, row_maps(config)), ["frame"] * n)
+    masks = box_masks(boxes, labels, [model.grids[i] for i in model.infused_maps])
+    return Batch(images, boxes, labels, masks, ["frame"] * n)
 
 
-def row_maps(config: Namespace) -> list[Grid]:
-    """The cells of the feature maps that have masks."""
-    with torch.device("meta"):
-        model = row_network(config)[0]
-    return [model.grids[i] for i in model.infused_maps]
-
-
-def repeated_step(setting: Setting, config: Namespace, precision: torch.dtype) -> Callable[[], None]:
-    """A row's training step, again and again on the same frames."""
-    batch = row_batch(config, setting.batch).to(setting.device)
-    return partial(Step(config, setting.device, precision, "auto"), batch)
+def repeated_step(setting: Setting, config: Namespace, precision: torch.dtype) -> Callable[[], Tensor]:
+    """A row's training step, always on the same batch."""
+    step = Step(config, setting.device, precision, "auto")
+    return partial(step, random_batch(step.model, setting.batch).to(setting.device))
 
 
 def bare_step(setting: Setting, config: Namespace, precision: torch.dtype) -> Callable[[], None]:
-    """A row's convolutions, ReLUs and pools, forward and backward, and nothing else."""
+    """Forward and backward pass of a row's convolutions, ReLUs and pools only."""
     model = row_network(config)[0].to(setting.device, memory_format=torch.channels_last)
     model.conv4_3_norm = nn.Identity()
-    images = row_batch(config, setting.batch).images.to(setting.device)
+    images = random_batch(model, setting.batch).images.to(setting.device)
     images = images.float().to(memory_format=torch.channels_last)
     heads = [*model.loc_heads, *model.conf_heads, *model.seg_heads]
     gradients: list[Tensor] = []
@@ -126,17 +120,17 @@ def bare_step(setting: Setting, config: Namespace, precision: torch.dtype) -> Ca
         with autocast(setting.device, precision):
             maps = model.feature_maps(images)
             fused = maps[: len(model.map_sizes)]
-            of_heads = [*fused, *fused, *(maps[i] for i in model.infused_maps)]
-            out = [head(x) for head, x in zip(heads, of_heads, strict=True)]
-        gradients[:] = gradients or [torch.randn_like(x) for x in out]
-        torch.autograd.backward(out, gradients)
+            inputs = [*fused, *fused, *(maps[i] for i in model.infused_maps)]
+            outputs = [head(x) for head, x in zip(heads, inputs, strict=True)]
+        gradients[:] = gradients or [torch.randn_like(x) for x in outputs]
+        torch.autograd.backward(outputs, gradients)
 
     return step
 
 
 def row_image(setting: Setting, config: Namespace, precision: torch.dtype) -> Callable[[], object]:
-    """Detection by a row's network in a frame, from its files, with the row's limits."""
-    model, settings = row_detector(config, setting.device), pick(config, "test_flip", *LIMITS)
+    """Detection in one frame by a row's network, from its files, with the row's NMS settings."""
+    model, settings = row_detector(config, setting.device), pick(config, "test_flip", *NMS_SETTINGS)
     root, frames = setting.demo()
 
     def run() -> object:
@@ -147,30 +141,32 @@ def row_image(setting: Setting, config: Namespace, precision: torch.dtype) -> Ca
 
 
 def row_detector(config: Namespace, device: torch.device) -> Detector:
-    """A row's network for detection, of which few priors say person, as of a trained one."""
+    """A row's network in evaluation mode, biased so that few priors are persons, as after training."""
     model = row_network(config)[0].to(device, memory_format=torch.channels_last)
     for head in model.eval().conf_heads:
         head.bias.data.view(-1, model.n_logits)[:, 1:] = -4.0
     return model
 
 
-def row_pairs(setting: Setting, config: Namespace, cached: bool, repeat: int = 1) -> KaistPairs:
-    """A row's samples of the demo set's frames, so many times over, augmented if the row says so."""
+def row_pairs(
+    setting: Setting, config: Namespace, model: Detector, cached: bool, n_frames: int | None = None
+) -> KaistPairs:
+    """A row's dataset of the demo set's frames, repeated or cut to n_frames."""
     root, frames = setting.demo()
     ids, cache = [frame.id for frame in frames], None
     if cached:
         cache = cache_frames(setting.folder / "cache", root, ids, config.input_mode)
-    filler = mean_colour(INPUT_CHANNELS[config.input_mode])
     options = Augmentation(**pick(config, *AUGMENTATION_KEYS)) if config.augment else None
-    settings = pick(config, "input_mode", "input_size", *DATASET_KEYS)
-    return KaistPairs(root, frames * repeat, filler=filler, augmentation=options, cache=cache, **settings)
+    kwargs = input_kwargs(model) | pick(config, *DATASET_KEYS)
+    frames = list(islice(cycle(frames), n_frames or len(frames)))
+    return KaistPairs(root, frames, augmentation=options, cache=cache, **kwargs)
 
 
-# ------------------------------------------------------------------------------ parts of the usual SSD300's
+# ------------------------------------------------------------------------------ parts of the plain SSD300
 
 
 def loss_step(setting: Setting, people: int, ours: bool) -> Callable[[], object]:
-    """The multibox loss of 32 frames of so many people, and its gradient: ours, or the usual one."""
+    """Multibox loss and its gradient for 32 frames: ours, or the usual SSD loss."""
     model, criterion = row_network(plain_config(width=0.01))
     multibox, priors = criterion.to(setting.device).multibox, model.priors.to(setting.device)
     predictions = random_predictions(32, 0.0, setting.device)
@@ -181,30 +177,31 @@ def loss_step(setting: Setting, people: int, ours: bool) -> Callable[[], object]
 
 
 def detection(setting: Setting, mean: float, ours: bool) -> Callable[[], object]:
-    """Decoding and NMS of 8 images down to 200 boxes, of predictions as of `random_predictions`: ours, or
-    torchvision's."""
+    """Decoding and NMS of random predictions for 8 images, at most 200 boxes each: ours, or torchvision's."""
     predictions = random_predictions(8, mean, setting.device)
     priors = row_network(plain_config(width=0.01))[0].priors.to(setting.device)
     if ours:
-        return partial(detect, predictions, priors, **LIMITS)
+        return partial(detect, predictions, priors, **NMS_SETTINGS)
     anchors = [300 * box_convert(priors, "cxcywh", "xyxy")] * 8
     outputs = {"bbox_regression": predictions.loc, "cls_logits": predictions.conf}
     return partial(torchvision_ssd(setting).postprocess_detections, outputs, anchors, [(300, 300)] * 8)
 
 
-def our_samples(setting: Setting, cached: bool) -> Callable[[], object]:
-    """A batch of augmented samples, each time others, on one thread."""
+def our_samples(setting: Setting, cached: bool) -> Callable[[], tuple]:
+    """A batch of all frames, augmented anew at each call, on one thread."""
     torch.set_num_threads(1)
-    pairs, collate = row_pairs(setting, plain_config(), cached), Collate(row_maps(plain_config()))
+    model = row_network(plain_config(width=0.01))[0]
+    collate = Collate([model.grids[i] for i in model.infused_maps])
+    pairs = row_pairs(setting, plain_config(), model, cached)
     keys = ((epoch, i) for epoch in count() for i in range(len(pairs)))
     return lambda: collate([pairs[key] for key in islice(keys, len(pairs))])
 
 
-# ------------------------------------------------------------------------------ others'
+# ------------------------------------------------------------------------------ references
 
 
 def torchvision_ssd(setting: Setting) -> SSD:
-    """SSD300 for persons, in fp32, untrained, of which few priors say person, as of a trained one."""
+    """Torchvision's untrained SSD300 for persons in fp32, biased as in `row_detector`."""
     network = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=2, score_thresh=0.01)
     for head in network.head.classification_head.module_list:
         head.bias.data.view(-1, 2)[:, 1] = -4.0
@@ -212,7 +209,7 @@ def torchvision_ssd(setting: Setting) -> SSD:
 
 
 def torchvision_step(setting: Setting) -> Callable[[], None]:
-    """A training step, without masks."""
+    """Torchvision's training step, which has no masks."""
     n, device, model = setting.batch, setting.device, torchvision_ssd(setting).train()
     images = list(torch.rand(n, 3, 300, 300, device=device))
     labels = torch.ones(3, dtype=torch.int64, device=device)
@@ -229,7 +226,7 @@ def torchvision_step(setting: Setting) -> Callable[[], None]:
 
 
 def torchvision_image(setting: Setting) -> Callable[[], object]:
-    """Detection in a visible image's file."""
+    """Torchvision's detection in one visible image, from its file."""
     model, (root, frames) = torchvision_ssd(setting).eval(), setting.demo()
     path = image_path(root, frames[0].id, "visible")
     read = lambda: decode_image(path, ImageReadMode.RGB).to(setting.device) / 255  # noqa: E731
@@ -237,8 +234,7 @@ def torchvision_image(setting: Setting) -> Callable[[], object]:
 
 
 def recipe_samples(setting: Setting) -> Callable[[], list[tuple]]:
-    """A batch of torchvision's SSD recipe on pairs (zoom-out on a canvas, crop, flip, resize) and our masks,
-    on one thread."""
+    """Samples of all frames by torchvision's v2 transforms for SSD, with our masks, on one thread."""
     torch.set_num_threads(1)
     root, frames = setting.demo()
     transform = v2.Compose(
@@ -266,19 +262,26 @@ def recipe_samples(setting: Setting) -> Callable[[], list[tuple]]:
 
 
 def usual_loss(priors: Tensor, predictions: Predictions, boxes: Tensor, labels: Tensor) -> Tensor:
-    """The sum of both losses of all images at once, matched image by image, as the usual SSD code does;
-    ignored objects are left out."""
+    """The sum of the loc and conf loss as the usual SSD code computes it, matching image by image.
+
+    Ignored objects are left out.
+
+    Args:
+        priors: (P, 4), cxcywh, fractions.
+        boxes: (N, M, 4), xyxy, fractions.
+        labels: (N, M), 1 for persons.
+    """
     corners = box_convert(priors, "cxcywh", "xyxy")
     target = torch.zeros(len(boxes), len(priors), dtype=torch.int64, device=boxes.device)
     matched = boxes.new_zeros(len(boxes), len(priors), 4)
-    for i, own in enumerate(b[x == 1] for b, x in zip(boxes, labels, strict=True)):
-        iou = box_iou(own, corners)
-        overlap, person = iou.max(0)
-        best = iou.argmax(1)
-        person[best] = torch.arange(len(own), device=boxes.device)
-        overlap[best] = 1.0
+    for i, gt in enumerate(b[x == 1] for b, x in zip(boxes, labels, strict=True)):
+        iou = box_iou(gt, corners)
+        overlap, matched_idxs = iou.max(0)
+        best_prior = iou.argmax(1)
+        matched_idxs[best_prior] = torch.arange(len(gt), device=boxes.device)
+        overlap[best_prior] = 1.0
         target[i] = overlap >= 0.5
-        matched[i] = own[person]
+        matched[i] = gt[matched_idxs]
     positive = target > 0
     offsets = encode(box_convert(matched[positive], "xyxy", "cxcywh"), priors.expand_as(matched)[positive])
     loc = F.smooth_l1_loss(predictions.loc[positive], offsets, reduction="sum")
@@ -290,11 +293,14 @@ def usual_loss(priors: Tensor, predictions: Predictions, boxes: Tensor, labels: 
     return (loc + entropy[positive].sum() + hardest[mined].sum()) / positive.sum()
 
 
-# ------------------------------------------------------------------------------ inputs
+# ------------------------------------------------------------------------------ random inputs
 
 
 def random_objects(n: int, people: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Boxes (n, people + 1, 4) of pedestrians' shape and labels: the last object is ignored."""
+    """Boxes (n, people + 1, 4), xyxy in fractions, and labels (n, people + 1) of persons.
+
+    The last object of each image is ignored.
+    """
     g = torch.Generator().manual_seed(people)
     height = torch.rand(n, people + 1, generator=g) * 0.4 + 0.1
     size = torch.stack([0.35 * height, height], -1)
@@ -305,7 +311,7 @@ def random_objects(n: int, people: int, device: torch.device) -> tuple[Tensor, T
 
 
 def random_predictions(n: int, mean: float, device: torch.device) -> Predictions:
-    """Predictions of 8,732 priors; the margin of person over background is `mean` +- 2."""
+    """Predictions for 8,732 priors; person logits exceed background logits by `mean`, give or take 2."""
     g = torch.Generator().manual_seed(n)
     conf = torch.randn(n, 8732, 2, generator=g) * 2**0.5
     conf[..., 1] += mean
@@ -313,14 +319,15 @@ def random_predictions(n: int, mean: float, device: torch.device) -> Predictions
 
 
 def random_result(path: Path, n_frames: int) -> GroundTruth:
-    """Two people a frame, and a result file with six boxes a frame, some on the people."""
+    """Write a result file of six random boxes per frame; return ground truth of two persons per frame."""
     rng = np.random.default_rng(0)
     ids = tuple(f"set{6 + i % 6:02d}/V000/I{i // 6:05d}" for i in range(n_frames))
     height = rng.uniform(30, 200, 2 * n_frames)
     size = np.stack([0.41 * height, height], 1)
     boxes = np.concatenate([rng.random(size.shape) * (FRAME_SIZE - size), size], 1)
     frame, occlusion = np.repeat(np.arange(n_frames), 2), rng.choice(3, len(boxes), p=(0.7, 0.2, 0.1))
-    found = np.concatenate([boxes, np.tile(boxes, (2, 1))[rng.permutation(2 * len(boxes))]])
-    found = (found + rng.normal(0, 3, found.shape)).clip(1)
-    write_detections(path, Detections(np.tile(frame, 3), found, rng.random(len(found)).round(6)), ids)
+    # A third of the detections is random, the others are near persons.
+    detected = np.concatenate([boxes, np.tile(boxes, (2, 1))[rng.permutation(2 * len(boxes))]])
+    detected = (detected + rng.normal(0, 3, detected.shape)).clip(1)
+    write_detections(path, Detections(np.tile(frame, 3), detected, rng.random(len(detected)).round(6)), ids)
     return GroundTruth(ids, frame, boxes, occlusion, rng.random(len(boxes)) < 0.2)

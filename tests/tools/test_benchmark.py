@@ -1,10 +1,12 @@
-"""The benchmark: its references agree with what they are held against, and its script runs."""
+"""The benchmark: it runs, and what it compares does the same work."""
 
 import operator
 import os
 import platform
+import signal
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -14,12 +16,12 @@ from kaist.files import InputError
 from ssd.losses import MultiBoxLoss
 from ssd.memory_plan import MemoryPlan
 from tools import benchmark, timing, workloads
-from tools.timing import STATUS, Setting, Subprocess, added_memory, at_least, at_most, time_in_turns
+from tools.timing import PROCESS_STATUS, Setting, Subprocess, added_memory, at_least, at_most, make_timer
 from tools.workloads import plain_config, row_config, row_network
 from utils import tune_malloc
 
 CPU = torch.device("cpu")
-SMALL = {"seconds": 0.0, "batch": 2, "drawn": 8}
+SMALL = {"seconds": 0.0, "batch": 2, "train_frames": 8}
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +38,8 @@ def run(monkeypatch, *arguments):
 
 def test_the_script_prints_a_table(monkeypatch, capsys):
     monkeypatch.delenv("KAIST_REFERENCE", raising=False)
-    monkeypatch.setattr(timing, "TURNS", 1)
-    monkeypatch.setattr(benchmark, "Subprocess", lambda make, *arguments: make(*arguments))
+    monkeypatch.setattr(timing, "MIN_TURNS", 1)
+    monkeypatch.setattr(benchmark, "Subprocess", lambda make, *arguments: nullcontext(make(*arguments)))
     monkeypatch.setattr(benchmark, "Setting", lambda *where, **_: Setting(*where, **SMALL))
     run(monkeypatch, "--quick", "--only", "loss", "evaluation")
     machine, _, header, _, *rows = capsys.readouterr().out.splitlines()
@@ -74,7 +76,8 @@ def test_script_refuses_what_it_does_not_know(monkeypatch):
 @pytest.mark.timing
 def test_turns_are_taken_in_turns(setting):
     calls = []
-    timings = time_in_turns(setting, lambda: calls.append("a"), lambda: calls.append("b"))
+    timers = (timing.timer(partial(calls.append, name)) for name in "ab")
+    timings = timing.time_in_turns(setting, *timers)
     assert calls == ["a", "b"] * 4 and len(timings) == 2
     assert timings[0].seconds > 0 and timings[0].spread.endswith("% in time")
 
@@ -90,17 +93,25 @@ def test_lines_say_whether_the_aim_is_met():
 
 
 @pytest.mark.timing
-def test_a_subprocess_says_what_went_wrong_and_is_not_waited_for(tmp_path):
-    names = Subprocess(partial, os.listdir, tmp_path / "folder")
-    with pytest.raises(RuntimeError, match=f"FileNotFoundError: .*{tmp_path}/folder"):
-        names()
-    (tmp_path / "folder").mkdir()
-    assert names() == []
-    with pytest.raises(TimeoutError):
-        Subprocess(partial, time.sleep, 60)(0.0)
-    names.end()
-    with pytest.raises(RuntimeError, match="its process died"):
-        names()
+def test_a_subprocess_reports_errors_and_is_killed(tmp_path):
+    with Subprocess(partial, os.listdir, tmp_path / "folder") as names:
+        with pytest.raises(RuntimeError, match=f"FileNotFoundError: .*{tmp_path}/folder"):
+            names()
+        (tmp_path / "folder").mkdir()
+        assert names() == []
+    with Subprocess(partial, time.sleep) as sleep, pytest.raises(TimeoutError):
+        sleep(60, seconds=0.0)
+    with Subprocess(partial, os.kill) as kill:
+        process = kill.pid.result()
+        with pytest.raises(RuntimeError, match="terminated abruptly"):
+            kill(process, signal.SIGKILL)
+
+
+@pytest.mark.timing
+def test_a_subprocess_times_its_function_itself():
+    """Results are not sent, which for tensors takes longer than some functions."""
+    with Subprocess(make_timer, partial, partial, time.sleep, 0) as timer:
+        assert isinstance(timer(3), float)
 
 
 def new_pages(n: int) -> int:
@@ -122,24 +133,25 @@ def untuned_and_tuned() -> tuple[int, int]:
 
 
 @pytest.mark.timing
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone is asked to keep memory")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked to keep memory")
 def test_freed_memory_is_kept(monkeypatch):
     # With its threshold fixed, glibc takes each block from the system and gives it back. Left to
     # itself it raises the threshold, and then a small block at the heap's top decides by chance
     # whether the others are kept.
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(128 * 1024))
-    usual, kept = Subprocess(partial, untuned_and_tuned)()
+    with Subprocess(partial, untuned_and_tuned) as pages:
+        usual, kept = pages()
     # A small block between freed ones can cost a kept heap one more block, a few times at most.
     assert kept < usual / 10
 
 
 @pytest.mark.timing
-@pytest.mark.skipif(not STATUS.exists(), reason="Linux alone tells what a process holds")
+@pytest.mark.skipif(not PROCESS_STATUS.exists(), reason="only Linux reports a process's memory")
 def test_added_memory_is_the_functions_own():
-    held = torch.ones(600 * 2**20, dtype=torch.uint8)  # by the parent, of which it knows nothing
-    add = Subprocess(added_memory, b"x", partial(partial, operator.mul), 100 * 2**20)
-    assert 99 * 2**20 < add() < 200 * 2**20
-    del held
+    parents = torch.ones(600 * 2**20, dtype=torch.uint8)  # memory of the parent is not counted
+    with Subprocess(added_memory, partial, operator.mul, b"x", 100 * 2**20) as add:
+        assert 99 * 2**20 < add() < 200 * 2**20
+    del parents
 
 
 @pytest.mark.parametrize("name", ["26", "42"])
@@ -150,16 +162,16 @@ def test_rows_of_the_lab_book_detect(setting, name):
 
 @pytest.mark.parametrize("work", ["loss", "detect", "sample"])
 def test_what_is_compared_is_the_same_work(setting, work):
-    """Ours and its peer's run, and are of the same batch."""
-    for name, (ours, peer) in (item for item in benchmark.compared(setting) if item[0] == work):
-        ours, theirs = (make(setting, *arguments)() for make, *arguments in (ours, peer[-1]))
-        if name == "loss":
-            assert [x.shape for x in ours] == [x.shape for x in theirs]
-        elif name == "detect":
-            assert [len(boxes) for boxes, _ in ours] == [len(found["boxes"]) for found in theirs]
+    """Ours and its peer run, and give equally many results."""
+    for comparison in (c for c in benchmark.comparisons(setting) if c.benchmark == work):
+        ours, peer = (make(setting)() for make in (comparison.ours, comparison.peer))
+        if work == "loss":
+            assert [x.shape for x in ours] == [x.shape for x in peer]
+        elif work == "detect":
+            assert [len(boxes) for boxes, _ in ours] == [len(image["boxes"]) for image in peer]
             assert min(len(boxes) for boxes, _ in ours) > 0
         else:
-            assert len(ours[0].images) == len(theirs)
+            assert len(ours[0].images) == len(peer)
 
 
 def test_plain_loss_is_ours_where_no_two_people_want_a_prior():

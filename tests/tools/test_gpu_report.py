@@ -1,44 +1,41 @@
-"""The report of a GPU, here of the CPU as one: quick parts run, and one that fails stays alone.
+"""The GPU report, made on the CPU: quick parts run, and one that fails does not stop the others.
 
-The parts run in this process; what one of their own says of a failure there, `test_benchmark` shows.
+The parts run in this process; `test_benchmark` tests those that run in their own.
 """
 
 import json
 import pickle
 import time
-from functools import partial
 
 import pytest
 import torch
 
 from tools import gpu_report, timing
-from tools.gpu_report import distance, unequal_boxes
-from tools.timing import TINY, Setting
+from tools.gpu_report import relative_error, unequal_boxes
+from tools.timing import TINY, Setting, build, call
 from tools.workloads import row_config
 
 CPU = torch.device("cpu")
 
 
-# Not the others: starts of train.py, and steps of 512x640 pixels, take minutes here.
+# The others start train.py or take steps of 512x640 pixels, which takes minutes on a CPU.
 QUICK = ("captured", "losses", "detections", "training", "network", "evaluation")
 
 
-class Here:
+class InProcess:
     """A function that is made and called in this process, in place of `Subprocess`."""
 
     def __init__(self, make, *arguments):
-        make, *arguments = pickle.loads(pickle.dumps((make, *arguments)))  # as to another process
-        self.make, self.function = partial(make, *arguments), None
+        self.arguments = pickle.dumps((make, *arguments))  # as for another process
 
     def __call__(self, seconds):
-        try:
-            self.function = self.function or self.make()
-            return self.function()
-        except Exception as problem:
-            raise RuntimeError(f"{type(problem).__name__}: {problem}") from problem
+        return call(self.arguments)
 
-    def end(self):
-        self.function = None
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        build.cache_clear()
 
 
 def small_config(row, **changes):
@@ -50,12 +47,12 @@ def small_config(row, **changes):
 def report(demo_root, tmp_path_factory):
     """The folder of a tiny report of quick parts, one of whose rows is in no lab book."""
     out = tmp_path_factory.mktemp("report") / "out"
-    tiny = TINY | {"rows": "29 42 none", "frames": 2}
+    tiny = TINY | {"loss_rows": "29 42 none", "test_frames": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_report, "PARTS", {name: gpu_report.PARTS[name] for name in QUICK})
-        patch.setattr(gpu_report, "Subprocess", Here)
+        patch.setattr(gpu_report, "Subprocess", InProcess)
         patch.setattr(gpu_report, "row_config", small_config)
-        patch.setattr(timing, "TURNS", 1)
+        patch.setattr(timing, "MIN_TURNS", 1)
         setting = Setting(CPU, torch.float32, out.parent, **tiny)
         (setting.folder / "demo").symlink_to(demo_root)
         gpu_report.write_report(out, setting, "a CPU as a GPU")
@@ -100,8 +97,8 @@ def test_what_the_time_does_not_reach_is_left_out(tmp_path):
         assert part["error"].startswith("left out") and not part["lines"]
 
 
-def test_distances_by_hand():
-    assert distance(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])) == pytest.approx(4 / 3)
+def test_differences_by_hand():
+    assert relative_error(torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])) == pytest.approx(4 / 3)
     box, far = torch.tensor([[0.1, 0.1, 0.2, 0.2]]), torch.tensor([[0.1, 0.1, 0.2, 0.3]])
     score = torch.ones(1)
     assert unequal_boxes([(box, score)], [(box + 1e-7, score)]) == 0
