@@ -21,14 +21,13 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from engine.config import OneLineParser, resolve_row
 from engine.experiments import EXPERIMENTS
 from kaist.files import run_script
-from kaist.miss_rate import GroundTruth, evaluate, load_ground_truth
+from kaist.miss_rate import evaluate, load_ground_truth
 from kaist.results import read_detections
 from ssd.memory_plan import plan_memory
 from tools import gpu_report, timing, workloads
@@ -41,57 +40,43 @@ BENCHMARKS = ("loss", "detect", "sample", "image", "step", "evaluation", "memory
 PRECISION_NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
-class Comparison(NamedTuple):
-    """Our function and its peer: ours(setting) and peer(setting) return them; `aim` is the targeted ratio."""
-
-    benchmark: str
-    work: str
-    aim: float
-    ours: Callable
-    peer_name: str
-    peer: Callable
-
-
-def comparisons(setting: Setting) -> Iterator[Comparison]:
-    """All comparisons of times."""
+def comparisons(setting: Setting) -> Iterator[tuple[str, tuple]]:
+    """What is compared: names of `BENCHMARKS`, each with the arguments of `compare` after the setting."""
     for people, aim in ((3, 6.0), (20, 4.0)):
         work = f"multibox loss and gradient, batch 32, {people} people"
         ours, peer = (partial(workloads.loss_step, people=people, ours=x) for x in (True, False))
-        yield Comparison("loss", work, aim, ours, "usual SSD loss", peer)
+        yield "loss", (work, aim, ours, "usual SSD loss", peer)
     for candidates, mean, aim in (("6,046", -3.6, 1.1), ("136", -8.94, 2.0)):
         work = f"decode + NMS, batch 8, {candidates} candidates each"
         ours, peer = (partial(workloads.detection, mean=mean, ours=x) for x in (True, False))
-        yield Comparison("detect", work, aim, ours, "torchvision", peer)
+        yield "detect", (work, aim, ours, "torchvision", peer)
     for source, aim, cached in (("JPEG pairs", 7, False), ("the frame cache", 14, True)):
         work, ours = f"samples from {source}, one thread", partial(workloads.our_samples, cached=cached)
-        yield Comparison("sample", work, aim, ours, "the v2 recipe", workloads.recipe_samples)
-    plain, peer_name = plain_config(), "torchvision, fp32"
+        yield "sample", (work, aim, ours, "the v2 recipe", workloads.recipe_samples)
+    plain, visible, peer_name = plain_config(), plain_config(input_mode="visible"), "torchvision, fp32"
     for precision in dict.fromkeys([setting.precision, torch.float32]):
         name, is_bf16 = PRECISION_NAMES[precision], precision == torch.bfloat16
         work, aim = f"one image, file to boxes, {name}", 2.2 if is_bf16 else 1.2
-        ours = partial(row_image, config=plain_config(input_mode="visible"), precision=precision)
-        yield Comparison("image", work, aim, ours, peer_name, workloads.torchvision_image)
+        ours = partial(row_image, config=visible, precision=precision)
+        yield "image", (work, aim, ours, peer_name, workloads.torchvision_image)
         work, aim = f"training step with masks, batch {setting.batch}, {name}", 2.5 if is_bf16 else 1.1
         ours = partial(repeated_step, config=plain, precision=precision)
-        yield Comparison("step", work, aim, ours, peer_name, workloads.torchvision_step)
-        peer = partial(tuned, partial(workloads.bare_step, config=plain, precision=precision))
-        yield Comparison("step", f"{work}, beside its convolutions", 0.95, ours, "convolutions", peer)
+        yield "step", (work, aim, ours, peer_name, workloads.torchvision_step)
+        bare = partial(tuned, partial(workloads.bare_step, config=plain, precision=precision))
+        yield "step", (f"{work}, compared with its convolutions", 0.95, ours, "convolutions", bare)
 
 
-def compare(setting: Setting, comparison: Comparison) -> Line:
-    """Time a comparison's functions by turns.
+def compare(setting: Setting, work: str, aim: float, ours: Callable, peer_name: str, peer: Callable) -> Line:
+    """Time our function and a peer's by turns: ours(setting) and peer(setting) return them.
 
     On a CPU each runs in its own process, because `tune_malloc` applies to a whole process and the peer has
-    to run without it.
+    to run without it. `aim` is how many times faster ours should be.
     """
     run = (lambda make, *arguments: nullcontext(make(*arguments))) if setting.on_gpu else Subprocess
-    with (
-        run(make_timer, tuned, comparison.ours, setting) as our_timer,
-        run(make_timer, comparison.peer, setting) as peer_timer,
-    ):
-        ours, peer = (result.seconds for result in time_in_turns(setting, our_timer, peer_timer))
-    note = f"{1e3 * ours:.4g} ms, {comparison.peer_name}: {1e3 * peer:.4g} ms"
-    return at_least(comparison.work, peer / ours, "times faster", comparison.aim, note)
+    with run(make_timer, tuned, ours, setting) as timer, run(make_timer, peer, setting) as peer_timer:
+        seconds, peer_seconds = (result.seconds for result in time_in_turns(setting, timer, peer_timer))
+    note = f"{1e3 * seconds:.4g} ms, {peer_name}: {1e3 * peer_seconds:.4g} ms"
+    return at_least(work, peer_seconds / seconds, "times faster", aim, note)
 
 
 def tuned(make: Callable, *arguments: object) -> Callable:
@@ -102,9 +87,9 @@ def tuned(make: Callable, *arguments: object) -> Callable:
 
 def measured_lines(setting: Setting, benchmarks: Container[str]) -> Iterator[Line]:
     """Run the chosen benchmarks."""
-    for comparison in comparisons(setting):
-        if comparison.benchmark in benchmarks:
-            yield compare(setting, comparison)
+    for name, arguments in comparisons(setting):
+        if name in benchmarks:
+            yield compare(setting, *arguments)
     if "evaluation" in benchmarks:
         yield from time_evaluation(setting)
     if "memory" in benchmarks and not setting.on_gpu and timing.PROCESS_STATUS.exists():
@@ -114,36 +99,33 @@ def measured_lines(setting: Setting, benchmarks: Container[str]) -> Iterator[Lin
 def time_evaluation(setting: Setting) -> Iterator[Line]:
     """Reading and evaluating result files of 2,252 frames under nine setups.
 
-    The files are those of the folder that KAIST_REFERENCE names, and reading the annotations is timed too.
-    Without it there is one file of random detections, compared with random persons in memory.
+    With KAIST_REFERENCE they are that folder's, and reading the annotations is timed too. Without it there is
+    one file of random detections.
     """
     if root := os.environ.get("KAIST_REFERENCE"):
         load = partial(load_ground_truth, Path(root, "annotations/KAIST_annotation.json"))
         paths = sorted(Path(root, "results").glob("*_result.*"))
     else:
         paths = [setting.folder / "drawn_result.txt"]
-        ground_truth = workloads.random_result(paths[0], 2252)
-        load = lambda: ground_truth  # noqa: E731
+        random_ground_truth = workloads.random_result(paths[0])
     for path in paths:
-        [result] = time_in_turns(setting, timer(partial(evaluate_file, load, path)))
+
+        def evaluate_file(path: Path = path) -> None:
+            ground_truth = load() if root else random_ground_truth
+            evaluate(ground_truth, read_detections(path, ground_truth.frames))
+
+        [result] = time_in_turns(setting, timer(evaluate_file))
         work = f"evaluation, 9 setups, 2,252 frames, {path.name}"
         yield Line(work, 1e3 * result.seconds, "ms", result.spread)
-
-
-def evaluate_file(load: Callable[[], GroundTruth], path: Path) -> None:
-    """Evaluate a result file against the ground truth that `load` returns."""
-    ground_truth = load()
-    evaluate(ground_truth, read_detections(path, ground_truth.frames))
 
 
 def compare_memory(setting: Setting) -> Line:
     """Peak memory that a training step adds on a CPU, compared with torchvision's."""
     step = partial(repeated_step, config=plain_config(), precision=setting.precision)
-    with (
-        Subprocess(tuned, timing.added_memory, step, setting) as measure,
-        Subprocess(timing.added_memory, workloads.torchvision_step, setting) as measure_peer,
-    ):
-        ours, peer = measure() / 2**20, measure_peer() / 2**20
+    with Subprocess(tuned, timing.added_memory, step, setting) as measure:
+        ours = measure() / 2**20
+    with Subprocess(timing.added_memory, workloads.torchvision_step, setting) as measure:
+        peer = measure() / 2**20
     note = f"{ours:.0f} MiB, torchvision: {peer:.0f} MiB"
     work = f"memory added by a step of batch {setting.batch}"
     return at_most(work, ours / peer, "of torchvision's", 0.8, note)
@@ -188,12 +170,8 @@ def memory_table() -> Iterator[str]:
 
 
 def detection_table(setting: Setting, rows: list[str]) -> Iterator[str]:
-    """Lines of a table: the time of detection in one pair, from its files to boxes, compared with row 26.
-
-    Args:
-        rows: names of rows, whose networks are timed at full width; none: all rows. Rows that differ only in
-            training share a line.
-    """
+    """Lines of a table: the time of detection in one pair, files to boxes, by the networks of `rows` (empty:
+    all) at full width, compared with row 26. Rows that differ only in training share a line."""
     yield "| rows | network | detect | of row 26 |\n|---|---|---|---|"
     chosen = dict.fromkeys(["26", *rows]) if rows else EXPERIMENTS
     networks = group_rows(chosen, lambda row: [*describe_network(row), *["test flip"] * row["test_flip"]])
@@ -212,11 +190,12 @@ def main() -> None:
     precision = choose_precision("auto", device)
     torch.manual_seed(0)
     machine = describe_machine(device, precision)
-    on_gpu, quick = device.type == "cuda", arguments.quick
-    kwargs = {"seconds": 2.0 if quick else 8.0, "train_frames": 16}
-    kwargs["batch"] = 32 if on_gpu else 2 if quick else 8
+    kwargs = {"seconds": 2.0 if arguments.quick else 8.0, "train_frames": 16}
+    kwargs["batch"] = 2 if arguments.quick else 8
+    if device.type == "cuda":
+        kwargs["batch"] = 32
     if arguments.report:
-        kwargs = {} if on_gpu else timing.TINY
+        kwargs = {} if device.type == "cuda" else timing.TINY
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(device, precision, Path(folder), **kwargs)
         if arguments.report:

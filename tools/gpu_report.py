@@ -9,7 +9,6 @@ left out.
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 import time
@@ -61,21 +60,17 @@ def check_losses(setting: Setting) -> Iterator[Line]:
     for row in setting.loss_rows.split():
         config = row_config(row, width=setting.width)
         loss, gradient = loss_and_gradient(config, CPU, torch.float64)
-        device_loss, gradient_fp32 = loss_and_gradient(config, setting.device, torch.float32)
-        _, device_gradient = loss_and_gradient(config, setting.device, torch.float64)
+        device_loss, fp32 = loss_and_gradient(config, setting.device, torch.float32)
+        _, fp64 = loss_and_gradient(config, setting.device, torch.float64)
         note = f"loss {loss[0]:.6f}, on the device {device_loss[0]:.6f}"
-        error = relative_error(device_loss, loss)
-        yield at_most(f"row {row}: loss terms", error, "relative error", 1e-4, note)
-        note = f"in fp32 {relative_error(gradient_fp32, gradient):.1e}"
-        error = relative_error(device_gradient, gradient)
-        yield at_most(f"row {row}: gradient", error, "relative error", 1e-4, note)
+        yield at_most(f"row {row}: loss terms", relative_error(device_loss, loss), "relative", 1e-4, note)
+        note = f"in fp32 {relative_error(fp32, gradient):.1e}"
+        yield at_most(f"row {row}: gradient", relative_error(fp64, gradient), "relative", 1e-4, note)
 
 
 def loss_and_gradient(config: Namespace, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Loss terms (terms,) and gradient (parameters,) of a row's network for one batch.
-
-    They are computed on `device` in `dtype` and returned in float64 on the CPU.
-    """
+    """Loss terms (terms,) and gradient (parameters,) of a row's network for one batch, computed on `device`
+    in `dtype`, returned in float64 on the CPU."""
     torch.manual_seed(0)
     kwargs = {"device": device, "dtype": dtype, "memory_format": torch.channels_last}
     model, criterion = (part.to(**kwargs) for part in workloads.row_network(config))
@@ -99,7 +94,7 @@ def check_captured(setting: Setting) -> Iterator[Line]:
                 losses.append(step(random_batch(step.model, n).to(setting.device))[0].cpu())
             runs.append(torch.stack(losses))
         error, note = relative_error(*runs), f"the last {runs[1][-1]:.6f}"
-        yield at_most(f"row {row}: loss of ten steps", error, "relative error", 1e-4, note)
+        yield at_most(f"row {row}: loss of ten steps", error, "relative", 1e-4, note)
 
 
 def check_detections(setting: Setting) -> Iterator[Line]:
@@ -148,7 +143,7 @@ def check_torchrun(setting: Setting) -> Iterator[Line]:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
     runs = train(setting, "whole"), train(setting, "torchrun", *launcher)
     expected, actual = (load_checkpoint(run / "last.pt")["history"][-1]["loss"] for run in runs)
-    yield at_most("loss of the last epoch", abs(expected / actual - 1), "relative error", 1e-6)
+    yield at_most("loss of the last epoch", abs(expected / actual - 1), "relative", 1e-6)
 
 
 def train_command(setting: Setting, name: str, *launcher: str) -> list[str]:
@@ -186,11 +181,8 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def unequal_boxes(a: list[tuple[Tensor, Tensor]], b: list[tuple[Tensor, Tensor]]) -> int:
-    """The number of boxes that differ by more than rounding, or that only one device has.
-
-    Args:
-        a, b: for each image boxes (n, 4) and scores (n,), computed on two devices.
-    """
+    """The number of boxes that differ by more than rounding, or that only one of two devices has; of each
+    image boxes (n, 4) and scores (n,)."""
     boxes = [image_boxes.cpu() for image_boxes, _ in (*a, *b)]
     first, second = pad_sequence(boxes, batch_first=True, padding_value=-1.0).chunk(2)
     return int(((first - second).abs().amax(2) > 1e-5).sum())
@@ -271,11 +263,9 @@ def speed_evaluation(setting: Setting) -> Iterator[Line]:
         network = compile_model(model, mode)
         forward = torch.inference_mode()(partial(predict, network, images, BF16, False))
         yield rate_line(setting, f"forward pass, COMPILE {mode}", forward, len(images))
-        detect_frames(network, loader, BF16, **NMS_SETTINGS)  # warm-up: workers start, kernels are chosen
-        start = time.perf_counter()
-        detect_frames(network, loader, BF16, **NMS_SETTINGS)
-        seconds = time.perf_counter() - start
-        yield at_most(f"{len(pairs)} frames, files to boxes, COMPILE {mode}", seconds, "s", 3.0)
+        evaluation = timer(partial(detect_frames, network, loader, BF16, **NMS_SETTINGS))
+        evaluation(1)  # workers start, kernels are chosen
+        yield at_most(f"{len(pairs)} frames, files to boxes, COMPILE {mode}", evaluation(1), "s", 3.0)
 
 
 def rate_line(setting: Setting, what: str, function: Callable[[], object], n: int, aim: float = 0) -> Line:
@@ -300,12 +290,8 @@ PARTS = {part.__name__.partition("_")[2]: part for part in ORDER}
 
 
 def write_report(out: Path, setting: Setting, machine: str) -> None:
-    """Run the parts, and write `report.json` and `report.md` after each.
-
-    Args:
-        out: folder of the report, created if absent.
-        machine: description of the machine, one line.
-    """
+    """Run the parts, and write `report.json` and `report.md` into `out` after each; machine: its description
+    in one line."""
     start, done = time.time(), {}
     make_folder(out)
     setting.demo()
@@ -321,8 +307,7 @@ def write_report(out: Path, setting: Setting, machine: str) -> None:
 def run_parts(setting: Setting, names: list[str], deadline: float) -> Iterator[tuple[str, dict]]:
     """Yield each part's name and result: its lines, its seconds, and the error that ended it, or "".
 
-    Args:
-        deadline: time() after which no part starts or continues.
+    No part starts or continues after the deadline, a value of time().
     """
     next_part = Subprocess(part_lines, setting, names[0])
     for name, next_name in itertools.pairwise([*names, None]):
@@ -343,7 +328,6 @@ def run_parts(setting: Setting, names: list[str], deadline: float) -> Iterator[t
 
 def part_lines(setting: Setting, name: str) -> Callable[[], Line | None]:
     """A function that returns the next line of a part, and None after the last."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     choose_device(str(setting.device))
     return partial(next, PARTS[name](setting), None)
 

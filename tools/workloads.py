@@ -262,15 +262,8 @@ def recipe_samples(setting: Setting) -> Callable[[], list[tuple]]:
 
 
 def usual_loss(priors: Tensor, predictions: Predictions, boxes: Tensor, labels: Tensor) -> Tensor:
-    """The sum of the loc and conf loss as the usual SSD code computes it, matching image by image.
-
-    Ignored objects are left out.
-
-    Args:
-        priors: (P, 4), cxcywh, fractions.
-        boxes: (N, M, 4), xyxy, fractions.
-        labels: (N, M), 1 for persons.
-    """
+    """The sum of the loc and conf loss as the usual SSD code computes it, matching image by image, without
+    ignored objects. Priors (P, 4) are cxcywh, boxes (N, M, 4) xyxy, both fractions; labels are (N, M)."""
     corners = box_convert(priors, "cxcywh", "xyxy")
     target = torch.zeros(len(boxes), len(priors), dtype=torch.int64, device=boxes.device)
     matched = boxes.new_zeros(len(boxes), len(priors), 4)
@@ -318,9 +311,9 @@ def random_predictions(n: int, mean: float, device: torch.device) -> Predictions
     return Predictions((torch.randn(n, 8732, 4, generator=g) / 2).to(device), conf.to(device), [])
 
 
-def random_result(path: Path, n_frames: int) -> GroundTruth:
+def random_result(path: Path) -> GroundTruth:
     """Write a result file of six random boxes per frame; return ground truth of two persons per frame."""
-    rng = np.random.default_rng(0)
+    rng, n_frames = np.random.default_rng(0), 2252
     ids = tuple(f"set{6 + i % 6:02d}/V000/I{i // 6:05d}" for i in range(n_frames))
     height = rng.uniform(30, 200, 2 * n_frames)
     size = np.stack([0.41 * height, height], 1)

@@ -163,8 +163,8 @@ def test_rows_of_the_lab_book_detect(setting, name):
 @pytest.mark.parametrize("work", ["loss", "detect", "sample"])
 def test_what_is_compared_is_the_same_work(setting, work):
     """Ours and its peer run, and give equally many results."""
-    for comparison in (c for c in benchmark.comparisons(setting) if c.benchmark == work):
-        ours, peer = (make(setting)() for make in (comparison.ours, comparison.peer))
+    for _, _, make, _, make_peer in (c for name, c in benchmark.comparisons(setting) if name == work):
+        ours, peer = make(setting)(), make_peer(setting)()
         if work == "loss":
             assert [x.shape for x in ours] == [x.shape for x in peer]
         elif work == "detect":
