@@ -1,4 +1,4 @@
-"""What the networks share: VGG16's layers, the heads on six feature maps, and the forward pass.
+"""What all networks share: VGG16's layers, the heads on six feature maps, and the forward pass.
 
 Sources: Liu et al., "SSD: Single Shot MultiBox Detector" (ECCV 2016); Brazil et al., "Illuminating
 Pedestrians via Simultaneous Detection & Segmentation" (ICCV 2017) for segmentation infusion.
@@ -18,51 +18,49 @@ from torch import Tensor, nn
 from kaist.frames import LWIR, VISIBLE
 from ssd.boxes import Grid, Predictions, make_grids, make_priors, prior_shapes
 
-MIN_NORM = 1e-3  # length below which conv4_3's features are not scaled to unit length
+MIN_NORM = 1e-3  # shorter feature vectors of conv4_3 are divided by this instead of their length
 
-# VGG16 up to conv5_3: convolutions' widths, "M" a 2x2 max-pool. The third pool rounds up
-# (75 -> 38), the one before conv6 keeps its resolution.
+# VGG16 up to conv5_3: output channels of the convolutions; "M" is a 2x2 max-pool. Pools round up (75 -> 38).
 VGG16_STAGES = ((64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512), ("M", 512, 512, 512))
 
 
 class Detector(nn.Module):
-    """A network with loc, conf and mask heads on six feature maps.
+    """A network with loc, conf and segmentation heads on six feature maps.
 
-    A subclass makes its backbone, calls `add_heads`, and says in `feature_maps` what the heads read. In
-    `backbones` it lists VGG16's layers of each input stream in their order; shared ones are in both.
+    A subclass builds its backbone, calls `add_heads`, and implements `feature_maps`. Its `backbones` lists
+    the layers of VGG16 for each input stream, in VGG16's order; shared layers are in both lists.
 
     Args:
-        width: multiplier of every layer's width; 1.0 is VGG16's.
+        width: multiplier of all layers' channels; 1.0 is VGG16.
         prior_set: a name in `prior_shapes`; size: (height, width) of the input in pixels.
 
     Attributes:
         priors: (P, 4) cxcywh fractions of the input, a non-persistent buffer.
-        n_logits: of a prior: background and person, or background and a person in each modality.
         map_sizes: (height, width) of each feature map, finest first.
-        grids: the cells of each, and of visible's and LWIR's map where these have heads of their own.
-        centres, family: where the priors lie, as of `make_grids`.
-        infused_maps: indices of the grids with a segmentation head.
-        stream_map: (channels at width 1.0, stride in pixels) of a stream's last map before fusion.
+        grids: the cells of each map, followed by those of visible's and LWIR's map if these have heads.
+        infused_maps: indices into `grids` of the maps with a segmentation head.
     """
 
-    n_logits, centres, family, stream_map = 2, "even", "ssd300", (0, 0)
+    n_logits = 2  # per prior; 3 with a person in visible and a person in LWIR
+    centres, family = "even", "ssd300"  # as `make_grids` takes them
+    stream_map = (0, 0)  # channels (at width 1.0) and stride of each stream's last map before fusion
 
     def __init__(self, width: float, prior_set: str, size: tuple[int, int]) -> None:
         super().__init__()
         self.prior_set, self.size, self.width = prior_set, tuple(size), width
 
     def scaled(self, channels: int) -> int:
-        """A layer's channels under the width multiplier, in eights."""
+        """Channels times the width multiplier, rounded to a multiple of 8."""
         return max(8, round(channels * self.width / 8) * 8)
 
     def add_heads(self, map_widths: Sequence[int], infusion: Sequence[int], infusion_conv: bool) -> None:
-        """Make priors and heads, and initialise all convolutions.
+        """Create priors and heads, and initialise all convolutions.
 
         Args:
             map_widths: channels of each map.
-            infusion: for each map 1 where it has a segmentation head of (N, 2, h, w) logits, else 0. A 2 of
-                the first map adds one on visible's and one on LWIR's stream, before they are fused.
-            infusion_conv: a 3x3 convolution of the map's own width before a head's 1x1.
+            infusion: for each map 1 if it has a segmentation head with (N, 2, h, w) logits, else 0. A 2 for
+                the first map adds a head on visible's and on LWIR's map before fusion.
+            infusion_conv: add a 3x3 convolution before the 1x1 convolution of each segmentation head.
         """
         self.grids, widths = make_grids(self.size, self.centres, self.family), list(map_widths)
         self.map_sizes = [(grid.h, grid.w) for grid in self.grids]
@@ -72,10 +70,10 @@ class Detector(nn.Module):
         self.loc_heads = nn.ModuleList(nn.Conv2d(w, 4 * n, 3, padding=1) for w, n in maps)
         self.conf_heads = nn.ModuleList(nn.Conv2d(w, self.n_logits * n, 3, padding=1) for w, n in maps)
         self.apply(init_convolution)
-        # conv4_3's features arrive 20 times longer than others: start from small predictions.
+        # conv4_3's features are scaled to length 20: start with small predictions.
         for head in (*self.loc_heads, *self.conf_heads):
             init_convolution(head, small=True)
-        # Last, so that networks of one seed start alike whatever is infused.
+        # Last, so that the other weights of a seed do not depend on the segmentation heads.
         self.infused_maps = [i for i, infused in enumerate(infusion) if infused]
         if infusion[0] == 2:
             h, w = (math.ceil(side / self.stream_map[1]) for side in self.size)
@@ -91,13 +89,13 @@ class Detector(nn.Module):
             init_convolution(head[-1], small=True)
 
     def add_normalisation(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """Make the buffers by which images are normalised, from shares of 255 a channel."""
+        """Register the buffers that `normalise` uses, from each channel's values for pixels from 0 to 1."""
         for name, values in (("mean", mean), ("std", std)):
             buffer = torch.tensor(values, device="cpu").view(1, -1, 1, 1) * 255
             self.register_buffer(name, buffer, persistent=False)
 
     def filler(self) -> np.ndarray:
-        """(C,) uint8: the colour that normalisation turns into zero, for what an image does not show."""
+        """(C,) uint8 colour of pixels outside the frame, which normalisation turns into zero."""
         return self.mean.round().to(torch.uint8).flatten().cpu().numpy()
 
     def map_priors(self) -> list[Tensor]:
@@ -106,15 +104,15 @@ class Detector(nn.Module):
         return list(self.priors.split([h * w * head.out_channels // 4 for (h, w), head in cells]))
 
     def forward(self, images: Tensor, with_masks: bool = False) -> Predictions:
-        """Predict from (N, C, H, W) uint8 images; mask logits in training or on request only."""
+        """Predict from (N, C, H, W) uint8 images; mask logits only in training mode or if `with_masks`."""
         return self.predict(self.normalise(images), with_masks or self.training)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """(N, C, H, W) uint8 -> float32 with each channel's mean and spread."""
+        """Normalise (N, C, H, W) uint8 images to float32 by each channel's mean and standard deviation."""
         return (images.to(self.mean.dtype) - self.mean) / self.std
 
     def predict(self, x: Tensor, with_masks: bool) -> Predictions:
-        """`forward` on images that are already normalised."""
+        """`forward` for normalised images."""
         maps = self.feature_maps(x)
         loc = flatten_heads(self.loc_heads, maps[: len(self.map_sizes)], 4)
         conf = flatten_heads(self.conf_heads, maps[: len(self.map_sizes)], self.n_logits)
@@ -123,20 +121,20 @@ class Detector(nn.Module):
         return Predictions(loc.float(), conf.float(), seg)
 
     def feature_maps(self, x: Tensor) -> list[Tensor]:
-        """The six maps that loc and conf heads read, finest first; then visible's and LWIR's, if any."""
+        """The six maps for loc and conf heads, finest first, then visible's and LWIR's map, if any."""
         raise NotImplementedError
 
 
-def conv_relu(*shape: int, batch_norm: bool = False, **how: int) -> list[nn.Module]:
-    """A convolution, as `nn.Conv2d` takes it, with BatchNorm where asked, and a ReLU."""
-    norm = [nn.BatchNorm2d(shape[1])] if batch_norm else []
-    return [nn.Conv2d(*shape, **how), *norm, nn.ReLU(inplace=True)]
+def conv_relu(*args: int, batch_norm: bool = False, **kwargs: int) -> list[nn.Module]:
+    """`nn.Conv2d(*args, **kwargs)`, BatchNorm if requested, and a ReLU."""
+    norm = [nn.BatchNorm2d(args[1])] if batch_norm else []
+    return [nn.Conv2d(*args, **kwargs), *norm, nn.ReLU(inplace=True)]
 
 
 def vgg_stage(
     stage: Sequence[int | str], in_channels: int, scaled: Callable[[int], int], batch_norm: bool
 ) -> nn.Sequential:
-    """A run of VGG16: 3x3 convolutions (with BatchNorm where asked), ReLUs and max-pools."""
+    """Layers of VGG16: 3x3 convolutions (with BatchNorm if requested), ReLUs and max-pools."""
     layers: list[nn.Module] = []
     for width in stage:
         if width == "M":
@@ -148,10 +146,10 @@ def vgg_stage(
 
 
 class L2Norm(nn.Module):
-    """Each cell's feature vector scaled to unit length, times a learned factor a channel.
+    """Scale each cell's feature vector to unit length, then each channel by a learned factor.
 
-    ParseNet (Liu et al., 2015), with SSD's initial factor 20. A cell of hardly any features is not scaled up
-    all the way, so that the gradient is at most 20 / MIN_NORM times its own (flat images, first steps).
+    ParseNet (Liu et al., 2015), with SSD's initial factor 20. Vectors shorter than `MIN_NORM` stay short,
+    so that the gradient grows at most by 20 / MIN_NORM (flat images, first steps).
     """
 
     def __init__(self, channels: int) -> None:
@@ -164,8 +162,11 @@ class L2Norm(nn.Module):
 
 
 def init_convolution(module: nn.Module, small: bool = False) -> None:
-    """He initialisation for convolutions, or normal weights of spread 0.01; biases zero. Others are left
-    alone, and shapes on "meta" too: normal numbers there would import torch._dynamo, a second and more."""
+    """Initialise a convolution: He, or if `small` normal with standard deviation 0.01; biases zero.
+
+    Other modules are not changed, nor are convolutions on "meta": normal numbers there would import
+    torch._dynamo, which takes more than a second.
+    """
     if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
         if small:
             nn.init.normal_(module.weight, std=0.01)
@@ -176,11 +177,11 @@ def init_convolution(module: nn.Module, small: bool = False) -> None:
 
 
 def flatten_heads(heads: nn.ModuleList, maps: list[Tensor], values: int) -> Tensor:
-    """Apply head i to map i; (N, P, values) in the priors' order: map, row, column, shape."""
-    found = [head(x).permute(0, 2, 3, 1) for head, x in zip(heads, maps, strict=True)]
-    return torch.cat([x.reshape(x.shape[0], -1, values) for x in found], dim=1)
+    """Apply head i to map i: (N, P, values), priors ordered by map, row, column, shape."""
+    outputs = [head(x).permute(0, 2, 3, 1) for head, x in zip(heads, maps, strict=True)]
+    return torch.cat([x.reshape(x.shape[0], -1, values) for x in outputs], dim=1)
 
 
 def stage_outputs(first: Tensor, stages: nn.ModuleList) -> list[Tensor]:
-    """The first map and what each stage makes of the one before it."""
+    """The first map and the output of each stage, applied one after the other."""
     return list(accumulate(stages, lambda x, stage: stage(x), initial=first))

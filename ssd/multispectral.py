@@ -1,9 +1,8 @@
-"""MLPD and INSANet: SSDs on two streams of VGG16-BN, visible and LWIR, with a logit for each.
+"""MLPD and INSANet: SSDs with two VGG16-BN streams, visible and LWIR, and a person logit for each modality.
 
-Kim et al., "MLPD: Multi-Label Pedestrian Detector in Multispectral Domain" (RA-L 2021); Lee et
-al., "INSANet: INtra-INter Spectral Attention Network for Effective Feature Fusion of Multispectral
-Pedestrian Detection" (Sensors 2024). With their authors' weights (`ssd/published.py`) they compute
-what the authors' networks do.
+Kim et al., "MLPD: Multi-Label Pedestrian Detector in Multispectral Domain" (RA-L 2021); Lee et al., "INSANet:
+INtra-INter Spectral Attention Network for Effective Feature Fusion of Multispectral Pedestrian Detection"
+(Sensors 2024). With the authors' weights (`ssd/published.py`), outputs equal those of the authors' code.
 """
 
 from __future__ import annotations
@@ -18,28 +17,27 @@ from torch import Tensor, nn
 from kaist.files import InputError
 from ssd.layers import VGG16_STAGES, Detector, L2Norm, conv_relu, stage_outputs, vgg_stage
 
-# Of KAIST's training frames: R, G, B, then LWIR.
+# Mean and standard deviation of KAIST's training frames: R, G, B, LWIR, for pixels from 0 to 1.
 MEAN = (0.3465, 0.3219, 0.2842, 0.1598)
 STD = (0.2358, 0.2265, 0.2274, 0.0813)
-WINDOWS_PER_SIDE = 16  # attention windows a side
-MASKED_LOGIT = -100.0  # added to the attention of tokens that the shift alone brought together
+WINDOWS_PER_SIDE = 16  # attention windows along each side of a map
+MASKED_LOGIT = -100.0  # added to attention logits between tokens that are not neighbours, as in Swin
 
 
 class MultispectralSSD(Detector):
-    """What MLPD and INSANet share: the heads and the input.
+    """What MLPD and INSANet share: the heads and the input, (N, 4, H, W) uint8, LWIR last.
 
-    A subclass makes the layers up to the six maps in `add_backbone`. Batches carry visible first, LWIR last:
-    (N, 4, H, W) uint8. conf has three logits a prior: background, person in visible, person in LWIR.
+    A subclass creates the layers up to the six maps in `add_backbone`. conf has three logits per prior:
+    background, person in visible, person in LWIR.
 
-    Args:
-        infusion, infusion_conv: as in `Detector.add_heads`.
-        detector: of `Detector`; published are width 1.0, prior_set "multispectral", size (512, 640).
+    infusion, infusion_conv: see `Detector.add_heads`. detector_kwargs: arguments of `Detector`; published are
+    width 1.0, prior_set "multispectral" and size (512, 640).
     """
 
     n_logits, family, input_mode = 3, "mlpd", "halfway"
 
-    def __init__(self, *, infusion: Sequence[int], infusion_conv: bool, **detector: Any) -> None:
-        super().__init__(**detector)
+    def __init__(self, *, infusion: Sequence[int], infusion_conv: bool, **detector_kwargs: Any) -> None:
+        super().__init__(**detector_kwargs)
         self.add_backbone(self.scaled)
         self.conv4_3_norm = L2Norm(self.scaled(512))
         self.add_heads([self.scaled(512)] * 6, infusion, infusion_conv)
@@ -47,9 +45,9 @@ class MultispectralSSD(Detector):
 
 
 class MLPD(MultispectralSSD):
-    """Two streams to conv4_3, the same layers for both from there, joined at each of six maps.
+    """Two streams up to conv4_3, shared layers after it, and a fusion of both streams on each of six maps.
 
-    In training BatchNorm of the shared layers sees one stream after the other.
+    In training mode, BatchNorm of the shared layers normalises each stream on its own.
     """
 
     stream_map = (512, 8)
@@ -75,9 +73,9 @@ class MLPD(MultispectralSSD):
 
 
 class INSANet(MultispectralSSD):
-    """Two streams to conv3_3, spectral attention between them, and one trunk from their mean.
+    """Two streams up to conv3_3, spectral attention between them, and one trunk on their mean.
 
-    The sides of the input are multiples of 64 pixels: conv3_3's map, a quarter of them, is divided
+    The sides of the input must be multiples of 64 pixels: conv3_3's map, a quarter of the input, is divided
     into 16 x 16 windows.
     """
 
@@ -107,14 +105,14 @@ class INSANet(MultispectralSSD):
 
 
 def same_size_pool() -> nn.MaxPool2d:
-    """`pool4` of both: 3x3 at stride 1, so that conv4_3's and conv5's maps have the same cells."""
+    """pool4 of both networks: 3x3 with stride 1, which keeps the resolution."""
     return nn.MaxPool2d(3, stride=1, padding=1)
 
 
 def lower_stages(scaled: Callable[[int], int]) -> nn.ModuleList:
-    """From each of the maps 1 to 5 to the next one: conv5 and conv6, conv7, conv8, conv9, conv10.
+    """The layers from each map to the next: conv5 and conv6, conv7, conv8, conv9, conv10.
 
-    conv6_1 and conv7_2 have BatchNorm, the layers after them have not.
+    Of the layers after conv5, only conv6_1 and conv7_2 have BatchNorm.
     """
     wide, narrow = scaled(512), scaled(256)
 
@@ -132,7 +130,7 @@ def lower_stages(scaled: Callable[[int], int]) -> nn.ModuleList:
 
 
 def join(channels: int) -> nn.Sequential:
-    """MLPD's fusion of two streams at a map: (N, 2 channels, h, w) -> (N, channels, h, w)."""
+    """MLPD's fusion of both streams on one map: (N, 2 channels, h, w) -> (N, channels, h, w)."""
     return nn.Sequential(
         nn.Conv2d(2 * channels, channels, 3, padding=1, bias=False),
         nn.BatchNorm2d(channels, momentum=0.01),
@@ -141,23 +139,23 @@ def join(channels: int) -> nn.Sequential:
 
 
 class SpectralAttention(nn.Module):
-    """INSANet's intra-inter spectral attention: two rounds in windows, the second one shifted.
+    """INSANet's intra-inter spectral attention: two rounds in windows, the second with shifted windows.
 
-    size: (height, width) of each stream's map, which has to divide into `WINDOWS_PER_SIDE` windows a side.
+    size: (height, width) of each stream's map. InputError: it is no multiple of `WINDOWS_PER_SIDE`.
     """
 
     def __init__(self, channels: int, size: tuple[float, float]) -> None:
         super().__init__()
         if any(side % WINDOWS_PER_SIDE for side in size):
             problem = f"INPUT_SIZE = {tuple(int(4 * side) for side in size)} cannot be used by INSANet"
-            raise InputError(problem, "take multiples of 64, such as 512,640")
+            raise InputError(problem, "use multiples of 64, such as 512,640")
         self.window = tuple(int(side) // WINDOWS_PER_SIDE for side in size)
         self.shift = tuple(side // 2 for side in self.window)
         self.rounds = nn.ModuleList(AttentionRound(channels) for _ in range(2))
         self.register_buffer("mask", shift_mask(self.window, self.shift), persistent=False)
 
     def forward(self, visible: Tensor, lwir: Tensor) -> Tensor:
-        """The mean (N, C, h, w) of both streams, each (N, C, h, w), after two rounds."""
+        """Attend within and between two streams (N, C, h, w) and return their mean (N, C, h, w)."""
         height, width = visible.shape[2:]
         x = torch.cat([visible, lwir]).permute(0, 2, 3, 1)
         x = self.rounds[0](to_windows(x, self.window), None)
@@ -170,7 +168,7 @@ class SpectralAttention(nn.Module):
 
 
 class AttentionRound(nn.Module):
-    """Attention within each stream, then from each stream to the other one as it came in."""
+    """Attention within each stream, then from each stream to the other stream's input."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -183,15 +181,15 @@ class AttentionRound(nn.Module):
         )
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Renew both streams, (2N, windows, tokens, C), visible first, then LWIR."""
+        """Update both streams, (2N, windows, tokens, C), visible first, then LWIR."""
         other = torch.cat(x.chunk(2)[::-1])
         x = x + self.intra(x, x, mask)
-        found = self.inter(x, other, mask)
-        return x + self.mlp(torch.cat([x, found], dim=-1))
+        attended = self.inter(x, other, mask)
+        return x + self.mlp(torch.cat([x, attended], dim=-1))
 
 
 class Attention(nn.Module):
-    """One head of attention within windows, projected and normalised; nothing encodes positions."""
+    """Single-head attention within windows, with projection and LayerNorm, without position encoding."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -199,27 +197,28 @@ class Attention(nn.Module):
         self.norm = nn.LayerNorm(channels)
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None) -> Tensor:
-        """What queries of `x` find in `source`, both (N, windows, tokens, C); the mask (windows, tokens,
-        tokens) is added to the attention's logits."""
-        found = F.scaled_dot_product_attention(self.q(x), self.k(source), self.v(source), attn_mask=mask)
-        return self.norm(self.fc(found))
+        """Attend from x to source, both (N, windows, tokens, C); the mask is that of `shift_mask`."""
+        x = F.scaled_dot_product_attention(self.q(x), self.k(source), self.v(source), attn_mask=mask)
+        return self.norm(self.fc(x))
 
 
 def to_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """(N, H, W, C) -> (N, windows, tokens, C): windows and tokens by row, then column."""
+    """(N, H, W, C) -> (N, windows, tokens, C), windows and tokens in row-major order."""
     x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0])).transpose(2, 3)
     return x.flatten(3, 4).flatten(1, 2)
 
 
 def from_windows(x: Tensor, window: tuple[int, int], height: int, width: int) -> Tensor:
-    """The inverse of `to_windows`: (N, windows, tokens, C) -> (N, height, width, C)."""
+    """Invert `to_windows`: (N, windows, tokens, C) -> (N, height, width, C)."""
     x = x.unflatten(2, window).unflatten(1, (height // window[0], width // window[1]))
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def shift_mask(window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
-    """Swin's mask (windows, tokens, tokens): 0, and `MASKED_LOGIT` between tokens that are
-    neighbours only because the shifted map continues at its other side (Liu et al., 2021)."""
+    """Swin's attention mask (windows, tokens, tokens) for shifted windows (Liu et al., 2021).
+
+    It is `MASKED_LOGIT` between tokens that share a window only because the map wraps around, else 0.
+    """
     regions = []
     for side, step in zip(window, shift, strict=True):
         region = torch.zeros(WINDOWS_PER_SIDE * side)
@@ -227,5 +226,5 @@ def shift_mask(window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
         region[WINDOWS_PER_SIDE * side - step :] = 2
         regions.append(region)
     region = 3 * regions[0][:, None] + regions[1]
-    own = to_windows(region[None, :, :, None], window).squeeze(3).squeeze(0)
-    return torch.where(own.unsqueeze(1) == own.unsqueeze(2), 0.0, MASKED_LOGIT)
+    region = to_windows(region[None, :, :, None], window).squeeze(3).squeeze(0)
+    return torch.where(region.unsqueeze(1) == region.unsqueeze(2), 0.0, MASKED_LOGIT)
