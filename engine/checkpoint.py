@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.history import LAST, find_run, read_run
+from engine.history import LAST_CHECKPOINT, find_run, read_run
 from kaist.files import InputError, write_atomically
 
 CHECKPOINT_FORMAT = "sds-ssd-kaist-1"
-PREVIOUS = "previous.pt"  # the checkpoint before last.pt
+PREVIOUS_CHECKPOINT = "previous.pt"  # the checkpoint before last.pt
 
 
 def save_checkpoint(path: Path, content: dict[str, Any], previous: Path | None = None) -> None:
@@ -70,9 +70,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         verify_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises errors of many types
-        previous = path.with_name(PREVIOUS)
+        previous = path.with_name(PREVIOUS_CHECKPOINT)
         remedy = "it is damaged, or from another program: choose another, or move this one away"
-        if path.name == LAST and previous.exists():
+        if path.name == LAST_CHECKPOINT and previous.exists():
             remedy = f"use the one before it, {previous}"
         problem = f"not a readable checkpoint ({unpickling_problem(error)})"
         raise InputError(problem, remedy, file=path) from None
@@ -127,7 +127,7 @@ def unpickling_problem(error: Exception) -> str:
     """Why torch.load failed, in a few words. (torch's message suggests to run the file's code.)"""
     code = re.search(r"GLOBAL ([\w.]+)", str(error))
     if code:
-        return f"it holds {code[1]}, which is code; none was run"
+        return f"it contains {code[1]}, which is code; none was run"
     if isinstance(error, UnpicklingError):
         return "it contains something other than weights"
     return (str(error) or type(error).__name__).splitlines()[0][:120]
@@ -144,8 +144,8 @@ def choose_checkpoint(named: Path | None, runs: Path) -> Path:
         InputError: there is no run.
     """
     path = find_run(named or newest_checkpoint(runs), runs)
-    path = path / LAST if path.is_dir() else path
-    run = read_run(path.parent) if path.name in (LAST, PREVIOUS) else None
+    path = path / LAST_CHECKPOINT if path.is_dir() else path
+    run = read_run(path.parent) if path.name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT) else None
     if run and not run["finished"]:
         print(f"warning: {path.parent} is not finished ({len(run['log'])} of {run['epochs']} epochs)")
     return path
@@ -153,7 +153,7 @@ def choose_checkpoint(named: Path | None, runs: Path) -> Path:
 
 def newest_checkpoint(folder: Path) -> Path:
     """The newest `last.pt` of a folder's finished runs, or of all runs if none is finished."""
-    found = sorted(folder.glob(f"*/{LAST}"), key=lambda path: path.stat().st_mtime)
+    found = sorted(folder.glob(f"*/{LAST_CHECKPOINT}"), key=lambda path: path.stat().st_mtime)
     if not found:
         remedy = "train one with python train.py, or name one with --checkpoint"
         raise InputError(f"no run with a checkpoint in {folder.resolve()}", remedy)

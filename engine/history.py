@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows: runs are not locked there
     fcntl = None
 
-LAST = "last.pt"  # a run's newest checkpoint
+LAST_CHECKPOINT = "last.pt"  # a run's newest checkpoint
 
 
 def read_log(folder: Path) -> list[dict[str, float]]:
@@ -76,7 +76,7 @@ def runs_table(folder: str | Path, describe_changes: Callable[[dict[str, Any]], 
     found = []
     for path in sorted(Path(folder).glob("*/")):
         if run := read_run(path):
-            last = path / LAST  # not the folder's time, which an evaluation changes too
+            last = path / LAST_CHECKPOINT  # not the folder's time, which an evaluation changes too
             found.append(((last if last.exists() else path).stat().st_mtime, path.name, run))
     if not found:
         return f"{folder}: no runs yet; python train.py starts one"

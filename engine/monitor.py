@@ -15,7 +15,7 @@ from kaist.files import InputError
 
 MAX_NONFINITE_STEPS = 20  # consecutive skipped steps after which ON_NONFINITE = "skip" stops too
 READ_BACK_STEPS = 10  # steps whose losses are copied from a GPU together, so that it seldom waits
-NONFINITE = (
+NONFINITE_ERROR = (
     "the loss or its gradient is not a finite number; the batch's frames and loss terms are in this file",
     "lower LR, check those frames, or skip such steps with --on-nonfinite skip, which resumes from last.pt, "
     "saved before this step",
@@ -94,5 +94,5 @@ class StepMonitor:
                 evidence = self.run.save_evidence(ids, own_losses, rank())
                 if self.consecutive == self.max_nonfinite_steps:
                     self.run.in_step = True  # later steps have changed the weights: do not save them
-                    raise InputError(*NONFINITE, file=evidence)
+                    raise InputError(*NONFINITE_ERROR, file=evidence)
             self.run.add_step(mean_losses if is_finite else None, seconds)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from engine.checkpoint import LAST, PREVIOUS, load_checkpoint, save_checkpoint
+from engine.checkpoint import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, load_checkpoint, save_checkpoint
 from engine.config import MACHINE_CONSTANTS, OLD_DEFAULTS, same_value
 from engine.curves import MISS_RATES, draw_curves
 from engine.distributed import any_process, broadcast_object, is_main_process, world_size
@@ -30,8 +30,8 @@ from kaist.files import InputError, make_folder, write_atomically, write_text
 from kaist.report import percent
 from kaist.sources import KAIST
 
-DAMAGED = "damaged.pt"  # a last.pt that was found to be damaged
-SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+DAMAGED_CHECKPOINT = "damaged.pt"  # a last.pt that was found to be damaged
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 WARM_UP_STEPS, TIMED_STEPS = 10, 20  # steps of a process before timing, and timed, to estimate its duration
 # Progress of a new run. A checkpoint stores these keys and the state of the parts.
 INITIAL_PROGRESS = {"epoch": 0, "step": 0, "sums": [], "seconds": 0.0, "skipped": 0, "history": []}
@@ -114,7 +114,7 @@ class Run:
             self.notes.append(f"{folder} is a run with other constants; starting a new run")
             return None
         self.lock = lock_folder(folder)
-        paths = [path for name in (LAST, PREVIOUS) if (path := folder / name).exists()]
+        paths = [path for name in (LAST_CHECKPOINT, PREVIOUS_CHECKPOINT) if (path := folder / name).exists()]
         loaded = ((path, state) for path in paths if (state := load_resumable(path, self.config.epochs)))
         path, state = next(loaded, (None, {}))
         if not state:
@@ -126,8 +126,8 @@ class Run:
             self.notes.append(f"{folder} is finished; starting a new run")
             return None
         if path != paths[0]:
-            os.replace(paths[0], folder / DAMAGED)
-            print(f"warning: resuming from {path}; the damaged {LAST} is now {DAMAGED}")
+            os.replace(paths[0], folder / DAMAGED_CHECKPOINT)
+            print(f"warning: resuming from {path}; the damaged {LAST_CHECKPOINT} is now {DAMAGED_CHECKPOINT}")
         self.notes = [f"resuming {folder} from epoch {state['epoch'] + 1}, step {state['step'] + 1}"]
         return state
 
@@ -147,7 +147,8 @@ class Run:
             except (AttributeError, KeyError, TypeError, ValueError, RuntimeError):
                 problem = problem or f"it does not hold the state of {name!r}, so the run cannot be resumed"
         if problem:
-            raise InputError(problem, "move its folder away to start a new run", file=self.folder / LAST)
+            path = self.folder / LAST_CHECKPOINT
+            raise InputError(problem, "move its folder away to start a new run", file=path)
         self.state = {}
 
     def start(self) -> None:
@@ -166,7 +167,7 @@ class Run:
             unfinished.unlink(missing_ok=True)
         constants = vars(self.config) | {"name": self.name}
         write_text(self.folder / "config.json", json.dumps(constants, indent=1))
-        if not (self.folder / LAST).exists():
+        if not (self.folder / LAST_CHECKPOINT).exists():
             self.save()
         if self.history:
             self.write_log()
@@ -184,7 +185,7 @@ class Run:
         if is_main_process():
             self.start()
         # Signals that are ignored stay ignored, such as SIGHUP under nohup.
-        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self.handlers = {number: signal.signal(number, self.request_stop) for number in numbers}
         return self
 
@@ -192,8 +193,9 @@ class Run:
         try:
             if kind is not None and not self.in_step and is_main_process():
                 self.save()
-                place = f"epoch {self.epoch + 1}, step {self.step + 1}"
-                tqdm.write(f"saved; the same command resumes from {place}")
+                tqdm.write(
+                    f"saved; the same command resumes from epoch {self.epoch + 1}, step {self.step + 1}"
+                )
             if isinstance(error, torch.OutOfMemoryError):
                 raise self.out_of_memory() from None
         finally:
@@ -337,7 +339,7 @@ class Run:
     def save(self) -> None:
         """Write last.pt; the last.pt before it becomes previous.pt."""
         content = self.checkpoint_content(resumable=True)
-        save_checkpoint(self.folder / LAST, content, previous=self.folder / PREVIOUS)
+        save_checkpoint(self.folder / LAST_CHECKPOINT, content, previous=self.folder / PREVIOUS_CHECKPOINT)
         self.saved_at = time.monotonic()
 
     def save_is_due(self) -> bool:
