@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from itertools import chain, product, repeat
+from itertools import product, repeat
 from pathlib import Path
 
 from tqdm import tqdm
@@ -37,15 +37,7 @@ from kaist.annotations import (
 )
 from kaist.files import InputError, OneLineParser, check_folders, out_path, read_text, run_script, write_text
 from kaist.pair_sets import NAMED_SETS, SPLITS, find_lwir_range, open_pairs
-from tools.faults import (
-    FAULTS,
-    Fault,
-    check_frame_images,
-    check_label_file,
-    check_label_json,
-    implausible_objects,
-    to_fault,
-)
+from tools.faults import FAULTS, Fault, check_frame, check_label_json, implausible_objects, to_fault
 
 MAX_SHOWN = 5  # faults of one kind in the printed table; the CSV file has all
 CSV_HEADER = ("fault", "file", "line", "problem")  # line 0: the whole file
@@ -232,35 +224,6 @@ def missing_annotations(
             if frame_id not in annotated[source]:
                 path = source if isinstance(source, Path) else Path(source.path(frame_id))
                 yield Fault("missing-annotation", path, 0, f"{frame_id} is not annotated")
-
-
-def check_frame(
-    frame_id: str, paths: dict[str, Path], expected: tuple, forms: Sequence[Annotations]
-) -> tuple[list[Fault], dict[bytes, Path], list[int]]:
-    """Check the images and annotation files of one frame; paths, expected: as in `check_frame_images`.
-
-    Returns:
-        The faults, digest -> file of the valid images, and the indices of the forms that annotate the frame.
-    """
-    faults, digests = check_frame_images(paths, *expected)
-    by_form = {i: check_annotation(form, frame_id) for i, form in enumerate(forms)}
-    form_idxs = [i for i, form_faults in by_form.items() if form_faults is not None]
-    return [*faults, *chain.from_iterable(by_form[i] for i in form_idxs)], digests, form_idxs
-
-
-def check_annotation(form: Annotations, frame_id: str) -> list[Fault] | None:
-    """Check a frame's annotation files in one form; return None if there are none."""
-    modalities = ("visible", "lwir") if form.form == "paired" else (form.modality,)
-    paths = [Path(Annotations(form.source, form.form, m).path(frame_id)) for m in modalities]
-    results = [check_label_file(path, form.form, frame_id) for path in paths]
-    faults = [fault for file_faults, _ in results for fault in file_faults]
-    if [fault.name for fault in faults] == ["missing-annotation"] * len(paths):
-        return None
-    labels = [[row.label for row in rows] for _, rows in results]
-    if not faults and labels[0] != labels[-1]:
-        problem = f"{labels[0]} in the visible file, {labels[1]} here"
-        faults.append(Fault("unpaired-objects", paths[1], 0, problem))
-    return faults
 
 
 def fault_table(faults: list[Fault], base: Path) -> str:

@@ -1,15 +1,16 @@
-"""Faults of the files of a KAIST root or a set of pairs: their names, and checks of single files."""
+"""Faults of a KAIST root or a set of pairs: their names, and the checks of single frames and files."""
 
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from kaist.annotations import FRAME_HEIGHT, FRAME_SIZE, FRAME_WIDTH
+from kaist.annotations import FRAME_HEIGHT, FRAME_SIZE, FRAME_WIDTH, Annotations
 from kaist.files import InputError, load_json, read_text
 from kaist.images import load_image, open_image
 from kaist.labels import KAIST_LABELS, ObjectRow, json_objects, parse_xml, read_labels
@@ -77,22 +78,42 @@ class Fault(NamedTuple):
     problem: str
 
 
-def check_readable(path: Path, missing: str) -> Fault | None:
-    """Return the fault of an unreadable or empty file, if any; missing: the fault of an absent one."""
-    try:
-        if path.is_symlink() and not path.exists():
-            return Fault("broken-link", path, 0, f"a link to {path.readlink()}, which does not exist")
-        if not path.exists():
-            for other in map(path.with_suffix, UNSUPPORTED_SUFFIXES):
-                if other.exists():
-                    return Fault("misnamed-image", other, 0, "save it as JPEG or PNG")
-            return Fault(missing, path, 0, "no such file")
-        if not path.is_file():
-            return Fault("unreadable-file", path, 0, "not a regular file")
-        with path.open("rb") as file:
-            return None if file.read(1) else Fault("empty-file", path, 0, "the file is empty")
-    except OSError as error:
-        return Fault("unreadable-file", path, 0, str(error.strerror or error))
+def check_frame(
+    frame_id: str, paths: dict[str, Path], expected: tuple, forms: Sequence[Annotations]
+) -> tuple[list[Fault], dict[bytes, Path], list[int]]:
+    """Check the images and annotation files of one frame; paths, expected: as in `check_frame_images`.
+
+    Returns:
+        The faults, digest -> file of the valid images, and the indices of the forms that annotate the frame.
+    """
+    faults, digests = check_frame_images(paths, *expected)
+    by_form = {i: check_annotation(form, frame_id) for i, form in enumerate(forms)}
+    form_idxs = [i for i, form_faults in by_form.items() if form_faults is not None]
+    return [*faults, *chain.from_iterable(by_form[i] for i in form_idxs)], digests, form_idxs
+
+
+def check_frame_images(
+    paths: dict[str, Path], size: tuple[int, int] = FRAME_SIZE, lwir_range: tuple[float, float] = (0.0, 0.0)
+) -> tuple[list[Fault], dict[bytes, Path]]:
+    """Check the images of one frame; return the faults, and digest -> file of the images that are valid.
+
+    paths: modality -> file; size, lwir_range: as in `check_image`.
+    """
+    results = {modality: check_image(path, modality, size, lwir_range) for modality, path in paths.items()}
+    faults = [result for result in results.values() if isinstance(result, Fault)]
+    images = {modality: result for modality, result in results.items() if not isinstance(result, Fault)}
+    digests = {digest: paths[modality] for modality, (digest, _) in images.items()}
+    grey = "visible" in images and images["visible"][1] < MIN_VISIBLE_CHROMA
+    coloured = "lwir" in images and images["lwir"][1] > MAX_LWIR_CHROMA
+    if len(digests) < len(images):
+        faults.append(Fault("same-image", paths["lwir"], 0, "the same pixels as the visible image"))
+    elif grey and coloured:
+        faults.append(Fault("swapped-modalities", paths["lwir"], 0, "it has colours, the visible has none"))
+    elif grey:
+        faults.append(Fault("grey-visible", paths["visible"], 0, "it has no colours"))
+    elif coloured:
+        faults.append(Fault("coloured-lwir", paths["lwir"], 0, "it has colours"))
+    return faults, digests
 
 
 def check_image(
@@ -124,34 +145,37 @@ def check_image(
     return hashlib.blake2b(pixels.tobytes(), digest_size=16).digest(), float(chroma)
 
 
-def check_frame_images(
-    paths: dict[str, Path], size: tuple[int, int] = FRAME_SIZE, lwir_range: tuple[float, float] = (0.0, 0.0)
-) -> tuple[list[Fault], dict[bytes, Path]]:
-    """Check the images of one frame; return the faults, and digest -> file of the images that are valid.
-
-    paths: modality -> file; size, lwir_range: as in `check_image`.
-    """
-    results = {modality: check_image(path, modality, size, lwir_range) for modality, path in paths.items()}
-    faults = [result for result in results.values() if isinstance(result, Fault)]
-    images = {modality: result for modality, result in results.items() if not isinstance(result, Fault)}
-    digests = {digest: paths[modality] for modality, (digest, _) in images.items()}
-    grey = "visible" in images and images["visible"][1] < MIN_VISIBLE_CHROMA
-    coloured = "lwir" in images and images["lwir"][1] > MAX_LWIR_CHROMA
-    if len(digests) < len(images):
-        faults.append(Fault("same-image", paths["lwir"], 0, "the same pixels as the visible image"))
-    elif grey and coloured:
-        faults.append(Fault("swapped-modalities", paths["lwir"], 0, "it has colours, the visible has none"))
-    elif grey:
-        faults.append(Fault("grey-visible", paths["visible"], 0, "it has no colours"))
-    elif coloured:
-        faults.append(Fault("coloured-lwir", paths["lwir"], 0, "it has colours"))
-    return faults, digests
+def check_readable(path: Path, missing: str) -> Fault | None:
+    """Return the fault of an unreadable or empty file, if any; missing: the fault of an absent one."""
+    try:
+        if path.is_symlink() and not path.exists():
+            return Fault("broken-link", path, 0, f"a link to {path.readlink()}, which does not exist")
+        if not path.exists():
+            for other in map(path.with_suffix, UNSUPPORTED_SUFFIXES):
+                if other.exists():
+                    return Fault("misnamed-image", other, 0, "save it as JPEG or PNG")
+            return Fault(missing, path, 0, "no such file")
+        if not path.is_file():
+            return Fault("unreadable-file", path, 0, "not a regular file")
+        with path.open("rb") as file:
+            return None if file.read(1) else Fault("empty-file", path, 0, "the file is empty")
+    except OSError as error:
+        return Fault("unreadable-file", path, 0, str(error.strerror or error))
 
 
-def to_fault(error: InputError) -> Fault:
-    """Convert the error of a reader to a fault, named by the expressions in `FAULTS`."""
-    names = (name for name, (_, words) in FAULTS.items() if words and re.search(words, error.problem))
-    return Fault(next(names, "unreadable-file"), Path(error.file), error.line or 0, error.problem)
+def check_annotation(form: Annotations, frame_id: str) -> list[Fault] | None:
+    """Check a frame's annotation files in one form; return None if there are none."""
+    modalities = ("visible", "lwir") if form.form == "paired" else (form.modality,)
+    paths = [Path(Annotations(form.source, form.form, m).path(frame_id)) for m in modalities]
+    results = [check_label_file(path, form.form, frame_id) for path in paths]
+    faults = [fault for file_faults, _ in results for fault in file_faults]
+    if [fault.name for fault in faults] == ["missing-annotation"] * len(paths):
+        return None
+    labels = [[row.label for row in rows] for _, rows in results]
+    if not faults and labels[0] != labels[-1]:
+        problem = f"{labels[0]} in the visible file, {labels[1]} here"
+        faults.append(Fault("unpaired-objects", paths[1], 0, problem))
+    return faults
 
 
 def check_label_file(path: Path, form: str, frame_id: str) -> tuple[list[Fault], list[ObjectRow]]:
@@ -221,3 +245,9 @@ def implausible_objects(
         problem = f"annotation {number}: " * in_json + f"{label[:40]} x={x:g} y={y:g} w={w:g} h={h:g}"
         line = 0 if in_json else number
         yield from (Fault(name, path, line, problem) for name, is_fault in found.items() if is_fault)
+
+
+def to_fault(error: InputError) -> Fault:
+    """Convert the error of a reader to a fault, named by the expressions in `FAULTS`."""
+    names = (name for name, (_, words) in FAULTS.items() if words and re.search(words, error.problem))
+    return Fault(next(names, "unreadable-file"), Path(error.file), error.line or 0, error.problem)
