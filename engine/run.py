@@ -46,9 +46,8 @@ class Run:
     If the name belongs to a finished run or one with other constants, the new run gets a number: `26`,
     `26-2`, …
 
-    As a context manager it handles Ctrl-C, SIGTERM and SIGHUP: it completes the current step, saves a
-    checkpoint and stops the program. It also saves if an error is raised between two steps. Only rank 0
-    writes files.
+    As a context manager it handles Ctrl-C, SIGTERM and SIGHUP: it completes the current step, saves and
+    stops the program. It also saves if an error is raised between two steps. Only rank 0 writes files.
 
     Args:
         config: the run's constants.
@@ -193,9 +192,8 @@ class Run:
         try:
             if kind is not None and not self.in_step and is_main_process():
                 self.save()
-                tqdm.write(
-                    f"saved; the same command resumes from epoch {self.epoch + 1}, step {self.step + 1}"
-                )
+                place = f"epoch {self.epoch + 1}, step {self.step + 1}"
+                tqdm.write(f"saved; the same command resumes from {place}")
             if isinstance(error, torch.OutOfMemoryError):
                 raise self.out_of_memory() from None
         finally:
