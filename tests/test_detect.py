@@ -234,9 +234,9 @@ def test_a_run_is_named_and_one_of_drawings_is_told(run, found, tmp_path, checkp
         save_checkpoint(file, content)
         run(*named, weights="streets")
         said = capsys.readouterr().out
-        assert "seen drawings alone" in said and f"weights of {file}" in said.replace(f"{tmp_path}/", "")
+        assert "trained only on drawings" in said and f"weights of {file}" in said.replace(f"{tmp_path}/", "")
     run(*named)
-    assert "seen drawings alone" not in capsys.readouterr().out
+    assert "trained only on drawings" not in capsys.readouterr().out
 
 
 def test_no_image_is_replaced(run, found, tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from kaist import demo as demo_data
-from kaist import sprites as demo_street
+from kaist import render_demo, sprites
 from kaist.files import InputError
 
 SCRIPT = [sys.executable, "-m", "kaist.demo"]
@@ -36,10 +36,10 @@ def streets() -> list[tuple[int, list[tuple], list[tuple]]]:
     frames = []
     for set_id in range(12):
         rng = np.random.default_rng(set_id)
-        street = demo_street.build_street(rng, night=set_id % 6 >= 3)
-        empty, median = demo_data.EMPTY_AND_HEIGHT[set_id < 6]
-        for groups in demo_data.walk(rng, street, np.zeros(8), empty, median):
-            scene, marks, _ = demo_data.compose(street, groups, pan=0)
+        street = render_demo.build_street(rng, night=set_id % 6 >= 3)
+        empty, median = render_demo.EMPTY_AND_HEIGHT[set_id < 6]
+        for groups in render_demo.simulate_groups(rng, street, np.zeros(8), empty, median):
+            scene, marks, _ = render_demo.compose(street, groups, pan=0)
             contrasts = [_contrast(scene, mark) for mark in marks if _clear(mark)]
             frames.append((set_id, marks, contrasts))
     return frames
@@ -129,7 +129,7 @@ def test_statistics_are_near_kaists(streets: list[tuple]) -> None:
         assert 45 < np.median(h[plain]) < 90 and 120 < np.percentile(h[plain], 95) < 220
         assert 0.35 < np.median((w / h)[plain]) < 0.47
         assert 230 < np.percentile((y + h)[plain], 5) < np.percentile((y + h)[plain], 95) < 440
-        assert set(labels) <= set(demo_data.KINDS)
+        assert set(labels) <= set(render_demo.GROUP_LABELS)
         assert 0.05 < 1 - len(people) / len(labels) < 0.3
 
 
@@ -145,18 +145,18 @@ def test_boxes_lie_inside_the_frame(streets: list[tuple]) -> None:
 def test_box_is_tight_on_its_figure(kind: str, facing: tuple[float, float]) -> None:
     """The pixels that differ from the street without the figure are the box's, in LWIR."""
     rng = np.random.default_rng(3)
-    street = demo_street.build_street(rng, night=True)
+    street = render_demo.build_street(rng, night=True)
     street.props.clear()
-    paints = {part: demo_street.paint(rng, part, True) for part in demo_data.PARTS}
-    figure = demo_street.Figure(kind, 0.5, 14.0, *facing, 0.7, 1.7, 1.1, False, False, paints)
-    without, *_ = demo_data.compose(street, [], pan=0)
-    scene, [(label, (x, y, w, h), occlusion)], [visible] = demo_data.compose(street, [[figure]], pan=0)
+    paints = {part: sprites.sample_paint(rng, part, True) for part in sprites.FIGURE_MATERIALS}
+    figure = sprites.Figure(kind, 0.5, 14.0, *facing, 0.7, 1.7, 1.1, False, False, paints)
+    without, *_ = render_demo.compose(street, [], pan=0)
+    scene, [(label, (x, y, w, h), occlusion)], [visible] = render_demo.compose(street, [[figure]], pan=0)
     rows, columns = np.nonzero(abs(scene - without)[..., 3] > 8)
     assert (label, occlusion) == (kind, 0)
     assert np.allclose((x, y), (columns.min(), rows.min()), atol=1)
     assert np.allclose((x + w, y + h), (columns.max() + 1, rows.max() + 1), atol=1)
     assert visible[1:] == (y, w, h) and abs(visible[0] - x) < 20  # by the parallax
-    shifted, [mark], [aside] = demo_data.compose(street, [[figure]], pan=0, aside=7)
+    shifted, [mark], [aside] = render_demo.compose(street, [[figure]], pan=0, visible_shift=7)
     assert mark[1] == (x, y, w, h) and aside == (visible[0] - 7, *visible[1:])
     assert np.array_equal(shifted[:, :-7, :3], scene[:, 7:, :3])  # the visible picture moves with it
     assert np.array_equal(shifted[..., 3], scene[..., 3])
@@ -165,16 +165,16 @@ def test_box_is_tight_on_its_figure(kind: str, facing: tuple[float, float]) -> N
 def test_occlusion_grows_as_another_steps_in_front() -> None:
     """None alone, heavy right behind another, partial in between."""
     rng = np.random.default_rng(4)
-    street = demo_street.build_street(rng, night=True)
+    street = render_demo.build_street(rng, night=True)
     street.props.clear()
-    paints = {part: demo_street.paint(rng, part, True) for part in demo_data.PARTS}
+    paints = {part: sprites.sample_paint(rng, part, True) for part in sprites.FIGURE_MATERIALS}
 
-    def stand(x: float, z: float) -> demo_street.Figure:
-        return demo_street.Figure("person", x, z, 0.0, -1.0, 0.0, 1.7, 1.1, False, False, paints)
+    def stand(x: float, z: float) -> sprites.Figure:
+        return sprites.Figure("person", x, z, 0.0, -1.0, 0.0, 1.7, 1.1, False, False, paints)
 
     found = []
     for aside in (2.0, 0.3, 0.05):
-        marks = demo_data.compose(street, [[stand(0.0, 14.0)], [stand(aside, 13.0)]], pan=0)[1]
+        marks = render_demo.compose(street, [[stand(0.0, 14.0)], [stand(aside, 13.0)]], pan=0)[1]
         found.append([mark[2] for mark in marks])
     assert found == [[0, 0], [1, 0], [2, 0]]
 
@@ -201,8 +201,8 @@ def test_same_seed_same_bytes(root: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     demo_data.draw_set(again, train_frames=6, test_frames=12, progress=False)
     assert digest(again) == digest(root)
-    _, draw, _ = demo_data.plan(other, demo_data.DrawnSet(1, 6, 12))
-    draw(6, 0, 2)  # of set06's first video all frames
+    _, render, _ = demo_data.plan_jobs(demo_data.DrawnSet(1, 6, 12))
+    demo_data.draw_job(other, render, (6, 0, 2))  # all frames of set06's first video
     frame = "images/set06/V000/lwir/I00000.jpg"
     assert digest(other)[frame] != digest(root)[frame]
 
@@ -213,14 +213,14 @@ def test_never_overwrites(tmp_path: Path) -> None:
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     (tmp_path / "file").write_text("keep")
     for taken in ("mine", "file"):
-        with pytest.raises(InputError, match="remove it or name another"):
+        with pytest.raises(InputError, match="remove it or choose another"):
             demo_data.draw_set(tmp_path / taken)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine", "notes.txt"]
 
 
 def test_a_set_that_cannot_be_is_refused(tmp_path: Path) -> None:
     for changes in ({"seed": -1}, {"train_frames": 5}):
-        with pytest.raises(InputError, match="ask for 6 or more, and a seed from 0 up"):
+        with pytest.raises(InputError, match="ask for 6 or more frames, and a seed from 0 up"):
             demo_data.draw_set(tmp_path / "new", **changes)
     assert not (tmp_path / "new").exists()
 
@@ -327,5 +327,5 @@ def test_script(tmp_path: Path) -> None:
     again = run("--root", "set", *sizes)
     assert other.returncode == few.returncode == again.returncode == 2
     assert again.stderr.count("\n") == 1 and "drawn already" in again.stderr
-    assert other.stderr.count("\n") == 1 and "taken by other files" in other.stderr
+    assert other.stderr.count("\n") == 1 and "contains other files" in other.stderr
     assert "ask for 6 or more" in few.stderr

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from kaist import demo
 from kaist.files import InputError
-from kaist.render_streets import Painter, World, draw_frame
+from kaist.render_streets import FrameRenderer, World, render_frame
 
 NUMBERS = {"train_frames": 6, "test_frames": 6, "progress": False}
 
@@ -39,7 +40,7 @@ def test_the_bytes_are_the_seeds_in_any_number_of_processes_and_in_two_goes(
 ):
     half = tmp_path / "streets"
     for set_id, number in ((0, 0), (7, 0)):
-        draw_frame(half, World(), 20, set_id, number)
+        demo.draw_job(half, partial(render_frame, World(), 20), (set_id, number))
     (half / "recipe.txt").write_text((root / "recipe.txt").read_text())
     kept = half / "images/set00/V000/lwir/I00000.jpg"
     before = kept.stat().st_mtime_ns
@@ -71,19 +72,19 @@ def test_a_place_with_other_files_is_left_alone(root, tmp_path):
     without_haze = shutil.copytree(root, tmp_path / "streets-without-haze")
     for place in (other, without_haze):
         before = digests(place)
-        with pytest.raises(InputError, match="taken"):
+        with pytest.raises(InputError, match="contains other files"):
             demo.draw_set(place, **NUMBERS)
         assert digests(place) == before
-    with pytest.raises(InputError, match="taken"):
+    with pytest.raises(InputError, match="contains other files"):
         demo.draw_set(other / "mine.txt", **NUMBERS)
 
 
-class Alone(Painter):
+class Alone(FrameRenderer):
     """Draws what it is told to, and nothing else."""
 
     told: tuple = ()
 
-    def places(self):
+    def layout(self):
         return list(self.told)
 
 
@@ -107,9 +108,9 @@ def test_who_is_hidden_is_told():
     """Someone right behind another is ignored; partly behind, they are occluded; beside, they are not."""
     found = []
     for aside in (0.0, 0.25, 0.8):
-        painter = Alone(1, 0, 0, World())
-        painter.told = ((14.0, "person", aside), (13.0, "person", 0.0))
-        found.append([(label, occlusion) for label, _, occlusion in painter.compose()[1]])
+        renderer = Alone(1, 0, 0, World())
+        renderer.told = ((14.0, "person", aside), (13.0, "person", 0.0))
+        found.append([(label, occlusion) for label, _, occlusion in renderer.compose()[1]])
     front = ("person", 0)
     assert found == [[("person?", 2), front], [("person", 1), front], [("person", 0), front]]
 
@@ -119,9 +120,9 @@ def test_statistics_are_in_the_stated_ranges():
     marks, means, deviations, counts = [], [], [], []
     for number in range(4):
         for set_id in range(6):
-            painter = Painter(3, set_id, number, World())
-            scene, own = painter.compose()
-            visible, lwir = painter.expose(scene)
+            renderer = FrameRenderer(3, set_id, number, World())
+            scene, own = renderer.compose()
+            visible, lwir = renderer.expose(scene)
             assert visible.shape == (512, 640, 3) and lwir.shape == (512, 640)
             assert visible.dtype == lwir.dtype == np.uint8
             means.append(lwir.mean())
@@ -146,16 +147,16 @@ def test_statistics_are_in_the_stated_ranges():
 def test_worlds_differ_in_training_and_share_their_test_list():
     """Without crowds there are fewer people; the test frames of all sets are the same."""
     few, many = (
-        sum(kind != "" for number in range(200) for _, kind, _ in painter(number).places())
-        for painter in (lambda n, w=w: Painter(0, 0, n, w) for w in (World(False), World()))
+        sum(kind != "" for number in range(200) for _, kind, _ in renderer(number).layout())
+        for renderer in (lambda n, w=w: FrameRenderer(0, 0, n, w) for w in (World(False), World()))
     )
     assert 1.4 * few < many
-    plain, full = (Painter(0, 9, 0, w).compose() for w in (World(False, False), World()))
+    plain, full = (FrameRenderer(0, 9, 0, w).compose() for w in (World(False, False), World()))
     assert np.array_equal(plain[0], full[0]) and plain[1] == full[1]
 
 
 def test_the_note_is_of_drawn_sets_alone():
-    assert "drawings alone" in demo.streets_note("/somewhere/data/streets")
+    assert "only on drawings" in demo.streets_note("/somewhere/data/streets")
     assert demo.streets_note("data/streets-without-haze")
     assert not demo.streets_note("/mine/streets") and not demo.streets_note("streets")
     assert not demo.streets_note("data/demo") and not demo.streets_note("/data/kaist")
