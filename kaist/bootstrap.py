@@ -1,4 +1,4 @@
-"""How sure a miss rate is: bootstrap over frames or videos. Needs numpy alone."""
+"""Confidence intervals of miss rates: bootstrap over frames or videos. Needs only numpy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kaist.miss_rate import (
 )
 from kaist.results import Detections
 
-MAX_RESAMPLES = 10**6  # whose rates are held in memory
+MAX_RESAMPLES = 10**6  # their rates are kept in memory
 
 
 def bootstrap(
@@ -32,18 +32,16 @@ def bootstrap(
     seed: int = 0,
     by_video: bool = False,
 ) -> dict[str, np.ndarray]:
-    """Official miss rates (resamples,) of each setup on frames drawn anew with replacement.
+    """Official miss rates of resampled frames: setup -> (resamples,) float64; nan for one frame or video.
 
-    The nonparametric bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
-    chapters 6 and 13): a subset's frames are drawn with replacement as many times as it has
-    frames, and the rate is taken of the drawn frames, matches staying what they are. `interval`
-    takes the percentiles. Frames of one video resemble each other, so that drawing frames
-    understates the spread over other streets; `by_video` draws whole videos (the cluster
-    bootstrap; Davison and Hinkley, Bootstrap Methods, 1997, section 3.8).
+    The nonparametric bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, chapters 6
+    and 13): as many frames as a subset has are sampled from it with replacement, and keep their matches.
+    `by_video` samples whole videos instead (the cluster bootstrap; Davison and Hinkley, Bootstrap Methods,
+    1997, section 3.8). Frames of one video resemble each other, so sampling frames understates the
+    uncertainty about other streets.
 
-    The draws depend on the seed and the frames alone: for two detectors, the difference of their
-    samples is the paired one, whose interval says whether they differ on these frames. Of a single frame or
-    video samples are nan.
+    Samples depend only on the seed and the frames. So the difference of two detectors' samples is a paired
+    one, and its interval shows whether the detectors differ on these frames.
     """
     ranked = sort_by_score(detections)
     videos = [*map(video_of, ground_truth.frames)]
@@ -51,28 +49,30 @@ def bootstrap(
     n_units, samples = int(units.max()) + 1, {}
     for name, matching in match_setups(ground_truth, ranked, setups):
         rng = np.random.default_rng(seed)
-        drawn = np.unique(units[matching.frames])
-        if len(drawn) == 1:  # which says nothing about others
+        in_subset = np.unique(units[matching.frames])
+        if len(in_subset) == 1:
             samples[name] = np.full(resamples, np.nan)
             continue
-        people = np.bincount(ground_truth.frame_idxs[matching.positive], minlength=len(videos))
+        n_people = np.bincount(ground_truth.frame_idxs[matching.positive], minlength=len(videos))
         hits, false = matching.outcome == 1, matching.outcome == 0
-        hits_before = np.append(np.cumsum(hits)[false], np.count_nonzero(hits))  # each false one, and the end
+        hits_before = np.append(
+            np.cumsum(hits)[false], np.count_nonzero(hits)
+        )  # each false positive; the end
         hits, false = ranked.frame_idxs[hits], ranked.frame_idxs[false]
         rates = np.empty((resamples, len(FPPI_POINTS)))
         for i in range(resamples):
-            picks = drawn[rng.integers(0, max(len(drawn), 1), len(drawn))]
-            weight = np.bincount(picks, minlength=n_units)[units] * matching.frames  # of each frame
+            picks = in_subset[rng.integers(0, max(len(in_subset), 1), len(in_subset))]
+            weight = np.bincount(picks, minlength=n_units)[units] * matching.frames  # copies of each frame
             allowed = allowed_false_positives(weight.sum(), FPPI_POINTS)
-            seen = np.searchsorted(np.cumsum(weight[false]), allowed, side="right")
-            found = np.append(0, np.cumsum(weight[hits]))[hits_before[seen]]
-            rates[i] = divide_or_nan(found, weight @ people)
+            n_false = np.searchsorted(np.cumsum(weight[false]), allowed, side="right")
+            found = np.append(0, np.cumsum(weight[hits]))[hits_before[n_false]]
+            rates[i] = divide_or_nan(found, weight @ n_people)
         samples[name] = log_average(rates, "official")
     return samples
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:
-    """The middle 95% of bootstrap samples, (low, high); nan where no sample has people."""
+    """The central 95% of bootstrap samples, (low, high); nan if no sample has people."""
     samples = samples[~np.isnan(samples)]
     low, high = np.quantile(samples, [(1 - 0.95) / 2, (1 + 0.95) / 2]) if len(samples) else (np.nan, np.nan)
     return float(low), float(high)

@@ -1,8 +1,8 @@
-"""COCO's average precision of people, beside the miss rate. Needs numpy alone.
+"""COCO's average precision of persons. Needs only numpy.
 
-The numbers are those of pycocotools' COCOeval, "bbox", for one category: every object annotated as a
-person counts, whatever its height or occlusion; objects to ignore are crowd regions, in which any
-number of detections is forgiven.
+The numbers equal those of pycocotools' COCOeval ("bbox") for one category. Every object annotated as a
+person counts, whatever its height or occlusion. Ignored objects are crowd regions: any number of detections
+in them is ignored.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import numpy as np
 from kaist.miss_rate import GroundTruth, match_greedily, overlapping_pairs, sort_by_score, sort_candidates
 from kaist.results import Detections
 
-IOUS = np.linspace(0.5, 0.95, 10)
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0, 1, 101)
-MAX_DETECTIONS = 100  # of a frame that are looked at, the highest scores
-# Areas (lowest, highest), inclusive, pixels.
+MAX_DETECTIONS = 100  # of the highest scores in each frame
+# Area ranges (lowest, highest), inclusive, square pixels.
 AREAS = {"": (0.0, 1e10), " small": (0.0, 32.0**2), " medium": (32.0**2, 96.0**2), " large": (96.0**2, 1e10)}
 
 
@@ -23,23 +23,22 @@ def coco_ap(ground_truth: GroundTruth, detections: Detections) -> dict[str, floa
     """ "AP", "AP50", "AP75", "AP small", "AP medium" and "AP large", fractions; nan where nobody counts.
 
     AP is the mean over ten IoU thresholds and 101 recalls of the highest precision at that recall or
-    above. A person outside of a range of areas is ignored; so is a detection outside of it that
-    matches nothing.
+    above. A person outside of the area range is ignored. So is an unmatched detection outside of it.
     """
     ranked = sort_by_score(detections)
     order = np.argsort(ranked.frame_idxs, kind="stable")
-    frame = ranked.frame_idxs[order]
-    place = np.arange(len(frame)) - np.searchsorted(frame, frame)  # of a detection in its frame
-    detections = ranked.take(np.sort(order[place < MAX_DETECTIONS]))
-    det, gt, shared, area, other_area = overlapping_pairs(ground_truth, detections)
-    overlap = shared / np.where(ground_truth.ignore[gt], area, area + other_area - shared)
-    best = sort_candidates(det, gt, overlap, IOUS[0])
+    idxs = ranked.frame_idxs[order]
+    rank_in_frame = np.arange(len(idxs)) - np.searchsorted(idxs, idxs)
+    detections = ranked.take(np.sort(order[rank_in_frame < MAX_DETECTIONS]))
+    det, gt, intersection, area, gt_area = overlapping_pairs(ground_truth, detections)
+    overlap = intersection / np.where(ground_truth.ignore[gt], area, area + gt_area - intersection)
+    best = sort_candidates(det, gt, overlap, IOU_THRESHOLDS[0])
     pairs = det[best], gt[best], overlap[best]
-    gt_area, det_area = (boxes[:, 2] * boxes[:, 3] for boxes in (ground_truth.boxes, detections.boxes))
+    gt_areas, det_areas = (boxes[:, 2] * boxes[:, 3] for boxes in (ground_truth.boxes, detections.boxes))
     values = {}
     for name, (low, high) in AREAS.items():
-        counts = ~ground_truth.ignore & (gt_area >= low) & (gt_area <= high)
-        in_range = (det_area >= low) & (det_area <= high)
+        counts = ~ground_truth.ignore & (gt_areas >= low) & (gt_areas <= high)
+        in_range = (det_areas >= low) & (det_areas <= high)
         precision = precision_curves(*match(pairs, counts, ground_truth.ignore, in_range), counts.sum())
         values["AP" + name] = float(precision.mean())
         if not name:
@@ -50,41 +49,42 @@ def coco_ap(ground_truth: GroundTruth, detections: Detections) -> dict[str, floa
 def match(
     pairs: tuple[np.ndarray, ...], counts: np.ndarray, crowd: np.ndarray, in_range: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(10, n) bool of each threshold: detections that are true positives, and those that are ignored.
+    """Match detections at each IoU threshold: true positives and ignored detections, (10, n) bool each.
 
-    A detection takes the best free person that counts; else the best other object, of which a crowd is
-    never taken away. All thresholds are matched at once, as if each had frames of its own.
+    A detection matches the best unmatched person that counts, or else the best other object. A crowd region
+    can be matched any number of times. All thresholds are matched in one call, with indices of their own.
 
     Args:
         pairs: (p,) det, gt and overlap, as sorted by `sort_candidates`. The overlap is the IoU, or with a
             crowd region the fraction of the detection's area that it covers.
-        counts, crowd: (m,) bool, people that count and objects to ignore.
-        in_range: (n,) bool, detections whose area is within the range.
+        counts, crowd: (m,) bool, persons that count, and crowd regions.
+        in_range: (n,) bool, detections whose area is in the range.
     """
     det, gt, iou = pairs
-    n, m = len(in_range), len(counts)
-    level, pair = np.nonzero(iou >= IOUS[:, None])
+    n, m, n_levels = len(in_range), len(counts), len(IOU_THRESHOLDS)
+    level, pair = np.nonzero(iou >= IOU_THRESHOLDS[:, None])
     det, gt, is_crowd = det[pair] + n * level, gt[pair] + m * level, crowd[gt[pair]]
-    matched = np.zeros(len(IOUS) * n, bool)
+    matched = np.zeros(n_levels * n, bool)
 
-    def take(some: np.ndarray, objects: np.ndarray, n_objects: int) -> None:
-        taken = match_greedily(det[some], objects[some], n_objects)
-        matched[taken[taken >= 0]] = True
+    def match_pairs(selected: np.ndarray, objects: np.ndarray, n_objects: int) -> None:
+        gt_match = match_greedily(det[selected], objects[selected], n_objects)
+        matched[gt_match[gt_match >= 0]] = True
 
-    take(np.tile(counts, len(IOUS))[gt], gt, len(IOUS) * m)
+    match_pairs(np.tile(counts, n_levels)[gt], gt, n_levels * m)
     true = matched.copy()
-    others = ~np.tile(counts, len(IOUS))[gt] & ~true[det]
-    own = np.where(is_crowd, len(IOUS) * m + np.arange(len(gt)), gt)  # a crowd for each that asks
-    take(others, own, len(IOUS) * m + len(gt))
-    ignored = (matched & ~true) | ~(matched | np.tile(in_range, len(IOUS)))
-    return true.reshape(len(IOUS), -1), ignored.reshape(len(IOUS), -1)
+    others = ~np.tile(counts, n_levels)[gt] & ~true[det]
+    # A copy of the crowd region for each of its pairs, so that none takes it from another.
+    objects = np.where(is_crowd, n_levels * m + np.arange(len(gt)), gt)
+    match_pairs(others, objects, n_levels * m + len(gt))
+    ignored = (matched & ~true) | ~(matched | np.tile(in_range, n_levels))
+    return true.reshape(n_levels, -1), ignored.reshape(n_levels, -1)
 
 
 def precision_curves(true: np.ndarray, ignored: np.ndarray, n_positive: int) -> np.ndarray:
     """(10, 101) precision at each of `RECALLS`, nan where nobody counts.
 
     Args:
-        true, ignored: (10, n) as from `match`, from the highest score down.
+        true, ignored: (10, n) bool, as from `match`, by descending score.
     """
     if not n_positive:
         return np.full((len(true), len(RECALLS)), np.nan)
@@ -92,6 +92,6 @@ def precision_curves(true: np.ndarray, ignored: np.ndarray, n_positive: int) -> 
     misses = np.cumsum(~(true | ignored), axis=1)
     precision = hits / (hits + misses + np.spacing(1))
     precision = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    precision = np.pad(precision, ((0, 0), (0, 1)))  # a recall that is never reached
+    precision = np.pad(precision, ((0, 0), (0, 1)))  # 0 at recalls that are never reached
     places = [np.searchsorted(recall, RECALLS) for recall in hits / n_positive]
     return np.take_along_axis(precision, np.array(places), axis=1)

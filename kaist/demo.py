@@ -50,23 +50,18 @@ FRAME_SECONDS = 0.12  # approximate time of one CPU core to draw a frame
 
 
 class DrawnSet(NamedTuple):
-    """Settings of a set.
-
-    train_frames, test_frames: numbers of frames in set00-05 and in set06-11; world: options of a streets set,
-    None for a demo set; paired: shift the visible camera and annotate each modality.
-    """
+    """Settings of a set."""
 
     seed: int = 4
-    train_frames: int = 480
-    test_frames: int = 180
-    world: World | None = None
-    paired: bool = False
+    train_frames: int = 480  # in set00-05
+    test_frames: int = 180  # in set06-11
+    world: World | None = None  # options of a streets set, None for a demo set
+    paired: bool = False  # shift the visible camera, and annotate each modality
 
 
 # Sets by the name of their folder; any other name is the demo set.
 SETS = {SHIFTED_ROOT.name: DrawnSet(paired=True)}
 SETS |= {name: DrawnSet(20, 3600, 240, world) for name, world in WORLDS.items()}
-Jobs = dict[tuple[int, ...], list[str]]
 
 
 def draw_set(root: Path, *, progress: bool = True, **changes: int | None) -> None:
@@ -92,10 +87,8 @@ def draw_set(root: Path, *, progress: bool = True, **changes: int | None) -> Non
     recipe, render, jobs = plan_jobs(settings)
     check_root(root, recipe)
     last = "lwir" * settings.paired  # the annotations that are written last
-    jobs_left = {
-        job: ids for job, ids in jobs.items() if not all(text_path(root, i, last).exists() for i in ids)
-    }
-    n_frames = sum(map(len, jobs_left.values()))
+    left = {job: ids for job, ids in jobs.items() if not all(text_path(root, i, last).exists() for i in ids)}
+    n_frames = sum(map(len, left.values()))
     n_workers = min(os.cpu_count() or 1, 61)  # Windows allows no more
     if progress:
         expected = tqdm.format_interval(n_frames * FRAME_SECONDS / n_workers)
@@ -109,8 +102,8 @@ def draw_set(root: Path, *, progress: bool = True, **changes: int | None) -> Non
             ProcessPoolExecutor(n_workers, initializer=init_worker) as pool,
             tqdm(total=n_frames, unit="frame", disable=not progress) as bar,
         ):
-            drawn = pool.map(partial(draw_job, root, render), jobs_left)
-            for frame_ids, _ in zip(jobs_left.values(), drawn, strict=True):
+            drawn = pool.map(partial(draw_job, root, render), left)
+            for frame_ids, _ in zip(left.values(), drawn, strict=True):
                 bar.update(len(frame_ids))
         write_lists(root, [*itertools.chain(*jobs.values())], settings.paired)
     except OSError as error:
@@ -118,13 +111,12 @@ def draw_set(root: Path, *, progress: bool = True, **changes: int | None) -> Non
         raise InputError(problem, "free some space or choose another --root", file=root) from error
 
 
-def plan_jobs(settings: DrawnSet) -> tuple[str, Callable[..., Iterator[RenderedFrame]], Jobs]:
-    """The set's description; the function that renders a job; and each job's arguments -> its frame ids."""
+def plan_jobs(settings: DrawnSet) -> tuple[str, Callable[..., Iterator[RenderedFrame]], dict]:
+    """The set's description, the function that renders a job, and the jobs: arguments -> frame ids."""
     totals, jobs = (settings.train_frames, settings.test_frames), {}
     counts = [total // 6 + (k < total % 6) for total in totals for k in range(6)]
     if settings.world:
-        for set_id, number in ((k, number) for k in range(12) for number in range(counts[k])):
-            jobs[set_id, number] = [render_streets.frame_id(set_id, number)]
+        jobs = {(k, i): [render_streets.frame_id(k, i)] for k in range(12) for i in range(counts[k])}
         render = partial(render_streets.render_frame, settings.world, settings.seed)
         return f"seed {settings.seed}, {settings.world}\n", render, jobs
     for set_id, count in enumerate(counts):

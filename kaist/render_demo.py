@@ -1,9 +1,8 @@
 """Renders the demo set's videos: pedestrians who walk through a street, with their annotations.
 
-Each video shows one street. People walk from frame to frame and are annotated as on KAIST: persons,
-crowds ("people"), cyclists and unsure objects ("person?"), each with its level of occlusion. By day people
-stand out in visible, and LWIR is full of sun-warmed walls, posts and doors. By night visible is dark away
-from lamps, and people are the warmest objects in LWIR.
+Each video shows one street. Annotations are as on KAIST: persons, crowds ("people"), cyclists and unsure
+objects ("person?"), each with its level of occlusion. By day people stand out in visible, and LWIR is full
+of sun-warmed objects. By night visible is dark away from lamps, and people are warmest in LWIR.
 """
 
 from __future__ import annotations
@@ -42,12 +41,8 @@ EMPTY_AND_HEIGHT = ((0.34, 55), (0.08, 62))  # test, train: share of empty frame
 
 
 def draw_background(rng: np.random.Generator, camera: Camera, night: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the sky, the ground and two rows of houses.
-
-    Returns:
-        The scene, (FRAME_HEIGHT, SCENE_WIDTH, 4) float32, and the light of the houses' windows,
-        (FRAME_HEIGHT, SCENE_WIDTH, 3) float32.
-    """
+    """Draw the sky, the ground and two rows of houses, (h, w, 4) float32, and only the light of their
+    windows, (h, w, 3) float32, both of FRAME_HEIGHT and SCENE_WIDTH."""
     from PIL import Image
 
     canvas = Canvas((0, 0, SCENE_WIDTH, FRAME_HEIGHT))
@@ -101,23 +96,15 @@ def draw_background(rng: np.random.Generator, camera: Camera, night: bool) -> tu
 
 @dataclass
 class Street:
-    """Everything that is the same in all frames of a video.
-
-    Attributes:
-        props: cars and posts.
-        background: (FRAME_HEIGHT, SCENE_WIDTH, 4) float32, with the light applied.
-        light: (FRAME_HEIGHT, SCENE_WIDTH, 3) float32, factors of the visible pixels of sprites.
-        glow: (FRAME_HEIGHT, SCENE_WIDTH, 3) float32, added to the visible image.
-        parallax: scale of the offset of visible from LWIR, which grows with proximity.
-    """
+    """What is the same in all frames of a video. Arrays are float32 of FRAME_HEIGHT and SCENE_WIDTH."""
 
     night: bool
     camera: Camera
-    props: list[Sprite]
-    background: np.ndarray
-    light: np.ndarray
-    glow: np.ndarray
-    parallax: float
+    props: list[Sprite]  # cars and posts
+    background: np.ndarray  # (h, w, 4), with the light applied
+    light: np.ndarray  # (h, w, 3), factors of the sprites' visible pixels
+    glow: np.ndarray  # (h, w, 3), added to the visible image
+    parallax: float  # scale of the offset of visible from LWIR, which grows with proximity
 
 
 def build_street(rng: np.random.Generator, night: bool) -> Street:
@@ -203,12 +190,9 @@ def in_view(street: Street, x: float, z: float, pan: float, hides: bool = True) 
 def simulate_groups(
     rng: np.random.Generator, street: Street, pans: np.ndarray, empty: float, median: float
 ) -> Iterator[list[list[Figure]]]:
-    """Yield each frame's groups of figures.
+    """Yield each frame's groups of figures; a fraction `empty` of the video, in one stretch, has none.
 
-    Args:
-        pans: pixels that the camera looks to the right in each frame.
-        empty: fraction of the video, in one stretch, without people.
-        median: median body height, pixels.
+    pans: pixels that the camera looks to the right in each frame; median: median body height, pixels.
     """
     quiet = min(int(empty * len(pans) + rng.random()), len(pans) - 1)
     start, groups = rng.integers(1, len(pans) - quiet + 1), []
@@ -231,11 +215,8 @@ def simulate_groups(
 def compose(
     street: Street, groups: list[list[Figure]], pan: int, visible_shift: int = 0
 ) -> tuple[np.ndarray, list[tuple], list[tuple | None]]:
-    """Render one frame without noise.
-
-    Args:
-        pan: pixels that the camera looks to the right.
-        visible_shift: pixels that the visible camera looks further to the right than LWIR.
+    """Render one frame without noise. The camera looks `pan` pixels to the right, and the visible camera
+    `visible_shift` more.
 
     Returns:
         The frame, (FRAME_HEIGHT, FRAME_WIDTH, 4) float32; each visible group's label, xywh box in LWIR

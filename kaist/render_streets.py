@@ -107,10 +107,7 @@ class FrameRenderer:
         return red, green, blue, int(np.clip(self.rng.normal(HEAT_MEAN, spread * HEAT_STD), 5, 240))
 
     def finish(self, sprite: Sprite, depth: float | np.ndarray) -> Sprite:
-        """Add texture, shading and haze to a sprite, in place.
-
-        depth: metres, for the whole sprite, or (h, 1, 1) for each of its rows.
-        """
+        """Add texture, shade and haze in place. depth: metres, of all or of each row (h, 1, 1)."""
         height, width = sprite.alpha.shape[:2]
         for channels, roughness in zip((slice(0, 3), slice(3, 4)), self.roughness, strict=True):
             field = 1 + roughness * self.rng.uniform(0.3, 1.3) * self.texture(height, width)
@@ -270,10 +267,7 @@ class FrameRenderer:
         return draw_figure(figure, self.camera)
 
     def layout(self) -> list[tuple[float, str, float]]:
-        """Sample the position of everyone and everything: (z, label, x), far to near, metres.
-
-        The label of a decoy is "".
-        """
+        """Sample (z, label, x) of each person and decoy, far to near, in metres; a decoy's label is ""."""
         rng, places = self.rng, []
         for _ in range(rng.choice(6, p=(0.05, 0.1, 0.2, 0.25, 0.2, 0.2))):
             z = FOCAL_LENGTH * 1.7 / np.clip(74 * np.exp(rng.normal(0, 0.5)), 30, 260)
@@ -287,11 +281,9 @@ class FrameRenderer:
         return sorted(places, reverse=True)
 
     def compose(self) -> tuple[np.ndarray, list[Annotated]]:
-        """Render a street with its people, before the cameras' effects.
+        """Render a street, (FRAME_HEIGHT, FRAME_WIDTH, 4) float32, and annotate its people in LWIR pixels.
 
-        Returns:
-            The scene, (FRAME_HEIGHT, FRAME_WIDTH, 4) float32, and each visible person's label, xywh box in
-            LWIR pixels and occlusion (0, 1 or 2). Persons hidden by 65% or more are labelled "person?".
+        Persons of whom 65% or more are hidden are labelled "person?".
         """
         scene, parallax, people = self.background(), self.rng.uniform(-2, 2), []
         topmost = np.full(scene.shape[:2], -1, np.int16)  # index of the person seen in each pixel
@@ -314,11 +306,7 @@ class FrameRenderer:
         return scene, objects
 
     def expose(self, scene: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Simulate the cameras: light, tint, blur, noise, gain and offset.
-
-        Returns:
-            Visible (FRAME_HEIGHT, FRAME_WIDTH, 3) and LWIR (FRAME_HEIGHT, FRAME_WIDTH), uint8.
-        """
+        """Simulate what the cameras record of a scene: visible (h, w, 3) and LWIR (h, w), uint8."""
         rng, extra = self.rng, float(self.world.haze)  # extra scales blur and noise above the minimum
         y, x = np.mgrid[: FRAME_HEIGHT // 8, : FRAME_WIDTH // 8] * 8.0
         light, glow = np.full(y.shape, rng.uniform(0.6, 1.25)), np.zeros(y.shape)

@@ -17,8 +17,7 @@ from kaist.annotations import FRAME_HEIGHT
 if TYPE_CHECKING:
     from PIL import Image
 
-# The camera moves within a scene that is wider than the frame.
-SCENE_WIDTH = 800  # pixels
+SCENE_WIDTH = 800  # pixels; wider than the frame, so that the camera can pan within a video
 FOCAL_LENGTH = 700.0  # pixels
 CAMERA_HEIGHT, LAMP_HEIGHT = 1.9, 5.2  # metres above the ground
 
@@ -78,37 +77,23 @@ def shade(colour: Paint, light: float, warmth: float = 1.0) -> Paint:
 
 @dataclass
 class Sprite:
-    """An antialiased picture of an object, with its position in the scene.
+    """An antialiased picture of an object, with its position in the scene."""
 
-    Attributes:
-        left, top: upper left corner, scene pixels.
-        pixels: (h, w, 4) float32, 0..255, premultiplied by alpha.
-        alpha: (h, w, 1) float32, 0..1.
-        x, z, z_far: metres to the right of the camera, and to the object's near and far end.
-        bulbs: (x, y, radius) of its lit lamps, scene pixels.
-    """
-
-    left: int
+    left: int  # upper left corner, scene pixels
     top: int
-    pixels: np.ndarray
-    alpha: np.ndarray
-    x: float
-    z: float
-    z_far: float
-    bulbs: Sequence[tuple[float, float, float]] = ()
+    pixels: np.ndarray  # (h, w, 4) float32, 0..255, premultiplied by alpha
+    alpha: np.ndarray  # (h, w, 1) float32, 0..1
+    x: float  # metres to the right of the camera
+    z: float  # metres to the object's near end
+    z_far: float  # metres to its far end
+    bulbs: Sequence[tuple[float, float, float]] = ()  # (x, y, radius) of its lit lamps, scene pixels
 
     def paste(
         self, scene: np.ndarray, channels: slice, shift: int, light: np.ndarray | None = None
     ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-        """Blend the sprite into some channels of the scene, in place.
+        """Blend the sprite into some channels of a scene (h, w, 4) in place, `shift` pixels to the right.
 
-        Args:
-            scene: (FRAME_HEIGHT, w, 4) float32.
-            shift: pixels by which the sprite is moved to the right.
-            light: (FRAME_HEIGHT, w, 3) factors of the sprite's pixels.
-
-        Returns:
-            The slices that it covers in the scene, and the matching slices of the sprite.
+        light: (h, w, 3) factors of its pixels. Returns the slices of the scene, and of the sprite.
         """
         corner = np.array((self.top, self.left + shift))
         start = np.maximum(corner, 0)
@@ -124,12 +109,9 @@ class Sprite:
 class Canvas:
     """A patch of the scene to draw shapes on, at `oversample` times the scene's resolution.
 
-    Coordinates are offsets (x, y) from `origin` in units of `unit` scene pixels: scene pixels by default,
-    body heights for a figure. Pillow's CMYK mode holds red, green, blue and heat, because Pillow would
-    take the fourth channel of RGBA for transparency when it shrinks the patch.
-
-    Args:
-        box: xyxy scene pixels; the part outside of the scene is not drawn.
+    box: the patch, xyxy scene pixels; what is outside of the scene is not drawn. Coordinates are offsets
+    (x, y) from `origin` in units of `unit` scene pixels. Pillow's CMYK mode holds red, green, blue and heat,
+    because Pillow would take the fourth channel of RGBA for transparency when it shrinks the patch.
     """
 
     def __init__(
@@ -191,9 +173,9 @@ class Camera:
         return SCENE_WIDTH / 2 + FOCAL_LENGTH * x / z, self.horizon + FOCAL_LENGTH * (CAMERA_HEIGHT - y) / z
 
     def rectangle(self, a: Sequence[float], b: Sequence[float]) -> Points:
-        """Project the four corners of the rectangle between opposite corners a and b, (x, y, z) each.
+        """Project the corners of a rectangle with opposite corners a and b (x, y, z).
 
-        Where they share x it is a wall along the street. Otherwise its lower and upper edges run across.
+        It is a wall along the street if they share x; otherwise its lower and upper edges run across.
         """
         (x0, y0, z0), (x1, y1, z1) = a, b
         corners = (a, (x1, y0, z0 if x0 != x1 else z1), b, (x0, y1, z1 if x0 != x1 else z0))
@@ -202,31 +184,20 @@ class Camera:
 
 @dataclass
 class Figure:
-    """A pedestrian or cyclist. Between the frames of a video only x, z and phase change.
+    """A pedestrian or cyclist. Between the frames of a video only x, z and phase change."""
 
-    Attributes:
-        label: annotated class; a "cyclist" is drawn on a bicycle.
-        x, z: position, metres.
-        vx, vz: velocity, metres per frame.
-        phase: phase of the gait, radians.
-        size: body height, metres.
-        breadth: factor of the body's width; 1 is slim.
-        paints: paint of each of `FIGURE_MATERIALS`.
-        coat: length of the coat below the hips, body heights.
-    """
-
-    label: str
-    x: float
+    label: str  # annotated class; a "cyclist" is drawn on a bicycle
+    x: float  # metres
     z: float
-    vx: float
+    vx: float  # metres per frame
     vz: float
-    phase: float
-    size: float
-    breadth: float
+    phase: float  # of the gait, radians
+    size: float  # body height, metres
+    breadth: float  # factor of the body's width; 1 is slim
     bare_arms: bool
     bag: bool
-    paints: dict[str, Paint]
-    coat: float = 0.0
+    paints: dict[str, Paint]  # of `FIGURE_MATERIALS`
+    coat: float = 0.0  # length below the hips, body heights
 
 
 def draw_figure(figure: Figure, camera: Camera) -> Sprite:
