@@ -16,7 +16,6 @@ from kaist.miss_rate import (
     divide_or_nan,
     log_average,
     match_setups,
-    sort_by_score,
 )
 from kaist.results import Detections
 
@@ -43,7 +42,7 @@ def bootstrap(
     Samples depend only on the seed and the frames. So the difference of two detectors' samples is a paired
     one, and its interval shows whether the detectors differ on these frames.
     """
-    ranked = sort_by_score(detections)
+    ranked = detections.sort_by_score()
     videos = [*map(video_of, ground_truth.frames)]
     units = np.unique(videos, return_inverse=True)[1] if by_video else np.arange(len(videos))
     n_units, samples = int(units.max()) + 1, {}

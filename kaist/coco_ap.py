@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kaist.miss_rate import GroundTruth, match_greedily, overlapping_pairs, sort_by_score, sort_candidates
+from kaist.miss_rate import GroundTruth, match_greedily, overlapping_pairs, sort_candidates
 from kaist.results import Detections
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
@@ -25,7 +25,7 @@ def coco_ap(ground_truth: GroundTruth, detections: Detections) -> dict[str, floa
     AP is the mean over ten IoU thresholds and 101 recalls of the highest precision at that recall or
     above. A person outside of the area range is ignored. So is an unmatched detection outside of it.
     """
-    ranked = sort_by_score(detections)
+    ranked = detections.sort_by_score()
     order = np.argsort(ranked.frame_idxs, kind="stable")
     idxs = ranked.frame_idxs[order]
     rank_in_frame = np.arange(len(idxs)) - np.searchsorted(idxs, idxs)

@@ -23,6 +23,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from tqdm import tqdm
+
 from kaist import render_demo, render_streets
 from kaist.annotations import FRAME_SIZE, JSON_NAME, time_of_day
 from kaist.files import (
@@ -77,8 +79,6 @@ def draw_set(root: Path, *, progress: bool = True, **changes: int | None) -> Non
     Raises:
         InputError: root contains something else or cannot be written, or there are too few frames.
     """
-    from tqdm import tqdm
-
     settings = SETS.get(root.name, DrawnSet())
     settings = settings._replace(**{name: value for name, value in changes.items() if value is not None})
     if min(settings.train_frames, settings.test_frames) < 6 or settings.seed < 0:

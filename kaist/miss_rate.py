@@ -41,15 +41,11 @@ MAX_BLOCK_PAIRS = 1 << 17  # pairs of boxes processed at once, to limit memory
 
 
 class Setup(NamedTuple):
-    """Which people count.
+    """Which people count."""
 
-    heights: lowest and highest, inclusive, pixels; occlusion: levels, of 0, 1 and 2; subset: frames, "all",
-    "day", "night", "campus", "road" or "downtown", by set number.
-    """
-
-    heights: tuple[float, float]
-    occlusion: tuple[int, ...]
-    subset: str = "all"
+    heights: tuple[float, float]  # lowest and highest, inclusive, pixels
+    occlusion: tuple[int, ...]  # levels
+    subset: str = "all"  # of the frames: all, day, night, campus, road or downtown, by set number
 
 
 REASONABLE = Setup((55, np.inf), (0, 1))
@@ -216,7 +212,7 @@ def match_setups(
     setups: Mapping[str, Setup] = SETUPS,
     protocol: str = "official",
 ) -> Iterator[tuple[str, Matching]]:
-    """Match detections, sorted by `sort_by_score`, under each setup. Yields (name, matching)."""
+    """Match detections, sorted by score, under each setup. Yields (name, matching)."""
     sizes, h = ground_truth.sizes[ground_truth.frame_idxs], ground_truth.boxes[:, 3]
     usable = ~ground_truth.ignore & is_inside(ground_truth.boxes, BORDER_MARGIN, sizes)
     counted = np.ones(len(ground_truth.frames), dtype=bool)
@@ -248,12 +244,6 @@ def is_inside(boxes: np.ndarray, margin: float, sizes: np.ndarray) -> np.ndarray
     """(n,) bool, xywh boxes (n, 4) that keep `margin` pixels to the borders of their frames, sizes (n, 2)."""
     ends = boxes[:, :2] + boxes[:, 2:]
     return ((boxes[:, :2] >= margin) & (ends <= sizes - margin)).all(axis=1)
-
-
-def sort_by_score(detections: Detections) -> Detections:
-    """Detections by descending score; equal scores by frame, then by row."""
-    order = np.argsort(detections.frame_idxs, kind="stable")
-    return detections.take(order[np.argsort(-detections.scores[order], kind="stable")])
 
 
 # ------------------------------------------------------------------- miss rate
@@ -308,7 +298,7 @@ def evaluate(
     """
     if protocol not in PROTOCOLS:
         raise InputError(f"protocol {protocol!r} is unknown", f"use {' or '.join(PROTOCOLS)}")
-    ranked, points, results = sort_by_score(detections), PROTOCOLS[protocol], {}
+    ranked, points, results = detections.sort_by_score(), PROTOCOLS[protocol], {}
     for name, matching in match_setups(ground_truth, ranked, setups, protocol):
         keep = matching.outcome >= 0
         hits = matching.outcome[keep] == 1
@@ -340,11 +330,9 @@ def log_average(rates: np.ndarray, protocol: str) -> np.ndarray:
 
 
 def find_id_shift(ground_truth: GroundTruth, detections: Detections) -> int:
-    """Detect image ids that were counted from the wrong number.
+    """-1 or 1 if image ids seem to be counted from the wrong number; else 0.
 
-    Returns:
-        -1 or 1 if detections match at least 1.5 times as many boxes, and at least 20, in the frame before
-        or after their own; else 0.
+    Then detections match 1.5 times as many boxes, and at least 20, in the frames before or after their own.
     """
     n_matched = {}
     for shift in (0, -1, 1):

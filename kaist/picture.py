@@ -1,7 +1,4 @@
-"""Pictures of any size, drawn with detections, their scores, and annotated objects dashed.
-
-Runs without torch.
-"""
+"""Draws detections with their scores, and annotated objects dashed, on images. Runs without torch."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ from PIL import Image, ImageDraw, ImageFont
 from kaist.annotations import FRAME_SIZE, Objects
 from kaist.files import write_atomically
 
-DETECTION_COLOUR, PERSON_COLOUR, IGNORED_COLOUR = "lime", "white", "orange"  # colours of boxes
+DETECTION_COLOUR, PERSON_COLOUR, IGNORED_COLOUR = "lime", "white", "orange"
 BAR_COLOUR = "#202020"  # behind captions
 SHEET_WIDTH = 1920  # pixels
-SHEET_COLUMNS, SHEET_PICTURES = 8, 200  # at most
-ANIMATION_WIDTH = 960  # of an animation's pictures
-FRAME_MILLISECONDS = 100  # milliseconds of each
+MAX_SHEET_COLUMNS, MAX_SHEET_PICTURES = 8, 200
+ANIMATION_WIDTH = 960  # pixels
+FRAME_MILLISECONDS = 100  # duration of each picture of an animation
 CAPTIONS = {"visible": "visible", "lwir": "LWIR (thermal)"}
 
 
@@ -31,13 +28,13 @@ def draw_pair(
     annotated: Objects | None = None,
     title: str = "",
 ) -> Image.Image:
-    """The modalities of a frame side by side, each with its name and the boxes; a legend below.
+    """Draw the modalities of a frame side by side, with boxes, scores and a legend.
 
     Args:
-        images: modality -> image; all are drawn at the first one's size.
+        images: modality -> image; all are resized to the first one's size.
         boxes: (k, 4) float xywh pixels of the first image; scores: (k,).
-        annotated: the frame's objects, in KAIST's pixels, if they are known.
-        title: of the picture, beside the first modality's name.
+        annotated: the frame's annotated objects, in pixels of a 640x512 frame, or None.
+        title: text next to the first modality's name.
     """
     width, height = next(iter(images.values())).size
     font = ImageFont.load_default(max(14, height // 34))
@@ -66,9 +63,9 @@ def draw_pair(
         caption = CAPTIONS[modality] + (f"  {title}" if i == 0 else "")
         ImageDraw.Draw(sheet).text((left + 6, bar / 2), caption, "white", font, anchor="lm")
     left = 6.0
-    for colour, words in legend:
-        ImageDraw.Draw(sheet).text((left, height + 1.5 * bar), words, colour, font, anchor="lm")
-        left += font.getlength(words) + bar
+    for colour, text in legend:
+        ImageDraw.Draw(sheet).text((left, height + 1.5 * bar), text, colour, font, anchor="lm")
+        left += font.getlength(text) + bar
     return sheet
 
 
@@ -79,7 +76,7 @@ def draw_scores(
     font: ImageFont.FreeTypeFont,
     size: tuple[int, int],
 ) -> None:
-    """Write each box's score on a filled label above it, or nearby where another label is there already."""
+    """Write each xywh box's score on a label above it, or nearby if another label is in the way."""
     labels: list[tuple[float, float, float, float]] = []  # left, top, right, bottom
     for (x, y, w, h), score in zip(boxes.tolist(), scores.tolist(), strict=True):
         text = f"{score:.2f}"
@@ -92,11 +89,11 @@ def draw_scores(
                 pen.rectangle(label, fill=DETECTION_COLOUR)
                 pen.text((left + 2, top + tall / 2), text, "black", font, anchor="lm")
                 labels.append(label)
-                break  # where all are taken: a label that hides others says less than none
+                break  # without a free place the score is left out, because it would hide another
 
 
 def boxes_overlap(a: Sequence[float], b: Sequence[float]) -> bool:
-    """Whether two boxes of left, top, right, bottom share an area."""
+    """Whether two xyxy boxes intersect."""
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
@@ -113,31 +110,31 @@ def draw_dashed(pen: ImageDraw.ImageDraw, box: Sequence[float], colour: str, lin
 
 
 def save_sheet(path: Path, pictures: Sequence[Path]) -> int:
-    """Write pictures, which are files, small and row by row on one; of many as many as fit, evenly chosen.
-    Returns how many they are."""
-    pictures = pictures[:: math.ceil(len(pictures) / SHEET_PICTURES)]
-    columns = min(math.ceil(len(pictures) ** 0.5), SHEET_COLUMNS)
+    """Write picture files, scaled down, on one sheet; at most MAX_SHEET_PICTURES, evenly spaced.
+    Returns the number of pictures."""
+    pictures = pictures[:: math.ceil(len(pictures) / MAX_SHEET_PICTURES)]
+    columns = min(math.ceil(len(pictures) ** 0.5), MAX_SHEET_COLUMNS)
     small = [open_scaled(picture, SHEET_WIDTH // columns) for picture in pictures]
     width, height = (max(picture.size[axis] for picture in small) for axis in (0, 1))
     sheet = Image.new("RGB", (columns * width, math.ceil(len(small) / columns) * height), BAR_COLOUR)
     for i, picture in enumerate(small):
         sheet.paste(picture, (i % columns * width, i // columns * height))
     form = "JPEG" if path.suffix.lower() == ".jpg" else "PNG"
-    write_atomically(path, lambda beside: sheet.save(beside, format=form))
+    write_atomically(path, lambda temporary: sheet.save(temporary, format=form))
     return len(small)
 
 
 def save_animation(path: Path, pictures: Sequence[Path]) -> int:
-    """Write pictures, which are files, one after the other as an animated GIF or WebP without end.
-    Returns how many they are."""
+    """Write picture files as the frames of an animated GIF or WebP that repeats forever.
+    Returns the number of pictures."""
     first = open_scaled(pictures[0], ANIMATION_WIDTH)
     others = (open_scaled(picture, ANIMATION_WIDTH).resize(first.size) for picture in pictures[1:])
-    how = {"save_all": True, "duration": FRAME_MILLISECONDS, "loop": 0, "format": path.suffix[1:].upper()}
-    write_atomically(path, lambda beside: first.save(beside, append_images=others, **how))
+    kwargs = {"save_all": True, "duration": FRAME_MILLISECONDS, "loop": 0, "format": path.suffix[1:].upper()}
+    write_atomically(path, lambda temporary: first.save(temporary, append_images=others, **kwargs))
     return len(pictures)
 
 
 def open_scaled(path: Path, width: int) -> Image.Image:
-    """A picture of so many pixels in width."""
+    """Open a picture file, scaled to a width in pixels."""
     with Image.open(path) as picture:
         return picture.convert("RGB").resize((width, max(1, round(picture.height * width / picture.width))))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from PIL import Image, ImageFilter
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_WIDTH
 from kaist.sprites import (
@@ -43,8 +44,6 @@ EMPTY_AND_HEIGHT = ((0.34, 55), (0.08, 62))  # test, train: share of empty frame
 def draw_background(rng: np.random.Generator, camera: Camera, night: bool) -> tuple[np.ndarray, np.ndarray]:
     """Draw the sky, the ground and two rows of houses, (h, w, 4) float32, and only the light of their
     windows, (h, w, 3) float32, both of FRAME_HEIGHT and SCENE_WIDTH."""
-    from PIL import Image
-
     canvas = Canvas((0, 0, SCENE_WIDTH, FRAME_HEIGHT))
 
     def fill(material: str | Paint, a: Sequence[float], b: Sequence[float]) -> None:
@@ -109,8 +108,6 @@ class Street:
 
 def build_street(rng: np.random.Generator, night: bool) -> Street:
     """Sample a street: background, cars and posts at its kerbs, and light."""
-    from PIL import Image, ImageFilter
-
     camera, props = Camera(rng.uniform(204, 216)), []
     background, lit = draw_background(rng, camera, night)
     for side in (-1, 1):
@@ -276,8 +273,6 @@ def render_video(seed: int, paired: bool, set_id: int, video: int, n_frames: int
 
     paired: shift the visible camera, and annotate each modality instead of LWIR only.
     """
-    from PIL import Image, ImageFilter
-
     rng = np.random.default_rng([seed, set_id, video])
     night = set_id % 6 >= 3
     empty, median = EMPTY_AND_HEIGHT[set_id < 6]

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image, ImageFilter
 
 from kaist.annotations import FRAME_HEIGHT, FRAME_SIZE, FRAME_WIDTH
 from kaist.sprites import (
@@ -339,16 +340,12 @@ class FrameRenderer:
 
 def enlarge(field: np.ndarray) -> np.ndarray:
     """Resize a field (h, w) to the frame, (FRAME_HEIGHT, FRAME_WIDTH) float32."""
-    from PIL import Image
-
     image = Image.fromarray(np.float32(field))
     return np.array(image.resize(FRAME_SIZE, Image.Resampling.BILINEAR))
 
 
 def blur(pixels: np.ndarray, radius: float) -> np.ndarray:
     """Blur grey levels (h, w) or colours (h, w, 3); the result is float32 of whole numbers."""
-    from PIL import Image, ImageFilter
-
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     return np.float32(image.filter(ImageFilter.GaussianBlur(radius)))
 
@@ -364,8 +361,6 @@ def box_with_margin(solid: np.ndarray, left: int, top: int) -> tuple[int, ...]:
 
 def render_frame(world: World, seed: int, set_id: int, number: int) -> Iterator[RenderedFrame]:
     """Render one frame; an iterator of one item, as `render_demo.render_video` has several."""
-    from PIL import Image
-
     renderer = FrameRenderer(seed, set_id, number, world)
     scene, objects = renderer.compose()
     images = {}

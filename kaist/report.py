@@ -1,4 +1,4 @@
-"""What a reader sees of miss rates: tables, notes, curves, JSON. Runs without torch."""
+"""Reports of miss rates: tables, notes, curves and JSON. Runs without torch."""
 
 from __future__ import annotations
 
@@ -14,45 +14,33 @@ import numpy as np
 from kaist.bootstrap import bootstrap, interval
 from kaist.coco_ap import coco_ap
 from kaist.files import printable, write_atomically, write_text
-from kaist.miss_rate import (
-    PROTOCOLS,
-    SCENE_SETUPS,
-    SETUPS,
-    GroundTruth,
-    Result,
-    evaluate,
-    find_id_shift,
-    sort_by_score,
-)
+from kaist.miss_rate import PROTOCOLS, SCENE_SETUPS, SETUPS, GroundTruth, Result, evaluate, find_id_shift
 from kaist.results import NO_DETECTIONS, Detections, write_and_read
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-HEADLINE = {"Reasonable-all": "all", "Reasonable-day": "day", "Reasonable-night": "night"}
-MAIN = "Reasonable-all"
-FEW_PEOPLE = 50  # fewer make a rate that one person moves by 2 points or more
-TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of the miss rate
-CUT = 0.2  # least score of a file from which lower ones may have been left out
-FLOOR = 1e-4  # what stands for 0 on logarithmic axes
-MAX_FPPI = 10  # where curves end
+MAIN = "Reasonable-all"  # the setup that detectors are ranked by
+HEADLINE = {MAIN: "all", "Reasonable-day": "day", "Reasonable-night": "night"}  # setup -> column of the table
+FEW_PEOPLE = 50  # below, one person changes the miss rate by 2 points or more
+TICKS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # miss rates
+CUT_SCORE = 0.2  # if no score of a file is below, its detector may have dropped lower ones
+LOG_ZERO = 1e-4  # drawn in place of 0 on logarithmic axes
+MAX_FPPI = 10  # right end of the curves
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One detector's results under both protocols.
-
-    official, leaderboard: name of setup -> Result; samples: name of setup -> bootstrap samples of
-    the official miss rate, empty without them; notes: what a reader of the numbers has to know;
-    coco: COCO's average precisions, as from `kaist.coco_ap`, empty where they are not wanted.
-    """
+    """One detector's results. Dictionaries without a comment have names of setups as keys."""
 
     name: str
     official: dict[str, Result]
     leaderboard: dict[str, Result]
-    samples: dict[str, np.ndarray] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-    coco: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # bootstrap samples of the official miss rate
+    notes: list[str] = field(default_factory=list)  # printed as warnings
+    coco: dict[str, float] = field(default_factory=dict)  # COCO's average precisions, as from `coco_ap`
 
 
 def score(
@@ -63,7 +51,7 @@ def score(
     by_video: bool = False,
     with_coco: bool = False,
 ) -> Scores:
-    """Evaluate a detector under both protocols, with bootstrap samples and COCO's AP if they are wanted."""
+    """Evaluate a detector under both protocols, with `resamples` bootstrap samples if not 0."""
     setups = {**SETUPS, **SCENE_SETUPS}
     official, leaderboard = (evaluate(ground_truth, detections, setups, protocol) for protocol in PROTOCOLS)
     samples = {}
@@ -77,30 +65,30 @@ def score(
 def find_notes(
     ground_truth: GroundTruth, detections: Detections, official: Result, leaderboard: Result
 ) -> list[str]:
-    """What is unusual about a result, a sentence each; results are those of Reasonable-all."""
+    """Notes on what is unusual about a detector's results, which are those of Reasonable-all."""
     rate, lost = percent(official.miss_rate), official.n_positive - leaderboard.n_positive
     tied, reverse = measure_ties(ground_truth, detections)
     shift, scores = find_id_shift(ground_truth, detections), official.scores
-    is_cut = len(scores) and scores[0] <= 1 and scores[-1] >= CUT and official.fppi[-1] < 1
+    is_cut = len(scores) and scores[0] <= 1 and scores[-1] >= CUT_SCORE and official.fppi[-1] < 1
     notes = {
-        f"the leaderboard's script drops frames without detections and so loses {lost} of "
-        f"{official.n_positive} people: it says {percent(leaderboard.miss_rate)}, and {rate} is right": lost,
-        "there is not one detection in it": not len(detections.scores),
+        f"the leaderboard's script drops frames without detections and so misses {lost} of "
+        f"{official.n_positive} people: it gives {percent(leaderboard.miss_rate)}, and {rate} is right": lost,
+        "it contains no detections": not len(detections.scores),
         f"left out {detections.other_categories} rows of other categories": detections.other_categories,
         f"left out {detections.other_frames} rows of frames not evaluated": detections.other_frames,
-        f"{tied:.1%} of the frames hold equal scores, of which the first row counts first: with their rows "
+        f"{tied:.1%} of the frames have equal scores, the first of them is matched first: with their rows "
         f"reversed the miss rate would be {percent(reverse)}, not {rate}": percent(reverse) != rate,
         f"its boxes fit the frames {'after' if shift > 0 else 'before'} their own far better; do its ids "
         "count from the right number (text 1, JSON 0) along the right list?": shift,
-        f"no score is below {CUT}, and the curve ends before one false positive per image: with lower "
-        "ones the miss rate would be lower (detect.py --min-score 0.01)": is_cut,
+        f"no score is below {CUT_SCORE}, and the curve ends before one false positive per image: with lower "
+        "scores the miss rate would be lower (detect.py --min-score 0.01)": is_cut,
     }
-    return [note for note, is_so in notes.items() if is_so]
+    return [note for note, applies in notes.items() if applies]
 
 
 def measure_ties(ground_truth: GroundTruth, detections: Detections) -> tuple[float, float]:
-    """The share of frames that hold equal scores, and the miss rate with the rows of each tie reversed."""
-    ranked = sort_by_score(detections)
+    """The fraction of frames with equal scores, and the miss rate if rows of equal scores are reversed."""
+    ranked = detections.sort_by_score()
     tied = (np.diff(ranked.frame_idxs) == 0) & (np.diff(ranked.scores) == 0)
     order = np.lexsort((-np.arange(len(ranked.frame_idxs)), ranked.frame_idxs, -ranked.scores))
     reverse = replace(ranked, boxes=ranked.boxes[order])  # frames and scores stay as they are
@@ -109,33 +97,33 @@ def measure_ties(ground_truth: GroundTruth, detections: Detections) -> tuple[flo
 
 
 def headline(results: dict[str, Result]) -> dict[str, float]:
-    """The numbers of a training log, fractions: "miss_rate", "miss_rate_day", … and "recall"."""
+    """The columns of a training log, as fractions: miss_rate, miss_rate_day, miss_rate_night and recall."""
     rates = {f"miss_rate_{name}": results[key].miss_rate for key, name in HEADLINE.items()}
     return {"miss_rate": rates.pop("miss_rate_all"), **rates, "recall": results[MAIN].recall}
 
 
 def describe_test_set(ground_truth: GroundTruth) -> str:
-    """How many frames there are, and how many of their people count, in words."""
+    """Text with the number of frames, and of the people in them that count."""
     return describe_counts(evaluate(ground_truth, NO_DETECTIONS))
 
 
 def describe_counts(results: dict[str, Result]) -> str:
-    """How many frames there are, and how many of their people count, in words."""
-    every, day, night = (results[key].n_positive for key in HEADLINE)
-    counts = f"{format_people(every)} {'counts' if every == 1 else 'count'}"
+    """Text with the number of frames, and of the people in them that count."""
+    total, day, night = (results[key].n_positive for key in HEADLINE)
+    counts = f"{format_people(total)} {'counts' if total == 1 else 'count'}"
     known = any(results[key].n_frames for key in HEADLINE if key != MAIN)
     times = f" ({day} day, {night} night)" if known else ""
     return f"{results[MAIN].n_frames} frames, {counts}{times}"
 
 
 def format_people(n: int) -> str:
-    """A number of people, in words."""
+    """A number of people, as "1 person" or "2 people"."""
     return f"{n} person" if n == 1 else f"{n} people"
 
 
 def report(name: str, ground_truth: GroundTruth, detections: Detections, folder: Path) -> dict:
     """Print a run's table and write detections.txt, miss_rate.png and miss_rate.json to its folder.
-    Returns what miss_rate.json holds for it (see `as_dict`)."""
+    Returns the content of miss_rate.json for this run, see `as_dict`."""
     written = write_and_read(folder / "detections.txt", detections, ground_truth.frames)
     scores = [score(name, ground_truth, written)]
     print_scores(scores)
@@ -145,10 +133,9 @@ def report(name: str, ground_truth: GroundTruth, detections: Detections, folder:
 
 
 def as_dict(scores: Sequence[Scores], curves: bool = False) -> dict[str, dict]:
-    """name -> protocol -> setup -> numbers, fractions at full precision; None where undefined.
+    """detector -> protocol -> setup -> numbers: fractions at full precision, None where undefined.
 
-    Args:
-        curves: add each setup's whole curve: score, FPPI and detection rate of every detection.
+    curves: add each setup's curve: score, FPPI and detection rate of every detection.
     """
     content = {}
     for s in scores:
@@ -164,7 +151,7 @@ def as_dict(scores: Sequence[Scores], curves: bool = False) -> dict[str, dict]:
 
 
 def numbers(result: Result, curves: bool) -> dict[str, Any]:
-    """A result's numbers as JSON has them, but for NaN."""
+    """A result's numbers under their keys in JSON; NaN is not replaced yet."""
     values = {
         "miss_rate": result.miss_rate,
         "recall": result.recall,
@@ -187,12 +174,12 @@ def write_json(scores: Sequence[Scores], path: Path, curves: bool = False) -> No
 
 
 def percent(value: float) -> str:
-    """A fraction as a percentage with two decimals; a dash if it is not defined."""
+    """Format a fraction as a percentage with two decimals, nan as a dash."""
     return "–" if math.isnan(value) else f"{100 * value:.2f}"
 
 
 def print_scores(scores: Sequence[Scores], all_setups: bool = False) -> None:
-    """Print who counts, the table, all setups if they are wanted, paired differences and notes."""
+    """Print the number of people, the tables, paired differences and notes."""
     print(describe_counts(scores[0].official))
     print(headline_table(scores))
     if all_setups:
@@ -204,22 +191,22 @@ def print_scores(scores: Sequence[Scores], all_setups: bool = False) -> None:
         print(line)
     if not any(scores[0].official[f"Occ={level}"].n_positive for level in ("partial", "heavy")):
         lowest = SETUPS[MAIN].heights[0]
-        print(f"note: nobody is labelled as occluded: all of {lowest} pixels and more count")
+        print(f"note: nobody is labelled as occluded, so everyone of at least {lowest} pixels counts")
     people = {HEADLINE[key]: scores[0].official[key].n_positive for key in with_frames(scores, HEADLINE)}
     if few := ", ".join(f"{n} ({name})" for name, n in people.items() if n < FEW_PEOPLE):
-        print(f"warning: few people count, {few}: each of them moves such a rate by points")
+        print(f"warning: few people count, {few}: each of them changes that miss rate by 2 points or more")
     for s in scores:
         for note in s.notes:
             print(f"warning: {s.name}: {note}")
 
 
 def with_frames(scores: Sequence[Scores], setups: Iterable[str]) -> list[str]:
-    """The setups of which there are frames."""
+    """The setups whose subset has frames."""
     return [key for key in setups if scores[0].official[key].n_frames]
 
 
 def headline_table(scores: Sequence[Scores]) -> str:
-    """Reasonable under both protocols, in per cent, lowest miss rate first."""
+    """Reasonable miss rates under both protocols, in per cent, lowest first."""
     title, keys = "miss rate, Reasonable (%)", with_frames(scores, HEADLINE)
     width = max(len(title), *(len(s.name) for s in scores))
     columns = "".join(f"{name:>8}" for name in (*(HEADLINE[key] for key in keys), "recall"))
@@ -237,7 +224,7 @@ def headline_table(scores: Sequence[Scores]) -> str:
 
 
 def setup_table(scores: Sequence[Scores]) -> str:
-    """Official miss rates under every setup, in per cent: a setup a line, a detector a column."""
+    """Official miss rates in per cent, with a line per setup and a column per detector."""
     scores = sort_by_miss_rate(scores)
     widths = [max(len(s.name), 22 if s.samples else 8) + 2 for s in scores]
     lines = [f"{'official (%)':18}{'people':>7}{'frames':>8}"]
@@ -253,9 +240,9 @@ def setup_table(scores: Sequence[Scores]) -> str:
 
 
 def compare(scores: Sequence[Scores]) -> list[str]:
-    """Whether each detector differs from the best one under Reasonable-all, a sentence each.
+    """A line per detector: does its Reasonable-all miss rate differ from the best detector's?
 
-    The interval is that of the paired difference: both rates on the same resampled frames.
+    The interval is that of the paired difference, of both rates on the same resampled frames.
     """
     best, *others = sort_by_miss_rate(scores)
     lines = []
@@ -268,28 +255,28 @@ def compare(scores: Sequence[Scores]) -> list[str]:
 
 
 def differs(samples: np.ndarray) -> bool:
-    """Whether the interval of a difference leaves out zero."""
+    """Whether the 95% interval of a difference excludes zero."""
     low, high = interval(samples)
     return low > 0 or high < 0
 
 
 def format_interval(samples: np.ndarray) -> str:
-    """[low, high] in per cent."""
+    """Format the 95% interval of bootstrap samples as [low, high] in per cent."""
     return "[{}, {}]".format(*map(percent, interval(samples)))
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
+    """Format a Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def sort_by_miss_rate(scores: Sequence[Scores], key: str = MAIN) -> list[Scores]:
-    """Lowest official miss rate first; undefined ones last."""
+    """Sort by official miss rate, lowest first and undefined last."""
     return sorted(scores, key=lambda s: np.nan_to_num(s.official[key].miss_rate, nan=2.0))
 
 
 def draw_curves(scores: Sequence[Scores], path: Path) -> None:
-    """Official miss rate over false positives per image, log-log: a panel each of all, day, night.
+    """Plot the official miss rate over false positives per image, in panels for all, day and night.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -297,7 +284,7 @@ def draw_curves(scores: Sequence[Scores], path: Path) -> None:
     from matplotlib.figure import Figure
 
     keys = with_frames(scores, HEADLINE)
-    keys = keys if len(keys) == 3 else keys[-1:]  # all the frames are by day, or by night
+    keys = keys if len(keys) == 3 else keys[-1:]  # with frames only by day, or by night, "all" shows the same
     figure = Figure(figsize=(5.2 * len(keys), 5 + 0.22 * len(scores)), layout="constrained")
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     for panel, key in zip(panels, keys, strict=True):
@@ -306,20 +293,21 @@ def draw_curves(scores: Sequence[Scores], path: Path) -> None:
 
 
 def plot_curves(panel: Axes, scores: Sequence[Scores], key: str) -> None:
-    """One setup's curves; the nine sample points are marked, beyond its last detection a curve goes
-    on level. Colours are by the order under Reasonable-all."""
+    """Plot one setup's curves, with dots at the nine FPPI points. Colours are the same in all panels."""
     order = [s.name for s in sort_by_miss_rate(scores)]
     ranked = sort_by_miss_rate(scores, key)
     for s in ranked:
         result, i = s.official[key], order.index(s.name)
         inside = result.fppi <= MAX_FPPI
-        fppi = np.concatenate([[FLOOR], result.fppi[inside], [MAX_FPPI]])
+        fppi = np.concatenate([[LOG_ZERO], result.fppi[inside], [MAX_FPPI]])
         rate = np.pad(result.detection_rate[inside], (1, 0))
-        missed = np.maximum(1 - np.append(rate, rate[-1]), FLOOR)
+        missed = np.maximum(1 - np.append(rate, rate[-1]), LOG_ZERO)
         style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
         label = f"{percent(result.miss_rate)}% {s.name}"
-        panel.step(np.maximum(fppi, FLOOR), missed, where="post", label=label, **style)
-        panel.plot(result.points, np.maximum(1 - result.rates, FLOOR), "o", markersize=4, color=f"C{i % 10}")
+        panel.step(np.maximum(fppi, LOG_ZERO), missed, where="post", label=label, **style)
+        panel.plot(
+            result.points, np.maximum(1 - result.rates, LOG_ZERO), "o", markersize=4, color=f"C{i % 10}"
+        )
     best = ranked[0].official[key]
     title = f"{HEADLINE[key]}: {ranked[0].name} {percent(best.miss_rate)}%"
     title += f", best of {len(scores)}" if len(scores) > 1 else ""

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from kaist.annotations import FRAME_HEIGHT
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 SCENE_WIDTH = 800  # pixels; wider than the frame, so that the camera can pan within a video
 FOCAL_LENGTH = 700.0  # pixels
@@ -25,7 +22,7 @@ Points = Sequence[tuple[float, float]]
 Paint = tuple[int, int, int, int]  # red, green, blue, heat; each 0..255
 Annotated = tuple[str, Sequence[int], int]  # label; xywh box, pixels; occlusion 0, 1 or 2
 # Frame id; modality -> image and JPEG quality; modality, or "" for both -> annotated objects.
-RenderedFrame = tuple[str, Mapping[str, tuple["Image.Image", int]], Mapping[str, list[Annotated]]]
+RenderedFrame = tuple[str, Mapping[str, tuple[Image.Image, int]], Mapping[str, list[Annotated]]]
 
 # material: visible colours, heat by day (low, high), heat by night (low, high)
 MATERIALS = {
@@ -121,8 +118,6 @@ class Canvas:
         origin: Sequence[float] = (0, 0),
         unit: Sequence[float] = (1, 1),
     ) -> None:
-        from PIL import Image, ImageDraw
-
         left, top, right, bottom = box
         self.left, self.top = max(0, int(left)), max(0, int(top))
         self.oversample = oversample

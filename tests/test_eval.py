@@ -101,7 +101,9 @@ def test_the_table_says_who_counts_and_where_they_are_few(capsys):
 def test_without_occlusion_labels_the_height_rule_is_told(capsys):
     truth = people([DAY], 2)
     print_scores([score("x", truth, detections([0], [BOX], [1.0]))])
-    assert "nobody is labelled as occluded: all of 55 pixels and more count" in capsys.readouterr().out
+    assert (
+        "nobody is labelled as occluded, so everyone of at least 55 pixels counts" in capsys.readouterr().out
+    )
     truth = replace(truth, occlusion=np.array([0, 1]))
     print_scores([score("x", truth, detections([0], [BOX], [1.0]))])
     assert "occluded" not in capsys.readouterr().out
@@ -127,7 +129,7 @@ def test_ties_that_matter_are_told():
     reordered = detections([0, 0, 1], [bad, good, good], [0.9, 0.9, 0.8])
     rates = [score("x", truth, d).official["Reasonable-all"].miss_rate for d in (found, reordered)]
     assert share == 0.5 and reverse == pytest.approx(rates[1]) and rates[0] < rates[1]
-    assert any("50.0% of the frames hold equal scores" in note for note in score("x", truth, found).notes)
+    assert any("50.0% of the frames have equal scores" in note for note in score("x", truth, found).notes)
     alone = detections([0, 0, 1], [good, bad, good], [0.9, 0.85, 0.8])
     assert measure_ties(truth, alone)[0] == 0
     assert not any("equal" in note for note in score("x", truth, alone).notes)

@@ -93,7 +93,7 @@ def test_kaist_evaluates_without_torch_pillow_and_matplotlib(tmp_path):
 import sys
 for name in ("torch", "torchvision", "PIL", "matplotlib", "tqdm"):
     sys.modules[name] = None
-import engine.config, kaist, kaist.demo, kaist.images, kaist.report
+import engine.config, kaist, kaist.images, kaist.report
 gt = kaist.load_ground_truth({str(tmp_path)!r}, ["set06/V000/I00019"])
 results = kaist.evaluate(gt, kaist.read_detections({str(detections)!r}, gt.frames))
 print(results["Reasonable-all"].miss_rate)

@@ -21,7 +21,6 @@ from kaist.miss_rate import (
     load_ground_truth,
     match_setups,
     select_frames,
-    sort_by_score,
 )
 from kaist.results import Detections, read_detections
 
@@ -60,7 +59,7 @@ def make_detections(*rows):
 
 def outcomes(people, detections, setup=ANYONE["anyone"]):
     """Outcomes in the order of the score, and who found whom."""
-    ((_, matching),) = match_setups(people, sort_by_score(detections), {"it": setup})
+    ((_, matching),) = match_setups(people(detections), {"it": setup})
     return matching.outcome.tolist(), matching.gt_match.tolist()
 
 
@@ -214,7 +213,7 @@ def test_of_equal_scores_the_earlier_row_is_served_first():
     people = make_people((0, 100, 100, 40, 100))
     worse, better = (0, 100, 110, 40, 100, 0.8), (0, 100, 100, 40, 100, 0.8)
     for rows in ((worse, better), (better, worse)):
-        ranked = sort_by_score(make_detections(*rows))
+        ranked = make_detections(*rows).sort_by_score()
         assert ranked.boxes[:, 1].tolist() == [row[2] for row in rows]
         assert outcomes(people, make_detections(*rows))[0] == [1, 0]
 
@@ -223,14 +222,14 @@ def test_of_equal_scores_in_an_unordered_file_the_earlier_row_is_served_first():
     """A row of a higher score further down changes nothing."""
     people = make_people((0, 100, 100, 40, 100), (0, 300, 100, 40, 100))
     exact, wrong, other = (0, 100, 100, 40, 100, 0.5), (0, 10, 100, 40, 100, 0.5), (0, 300, 100, 40, 100, 0.9)
-    assert sort_by_score(make_detections(wrong, exact, other)).boxes[:, 0].tolist() == [300, 10, 100]
+    assert make_detections(wrong, exact, other).sort_by_score().boxes[:, 0].tolist() == [300, 10, 100]
     assert outcomes(people, make_detections(exact, wrong, other)) == ([1, 1, 0], [1, 0])
     result = evaluate(people, make_detections(exact, wrong, other))["Reasonable-all"]
     assert result.miss_rate == pytest.approx(1e-10)  # x, y, w and h would have decided for the wrong one
 
 
 def test_pooled_ties_go_by_frame():
-    ranked = sort_by_score(make_detections((2, 0, 0, 9, 9, 0.5), (0, 0, 0, 9, 9, 0.5), (1, 0, 0, 9, 9, 0.5)))
+    ranked = make_detections((2, 0, 0, 9, 9, 0.5), (0, 0, 0, 9, 9, 0.5), (1, 0, 0, 9, 9, 0.5)).sort_by_score()
     assert ranked.frame_idxs.tolist() == [0, 1, 2]
 
 

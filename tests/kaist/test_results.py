@@ -193,17 +193,17 @@ def test_commas_and_lines_are_not_mistaken_for_each_other(tmp_path):
         (entry(0.5), "0 to 3"),
         (entry(box=[1, 2, -1, 4]), "negative"),
         (entry(value=float("nan")), "finite"),
-        (entry(value=None), "no detection"),
-        (entry(box=[1, 2, 3]), "no detection"),
-        (entry(box="1234"), "no detection"),
-        (entry(category="1"), "no detection"),
-        (entry(category=None), "no detection"),
-        (entry(value="0.5"), "no detection"),
-        (entry(box=[1, 2, 3, 4, 5]), "no detection"),
-        (entry(value="high"), "no detection"),
-        ({"image_id": 0}, "no detection"),
-        (7, "no detection"),
-        (entry(FRAMES[0]), "no detection"),
+        (entry(value=None), "not a detection"),
+        (entry(box=[1, 2, 3]), "not a detection"),
+        (entry(box="1234"), "not a detection"),
+        (entry(category="1"), "not a detection"),
+        (entry(category=None), "not a detection"),
+        (entry(value="0.5"), "not a detection"),
+        (entry(box=[1, 2, 3, 4, 5]), "not a detection"),
+        (entry(value="high"), "not a detection"),
+        ({"image_id": 0}, "not a detection"),
+        (7, "not a detection"),
+        (entry(FRAMES[0]), "not a detection"),
     ],
 )
 def test_bad_json_entry_is_named(tmp_path, bad, word):
@@ -214,7 +214,7 @@ def test_bad_json_entry_is_named(tmp_path, bad, word):
 
 
 def test_json_booleans_are_no_numbers(tmp_path):
-    with pytest.raises(InputError, match="a.json:1: .* is no detection"):
+    with pytest.raises(InputError, match="a.json:1: .* is not a detection"):
         read(tmp_path / "a.json", json.dumps([entry(value=True)]))
 
 
@@ -260,7 +260,7 @@ def test_json_ids_may_be_names(tmp_path):
     assert "numbers from 0" in read(tmp_path / "b.json", json.dumps([entry(0)])).id_format
     for wrong in ("set11/V009/I99999", 1, None):
         text = ",\n".join(map(json.dumps, [*rows, {**entry(0), "image_id": wrong}]))
-        with pytest.raises(InputError, match=f"a.json:3: image_id '{wrong}' is no frame of the list"):
+        with pytest.raises(InputError, match=f"a.json:3: image_id '{wrong}' is not in the list of frames"):
             read(tmp_path / "a.json", f"[{text}]")
 
 
@@ -306,10 +306,10 @@ def perfect(n=4, shift=0.0):
 def test_notes_name_what_a_reader_must_know(annotations, capsys):
     truth = load_ground_truth(annotations)
     some = score("some", truth, perfect(1))
-    assert any("loses 3 of 4 people: it says 0.00, and 75.00 is" in note for note in some.notes)
+    assert any("misses 3 of 4 people: it gives 0.00, and 75.00 is" in note for note in some.notes)
     none = Detections(np.zeros(0, int), np.zeros((0, 4)), np.zeros(0), other_categories=2)
     nothing = score("nothing", truth, none, resamples=20)
-    assert any("not one detection" in note for note in nothing.notes)
+    assert any("contains no detections" in note for note in nothing.notes)
     assert any("2 rows of other categories" in note for note in nothing.notes)
     print_scores([some, nothing], all_setups=True)
     out = capsys.readouterr().out
@@ -423,7 +423,7 @@ def test_script_pictures_errors(annotations, tmp_path, monkeypatch, capsys):
     with Image.open(tmp_path / "errors.png") as image:
         assert image.size[0] > 1000 and image.size[1] > 300
         assert (255, 0, 0) in [colour for _, colour in image.convert("RGB").getcolors(1 << 24)]
-    with pytest.raises(InputError, match="no image is there"):
+    with pytest.raises(InputError, match="all images are missing"):
         run_main(monkeypatch, *common, "--data-root", "nowhere")
 
 
@@ -463,7 +463,7 @@ def test_script_on_real_files(reference, tmp_path):
     ]
     annotations = reference / "annotations" / "KAIST_annotation.json"
     out = run_eval(tmp_path, "--detections", *files, "--annotations", annotations, "--json", "n.json")
-    assert "loses 103 of 1455 people: it says 27.33, and 32.65 is right" in out
+    assert "misses 103 of 1455 people: it gives 27.33, and 32.65 is right" in out
     assert re.search(r"MLPD_result.txt +7\.58 +7\.95 +6\.95 +96\.70 +7\.58 +7\.96 +6\.95", out)
     numbers = json.loads((tmp_path / "n.json").read_text())
     references = json.loads((results / "reference.json").read_text())
