@@ -59,7 +59,7 @@ def make_detections(*rows):
 
 def outcomes(people, detections, setup=ANYONE["anyone"]):
     """Outcomes in the order of the score, and who found whom."""
-    ((_, matching),) = match_setups(people(detections), {"it": setup})
+    ((_, matching),) = match_setups(people, detections.sort_by_score(), {"it": setup})
     return matching.outcome.tolist(), matching.gt_match.tolist()
 
 
