@@ -1,13 +1,13 @@
-"""Does a change help, and how much? Rows of the lab book scaled down, over several seeds.
+"""Does a change help, and how much? Scaled-down rows of the lab book, compared over several seeds.
 
-    python -m tools.study infusion                    # runs what is not there yet, then reports
-    python -m tools.study infusion --report           # reports on the runs that are there
+    python -m tools.study infusion                    # start or resume the runs, then report
+    python -m tools.study infusion --report           # report on the finished runs
     python -m tools.study kaist --data-root /data/kaist …    # the rows at full size
 
-Each run is `train.py --experiment ROW` with the constants of SMALL over the row's, but for "kaist":
-a narrow network from scratch that trains on the demo set in minutes. Arms share their seeds, and
-with them initial weights, order of frames and augmentation, so that differences are taken seed by
-seed. Other flags go to every run. A study that was interrupted goes on where it stopped.
+Each run is `train.py --experiment ROW` with the row's constants replaced by those of SMALL: a narrow network
+trained from scratch on the demo set, in minutes. "kaist" replaces nothing. Arms share their seeds, that is,
+initial weights, frame order and augmentation, so differences are paired by seed. Other flags are passed to
+every run.
 """
 
 import json
@@ -35,8 +35,8 @@ SMALL |= {"epochs": 8, "eval_every": 8, "zoom_out": 1.5, "min_score": 0.01}
 
 
 class Study(NamedTuple):
-    """A question. arms: name -> (row, changes to it), first the baseline, with which all others are compared;
-    small: what takes the place of SMALL's values, None what the rows themselves say."""
+    """A question and the compared arms: name -> (row, changes to it), first the baseline. `small` replaces
+    values of SMALL; None stands for the row's own value."""
 
     question: str
     arms: dict[str, tuple[str, dict[str, Any]]]
@@ -45,7 +45,7 @@ class Study(NamedTuple):
 
 
 def rows(names: str) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Arms that are rows as they are."""
+    """Arms that are unchanged rows."""
     return {name: (name, {}) for name in names.split()}
 
 
@@ -106,43 +106,43 @@ STUDIES = {
 
 
 def main() -> None:
-    """Run what a study lacks, and report on what it has."""
-    arguments, more = parse_arguments()
+    """Run the unfinished runs of a study, and report on the finished ones."""
+    arguments, extra = parse_arguments()
     study, out = STUDIES[arguments.study], arguments.out
     folder = Path("checkpoints") / f"study-{arguments.study}"
-    runs = plan(study, folder, arguments.seeds or study.seeds, more)
+    runs = plan(study, folder, arguments.seeds or study.seeds, extra)
     if not arguments.report:
         make_folder(folder)
         run_all([run for run in runs if not run.is_finished()], arguments.jobs)
     by_arm = read_finished(study, runs)
-    command = " ".join(["python -m tools.study", arguments.study, *more])
+    command = " ".join(["python -m tools.study", arguments.study, *extra])
     text = f"`{command}`: {study.question}\n\n{report(study, by_arm)}\n"
     make_folder(out)
     write_text(out / f"{arguments.study}.md", text)
-    write_atomically(out / f"{arguments.study}.png", lambda path: draw(study, by_arm, path))
+    write_atomically(out / f"{arguments.study}.png", lambda path: plot(study, by_arm, path))
     print(text)
 
 
 def parse_arguments() -> tuple[Namespace, list[str]]:
-    """The command line, and what of it goes to every run."""
+    """Parse the command line; return its arguments, and the flags that are passed to every run."""
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("study", choices=STUDIES, help=", ".join(STUDIES))
-    add("--seeds", type=int, default=0, help="runs of each arm (default: the study's own)")
-    add("--jobs", type=int, default=1, help="runs at a time, sharing the cores (%(default)s)")
-    add("--report", action="store_true", help="run nothing, report on what is there")
-    add("--out", type=Path, default=Path("docs/results"), help="for table and figure (%(default)s)")
-    arguments, more = parser.parse_known_args()
+    add("--seeds", type=int, default=0, help="runs of each arm (default: the number that the study sets)")
+    add("--jobs", type=int, default=1, help="runs at the same time, which share the cores (%(default)s)")
+    add("--report", action="store_true", help="run nothing, report on the finished runs")
+    add("--out", type=Path, default=Path("docs/results"), help="folder of table and figure (%(default)s)")
+    arguments, extra = parser.parse_known_args()
     if arguments.jobs < 1 or arguments.seeds < 0:
-        parser.error("--jobs and --seeds take a number above 0")
-    return arguments, more
+        parser.error("--jobs and --seeds must be positive")
+    return arguments, extra
 
 
 # ------------------------------------------------------------------------------ running
 
 
 class StudyRun(NamedTuple):
-    """One run: its arm and seed, its folder, train.py's flags, and the constants they give."""
+    """A run: its arm, seed, folder, flags of train.py, and the configuration that these give."""
 
     arm: str
     seed: int
@@ -151,15 +151,15 @@ class StudyRun(NamedTuple):
     config: Namespace
 
     def is_finished(self) -> bool:
-        """Whether it was trained and evaluated to its end."""
+        """Whether it was trained and evaluated."""
         return (self.folder / "miss_rate.json").is_file()
 
 
-def plan(study: Study, folder: Path, seeds: int, more: list[str]) -> list[StudyRun]:
-    """Every run, a seed of all arms after the other, so that any prefix can be compared.
+def plan(study: Study, folder: Path, seeds: int, extra: list[str]) -> list[StudyRun]:
+    """List all runs, ordered by seed, so that the arms of an interrupted study can be compared.
 
     Raises:
-        InputError: flags that train.py refuses, or a folder that holds a run of other constants.
+        InputError: train.py refuses a flag, or a folder has a run of another configuration.
     """
     import train  # here, because torch takes seconds
     from engine.run import same_recipe
@@ -171,21 +171,21 @@ def plan(study: Study, folder: Path, seeds: int, more: list[str]) -> list[StudyR
             name = f"row{row}{''.join(parts)}-seed{seed}"
             values = SMALL | study.small | changes | {"seed": seed}
             flags = as_flags({key: value for key, value in values.items() if value is not None})
-            flags = ["--experiment", row, *flags, *more, "--checkpoints", str(folder), "--name", name]
+            flags = ["--experiment", row, *flags, *extra, "--checkpoints", str(folder), "--name", name]
             runs.append(StudyRun(arm, seed, folder / name, flags, train.configure(flags)))
             if runs[-1].config.seed != seed:
-                raise InputError("every run has a seed of its own", "say how many runs by --seeds")
+                raise InputError("a study sets the seeds of its runs", "use --seeds to set their number")
             if runs[-1].folder.exists() and not same_recipe(folder / name, vars(runs[-1].config)):
-                remedy = "move it away to run the study anew"
-                raise InputError("it holds a run of other constants", remedy, file=folder / name)
+                remedy = "move it away to start the run again"
+                raise InputError("it has a run of another configuration", remedy, file=folder / name)
     return runs
 
 
 def run_all(runs: list[StudyRun], jobs: int) -> None:
-    """Train, some runs at a time; what each says goes into a file beside its folder.
+    """Run train.py for each run, `jobs` at a time, with its output in FOLDER.out.
 
     Raises:
-        InputError: runs that ended badly, after all others were made.
+        InputError: some runs failed; the others were completed.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
 
@@ -198,25 +198,25 @@ def run_all(runs: list[StudyRun], jobs: int) -> None:
         codes = list(tqdm(pool.map(train_one, runs), total=len(runs), desc="runs", unit="run"))
     failed = [Path(f"{run.folder}.out") for run, code in zip(runs, codes, strict=True) if code]
     if failed:
-        remedy = "what it said is in this file; the same command goes on"
+        remedy = "see this file for its output; the same command resumes the study"
         raise InputError(f"{len(failed)} of {len(runs)} runs failed", remedy, file=failed[0])
 
 
 # ------------------------------------------------------------------------------ reporting
 
 
-# Arm -> seed -> what a run reached: miss rates (all, day, night) and recall in per cent, minutes, and the
+# Arm -> seed -> results of the run: miss rates (all, day, night) and recall in per cent, minutes, and the
 # masks' average precision by map.
-Outcomes = dict[str, dict[int, np.ndarray]]
+Results = dict[str, dict[int, np.ndarray]]
 
 
-def read_finished(study: Study, runs: list[StudyRun]) -> Outcomes:
-    """What the finished runs reached, from their folders: of each arm that has any, the baseline first.
+def read_finished(study: Study, runs: list[StudyRun]) -> Results:
+    """Read the results of the finished runs; arms without any are left out.
 
     Raises:
-        InputError: no run of the baseline, or of any other arm, is finished.
+        InputError: the baseline or all other arms have no finished run.
     """
-    by_arm: Outcomes = {arm: {} for arm in study.arms}
+    by_arm: Results = {arm: {} for arm in study.arms}
     for run in filter(StudyRun.is_finished, runs):
         content = json.loads((run.folder / "miss_rate.json").read_text(encoding="utf-8"))
         official = next(iter(content.values()))["official"]
@@ -229,31 +229,37 @@ def read_finished(study: Study, runs: list[StudyRun]) -> Outcomes:
     baseline, *others = by_arm.values()
     if not baseline or not any(others):
         raise InputError("the study has no finished runs to compare", "run it without --report")
-    return {arm: own for arm, own in by_arm.items() if own}
+    return {arm: by_seed for arm, by_seed in by_arm.items() if by_seed}
 
 
-def report(study: Study, by_arm: Outcomes) -> str:
-    """The table, in Markdown: each arm's miss rate, and its paired difference from the baseline.
+def report(study: Study, by_arm: Results) -> str:
+    """A Markdown table of each arm's miss rate and its difference from the baseline.
 
-    p is that of a paired t-test over the seeds that both have; p (Holm) corrects it for the
-    number of arms that are compared.
+    p is from a paired t-test over the seeds that both arms have. p (Holm) corrects it for the number of arms.
     """
     baseline, *others = by_arm
     tests = {}
     for arm in others:
-        shared = by_arm[arm].keys() & by_arm[baseline].keys()
-        gaps = [by_arm[arm][seed][0] - by_arm[baseline][seed][0] for seed in sorted(shared)]
-        tests[arm] = paired_test(np.array(gaps))
+        seeds = by_arm[arm].keys() & by_arm[baseline].keys()
+        differences = [by_arm[arm][seed][0] - by_arm[baseline][seed][0] for seed in sorted(seeds)]
+        tests[arm] = paired_test(np.array(differences))
     adjusted = holm({arm: p for arm, (*_, p) in tests.items()})
-    columns = "arm|seeds|miss rate all (%)|day|night|recall|minus the baseline, 95%|p|p (Holm)|mask AP by map"
+    columns = "arm|seeds|miss rate all (%)|day|night|recall|minus baseline, 95%|p|p (Holm)|mask AP by map"
     table = []
-    for arm, own in by_arm.items():
-        outcomes = np.array([*own.values()])
-        rate, day, night, recall, _, *aps = outcomes.mean(0)
+    for arm, by_seed in by_arm.items():
+        results = np.array([*by_seed.values()])
+        rate, day, night, recall, _, *aps = results.mean(0)
         row, changes = study.arms[arm]
         name = arm if changes else f"{arm}: {EXPERIMENTS[row].description}"
-        spread = f" ± {outcomes[:, 0].std(ddof=1):.1f}" if len(own) > 1 else ""
-        cells = [name, str(len(own)), f"{rate:.1f}{spread}", f"{day:.1f}", f"{night:.1f}", f"{recall:.1f}"]
+        spread = f" ± {results[:, 0].std(ddof=1):.1f}" if len(by_seed) > 1 else ""
+        cells = [
+            name,
+            str(len(by_seed)),
+            f"{rate:.1f}{spread}",
+            f"{day:.1f}",
+            f"{night:.1f}",
+            f"{recall:.1f}",
+        ]
         mean, low, high, p = tests.get(arm, (np.nan,) * 4)
         if arm == baseline:
             cells += ["baseline", "", ""]
@@ -262,17 +268,16 @@ def report(study: Study, by_arm: Outcomes) -> str:
         else:
             cells += [f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.3f}", f"{adjusted[arm]:.3f}"]
         table.append([*cells, ", ".join(f"{ap:.2f}" for ap in aps)])
-    minutes = np.median([outcome[4] for own in by_arm.values() for outcome in own.values()])
+    minutes = np.median([result[4] for by_seed in by_arm.values() for result in by_seed.values()])
     closing = f"Median training time of a run: {minutes:.1f} minutes."
     return f"{markdown_table(columns.split('|'), table)}\n\n{closing}"
 
 
 def paired_test(values: np.ndarray) -> tuple[float, float, float, float]:
-    """Mean, 95% interval (low, high) and two-sided p of differences (n,) by Student's paired
-    t-test; NaN where n is below 2.
+    """Mean, 95% interval (low, high) and two-sided p of paired differences (n,) by Student's t-test.
 
-    With t = sqrt(df) tan(a) the density of Student's distribution becomes cos(a)^(df - 1) on
-    (-pi/2, pi/2), which the trapezoid rule integrates to many digits.
+    All but the mean are NaN if n is below 2. With t = sqrt(df) tan(a), the density of Student's distribution
+    is proportional to cos(a)^(df - 1) on (-pi/2, pi/2), which the trapezoid rule integrates accurately.
     """
     n = len(values)
     if n < 2:
@@ -280,15 +285,15 @@ def paired_test(values: np.ndarray) -> tuple[float, float, float, float]:
     mean, error = values.mean(), values.std(ddof=1) / n**0.5
     angle = np.linspace(0, np.pi / 2, 100_001)
     density = np.cos(angle) ** (n - 2)
-    inside = np.append(0, np.cumsum(density[1:] + density[:-1]))
-    inside /= inside[-1]  # the probability of |t| <= sqrt(df) tan(angle)
-    reach = (n - 1) ** 0.5 * np.tan(np.interp(0.95, inside, angle)) * error
-    p = 1 - np.interp(np.arctan2(abs(mean), (n - 1) ** 0.5 * error), angle, inside)
-    return tuple(map(float, (mean, mean - reach, mean + reach, p)))
+    probability = np.append(0, np.cumsum(density[1:] + density[:-1]))
+    probability /= probability[-1]  # of |t| <= sqrt(df) tan(angle)
+    margin = (n - 1) ** 0.5 * np.tan(np.interp(0.95, probability, angle)) * error
+    p = 1 - np.interp(np.arctan2(abs(mean), (n - 1) ** 0.5 * error), angle, probability)
+    return tuple(map(float, (mean, mean - margin, mean + margin, p)))
 
 
 def holm(p: dict[str, float]) -> dict[str, float]:
-    """p values corrected for their number by Holm's step-down method (1979); NaN stays."""
+    """Correct p values for their number by Holm's step-down method (1979); NaN stays NaN."""
     adjusted, highest = {}, 0.0
     for i, name in enumerate(sorted(p, key=lambda name: p[name])):
         highest = max(highest, min(1.0, (len(p) - i) * p[name]))
@@ -296,17 +301,17 @@ def holm(p: dict[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def draw(study: Study, by_arm: Outcomes, path: Path) -> None:
-    """Every run's miss rate as a dot, lines between the runs of a seed, each arm's mean a bar."""
+def plot(study: Study, by_arm: Results, path: Path) -> None:
+    """Plot each run's miss rate as a dot, with lines between runs of a seed and a bar at each arm's mean."""
     from matplotlib.figure import Figure
 
     width = max(6, 1.5 + 1.1 * len(by_arm))
     figure = Figure(figsize=(width, 4.5), layout="constrained")
     axis = figure.subplots()
-    for seed in sorted({seed for own in by_arm.values() for seed in own}):
-        dots = [(i, own[seed][0]) for i, own in enumerate(by_arm.values()) if seed in own]
+    for seed in sorted({seed for by_seed in by_arm.values() for seed in by_seed}):
+        dots = [(i, by_seed[seed][0]) for i, by_seed in enumerate(by_arm.values()) if seed in by_seed]
         axis.plot(*zip(*dots, strict=True), "o-", markersize=4, linewidth=0.6, label=f"seed {seed}")
-    means = [np.mean([outcome[0] for outcome in own.values()]) for own in by_arm.values()]
+    means = [np.mean([result[0] for result in by_seed.values()]) for by_seed in by_arm.values()]
     x = np.arange(len(means))
     axis.hlines(means, x - 0.3, x + 0.3, color="black", linewidth=2, label="mean")
     axis.axhline(means[0], color="grey", linestyle=":", label="the baseline's mean")

@@ -113,7 +113,7 @@ def test_the_kaist_study_leaves_rows_as_they_are(tmp_path):
 
 
 def test_a_seed_is_no_flag_of_a_study(tmp_path):
-    with pytest.raises(InputError, match="say how many runs by --seeds"):
+    with pytest.raises(InputError, match="use --seeds to set their number"):
         study.plan(study.STUDIES["lwir"], tmp_path, 2, ["--seed", "7"])
 
 
@@ -176,7 +176,7 @@ def test_a_study_runs_goes_on_and_reports(one_study, monkeypatch, capsys):
 
     monkeypatch.setattr(study.subprocess, "run", pytest.fail)  # nothing is left to run
     one_study()
-    with pytest.raises(InputError, match="it holds a run of other constants"):
+    with pytest.raises(InputError, match="it has a run of another configuration"):
         one_study("--lr", "0.5")
 
 
