@@ -26,7 +26,7 @@ NETWORKS = {
 
 @pytest.fixture
 def pair(request):
-    """A network, the same compiled, and how many graphs were made of it so far."""
+    """A network, its compiled version, and the number of graphs so far."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = make_network(**NETWORKS[request.param])
@@ -59,7 +59,7 @@ def test_training_and_evaluation_are_one_graph_each(pair):
 
 @pytest.mark.parametrize("pair", ["halfway"], indirect=True)
 def test_frames_are_detected_by_a_graph_of_one_shape(pair, demo_root):
-    """Six frames in batches of four: the last batch is filled up, and nobody sees by what."""
+    """Six frames in batches of four: the last batch is padded, without effect on the detections."""
     model, compiled, backend = pair
     for head in model.conf_heads:
         torch.nn.init.normal_(head.weight, std=0.1)

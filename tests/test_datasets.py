@@ -44,17 +44,17 @@ def batches(dataset, workers=0, epoch=0, skip=0, shuffle=True, maps=((38, 38),))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_truncated_image_is_named_from_any_worker(demo_root, tmp_path, workers):
+def test_a_truncated_image_is_named_by_any_worker(demo_root, tmp_path, workers):
     root = shutil.copytree(demo_root, tmp_path / "set")
     dataset = pairs(root)
     path = image_path(root, dataset.frames[5].id, "visible")
     path.write_bytes(path.read_bytes()[:9000])
-    check_images(root, [dataset.frames[5].id], "early")  # its header is whole
+    check_images(root, [dataset.frames[5].id], "early")  # its header is intact
     with pytest.raises(InputError, match=r"I\d{5}\.jpg: broken image"):
         batches(dataset, workers)
 
 
-def test_a_donor_that_cannot_be_read_is_not_its_frames_fault(demo_root, tmp_path):
+def test_an_unreadable_donor_leaves_the_frame_unchanged(demo_root, tmp_path):
     root = shutil.copytree(demo_root, tmp_path / "set")
     dataset = pairs(root, augmentation=Augmentation(copy_paste=1.0))
     path = image_path(root, dataset.frames[5].id, "visible")
@@ -113,7 +113,7 @@ def same(a, b):
     )
 
 
-def test_samples_depend_on_seed_epoch_and_frame_alone(demo_root):
+def test_samples_depend_only_on_seed_epoch_and_frame(demo_root):
     dataset = pairs(demo_root)
     alone = batches(dataset, workers=0, epoch=3)
     assert same(alone, batches(dataset, workers=2, epoch=3))
@@ -122,13 +122,13 @@ def test_samples_depend_on_seed_epoch_and_frame_alone(demo_root):
     assert not same(alone, batches(pairs(demo_root, seed=8), epoch=3))
 
 
-def test_evaluation_order_is_the_lists(demo_root):
+def test_the_evaluation_order_is_that_of_the_list(demo_root):
     dataset = pairs(demo_root, augmentation=None)
     order = [i for batch in batches(dataset, workers=2, shuffle=False) for i in batch.frame_ids]
     assert order == [frame.id for frame in dataset.frames]
 
 
-def test_masks_of_the_logged_mistake_ignore_the_augmentation(demo_root):
+def test_masks_can_ignore_the_augmentation_as_in_the_log(demo_root):
     wrong = batches(pairs(demo_root, masks_follow=False))
     right = batches(pairs(demo_root))
     still = {

@@ -1,4 +1,4 @@
-"""detect.py as a user meets it: any tree of images, any size, and what is told of those that fail."""
+"""detect.py: folders of images, image sizes, output files, and failures."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ PROJECT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """An untrained early-fusion network after 1 of 2 epochs."""
+    """A checkpoint of an untrained early-fusion network at epoch 1 of 2."""
     config = train.configure(["--width", "0.0625", "--epochs", "2"])
     arguments = train.model_arguments(config)
     model = train.make_network(**arguments)
@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def found(monkeypatch):
-    """What the network finds in every frame: set to boxes and scores; one box at the start."""
+    """The boxes and scores that the patched network returns for every frame; one box by default."""
     answer = {"boxes": np.array([[64.0, 128.0, 32.0, 64.0]]), "scores": np.array([0.9])}
     monkeypatch.setattr(utils, "detect_image", lambda *_, **__: (answer["boxes"].copy(), answer["scores"]))
     return answer
@@ -47,7 +47,7 @@ def found(monkeypatch):
 
 @pytest.fixture
 def run(checkpoint, monkeypatch, tmp_path):
-    """Call detect.py with arguments in tmp_path."""
+    """A function that runs detect.py in tmp_path."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments, weights=checkpoint):
@@ -58,7 +58,7 @@ def run(checkpoint, monkeypatch, tmp_path):
 
 
 def draw(path, size=(640, 512), mode="RGB"):
-    """A grey image in a file."""
+    """Write a grey image to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new(mode, size, 99 if mode == "L" else (99, 99, 99)).save(path)
     return path
@@ -78,7 +78,7 @@ def pictures(folder="detections"):
     return sorted(path.name for path in Path(folder).glob("*.png"))
 
 
-def test_folders_are_searched_to_any_depth_and_each_pair_is_taken_once(run, found, tmp_path):
+def test_folders_are_searched_recursively_and_each_pair_is_used_once(run, found, tmp_path):
     draw_both(tmp_path / "data/set06/V000", "I00000.jpg")
     draw_both(tmp_path / "data/set06/V001", "I00000.png")
     draw_both(tmp_path / "data/deep/er/and", "a.jpg", "a.png")
@@ -88,14 +88,14 @@ def test_folders_are_searched_to_any_depth_and_each_pair_is_taken_once(run, foun
     assert {row["image"] for row in read_csv()} == {name[:-4] for name in pictures()}
 
 
-def test_a_pair_of_any_names(run, found, tmp_path):
+def test_a_pair_with_any_file_names(run, found, tmp_path):
     run("--visible", draw(tmp_path / "photo.png"), "--lwir", draw(tmp_path / "hot.jpg", mode="L"))
     assert pictures() == ["photo.png"]
     with pytest.raises(InputError, match="must be used together"):
         run("--visible", tmp_path / "photo.png")
 
 
-def test_no_picture_takes_anothers_name(run, found, tmp_path):
+def test_picture_names_are_unique_without_case(run, found, tmp_path):
     for name in ("a-2.png", "a.jpg", "a.png", "A.tif"):
         draw_both(tmp_path / "x", name)
     run("x/visible")
@@ -103,14 +103,14 @@ def test_no_picture_takes_anothers_name(run, found, tmp_path):
     assert len(set(names)) == 4 and len(read_csv()) == 4
 
 
-def test_files_of_one_name_get_numbers():
+def test_files_with_one_name_get_numbers():
     pairs = [{"visible": Path(f"{i}/visible/a.png")} for i in range(2_000)]
     names = detect.output_names(pairs)
     assert len(set(names)) == len(pairs) and names[:3] == ["a", "a-2", "a-3"]
 
 
 @pytest.mark.parametrize(("size", "lwir_size"), [((1280, 256), (640, 512)), ((320, 1024), (33, 44))])
-def test_boxes_are_in_the_images_own_pixels(run, found, tmp_path, capsys, size, lwir_size):
+def test_boxes_are_in_pixels_of_the_image(run, found, tmp_path, capsys, size, lwir_size):
     draw(tmp_path / "v.png", size)
     draw(tmp_path / "l.png", lwir_size, "L")
     run("--visible", "v.png", "--lwir", "l.png")
@@ -120,7 +120,7 @@ def test_boxes_are_in_the_images_own_pixels(run, found, tmp_path, capsys, size, 
     assert capsys.readouterr().out.count("of another size") == 1
 
 
-def test_pairs_that_are_not_kaists_are_refused_in_two_sizes():
+def test_pairs_of_other_sets_must_have_one_size():
     views = {"visible": Image.new("RGB", (64, 48)), "lwir": Image.new("L", (32, 24))}
     with pytest.raises(InputError, match="a.png: its visible and LWIR images are 64x48 and 32x24; register"):
         detect.fit_views(views, {"lwir": Path("a.png")}, "pairs.json")
@@ -128,7 +128,7 @@ def test_pairs_that_are_not_kaists_are_refused_in_two_sizes():
     assert detect.fit_views(views, {"lwir": Path("a.png")}, "pairs.json") == views
 
 
-def test_a_bad_image_costs_a_line_and_never_the_rest(run, found, tmp_path, capsys):
+def test_a_bad_image_gives_one_line_and_the_others_are_processed(run, found, tmp_path, capsys):
     for name in ("1.png", "2.png", "3.png"):
         draw_both(tmp_path / "x", name)
     (tmp_path / "x/visible/2.png").write_bytes(b"no image")
@@ -157,7 +157,7 @@ def test_a_bad_image_costs_a_line_and_never_the_rest(run, found, tmp_path, capsy
         ([], "name images or folders"),
     ],
 )
-def test_nothing_is_made_where_there_is_nothing_to_write(run, tmp_path, arguments, message):
+def test_bad_arguments_create_no_folder(run, tmp_path, arguments, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("x")
     draw(tmp_path / "lone.png")
@@ -167,7 +167,7 @@ def test_nothing_is_made_where_there_is_nothing_to_write(run, tmp_path, argument
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system")
-def test_a_pipe_or_a_missing_partner_is_refused_not_waited_for(run, tmp_path):
+def test_a_pipe_or_a_missing_file_is_refused(run, tmp_path):
     draw(tmp_path / "a.png")
     os.mkfifo(tmp_path / "pipe.png")
     for name, message in (("pipe.png", "it is a pipe"), ("none.png", "image not found")):
@@ -177,14 +177,14 @@ def test_a_pipe_or_a_missing_partner_is_refused_not_waited_for(run, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_full_disk_is_told_in_a_line(tmp_path):
+def test_a_full_disk_is_an_input_error(tmp_path):
     (tmp_path / "detections.csv").symlink_to("/dev/full")
     with pytest.raises(InputError, match="cannot write it"):
         detect.write_rows(tmp_path / "detections.csv", "a", np.ones((1, 4)), np.ones(1), first=True)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="names are bytes on Linux alone")
-def test_a_name_that_is_no_text_loses_nothing(run, found, tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes only on Linux")
+def test_file_names_that_are_not_utf_8_are_escaped(run, found, tmp_path):
     folder = tmp_path / "x/visible"
     draw_both(tmp_path / "x", "b,c.png")
     for modality in ("visible", "lwir"):
@@ -193,7 +193,7 @@ def test_a_name_that_is_no_text_loses_nothing(run, found, tmp_path):
     assert [row["image"] for row in read_csv()] == ["a\\udcff", "b,c"]
 
 
-def test_what_was_found_is_kept_when_the_run_is_stopped(run, found, tmp_path, monkeypatch):
+def test_detections_are_kept_after_an_interrupt(run, found, tmp_path, monkeypatch):
     for name in ("1.png", "2.png", "3.png"):
         draw_both(tmp_path / "x", name)
     calls = iter(range(9))
@@ -209,7 +209,7 @@ def test_what_was_found_is_kept_when_the_run_is_stopped(run, found, tmp_path, mo
     assert [row["image"] for row in read_csv()] == ["1", "2"]
 
 
-def test_untrained_and_broken_networks_are_told(run, found, tmp_path, capsys, checkpoint):
+def test_untrained_and_nonfinite_networks_give_warnings(run, found, tmp_path, capsys, checkpoint):
     draw_both(tmp_path / "x", "1.png")
     run("x")
     assert "epoch 1 of 2" in capsys.readouterr().out
@@ -223,23 +223,23 @@ def test_untrained_and_broken_networks_are_told(run, found, tmp_path, capsys, ch
     assert "warning: these weights are not finite (1 of " in capsys.readouterr().out
 
 
-def test_a_run_is_named_and_one_of_drawings_is_told(run, found, tmp_path, checkpoint, capsys):
-    """`--checkpoint streets` is the file of that name, or the run; its network has seen no photograph."""
+def test_a_run_is_found_by_name_and_drawings_are_noted(run, found, tmp_path, checkpoint, capsys):
+    """`--checkpoint streets` is a run of this name if there is one, else the file streets.pt."""
     content = torch.load(checkpoint, weights_only=True)
     content["config"] |= {"data_root": "data/streets"}
     named = "--visible", draw(tmp_path / "a.png"), "--lwir", draw(tmp_path / "b.png", mode="L")
-    for place in ("streets.pt", "streets/last.pt"):  # a run of one's own goes before the file
+    for place in ("streets.pt", "streets/last.pt"):  # the run takes precedence over the file
         file = Path("checkpoints", place)
         file.parent.mkdir(parents=True, exist_ok=True)
         save_checkpoint(file, content)
         run(*named, weights="streets")
-        said = capsys.readouterr().out
-        assert "trained only on drawings" in said and f"weights of {file}" in said.replace(f"{tmp_path}/", "")
+        printed = capsys.readouterr().out.replace(f"{tmp_path}/", "")
+        assert "trained only on drawings" in printed and f"weights of {file}" in printed
     run(*named)
     assert "trained only on drawings" not in capsys.readouterr().out
 
 
-def test_no_image_is_replaced(run, found, tmp_path):
+def test_input_images_are_not_overwritten(run, found, tmp_path):
     draw(tmp_path / "a.png"), draw(tmp_path / "b.png", mode="L")
     held = (tmp_path / "a.png").read_bytes()
     pair = ("--visible", "a.png", "--lwir", "b.png")
@@ -249,20 +249,20 @@ def test_no_image_is_replaced(run, found, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == held and len(list(tmp_path.iterdir())) == 2
 
 
-def test_pictures_of_ours_are_not_looked_at(tmp_path):
+def test_pictures_of_earlier_runs_are_skipped(tmp_path):
     mine, ours = draw(tmp_path / "visible/a.png"), draw(tmp_path / "detections/a.png")
     assert detect.list_images([tmp_path], [], tmp_path / "detections") == [mine]
     assert detect.list_images([ours.parent], [], ours.parent) == [ours]  # named by the user
 
 
-def test_annotations_at_hand_are_drawn(demo_root, run, found):
+def test_annotations_are_drawn(demo_root, run, found):
     run(demo_root / "images/set06/V000/visible/I00000.jpg")
     with Image.open(Path("detections", pictures()[0])) as with_annotations:
         colours = {colour for _, colour in with_annotations.getcolors(1 << 24)}
     assert (255, 255, 255) in colours and (0, 255, 0) in colours
 
 
-def test_ignored_objects_are_told_from_people():
+def test_ignored_objects_and_people_have_different_colours():
     box = np.array([[100.0, 100, 50, 100], [300, 100, 50, 100]])
     objects = Objects(box, ("person", "cyclist"), np.zeros(2, np.int64), np.zeros(2, bool))
     grey = {"lwir": Image.new("L", (640, 512), 50)}
@@ -273,7 +273,7 @@ def test_ignored_objects_are_told_from_people():
     assert IGNORED_COLOUR == "orange"
 
 
-def test_labels_of_scores_never_collide():
+def test_score_labels_do_not_overlap():
     class Pen:
         labels = []
 
@@ -311,13 +311,13 @@ def test_flags_are_answered_without_torch(tmp_path):
 
 
 def draw_drive(folder, numbers=(1, 2, 10)):
-    """A sequence under names of its own: drive/<n>_rgb.jpg and drive/<n>_ir.png."""
+    """Write a sequence of pairs, drive/<n>_rgb.jpg and drive/<n>_ir.png."""
     for n in numbers:
         draw(folder / f"drive/{n}_rgb.jpg", (320, 256))
         draw(folder / f"drive/{n}_ir.png", (320, 256), "L")
 
 
-def test_patterns_pair_files_by_what_their_stars_stand_for(run, found, tmp_path, capsys):
+def test_patterns_pair_files_by_the_text_of_the_stars(run, found, tmp_path, capsys):
     draw_drive(tmp_path)
     draw(tmp_path / "drive/7_rgb.jpg")
     with pytest.raises(InputError, match="^1 image could not be used"):
@@ -331,19 +331,19 @@ def test_two_folders_pair_files_by_stem(run, found, tmp_path):
     draw(tmp_path / "thermal/a.jpg", mode="L")
     run("--pair", "rgb", "thermal")
     assert pictures() == ["a.png"]
-    for heat in ("heat", "heat/*", "thermal/a.jpg"):  # the last as a shell gives it, unless it is quoted
+    for heat in ("heat", "heat/*", "thermal/a.jpg"):  # the last is a pattern that the shell has expanded
         with pytest.raises(InputError, match=f"{heat.removesuffix('/*')}: no such folder"):
             run("--pair", "rgb", heat)
 
 
-def test_folders_are_gone_through_as_people_count(run, found, tmp_path):
+def test_files_are_in_natural_order(run, found, tmp_path):
     for n in (10, 9, 1):
         draw_both(tmp_path / "x", f"frame{n}.png")
     run("x")
     assert [row["image"] for row in read_csv()] == ["frame1", "frame9", "frame10"]
 
 
-def test_a_sheet_and_an_animation_have_every_picture(run, found, tmp_path, capsys):
+def test_a_sheet_and_an_animation_contain_every_picture(run, found, tmp_path, capsys):
     draw_drive(tmp_path)
     outputs = ("--sheet", "detections/s.jpg", "--animation", "a.gif")
     run("--pair", "drive/*_rgb.jpg", "drive/*_ir.png", *outputs)
@@ -351,8 +351,8 @@ def test_a_sheet_and_an_animation_have_every_picture(run, found, tmp_path, capsy
         assert film.n_frames == 3 and film.info["duration"] == 100
     with Image.open("detections/s.jpg") as sheet, Image.open("detections/1_rgb.png") as picture:
         assert sheet.width == 1920 and sheet.height == 2 * round(picture.height * 960 / picture.width)
-    said = capsys.readouterr().out
-    assert "detections/s.jpg: 3 images" in said and "a.gif: 3 images" in said
+    printed = capsys.readouterr().out
+    assert "detections/s.jpg: 3 images" in printed and "a.gif: 3 images" in printed
     run("--pair", "drive/*_rgb.jpg", "drive/*_ir.png", "--animation", "a.webp")
     with Image.open("a.webp") as film:
         assert film.n_frames == 3
@@ -360,7 +360,7 @@ def test_a_sheet_and_an_animation_have_every_picture(run, found, tmp_path, capsy
         run("drive", "--animation", "a.mp4")
 
 
-def test_eval_reads_what_detect_writes_as_coco_has_it(run, found, demo_root):
+def test_eval_reads_the_coco_json_of_detect(run, found, demo_root):
     run(demo_root / "images/set06/V000/lwir", "--json", "found.json", "--min-score", "0.01")
     entries = json.loads(Path("found.json").read_text())
     assert entries[0] == {
@@ -377,7 +377,7 @@ def test_eval_reads_what_detect_writes_as_coco_has_it(run, found, demo_root):
     assert detections.boxes.tolist() == [e["bbox"] for e in entries]
 
 
-def test_show_opens_pictures_and_says_where_none_can(run, found, tmp_path, monkeypatch, capsys):
+def test_show_opens_pictures_or_notes_that_there_is_no_viewer(run, found, tmp_path, monkeypatch, capsys):
     draw_drive(tmp_path)
     drive = ("--pair", "drive/*_rgb.jpg", "drive/*_ir.png", "--show")
     for can_show, names in ((True, ["1_rgb", "2_rgb", "10_rgb"]), (False, ["1_rgb"])):

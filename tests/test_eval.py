@@ -1,4 +1,4 @@
-"""eval.py as a user meets it: who counts, what is written where, and what the pictures show."""
+"""eval.py: tables, pictures, output files, and bad flags."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def detections(frame, boxes, scores):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are saved, instead of their files' content."""
+    """The figures that are saved; their files have dummy content."""
     kept = []
 
     def keep(figure, path, **_):
@@ -59,7 +59,7 @@ def figures(monkeypatch):
 
 @pytest.fixture
 def save(tmp_path, demo_root):
-    """Save an untrained network's checkpoint after 1 of 2 epochs, or another number."""
+    """A function that saves a checkpoint of an untrained network, at epoch 1 of 2 by default."""
 
     def save(*flags, epoch=1):
         flags = ["--width", "0.0625", "--epochs", "2", "--workers", "0", "--device", "cpu", *flags]
@@ -77,7 +77,7 @@ def save(tmp_path, demo_root):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, undrawn):
-    """Call eval.py with arguments in tmp_path."""
+    """A function that runs eval.py in tmp_path."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):
@@ -90,15 +90,15 @@ def run(monkeypatch, tmp_path, undrawn):
 # ------------------------------------------------------------------- tables
 
 
-def test_the_table_says_who_counts_and_where_they_are_few(capsys):
+def test_the_table_has_counts_and_a_warning_for_few_people(capsys):
     frames = [f"set06/V000/I{i:05}" for i in range(30)] + [NIGHT]
     print_scores([score("x", people(frames, 2), detections([0], [BOX], [1.0]))])
-    said = capsys.readouterr().out
-    assert "31 frames, 62 people count (60 day, 2 night)" in said
-    assert "warning: few people count, 2 (night)" in said
+    printed = capsys.readouterr().out
+    assert "31 frames, 62 people count (60 day, 2 night)" in printed
+    assert "warning: few people count, 2 (night)" in printed
 
 
-def test_without_occlusion_labels_the_height_rule_is_told(capsys):
+def test_missing_occlusion_labels_are_noted(capsys):
     truth = people([DAY], 2)
     print_scores([score("x", truth, detections([0], [BOX], [1.0]))])
     assert (
@@ -109,19 +109,18 @@ def test_without_occlusion_labels_the_height_rule_is_told(capsys):
     assert "occluded" not in capsys.readouterr().out
 
 
-def test_a_subset_without_frames_is_in_no_table_and_no_curve(capsys, figures, tmp_path):
+def test_a_setup_without_frames_is_in_no_table_and_no_curve(capsys, figures, tmp_path):
     scores = [score("x", people([NIGHT]), detections([0], [BOX], [1.0]))]
     print_scores(scores, all_setups=True)
-    said = capsys.readouterr().out
-    assert "night" in said and "Reasonable-day" not in said and " day " not in said.splitlines()[2]
+    printed = capsys.readouterr().out
+    assert "night" in printed and "Reasonable-day" not in printed and " day " not in printed.splitlines()[2]
     draw_curves(scores, tmp_path / "a.png")
     [panel] = figures[0].axes
     assert panel.get_title().startswith("night: x ") and "1 person" in panel.get_title()
 
 
-def test_ties_that_matter_are_told():
-    """Of two boxes of one score the first row holds the person: the second is a false positive before
-    the next person's, if it comes first."""
+def test_ties_that_change_the_miss_rate_are_noted():
+    """Two boxes have the same score. In file order the true positive is first; reversed, it is second."""
     truth = people([DAY, NIGHT])
     good, bad = BOX, [300.0, 100.0, 40.0, 100.0]
     found = detections([0, 0, 1], [good, bad, good], [0.9, 0.9, 0.8])
@@ -135,7 +134,7 @@ def test_ties_that_matter_are_told():
     assert not any("equal" in note for note in score("x", truth, alone).notes)
 
 
-def test_a_file_without_low_scores_is_told():
+def test_a_file_without_low_scores_is_noted():
     truth = people([DAY, NIGHT])
     for least, told in ((0.3, True), (0.1, False)):
         notes = score("x", truth, detections([0, 1], [BOX, BOX], [0.9, least])).notes
@@ -146,7 +145,7 @@ def test_a_file_without_low_scores_is_told():
 
 
 def test_curves_end_level_at_the_right_border(figures, tmp_path):
-    """200 false positives a frame reach beyond the last FPPI shown; the line never runs back."""
+    """200 false positives per frame exceed the last FPPI shown; the line never turns back."""
     truth = people([DAY, NIGHT], 2)
     false = np.tile([400.0, 300, 40, 100], (200, 1))
     found = detections(np.repeat([0, 1], 200), np.vstack([false, false]), np.linspace(1, 0.1, 400))
@@ -160,7 +159,7 @@ def test_curves_end_level_at_the_right_border(figures, tmp_path):
         assert legend_box.y1 <= axes_box.y0  # outside of the curves
 
 
-def test_a_runs_curves_have_points_and_whole_epochs(figures, tmp_path):
+def test_curves_of_a_run_have_markers_and_integer_epochs(figures, tmp_path):
     row = {"epoch": 1.0, "loss": 3.0, "loc": 1.0, "conf": 2.0, "seg": 0.1, "lr": 1e-3}
     rates = {"miss_rate": 0.5, "miss_rate_day": 0.6, "miss_rate_night": 0.4, "recall": 0.9, "iou_map1": 0.2}
     for log in ([row], [row | rates], [row | {"epoch": e} | rates for e in (1.0, 2.0, 3.0)]):
@@ -176,7 +175,7 @@ def test_a_runs_curves_have_points_and_whole_epochs(figures, tmp_path):
     assert [len(panel.lines) for panel in figures[1].axes] == [4, 3, 2, 1]
 
 
-def test_errors_of_one_video_do_not_fill_the_sheet():
+def test_the_error_sheet_alternates_between_videos():
     frames = [f"set06/V000/I{i:05}" for i in range(5)] + ["set06/V001/I00000", NIGHT]
     order = order_across_videos(people(frames), np.arange(7), np.array([0, 1, 2, 3, 5, 4, 6]))
     assert order.tolist() == [0, 1, 5, 6, 2, 3, 4]
@@ -185,11 +184,12 @@ def test_errors_of_one_video_do_not_fill_the_sheet():
 # ------------------------------------------------------------------- a checkpoint
 
 
-def test_a_subset_is_all_that_the_network_sees(run, save, capsys):
+def test_the_network_sees_only_the_subset(run, save, capsys):
     path = save(epoch=2)
     run("--checkpoint", path, "--subset", "night", "--json", "n.json")
-    said = capsys.readouterr().out
-    assert "3 frames" in said and "(0 day" in said and "left out" not in said and "numbers: n.json" in said
+    printed = capsys.readouterr().out
+    assert "3 frames" in printed and "(0 day" in printed and "numbers: n.json" in printed
+    assert "rows of frames" not in printed
     frames = path.with_name("detections-night.frames.txt").read_text().split()
     assert len(frames) == 3 and all(frame.startswith(("set09", "set10", "set11")) for frame in frames)
     assert path.with_name("miss_rate-night.png").exists()
@@ -197,7 +197,7 @@ def test_a_subset_is_all_that_the_network_sees(run, save, capsys):
     assert content["official"]["Reasonable-all"]["n_frames"] == 3
 
 
-def test_an_unfinished_runs_files_do_not_look_like_its_own(run, save, capsys):
+def test_files_of_an_unfinished_run_have_the_epoch_in_their_names(run, save, capsys):
     path = save(epoch=1)
     run("--checkpoint", path)
     assert "epoch 1 of 2" in capsys.readouterr().out
@@ -206,27 +206,27 @@ def test_an_unfinished_runs_files_do_not_look_like_its_own(run, save, capsys):
     ]
 
 
-def test_another_checkpoints_files_bear_its_name(run, save):
+def test_files_of_best_pt_have_its_name(run, save):
     path = save(epoch=2)
     run("--checkpoint", path.rename(path.with_name("best.pt")))
     assert path.with_name("detections-best.txt").exists() and not path.with_name("detections.txt").exists()
 
 
-def test_a_read_only_folder_costs_no_table(run, save, capsys, monkeypatch):
+def test_a_read_only_folder_still_gives_a_table(run, save, capsys, monkeypatch):
     path = save(epoch=2)
     monkeypatch.setattr(os, "access", lambda *_: False)
     run("--checkpoint", path)
-    said = capsys.readouterr().out
-    assert "\nrun " in said and "is read-only" in said
+    printed = capsys.readouterr().out
+    assert "\nrun " in printed and "is read-only" in printed
     assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
     run("--checkpoint", path, "--out", "curves.png")
     assert Path("curves.png").exists()
 
 
-def test_the_repositorys_own_folders_are_found_from_elsewhere(run, save, tmp_path, monkeypatch, capsys):
+def test_folders_of_the_repository_are_found_from_another_folder(run, save, tmp_path, monkeypatch, capsys):
     path = save("--data-root", "data", epoch=2)
     monkeypatch.setattr("engine.config.ROOT", tmp_path)
-    (tmp_path / "data").symlink_to(path.parent)  # no KAIST root, but what is looked for
+    (tmp_path / "data").symlink_to(path.parent)  # not a KAIST root; its path is in the error
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -280,7 +280,7 @@ def test_blackouts_of_a_network(run, save, demo_root, capsys):
 
 
 def test_result_files_need_numpy_alone(tmp_path):
-    """Without torch, Pillow, matplotlib and tqdm there is the table, and a word on the picture."""
+    """Without torch, Pillow, matplotlib and tqdm there is a table, and a note instead of the picture."""
     block = tmp_path / "block"
     block.mkdir()
     for name in ("torch", "torchvision", "PIL", "matplotlib", "tqdm"):
@@ -306,29 +306,29 @@ def test_result_files_need_numpy_alone(tmp_path):
     assert json.loads((tmp_path / "n.json").read_text())["a"]["coco"]["AP small"] is None
 
 
-def test_result_files_get_names_that_tell_them_apart(run, tmp_path, capsys, demo_root):
+def test_result_files_get_unique_names(run, tmp_path, capsys, demo_root):
     frames = read_image_list(demo_root / "imageSets/test-all.txt")
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "detections.txt").write_text("1,100,100,40,100,0.9\n")
         (tmp_path / folder / "detections.frames.txt").write_text("\n".join(frames))
     run("--detections", "a/detections.txt", "b/detections.txt", "--annotations", demo_root)
-    said = capsys.readouterr().out
-    assert "\na_detections " in said and "\nb_detections " in said
+    printed = capsys.readouterr().out
+    assert "\na_detections " in printed and "\nb_detections " in printed
     truth = load_ground_truth(demo_root, frames)
     assert len(read_detections(tmp_path / "a/detections.txt", truth.frames).scores) == 1
 
 
 @pytest.fixture
 def result(demo_root, tmp_path):
-    """A result file of the demo set's frames, with its companion."""
+    """A result file for the demo set, with its .frames.txt file."""
     path, frames = tmp_path / "mine.txt", read_image_list(demo_root / "imageSets/test-all.txt")
     path.write_text("1,100,100,40,100,0.9\n")
     path.with_suffix(".frames.txt").write_text("\n".join(frames))
     return path
 
 
-def test_nothing_that_is_read_is_replaced(run, result, demo_root):
+def test_input_files_are_not_overwritten(run, result, demo_root):
     copy = result.with_name("people.json")
     copy.write_bytes((demo_root / "KAIST_annotation.json").read_bytes())
     held = {path: path.read_bytes() for path in (result, result.with_suffix(".frames.txt"), copy)}
@@ -341,14 +341,14 @@ def test_nothing_that_is_read_is_replaced(run, result, demo_root):
     assert all(path.read_bytes() == content for path, content in held.items())
 
 
-def test_companions_among_the_result_files_are_left_out(run, result, demo_root, capsys):
+def test_frame_lists_among_the_result_files_are_ignored(run, result, demo_root, capsys):
     run("--detections", *sorted(result.parent.glob("*.txt")), "--annotations", demo_root)
     assert "note: ignored 1 lists of frames (.frames.txt)" in capsys.readouterr().out
     with pytest.raises(InputError, match="mine.frames.txt: a list of frames, .*; name the result file"):
         run("--detections", result.with_suffix(".frames.txt"), "--annotations", demo_root)
 
 
-def test_flags_that_would_do_nothing_are_refused(run, result):
+def test_flags_without_effect_are_refused(run, result):
     with pytest.raises(InputError, match="--compare takes no --subset"):
         run("--compare", "a", "b", "--by-video", "--subset", "night")
     with pytest.raises(InputError, match="--data takes no --image-list, --annotations or --kaist"):
@@ -357,7 +357,7 @@ def test_flags_that_would_do_nothing_are_refused(run, result):
         run("--detections", result, "--data", "pairs.json", "--kaist", "root")
 
 
-def test_a_root_named_by_a_dot_does_not_name_the_runs_own_files(run, save, demo_root, monkeypatch):
+def test_data_root_dot_gives_other_file_names_than_the_runs_own(run, save, demo_root, monkeypatch):
     path = save(epoch=2)
     monkeypatch.chdir(demo_root)
     run("--checkpoint", path, "--data-root", ".")
@@ -365,8 +365,8 @@ def test_a_root_named_by_a_dot_does_not_name_the_runs_own_files(run, save, demo_
     assert path.with_name(f"detections-{demo_root.name}.txt").exists()
 
 
-def test_a_network_is_compiled_where_that_is_asked_for(run, save, monkeypatch):
-    """Traced without what makes kernels of it, which takes minutes, it finds what it finds as it is."""
+def test_a_compiled_network_gives_the_same_detections(run, save, monkeypatch):
+    """With the eager backend, because compiling kernels takes minutes."""
     compiled, compile_by = [], torch.compile
 
     def trace(model, **_):

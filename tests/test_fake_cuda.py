@@ -186,7 +186,7 @@ class TwoDevicesInBackward(ReadInBackward):
         return (gradient.expand(3) + torch.ones(3)).sum()
 
 
-# What a loss goes through, and what is said of it.
+# What a loss goes through, and what is printed of it.
 FAULTS = {
     "two devices": (lambda x: (x.expand(3) + torch.ones(3)).sum(), FakeTensorDeviceMismatchError),
     "two devices in backward": (TwoDevicesInBackward.apply, FakeTensorDeviceMismatchError),

@@ -1,5 +1,4 @@
-"""What the rows beyond the log are made of, as a user meets it: input sizes, fusion, a missing
-modality, averaged weights, test flip."""
+"""Options of the rows after the 2021 log: input sizes, fusion, modality dropout, EMA, test flip."""
 
 import copy
 import sys
@@ -47,7 +46,7 @@ def call(monkeypatch, script, *arguments):
 )
 def test_any_input_through_the_three_commands(size, flags, demo_root, tmp_path, monkeypatch, capsys, undrawn):
     monkeypatch.chdir(tmp_path)
-    for name, step in (("train", 3), ("test", 2)):  # four frames and three
+    for name, step in (("train", 3), ("test", 2)):  # four training and three test frames
         lines = (demo_root / f"imageSets/{name}-all.txt").read_text().splitlines(True)
         Path(f"{name}.txt").write_text("".join(lines[::step]))
         flags = [*flags, f"--{name}-list", tmp_path / f"{name}.txt"]
@@ -66,7 +65,7 @@ def test_any_input_through_the_three_commands(size, flags, demo_root, tmp_path, 
 # ------------------------------------------------------------------------------ a missing modality
 
 
-def test_dropout_blanks_one_modality_and_changes_no_other_draw(demo_root):
+def test_dropout_blanks_one_modality_and_changes_no_other_random_value(demo_root):
     ids = read_image_list(demo_root / "imageSets/train-all.txt")
     frames = load_frames(ids, open_annotations(demo_root), min_height=12, margin=5)
 
@@ -96,7 +95,7 @@ def test_dropout_blanks_one_modality_and_changes_no_other_draw(demo_root):
     assert all(map(torch.equal, *([s.image for s in samples(1.0)] for _ in "ab")))
 
 
-def test_dropout_is_as_probable_as_asked_for():
+def test_dropout_has_the_given_probability():
     rng, mean, filler = np.random.default_rng(0), np.full(4, 99.0), mean_colour(4)
     augmentation = Augmentation(modality_dropout=0.3)
     dropped = np.array(
@@ -123,7 +122,7 @@ def test_a_blanked_modality_is_not_read(demo_root, tmp_path):
 
 @pytest.fixture
 def save(tmp_path, demo_root):
-    """Save an untrained network's checkpoint."""
+    """A function that saves a checkpoint of an untrained network."""
 
     def save(*flags):
         config = train.configure(["--width", "0.0625", "--data-root", str(demo_root), *flags])
@@ -144,7 +143,7 @@ def save(tmp_path, demo_root):
 
 
 @pytest.mark.parametrize("modality", ["visible", "lwir"])
-def test_a_lone_image_is_enough_after_modality_dropout_alone(
+def test_one_modality_is_enough_only_after_modality_dropout(
     save, modality, demo_root, tmp_path, monkeypatch, capsys
 ):
     source = demo_root / f"images/set06/V000/{modality}/I00000.jpg"
@@ -225,7 +224,7 @@ def make_model(**changes):
 
 @pytest.mark.parametrize(("centres", "width"), [("even", 375), ("stride", 375), ("stride", 384)])
 def test_mirrored_predictions_decode_to_mirrored_boxes(centres, width):
-    """Against the same network built for the width that the mirror image is padded to."""
+    """Compared with the same network for the width of the padded mirror image."""
     model = make_model(size=(300, width), centres=centres)
     for head in (*model.loc_heads, *model.conf_heads):
         torch.nn.init.normal_(head.weight, std=0.02)
@@ -239,7 +238,7 @@ def test_mirrored_predictions_decode_to_mirrored_boxes(centres, width):
         ours = predict_mirrored(model, images)
     unit, padded_unit = (torch.tensor([w, 300, w, 300]) for w in (width, padded_width))
     boxes = decode(ours.loc, model.priors) * unit
-    # What a prior of the padded network's says, with the shape that the prior has in the other.
+    # The prediction of the padded network, with the prior's shape in the other network.
     for i, (h, w, _, dx, _) in enumerate(model.grids):
         own, other = (m.map_priors()[i] * u for m, u in ((model, unit), (padded, padded_unit)))
         own, other = (x.view(h, -1, len(own) // (h * w), 4) for x in (own, other))
@@ -256,10 +255,10 @@ def test_mirrored_predictions_decode_to_mirrored_boxes(centres, width):
         assert torch.allclose(ours.conf[:, rows[0]], conf.reshape(2, -1, 2), atol=1e-5)
 
 
-def test_test_flip_treats_left_and_right_alike():
+def test_test_flip_is_symmetric():
     model = make_model()
     for head in (*model.loc_heads, *model.conf_heads):
-        torch.nn.init.normal_(head.weight, std=0.02)  # scores short of 1: no ties
+        torch.nn.init.normal_(head.weight, std=0.02)  # scores below 1, so there are no ties
     images = torch.randint(256, (1, 4, 300, 375), dtype=torch.uint8)
     limits = {"min_score": 0.5, "nms_iou": 0.5, "max_boxes": 50}
 

@@ -1,4 +1,4 @@
-"""The order of the rooms: imports go strictly downward, and no folder imports a top-level file."""
+"""The order of imports: strictly downward, and no folder imports a top-level file."""
 
 import ast
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).parent.parent
-# From the top down; what stands in one entry may not import each other.
+# From the top down; members of one entry may not import each other.
 ORDER = [
     {"tools"},
     {"train", "eval", "detect"},

@@ -1,4 +1,4 @@
-"""SSD300: shapes, priors, box coding, NMS, and weights against torchvision's networks."""
+"""SSD300: shapes, priors, box coding, NMS, and parity with torchvision's networks."""
 
 import math
 
@@ -50,7 +50,7 @@ def test_output_shapes(mode, channels, batch_norm):
     assert [tuple(s.shape) for s in seg] == [(2, 2, 38, 38), (2, 2, 10, 10), (2, 2, 1, 1)]
 
 
-def test_masks_cost_nothing_at_inference():
+def test_masks_are_not_computed_at_inference():
     model = make_model(infusion_conv=True).eval()
     calls = []
     for head in model.seg_heads:
@@ -88,12 +88,12 @@ def test_priors_by_hand():
     assert torch.allclose(priors[4, :2], torch.tensor([1.5 / 38, 0.5 / 38]))  # columns first
     corners = box_convert(priors, "cxcywh", "xyxy")
     crossing = ((corners < -1e-6) | (corners > 1 + 1e-6)).any(1).sum()
-    assert crossing == 2740  # known of SSD300's priors
+    assert crossing == 2740  # a known property of SSD300's priors
 
 
-def test_priors_lie_where_cells_look():
-    """A cell sees best what is at its prior's centre: by a network of equal weights, whose maps are
-    blurred images, on the map of a bright dot. The two coarsest maps are left as they are."""
+def test_prior_centres_are_receptive_field_centres():
+    """In a network of equal weights a bright dot gives the highest value in the cell whose prior centre
+    is nearest. The two coarsest maps keep even centres."""
     even, stride = (make_grids((300, 300), centres) for centres in ("even", "stride"))
     assert stride[4:] == even[4:] and [grid[:4] for grid in stride[:2]] == [
         (38, 38, 8 / 300, 8 / 300),
@@ -160,7 +160,7 @@ def test_detect_equals_nms_of_the_400_best_candidates(spread):
         assert (scores.diff() <= 0).all()
 
 
-def test_detect_returns_nothing_where_nothing_is_found():
+def test_detect_can_return_nothing():
     priors = make_model().priors
     conf = torch.tensor([10.0, -10.0]).expand(1, 8732, 2)
     predictions = Predictions(torch.zeros(1, 8732, 4), conf, [])
@@ -191,7 +191,7 @@ def test_torchvision_ssd_weights_give_the_same_outputs():
 
 @pytest.fixture(scope="module", params=[vgg16, vgg16_bn])
 def vgg(request):
-    """torchvision's network, untrained, whose BatchNorm has seen something; half a gigabyte."""
+    """torchvision's untrained VGG16, with random BatchNorm statistics; half a gigabyte."""
     torch.manual_seed(0)
     network = request.param(weights=None).eval()
     for layer in network.modules():
@@ -231,7 +231,7 @@ def test_conv1_1_of_lwir_comes_from_the_rgb_filters(vgg, lwir_filters):
     assert torch.allclose(early.to_conv4_3[0].weight[:, 3:], expected, atol=1e-6)
 
 
-def test_a_constant_frame_of_the_mean_is_zero_to_the_network():
+def test_a_frame_of_the_mean_colour_is_normalised_to_zero():
     mean, std = (0.2, 0.4, 0.6, 0.8), (0.1, 0.2, 0.3, 0.4)
     for mode, channels in {"lwir": slice(3, 4), "visible": slice(0, 3), "early": slice(0, 4)}.items():
         model = make_model(input_mode=mode, pixel_mean=mean, pixel_std=std)
@@ -241,11 +241,11 @@ def test_a_constant_frame_of_the_mean_is_zero_to_the_network():
         assert torch.allclose(model.normalise(frame + spread), torch.ones(()), atol=1e-5)
 
 
-def test_both_streams_start_from_the_published_weights_and_are_joined_by_their_mean(vgg):
+def test_both_streams_start_from_published_weights_and_are_fused_by_their_mean(vgg):
     ours = make_model(input_mode="halfway", width=1.0, batch_norm=has_batch_norm(vgg)).eval()
     convert_torchvision_vgg(ours, vgg.state_dict())
     x = torch.randn(1, 4, 64, 64)
-    grey = x[:, 3:] / 3  # on three equal channels RGB filters do what their mean does on their sum
+    grey = x[:, 3:] / 3  # RGB filters on three equal channels equal their mean on the channels' sum
     conv4_3 = vgg.features[: 33 if has_batch_norm(vgg) else 23]
     with torch.no_grad():
         streams = conv4_3(x[:, :3]), conv4_3(grey.expand(-1, 3, -1, -1))
@@ -254,7 +254,7 @@ def test_both_streams_start_from_the_published_weights_and_are_joined_by_their_m
         assert torch.allclose(ours.to_conv5_3(ours.to_conv4_3(x)), conv5_3, atol=1e-5)
 
 
-def test_coco_weights_leave_the_heads_of_other_priors_alone():
+def test_coco_weights_do_not_change_heads_with_other_priors():
     theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=91).state_dict()
     ours = make_model(input_mode="halfway", width=1.0, prior_set="pedestrian")
     heads = [p.clone() for p in (*ours.loc_heads.parameters(), *ours.conf_heads.parameters())]
@@ -266,7 +266,7 @@ def test_coco_weights_leave_the_heads_of_other_priors_alone():
     assert torch.equal(ours.extras[3][2].bias, theirs["backbone.extra.4.2.bias"])
 
 
-def test_no_network_names_the_remedy(monkeypatch, tmp_path):
+def test_a_failed_download_names_the_remedy(monkeypatch, tmp_path):
     def unreachable(*_, **__):
         raise OSError("no route")
 

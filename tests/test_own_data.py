@@ -142,14 +142,14 @@ def test_train_evaluate_and_detect_on_16_bits(run, tmp_path, capsys, monkeypatch
     """The checkpoint keeps the set and how its LWIR is scaled; boxes are pixels of the frames."""
     path = pair_trees.draw_own(tmp_path / "mine", size=(200, 160), deep=True, height=60)
     run(train, "--data", "mine/pairs.json", *QUICK)
-    said = capsys.readouterr().out
-    assert "become 0 … 255" in said and "in both the training and the test list" not in said
+    printed = capsys.readouterr().out
+    assert "become 0 … 255" in printed and "in both the training and the test list" not in printed
     folder = tmp_path / "checkpoints/own"
     config = load_checkpoint(folder / "last.pt")["config"]
     low, high = config["lwir_range"]
     assert config["data"] == "mine/pairs.json" and 20300 < low < high < 22200
     assert (folder / "detections.frames.txt").read_text().split() == ["000", "001", "002", "003"]
-    table = [line for line in said.splitlines() if line.startswith("own ")]
+    table = [line for line in printed.splitlines() if line.startswith("own ")]
     run(eval_script, "--show-errors", 2, "--all-setups")
     again = capsys.readouterr().out
     assert table and table[0] in again.splitlines()
@@ -179,8 +179,8 @@ def test_train_evaluate_and_detect_on_16_bits(run, tmp_path, capsys, monkeypatch
 def test_a_named_set_is_trained_on(run, tmp_path, capsys):
     pair_trees.draw_llvip(tmp_path / "LLVIP")
     run(train, "--data", "llvip", "--data-root", "LLVIP", *QUICK)
-    said = capsys.readouterr().out
-    assert "3 frames" in said and "3 people count (0 day, 3 night)" in said
+    printed = capsys.readouterr().out
+    assert "3 frames" in printed and "3 people count (0 day, 3 night)" in printed
 
 
 def test_an_invalid_set_is_refused_before_training(run, tmp_path):

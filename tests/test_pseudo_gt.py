@@ -12,13 +12,13 @@ def mask_of(box, size, label=1):
     return box_masks(torch.tensor([[box]]), torch.tensor([[label]]), [size])[0][0]
 
 
-def test_a_cell_belongs_to_the_box_that_holds_its_centre():
+def test_a_cell_belongs_to_a_box_that_contains_its_centre():
     # 4x4 cells have their centres at 0.125, 0.375, 0.625, 0.875.
     mask = mask_of([0.25, 0.125, 0.625, 0.7], (4, 4))
     assert mask.tolist() == [[0, 1, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
 
 
-def test_a_box_without_a_centre_marks_the_cell_under_its_own():
+def test_a_box_without_a_cell_centre_marks_the_cell_at_its_own_centre():
     assert mask_of([0.26, 0.26, 0.3, 0.3], (4, 4)).nonzero().tolist() == [[1, 1]]
     assert mask_of([0.9, 0.0, 1.0, 0.1], (1, 1)).tolist() == [[1]]
     thin = mask_of([0.26, 0.0, 0.3, 0.5], (4, 4))  # tall, but between two columns of centres
@@ -26,7 +26,7 @@ def test_a_box_without_a_centre_marks_the_cell_under_its_own():
     assert mask_of([0.99, 0.99, 1.0, 1.0], (4, 4)).nonzero().tolist() == [[3, 3]]
 
 
-def test_person_wins_over_ignored_and_padding_marks_nothing():
+def test_persons_take_precedence_over_ignored_objects_and_padding_marks_nothing():
     boxes = torch.tensor([[[0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 1.0]]])
     [mask] = box_masks(boxes, torch.tensor([[-1, 1, 0]]), [(1, 4)])
     assert mask.tolist() == [[[1, 1, -1, -1]]]
@@ -67,7 +67,7 @@ def test_a_map_keeps_the_persons_its_priors_match():
     maps = [0, 2, 5]
     for outside in (0, -1):
         finest, middle, coarsest = MapRange(ssd300_priors(), maps, outside).labels(boxes, labels)
-        assert finest.tolist() == [[1, outside, 1]]  # the best prior of a tiny one
+        assert finest.tolist() == [[1, outside, 1]]  # the best prior of a tiny person
         assert middle.tolist() == [[outside, outside, outside]]
         assert coarsest.tolist() == [[outside, 1, outside]]
     sizes = [feature_map_sizes((300, 300))[i] for i in maps]
@@ -92,7 +92,7 @@ def test_every_person_is_in_range_of_some_map():
 
 
 def test_masks_follow_the_stride():
-    """At an input of 300 the last cell of 8 pixels is centred at 300: no box reaches it."""
+    """With an input of 300 pixels, the centre of the last cell of 8 pixels is at 300, outside every box."""
     grids = make_grids((300, 300), "stride")[:2]
     boxes = torch.tensor([[[0.9, 0.0, 1.0, 1.0]]])
     even, stride = (box_masks(boxes, torch.tensor([[1]]), maps)[0] for maps in ([(38, 38)], grids))
@@ -101,8 +101,8 @@ def test_masks_follow_the_stride():
     assert stride[0, 0].nonzero().flatten().tolist() == [34, 35, 36]
 
 
-def test_a_streams_mask_shows_what_it_sees():
-    """A person in visible alone, one in LWIR alone, one in both, and an ignored object."""
+def test_the_mask_of_a_stream_has_the_persons_of_its_modality():
+    """A person in visible only, one in LWIR only, one in both, and an ignored object."""
     boxes = torch.tensor([[[0.0, 0, 0.25, 1], [0.25, 0, 0.5, 1], [0.5, 0, 0.75, 1], [0.75, 0, 1, 1]]])
     labels = torch.tensor([[VISIBLE, LWIR, BOTH, -1]])
     masks = box_masks(boxes, labels, [Grid(1, 4, 1.0, 0.25, seen) for seen in (VISIBLE, LWIR, BOTH)])

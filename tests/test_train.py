@@ -1,4 +1,4 @@
-"""Training as a user meets it: the three commands, resuming, and runs that go wrong."""
+"""Training runs: the three commands, resuming, and failures."""
 
 import io
 import json
@@ -35,7 +35,7 @@ QUICK = (
 
 @pytest.fixture
 def start(demo_root, tmp_path, monkeypatch, undrawn):
-    """Run train.main() in a folder of its own with some flags."""
+    """A function that runs train.main() with some flags in a new folder."""
     monkeypatch.chdir(tmp_path)
 
     def start(*flags):
@@ -51,8 +51,8 @@ def run_script(name, *arguments, cwd):
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
 
 
-def test_train_eval_detect_as_a_user_runs_them(demo_root, tmp_path, monkeypatch, capsys):
-    """The last two of them in this process: other tests start them in their own."""
+def test_the_three_commands(demo_root, tmp_path, monkeypatch, capsys):
+    """eval.py and detect.py run in this process; other tests start them as subprocesses."""
     done = run_script("train.py", "--data-root", demo_root, *QUICK, "--epochs", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     bars = [line for line in re.split("[\r\n]", done.stderr) if "left, " in line]
@@ -87,15 +87,15 @@ def test_train_eval_detect_as_a_user_runs_them(demo_root, tmp_path, monkeypatch,
     assert (tmp_path / "detections/set06_V000_I00000.png").stat().st_size > 10_000
 
 
-def test_interrupted_run_continues_to_the_same_weights(start, monkeypatch):
-    """The network's, those averaged over its steps, and those of the losses."""
+def test_an_interrupted_run_resumes_to_the_same_weights(start, monkeypatch):
+    """Those of the network, their moving average, and those of the loss."""
     flags = ("--ema-decay", "0.9", "--seg-maps", "uncertainty")
     start("--checkpoints", "whole", *flags)
     add_step, steps = Run.add_step, []
 
     def interrupt(self, *arguments):
         steps.append(1)
-        if len(steps) == 4:  # in the second epoch of three steps, in the midst of the first of them
+        if len(steps) == 4:  # during the first step of the second epoch, of three steps
             signal.raise_signal(signal.SIGINT)
         add_step(self, *arguments)
 
@@ -104,11 +104,11 @@ def test_interrupted_run_continues_to_the_same_weights(start, monkeypatch):
         start("--checkpoints", "halves", *flags)
     half = load_checkpoint(Path("halves/custom/last.pt"))
     assert (half["epoch"], half["step"]) == (1, 1)
-    known = Path("halves/custom/config.json")  # with a constant that older versions had
+    known = Path("halves/custom/config.json")  # with a constant of older versions
     known.write_text(json.dumps(json.loads(known.read_text()) | {"loader": "auto"}))
     start("--checkpoints", "halves", *flags)
     whole, halves = (load_checkpoint(Path(f"{n}/custom/last.pt")) for n in ("whole", "halves"))
-    parts = ("model", "raw_model")  # averaged weights and the network's
+    parts = ("model", "raw_model")  # moving average and raw weights
     assert whole["criterion"].keys() == halves["criterion"].keys() != set()
     for part in (*parts, "criterion"):
         assert all(torch.equal(value, halves[part][key]) for key, value in whole[part].items())
@@ -119,7 +119,7 @@ def test_interrupted_run_continues_to_the_same_weights(start, monkeypatch):
     assert not Path("halves/custom-2").exists()
 
 
-def test_every_part_with_a_state_is_kept_and_needed_to_go_on(tmp_path, monkeypatch):
+def test_every_part_with_a_state_is_saved_and_needed_to_resume(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = Namespace(checkpoints="runs", epochs=2, batch_size=1, seed=0)
 
@@ -147,7 +147,7 @@ def test_every_part_with_a_state_is_kept_and_needed_to_go_on(tmp_path, monkeypat
         new_run(teacher=torch.nn.Linear(1, 1))
 
 
-def test_networks_are_compiled_where_that_is_asked_for(start, monkeypatch):
+def test_compile_on_compiles_both_networks(start, monkeypatch):
     """The one that trains and the one that is evaluated."""
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiled.append(model) or model)
@@ -156,7 +156,7 @@ def test_networks_are_compiled_where_that_is_asked_for(start, monkeypatch):
     assert load_checkpoint(Path("checkpoints/custom/last.pt"))["epoch"] == 1
 
 
-def test_full_memory_is_told_with_what_to_lower(start, monkeypatch):
+def test_an_out_of_memory_error_names_what_to_lower(start, monkeypatch):
     def full(*_):
         raise torch.OutOfMemoryError("no more")
 
@@ -171,16 +171,16 @@ def test_a_finished_or_other_run_is_never_overwritten(start, capsys):
     start("--epochs", "1")
     before = Path("checkpoints/custom/last.pt").read_bytes()
     start("--epochs", "1")
-    said = capsys.readouterr().out
-    assert "checkpoints/custom is finished; starting a new run" in said
-    assert "run: checkpoints/custom-2, epoch 1 of 1" in said
+    printed = capsys.readouterr().out
+    assert "checkpoints/custom is finished; starting a new run" in printed
+    assert "run: checkpoints/custom-2, epoch 1 of 1" in printed
     start("--epochs", "1", "--lr", "1e-5")
     assert Path("checkpoints/custom/last.pt").read_bytes() == before
     assert Path("checkpoints/custom-2/last.pt").exists()
     assert Path("checkpoints/custom-3/last.pt").exists()
 
 
-def test_nonfinite_loss_stops_with_its_evidence(start, monkeypatch):
+def test_a_nonfinite_loss_stops_the_run_and_saves_its_frames(start, monkeypatch):
     forward = train.Criterion.forward
     monkeypatch.setattr(train.Criterion, "forward", lambda *a: forward(*a) * float("nan"))
     with pytest.raises(InputError, match="not a finite number"):
@@ -191,7 +191,7 @@ def test_nonfinite_loss_stops_with_its_evidence(start, monkeypatch):
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_steps_that_are_not_finite_are_skipped_and_counted_on_request(start, monkeypatch, where):
+def test_skip_counts_and_skips_nonfinite_steps(start, monkeypatch, where):
     forward, calls = train.Criterion.forward, []
 
     def poison(*arguments):
@@ -199,7 +199,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_on_request(start, mon
         calls.append(1)
         if len(calls) != 2:
             return losses
-        if where == "gradient":  # of a square root at 0
+        if where == "gradient":  # the gradient of a square root at 0
             return losses + (0 * losses).sqrt()
         return losses * float("inf")
 
@@ -213,7 +213,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted_on_request(start, mon
     assert json.loads(evidence.read_text())["step"] == 2
 
 
-def test_skipping_ends_where_nothing_is_finite_any_more(start, monkeypatch):
+def test_skip_stops_after_too_many_nonfinite_steps(start, monkeypatch):
     forward = train.Criterion.forward
     monkeypatch.setattr(train.Criterion, "forward", lambda *a: forward(*a) * float("nan"))
     monkeypatch.setattr(train, "MAX_NONFINITE_STEPS", 2)
@@ -221,14 +221,14 @@ def test_skipping_ends_where_nothing_is_finite_any_more(start, monkeypatch):
         start("--on-nonfinite", "skip")
 
 
-def test_a_learning_rate_that_is_too_high_stops_before_the_weights_are_lost(start):
+def test_a_too_high_learning_rate_leaves_finite_weights(start):
     with pytest.raises(InputError, match="lower LR"):
         start("--optimizer", "sgd", "--lr", "1e6", "--schedule", "constant", "--no-batch-norm")
     state = load_checkpoint(Path("checkpoints/custom/last.pt"))
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-def test_held_out_videos_are_watched_and_the_test_list_is_reported(start, monkeypatch, demo_root, capsys):
+def test_held_out_videos_are_evaluated_and_the_test_list_is_reported(start, monkeypatch, demo_root, capsys):
     watched = []
     evaluate = train.evaluate
     monkeypatch.setattr(train, "evaluate", lambda p, d: watched.append(p) or evaluate(p, d))
@@ -244,7 +244,7 @@ def test_held_out_videos_are_watched_and_the_test_list_is_reported(start, monkey
         start("--validation", "0.5", "--train-list", "one.txt")
 
 
-def test_the_epoch_chosen_on_held_out_videos_is_reported(start, monkeypatch, demo_root):
+def test_the_best_epoch_on_held_out_videos_is_reported(start, monkeypatch, demo_root):
     rates = iter([0.1, 0.9])
     headline, detect_frames, used = train.headline, train.detect_frames, []
     monkeypatch.setattr(train, "headline", lambda results: headline(results) | {"miss_rate": next(rates)})
@@ -264,20 +264,20 @@ def test_the_epoch_chosen_on_held_out_videos_is_reported(start, monkeypatch, dem
     assert any(not torch.equal(best[key], last[key]) for key in best)
 
 
-def test_checkpoints_that_are_all_damaged_are_left_alone(start, capsys):
+def test_a_run_with_damaged_checkpoints_is_not_overwritten(start, capsys):
     start("--epochs", "1")
     paths = [Path("checkpoints/custom") / name for name in ("last.pt", "previous.pt")]
     for path in paths:
         path.write_bytes(path.read_bytes()[:5000])
-    Path("checkpoints/custom/miss_rate.json").unlink()  # as if the run had not ended
+    Path("checkpoints/custom/miss_rate.json").unlink()  # as if the run were unfinished
     start("--epochs", "1")
-    said = capsys.readouterr().out
-    assert all(f"warning: {path}: not a readable" in said for path in paths)
+    printed = capsys.readouterr().out
+    assert all(f"warning: {path}: not a readable" in printed for path in paths)
     assert all(path.stat().st_size == 5000 for path in paths)
     assert Path("checkpoints/custom-2/miss_rate.json").exists()
 
 
-def test_a_run_killed_before_its_report_reports_when_started_again(start, capsys):
+def test_a_run_killed_before_its_report_writes_it_when_resumed(start, capsys):
     start("--epochs", "1")
     weights = Path("checkpoints/custom/last.pt").read_bytes()
     Path("checkpoints/custom/miss_rate.json").unlink()
@@ -287,7 +287,7 @@ def test_a_run_killed_before_its_report_reports_when_started_again(start, capsys
     assert all(torch.equal(before["model"][key], after["model"][key]) for key in after["model"])
 
 
-def test_evaluating_on_other_data_leaves_the_runs_own_evaluation(start, monkeypatch, demo_root):
+def test_an_evaluation_on_other_data_keeps_the_runs_own(start, monkeypatch, demo_root):
     start("--epochs", "1")
     folder = Path("checkpoints/custom")
     before = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix in (".txt", ".png")}
@@ -315,7 +315,7 @@ def test_bad_input_is_refused_before_training(start, flags, message):
     assert not Path("checkpoints").exists()
 
 
-def test_scripts_end_bad_input_with_one_line_and_code_2(tmp_path, monkeypatch, capsys):
+def test_bad_input_gives_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     done = run_script("train.py", "--experiment", "99", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     monkeypatch.chdir(tmp_path)
@@ -323,8 +323,8 @@ def test_scripts_end_bad_input_with_one_line_and_code_2(tmp_path, monkeypatch, c
         monkeypatch.setattr(sys, "argv", ["a script", *arguments])
         with pytest.raises(SystemExit) as end:
             files.run_script(script.main)
-        said = capsys.readouterr().err
-        assert end.value.code == 2 and said.startswith("error: ") and said.count("\n") == 1
+        printed = capsys.readouterr().err
+        assert end.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
 
 
 def test_foreign_checkpoints_are_refused(tmp_path):
@@ -345,7 +345,7 @@ def test_foreign_checkpoints_are_refused(tmp_path):
         newest_checkpoint(tmp_path)
 
 
-def test_a_newer_run_that_is_passed_over_is_named(tmp_path, capsys):
+def test_a_newer_unfinished_run_is_named(tmp_path, capsys):
     for name, moment in (("done", 1000), ("begun", 2000)):
         folder = tmp_path / name
         folder.mkdir()
@@ -383,7 +383,7 @@ def test_rebuilding_a_checkpoint_downloads_nothing(checkpoint, monkeypatch):
 
 @contextmanager
 def more_memory(most):
-    """So many bytes of address space beyond what this process holds."""
+    """Limit the address space to what this process uses plus some bytes."""
     limits = resource.getrlimit(resource.RLIMIT_AS)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (held + most, limits[1]))
@@ -393,7 +393,7 @@ def more_memory(most):
         resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux alone tells what a process holds")
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux has /proc/self/statm")
 @pytest.mark.parametrize(
     "change",
     [
@@ -404,7 +404,7 @@ def more_memory(most):
         *({"prior_set": "../x"}, {"input_mode": None}, {"network": "x"}, {"more": 1}),
     ],
 )
-def test_a_checkpoint_of_another_network_than_its_weights_takes_no_memory(checkpoint, change):
+def test_a_checkpoint_with_wrong_model_args_takes_no_memory(checkpoint, change):
     content = load_checkpoint(checkpoint)
     content["model_args"] |= change
     save_checkpoint(checkpoint, content)
@@ -412,7 +412,7 @@ def test_a_checkpoint_of_another_network_than_its_weights_takes_no_memory(checkp
         open_network(checkpoint, torch.device("cpu"))
 
 
-def test_weights_and_epochs_of_the_wrong_kind_are_refused(checkpoint):
+def test_weights_and_epochs_of_wrong_types_are_refused(checkpoint):
     content = load_checkpoint(checkpoint)
     key = "conv4_3_norm.scale"
     scale = content["model"][key]

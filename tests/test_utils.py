@@ -1,4 +1,4 @@
-"""Evaluating a network over a list: whose masks it is held against, and their average precision."""
+"""Average precision of masks, and the choice of devices."""
 
 import math
 
@@ -15,7 +15,7 @@ def as_logits(margins):
 
 
 def test_average_precision_by_hand():
-    """Persons at ranks 1 and 3 of four cells; what is ignored, first of all, counts nowhere."""
+    """Persons are at ranks 1 and 3 of four cells; an ignored cell has the highest logit."""
     mask = torch.tensor([[[1, 0, 1, 0, -1]]])
     cells = margin_histogram(as_logits([3.0, 2.0, 1.0, -1.0, 9.0]), mask)
     assert cells.sum(1).tolist() == [2, 2]
@@ -26,7 +26,7 @@ def test_average_precision_by_hand():
 
 
 def test_average_precision_needs_no_cell_above_one_half():
-    """Where few cells are a person's, a head that ranks them well may call none of them person."""
+    """With few person cells, a good ranking may have no probability above 0.5."""
     g = torch.Generator().manual_seed(0)
     mask = (torch.rand(8, 38, 38, generator=g) < 0.01).long()
     margin = torch.randn(8, 38, 38, generator=g) - 8 + 3 * mask
@@ -40,8 +40,8 @@ def test_average_precision_needs_no_cell_above_one_half():
     assert chance < 0.04
 
 
-def test_a_gpu_is_each_processs_own_and_deterministic_where_asked(monkeypatch):
-    """A pretended one. cuDNN searches for the fastest kernel, another one each time perhaps."""
+def test_each_process_has_its_gpu_and_cudnn_is_deterministic_on_request(monkeypatch):
+    """With a fake GPU. cuDNN benchmarking, which may choose other kernels each time, is off."""
     taken = []
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
