@@ -1,7 +1,6 @@
-"""Pretrained weights for SSD300: ImageNet's VGG16 or VGG16-BN, or COCO's SSD300 (torchvision).
+"""Pretrained weights: ImageNet's VGG16 or VGG16-BN, COCO's SSD300 (both torchvision's), or a file.
 
-Downloaded ones are checked by torchvision's hash; a state file of the same networks, from
-anywhere, is checked key by key and shape by shape.
+Downloads are checked by torchvision's hash. The tensors of a file are checked by name and shape.
 """
 
 from __future__ import annotations
@@ -25,22 +24,22 @@ from ssd.published import check_published, check_tensors, is_published, load_pub
 if TYPE_CHECKING:
     from torchvision.models import WeightsEnum
 
-HEADS = ("regression", "classification")
-STATES = "take a state file of torchvision's VGG16, VGG16-BN or SSD300"
+HEAD_NAMES = ("regression", "classification")
+REMEDY = "use a state dictionary of torchvision's VGG16, VGG16-BN or SSD300"
 
 
 def load_pretrained(model: nn.Module, source: str, lwir_filters: str = "mean") -> None:
-    """Fill a network of width 1.0 with published weights, in place; downloads them once.
+    """Copy pretrained weights into a network of width 1.0, in place; downloads them once.
 
     Args:
-        model: conv1_1 is adapted to its channels; lwir_filters: how, see `adapt_channels`.
-        source: "imagenet" (the backbone; VGG16-BN's where the model has BatchNorm), "coco"
-            (backbone, extra layers and, where the priors are COCO's, the heads, of whose 91
-            classes background and person are kept), "none", or the path of a file that
-            `check_pretrained` has passed.
+        model: its first convolutions are adapted to their channels by `adapt_channels`.
+        source: "none"; "imagenet": the backbone, of VGG16-BN if the model has BatchNorm; "coco": the
+            backbone, extra layers and, if the priors are COCO's, the heads for background and person; or
+            the path of a file that passed `check_pretrained`.
+        lwir_filters: see `adapt_channels`.
 
     Raises:
-        InputError: no network to download from, or weights that do not fit the model.
+        InputError: the weights cannot be downloaded, or do not fit the model.
     """
     if source == "none":
         return
@@ -62,11 +61,11 @@ def load_pretrained(model: nn.Module, source: str, lwir_filters: str = "mean") -
 
 
 def check_pretrained(source: str, model: Detector, *, width: float, batch_norm: bool) -> None:
-    """Refuse published weights that the network, on "meta" perhaps, cannot take, before all else is read.
+    """Check that pretrained weights fit a network, which may be on "meta", before any other data is read.
 
     Raises:
-        InputError: the combination cannot be, or the file is no torchvision state of VGG16,
-            VGG16-BN or SSD300 and no published network like this one; the line names what it lacks.
+        InputError: WIDTH or BATCH_NORM do not allow these weights; or the file is neither a state dictionary
+            of torchvision's VGG16, VGG16-BN or SSD300 nor a published network of the model's kind.
     """
     if source == "none":
         return
@@ -75,17 +74,17 @@ def check_pretrained(source: str, model: Detector, *, width: float, batch_norm: 
         check_published(model, state, Path(source))
         return
     if width != 1.0:
-        remedy = "published weights need WIDTH = 1.0; else add --pretrained none"
+        remedy = "pretrained weights need WIDTH = 1.0; otherwise add --pretrained none"
         raise invalid_constant("pretrained", source, remedy)
     if source not in ("imagenet", "coco"):
         check_torchvision(Path(source), state, batch_norm)
     if batch_norm and (source == "coco" or is_ssd(state)):
-        remedy = "an SSD300's weights need BATCH_NORM = False; else add --pretrained none"
+        remedy = "an SSD300's weights need BATCH_NORM = False; otherwise add --pretrained none"
         raise invalid_constant("pretrained", source, remedy)
 
 
 def check_torchvision(file: Path, state: dict[str, Tensor], batch_norm: bool) -> None:
-    """Refuse a state that is not of torchvision's SSD300, or VGG16 with BatchNorm or without."""
+    """Raise InputError if a state is not that of torchvision's SSD300, VGG16 or VGG16-BN."""
     from torchvision.models import vgg16, vgg16_bn
     from torchvision.models.detection import ssd300_vgg16
 
@@ -96,24 +95,24 @@ def check_torchvision(file: Path, state: dict[str, Tensor], batch_norm: bool) ->
         kind, make = ("VGG16-BN", vgg16_bn) if has_bn else ("VGG16", vgg16)
         if has_bn != batch_norm:
             problem = f"weights of {kind} for a network with BATCH_NORM = {batch_norm}"
-            raise InputError(problem, f"set BATCH_NORM = {has_bn}, or take the other VGG16", file=file)
+            raise InputError(problem, f"set BATCH_NORM = {has_bn}, or use the other VGG16", file=file)
     with torch.device("meta"):
         tensors = make(weights=None).state_dict()
-    # A classifier's last layer is not used; the classes of an SSD's heads may be others.
-    wanted = {key: value.shape for key, value in tensors.items() if not key.startswith("classifier.6.")}
-    for key in wanted.keys() & state.keys():
+    # A classifier's last layer is not used, and an SSD's heads may have other classes.
+    expected = {key: value.shape for key, value in tensors.items() if not key.startswith("classifier.6.")}
+    for key in expected.keys() & state.keys():
         if "classification" in key:
-            wanted[key] = state[key].shape
-    check_tensors(state, wanted, f"torchvision's {kind}", file, STATES)
+            expected[key] = state[key].shape
+    check_tensors(state, expected, f"torchvision's {kind}", file, REMEDY)
 
 
 def is_ssd(state: dict[str, Tensor]) -> bool:
-    """Whether a torchvision state is that of an SSD300 instead of a classifier."""
+    """Whether a torchvision state is that of an SSD300, not of a classifier."""
     return any(key.startswith("backbone.") for key in state)
 
 
 def download(weights: WeightsEnum) -> dict[str, Tensor]:
-    """The state dict of torchvision weights, from its cache or the network, hash checked."""
+    """The state dictionary of torchvision weights, from torch's cache or downloaded, its hash checked."""
     folder, name = f"{torch.hub.get_dir()}/checkpoints", weights.url.rsplit("/", 1)[-1]
     try:
         if os.path.exists(f"{folder}/{name}") and not os.path.isfile(f"{folder}/{name}"):
@@ -121,21 +120,23 @@ def download(weights: WeightsEnum) -> dict[str, Tensor]:
         return weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except (RuntimeError, UnpicklingError, EOFError) as error:
         problem = f"damaged pretrained weights ({unpickling_problem(error)})"
-        raise InputError(problem, "delete this file and fetch it again", file=f"{folder}/{name}") from error
-    except OSError as error:  # a URLError is one
+        raise InputError(problem, "delete this file and run again", file=f"{folder}/{name}") from error
+    except OSError as error:  # includes URLError
         problem = f"cannot download pretrained weights ({error})"
         remedy = f"put {name} from {weights.url} into {folder}, or train from scratch with --pretrained none"
         raise InputError(problem, remedy) from error
 
 
 def convert_torchvision_vgg(model: nn.Module, state: dict[str, Tensor], lwir_filters: str = "mean") -> None:
-    """Copy a torchvision VGG16 or VGG16-BN classifier's state into a model's backbone: fully connected fc6
-    and fc7 become conv6 and conv7 by every fourth output and every third row and column, as in SSD."""
+    """Copy the state of torchvision's VGG16 or VGG16-BN into a model's backbone.
+
+    fc6 and fc7 become conv6 and conv7, as in SSD: every fourth output, every third row and column.
+    """
     for stream in model.backbones():
-        for i, layer in enumerate(stream):  # both number ReLUs and pools too
-            names = {name: f"features.{i}.{name}" for name in layer.state_dict()}
-            copy_layer(layer, {name: state[key] for name, key in names.items() if key in state}, lwir_filters)
-    if isinstance(model, MultispectralSSD):  # its conv6 is another; LWIR begins with red's filters
+        for i, layer in enumerate(stream):  # in torchvision ReLUs and pools have indices too
+            keys = {name: f"features.{i}.{name}" for name in layer.state_dict()}
+            copy_layer(layer, {name: state[key] for name, key in keys.items() if key in state}, lwir_filters)
+    if isinstance(model, MultispectralSSD):  # its conv6 is another layer; LWIR takes the filters of red
         model.lwir[0].weight.data.copy_(state["features.0.weight"][:, :1])
         return
     conv6, conv7 = (layer for layer in model.conv6_7 if isinstance(layer, nn.Conv2d))
@@ -146,18 +147,18 @@ def convert_torchvision_vgg(model: nn.Module, state: dict[str, Tensor], lwir_fil
 
 
 def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor], lwir_filters: str = "mean") -> None:
-    """Copy the state of torchvision's `ssd300_vgg16` into a model, keeping the person class.
+    """Copy the state of torchvision's `ssd300_vgg16` into a model, with the person class of its heads.
 
-    The heads belong to COCO's priors: a model with others keeps its own, untrained.
-    torchvision feeds its network 255 x (image - mean), which ImageNet's standard deviations in conv1_1 make
-    up for. A network of torchvision's `pixel_mean`, such as row 35's, then detects what torchvision's does.
+    The heads belong to COCO's priors: with other priors, a model's heads are not changed. torchvision feeds
+    its network 255 x (image - mean); the standard deviations of ImageNet in conv1_1 make up for that. With
+    torchvision's `pixel_mean`, as in row 35, the model then detects what torchvision's network does.
     """
-    # Both networks list their convolutions in the order of computation: layers pair up by position.
+    # Both networks list their convolutions in the order of computation.
     rest = [layer for part in (model.conv6_7, *model.extras) for layer in part]
     convs = [key for key, value in state.items() if value.ndim == 4 and key.startswith("backbone.")]
     for stream in model.backbones():
-        ours = [layer for layer in (*stream, *rest) if isinstance(layer, nn.Conv2d)]
-        for layer, key in zip(ours, convs, strict=True):
+        layers = [layer for layer in (*stream, *rest) if isinstance(layer, nn.Conv2d)]
+        for layer, key in zip(layers, convs, strict=True):
             weight, bias = state[key], state[f"{key.removesuffix('weight')}bias"]
             if key == convs[0]:
                 weight = weight * (255 * weight.new_tensor((0.229, 0.224, 0.225)).view(1, 3, 1, 1))
@@ -167,8 +168,8 @@ def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor], lwir_fil
         return
     for i, (loc, conf) in enumerate(zip(model.loc_heads, model.conf_heads, strict=True)):
         for name in ("weight", "bias"):
-            offsets, logits = (state[f"head.{kind}_head.module_list.{i}.{name}"] for kind in HEADS)
-            # Rows are anchor-major: of each anchor's classes keep 0 and 1.
+            offsets, logits = (state[f"head.{kind}_head.module_list.{i}.{name}"] for kind in HEAD_NAMES)
+            # Channels are ordered by anchor, then class; classes 0 and 1 are background and person.
             logits = logits.unflatten(0, (conf.out_channels // 2, -1))[:, :2].flatten(0, 1)
             copy_layer(loc, {name: offsets})
             copy_layer(conf, {name: logits})
@@ -176,7 +177,7 @@ def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor], lwir_fil
 
 @torch.no_grad()
 def copy_layer(layer: nn.Module, values: dict[str, Tensor], lwir_filters: str = "mean") -> None:
-    """Copy weight, bias and (of a BatchNorm) statistics; adapt a 3-channel convolution's input."""
+    """Copy tensors into a layer's parameters and buffers of these names; see `adapt_channels`."""
     for name, value in values.items():
         if value.ndim == 4 and value.shape[1] == 3:
             value = adapt_channels(value, layer.in_channels, lwir_filters)
@@ -184,10 +185,10 @@ def copy_layer(layer: nn.Module, values: dict[str, Tensor], lwir_filters: str = 
 
 
 def adapt_channels(weight: Tensor, channels: int, lwir_filters: str) -> Tensor:
-    """RGB filters (C, 3, k, k) for 3 channels (R, G, B), 1 (LWIR) or 4 (all of them).
+    """Adapt RGB filters (C, 3, k, k) to 3 channels (R, G, B), 1 (LWIR) or 4 (R, G, B, LWIR).
 
-    LWIR's "sum" of the RGB filters answers to it as they do to a grey picture, the "mean" a third as much
-    with all of the bias, as in the logged experiments.
+    lwir_filters: "sum" of the RGB filters, which responds to LWIR as they do to a grey image; or "mean", a
+    third of it, as in the logged experiments.
     """
     lwir = getattr(weight, lwir_filters)(dim=1, keepdim=True)
     return {1: lwir, 3: weight, 4: torch.cat([weight, lwir], dim=1)}[channels]

@@ -91,11 +91,11 @@ def test_a_file_that_does_not_fit_is_refused_before_any_data(make, change, flags
 
 
 def test_what_is_no_state_file_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no such file of weights"):
+    with pytest.raises(InputError, match="weights file not found"):
         train.configure(["--pretrained", "imagnet", *PLAIN])
     path = tmp_path / "x.pth"
     path.write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="x.pth: not a readable file of weights"):
+    with pytest.raises(InputError, match="x.pth: not a readable weights file"):
         train.configure(["--pretrained", str(path), *PLAIN])
     torch.save(nn.Linear(1, 1), path)  # a pickled object of another network
     with pytest.raises(InputError, match="lacks features.0.weight"):

@@ -182,7 +182,7 @@ def test_a_file_that_would_run_code_is_refused(function, name, place, author, tm
         path,
     )
     with pytest.raises(
-        InputError, match=rf"file.pth: .*it holds {name}, which is code; none was run"
+        InputError, match=rf"file.pth: .*it contains {name}, which is code; none was run"
     ) as refusal:
         read_published(path)
     assert not mark.exists() and "\n" not in str(refusal.value)
@@ -211,9 +211,9 @@ def test_a_file_without_a_network_is_told(content, message, tmp_path):
     with pytest.raises(InputError, match=f"file.pth: {message}"):
         read_published(path)
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(InputError, match="file.pth: not a readable file of weights"):
+    with pytest.raises(InputError, match="file.pth: not a readable weights file"):
         read_published(path)
-    with pytest.raises(InputError, match="nowhere.pth: no such file of weights"):
+    with pytest.raises(InputError, match="nowhere.pth: weights file not found"):
         read_published(tmp_path / "nowhere.pth")
 
 
@@ -230,7 +230,7 @@ def test_a_file_that_does_not_fit_is_told_by_what_it_lacks():
     ):
         load_published(make(), insanet, path)
     with pytest.raises(
-        InputError, match=r"base.conv1_1_vis.weight has shape \(8, 3, 3, 3\).*wants \(16, 3, 3, 3\)"
+        InputError, match=r"base.conv1_1_vis.weight has shape \(8, 3, 3, 3\).*needs \(16, 3, 3, 3\)"
     ):
         load_published(make(width=0.25), state, path)
     with pytest.raises(
