@@ -156,8 +156,8 @@ def build_model(checkpoint: dict[str, Any]) -> Detector:
 def predict_mirrored(model: Detector, images: Tensor) -> Predictions:
     """Predictions from the mirror images of (N, C, H, W) uint8 images, mapped back; without masks.
 
-    Each prior gets the prediction of its mirrored prior: the one of the same shape in the mirrored
-    column, with the sign of the x offset changed.
+    Each prior takes the prediction of the prior of the same shape in the mirrored column, with the
+    opposite x offset.
 
     With centres at multiples of the stride, priors are not symmetric: 38 cells of 8 pixels are 304
     pixels wide, the input 300. Padding the left of the mirror image with the mean colour, up to a

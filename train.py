@@ -150,8 +150,8 @@ def main() -> None:
     root, ids, annotations = open_training(**pick(config, *TRAIN_SET_KEYS))
     config.lwir_range = root.lwir_range if isinstance(root, PairSet) else (0.0, 0.0)
     check_images(root, ids, config.input_mode)
-    separate_boxes = config.network != "ssd300" or config.crop_apart + config.mirror_apart > 0
-    frames, held_out = split_frames(ids, annotations, pairs=separate_boxes, **pick(config, *FRAME_KEYS))
+    paired = config.network != "ssd300" or config.crop_apart + config.mirror_apart > 0  # boxes per modality
+    frames, held_out = split_frames(ids, annotations, pairs=paired, **pick(config, *FRAME_KEYS))
     if held_out:
         run.notes.append(f"the best epoch is chosen on held-out videos: {describe_videos(held_out)}")
     test_root, test_set = open_testing(**pick(config, *TEST_SET_KEYS))
@@ -160,10 +160,10 @@ def main() -> None:
     test_kwargs = pick(config, *datasets.TEST_LOADER_KEYS)
     test_loader = datasets.test_loader(test_root, test_set, model, **test_kwargs)
     val_loader = datasets.test_loader(root, val_set, model, **test_kwargs) if held_out else test_loader
-    options = Augmentation(**pick(config, *datasets.AUGMENTATION_KEYS)) if config.augment else None
+    augmentation = Augmentation(**pick(config, *datasets.AUGMENTATION_KEYS)) if config.augment else None
     dataset_kwargs = {**datasets.input_kwargs(model), **pick(config, *datasets.DATASET_KEYS)}
-    pairs = datasets.KaistPairs(root, frames, augmentation=options, **dataset_kwargs)
-    train_loader = datasets.training_loader(pairs, model, **pick(config, *datasets.TRAIN_LOADER_KEYS))
+    train_set = datasets.KaistPairs(root, frames, augmentation=augmentation, **dataset_kwargs)
+    train_loader = datasets.training_loader(train_set, model, **pick(config, *datasets.TRAIN_LOADER_KEYS))
 
     # Loss and optimiser, in the state of the last checkpoint if the run resumes.
     heads = (model.priors, model.grids, model.infused_maps, model.n_logits)
@@ -208,7 +208,7 @@ def make_step(
     """Make a function that trains on a batch; `wrapped` is `model` after DDP and torch.compile.
 
     The function takes the batch's images, boxes, labels and masks. It returns the loss terms (2, terms),
-    first averaged over the processes, then this process's own, and whether all values were finite.
+    averaged over the processes and of this process, and whether all losses and gradients were finite.
     """
     guarded_step = GuardedStep(model, optimizer)
 
@@ -230,7 +230,7 @@ def make_step(
 def train_epoch(
     run: Run, take_step: Step, model: nn.Module, ema: nn.Module, optimizer: Optimizer, loader: BatchLoader
 ) -> None:
-    """Train from the run's current step to the end of its epoch; `take_step` is from `make_step`.
+    """Train for the rest of the run's current epoch; `take_step` is from `make_step`.
 
     Raises:
         InputError: Too many steps in a row were not finite, or too many frames cannot be read.
