@@ -243,7 +243,7 @@ def report(study: Study, by_arm: Results) -> str:
         seeds = by_arm[arm].keys() & by_arm[baseline].keys()
         differences = [by_arm[arm][seed][0] - by_arm[baseline][seed][0] for seed in sorted(seeds)]
         tests[arm] = paired_test(np.array(differences))
-    adjusted = holm({arm: p for arm, (*_, p) in tests.items()})
+    adjusted = holm({arm: p for arm, (*_, p) in tests.items() if not np.isnan(p)})
     columns = "arm|seeds|miss rate all (%)|day|night|recall|minus baseline, 95%|p|p (Holm)|mask AP by map"
     table = []
     for arm, by_seed in by_arm.items():
@@ -293,11 +293,10 @@ def paired_test(values: np.ndarray) -> tuple[float, float, float, float]:
 
 
 def holm(p: dict[str, float]) -> dict[str, float]:
-    """Correct p values for their number by Holm's step-down method (1979); NaN stays NaN."""
+    """Correct p values for their number by Holm's step-down method (1979)."""
     adjusted, highest = {}, 0.0
     for i, name in enumerate(sorted(p, key=lambda name: p[name])):
-        highest = max(highest, min(1.0, (len(p) - i) * p[name]))
-        adjusted[name] = p[name] if np.isnan(p[name]) else highest
+        adjusted[name] = highest = max(highest, min(1.0, (len(p) - i) * p[name]))
     return adjusted
 
 

@@ -95,6 +95,11 @@ def test_a_study_compares_seed_by_seed():
     table = study.report(question, outcomes(by_seed))
     line = next(line for line in table.splitlines() if line.startswith("| 19"))
     assert "-0.8 [-1.6, -0.1]" in line and "| 4 |" in line
+    by_seed["26"] = {0: 31}  # has no p value, so nothing is corrected for
+    table = study.report(question, outcomes(by_seed))
+    line = next(line for line in table.splitlines() if line.startswith("| 19"))
+    p, corrected = line.split("|")[8:10]
+    assert p == corrected
     table = study.report(question, outcomes({"12": {0: 30}, "26": {0: 29}}))
     assert "| -1.0 |  |  |" in table and "nan" not in table  # one seed has no interval
 
