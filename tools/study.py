@@ -252,14 +252,8 @@ def report(study: Study, by_arm: Results) -> str:
         row, changes = study.arms[arm]
         name = arm if changes else f"{arm}: {EXPERIMENTS[row].description}"
         spread = f" ± {results[:, 0].std(ddof=1):.1f}" if len(by_seed) > 1 else ""
-        cells = [
-            name,
-            str(len(by_seed)),
-            f"{rate:.1f}{spread}",
-            f"{day:.1f}",
-            f"{night:.1f}",
-            f"{recall:.1f}",
-        ]
+        cells = [name, str(len(by_seed)), f"{rate:.1f}{spread}"]
+        cells += [f"{percent:.1f}" for percent in (day, night, recall)]
         mean, low, high, p = tests.get(arm, (np.nan,) * 4)
         if arm == baseline:
             cells += ["baseline", "", ""]
