@@ -12,11 +12,10 @@ from kaist.annotations import PairSet, image_path
 from kaist.files import InputError, write_atomically
 from kaist.frames import indices_in_videos
 from kaist.images import load_frame_image
-from kaist.miss_rate import SETUPS, GroundTruth, Matching, allowed_false_positives, match_setups
+from kaist.miss_rate import REASONABLE, GroundTruth, Matching, allowed_false_positives, match_setups
 from kaist.picture import CAPTIONS
 from kaist.results import Detections
 
-SETUP = "Reasonable-all"
 OPERATING_FPPI = 0.1  # false positives per image at which people are found or missed
 WIDTH, HEIGHT = 176, 220  # of one view, pixels
 COLUMNS = 4
@@ -45,7 +44,7 @@ def draw_errors(
     from matplotlib.patches import Patch
 
     ranked, gt = detections.sort_by_score(), ground_truth
-    [(_, matching)] = match_setups(gt, ranked, {SETUP: SETUPS[SETUP]})
+    [(_, matching)] = match_setups(gt, ranked, {"Reasonable-all": REASONABLE})
     false, missed = find_errors(gt, matching)
     false_tiles, missed_tiles = [], []  # frame index, xywh box, caption
     for i in order_across_videos(gt, ranked.frame_idxs, false)[:n]:

@@ -34,10 +34,10 @@ from kaist.sprites import (
 FRAMES_PER_VIDEO = 8  # one second apart
 MAX_VISIBLE_SHIFT = 10  # largest shift of the visible camera in a shifted set, pixels
 ROAD_HALF_WIDTH = 4.6  # metres
-WINDOW_LIGHTS = (255, 214, 140), (238, 240, 255), (255, 170, 80), (140, 255, 190)  # `shade` stays below: 240
+WINDOW_LIGHTS = (255, 214, 140), (238, 240, 255), (255, 170, 80), (140, 255, 190)  # brighter than `shade`
 GROUP_COUNTS = (1, 2, 3, 4, 5, 6, 8, 11)  # groups in a frame that is not empty
 GROUP_COUNT_SHARES = (0.33, 0.27, 0.17, 0.09, 0.06, 0.04, 0.03, 0.01)
-GROUP_LABELS, LABEL_SHARES = ("person", "people", "cyclist", "person?"), (0.85, 0.05, 0.05, 0.05)
+GROUP_LABELS, GROUP_LABEL_SHARES = ("person", "people", "cyclist", "person?"), (0.85, 0.05, 0.05, 0.05)
 EMPTY_AND_HEIGHT = ((0.34, 55), (0.08, 62))  # test, train: share of empty frames, median height in pixels
 
 
@@ -149,7 +149,7 @@ def sample_group(rng: np.random.Generator, street: Street, pan: float, median: f
 
     pan: pixels that the camera looks to the right; median: median body height, pixels.
     """
-    label, hides = str(rng.choice(GROUP_LABELS, p=LABEL_SHARES)), rng.random() < 0.2
+    label, hides = str(rng.choice(GROUP_LABELS, p=GROUP_LABEL_SHARES)), rng.random() < 0.2
     low, high = {"people": (32, 70), "person?": (22, 34)}.get(label, (27, 235))  # heights in pixels
     x = z = 0.0
     while not in_view(street, x, z, pan, hides):
@@ -220,7 +220,8 @@ def compose(
         pixels and occlusion (0, 1 or 2); and its xywh box in visible pixels, None outside of the frame.
     """
     scene, left = street.background.copy(), (SCENE_WIDTH - FRAME_WIDTH) // 2 + pan
-    topmost, view = np.full(scene.shape[:2], -1, np.int16), slice(left, left + FRAME_WIDTH)
+    topmost = np.full(scene.shape[:2], -1, np.int16)  # index of the group seen in each pixel
+    view = slice(left, left + FRAME_WIDTH)
     masks, in_visible = np.zeros((2, len(groups), *scene.shape[:2]), bool)
     sprites = [(prop.z, -1, prop) for prop in street.props]  # depth, index of the group, sprite
     for index, figure in ((i, figure) for i, group in enumerate(groups) for figure in group):

@@ -36,9 +36,7 @@ class Scores:
     name: str
     official: dict[str, Result]
     leaderboard: dict[str, Result]
-    samples: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # bootstrap samples of the official miss rate
+    samples: dict[str, np.ndarray] = field(default_factory=dict)  # of the official miss rate, by bootstrap
     notes: list[str] = field(default_factory=list)  # printed as warnings
     coco: dict[str, float] = field(default_factory=dict)  # COCO's average precisions, as from `coco_ap`
 
@@ -71,13 +69,13 @@ def find_notes(
     shift, scores = find_id_shift(ground_truth, detections), official.scores
     is_cut = len(scores) and scores[0] <= 1 and scores[-1] >= CUT_SCORE and official.fppi[-1] < 1
     notes = {
-        f"the leaderboard's script drops frames without detections and so misses {lost} of "
+        f"the leaderboard's script drops frames without detections and so does not count {lost} of "
         f"{official.n_positive} people: it gives {percent(leaderboard.miss_rate)}, and {rate} is right": lost,
         "it contains no detections": not len(detections.scores),
         f"left out {detections.other_categories} rows of other categories": detections.other_categories,
         f"left out {detections.other_frames} rows of frames not evaluated": detections.other_frames,
-        f"{tied:.1%} of the frames have equal scores, the first of them is matched first: with their rows "
-        f"reversed the miss rate would be {percent(reverse)}, not {rate}": percent(reverse) != rate,
+        f"{tied:.1%} of the frames have equal scores, which are matched in the order of their rows: in the "
+        f"reverse order the miss rate would be {percent(reverse)}, not {rate}": percent(reverse) != rate,
         f"its boxes fit the frames {'after' if shift > 0 else 'before'} their own far better; do its ids "
         "count from the right number (text 1, JSON 0) along the right list?": shift,
         f"no score is below {CUT_SCORE}, and the curve ends before one false positive per image: with lower "

@@ -109,10 +109,8 @@ def read_detections(path: str | Path, frames: Sequence[str]) -> Detections:
     rows, positions, others, id_format = parse_json(text, path, listed) if is_json else parse_text(text, path)
     base = 0 if is_json else 1
     ids = rows[:, 0] - base
-    counting = (
-        f"ids of {'JSON' if is_json else 'text'} files count from {base} along the image list that the "
-    )
-    counting += "detector ran on; name it with --image-list"
+    counting = f"ids of {'JSON' if is_json else 'text'} files count from {base} along the image list that "
+    counting += "the detector ran on; name it with --image-list"
     no_frame = f"image_id is not one of {base} to {base + len(listed) - 1}"
     for bad, problem, remedy in (
         (~np.isfinite(rows).all(axis=1), "a value is not finite", "correct the row"),

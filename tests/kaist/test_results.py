@@ -306,7 +306,7 @@ def perfect(n=4, shift=0.0):
 def test_notes_name_what_a_reader_must_know(annotations, capsys):
     truth = load_ground_truth(annotations)
     some = score("some", truth, perfect(1))
-    assert any("misses 3 of 4 people: it gives 0.00, and 75.00 is" in note for note in some.notes)
+    assert any("not count 3 of 4 people: it gives 0.00, and 75.00 is" in note for note in some.notes)
     none = Detections(np.zeros(0, int), np.zeros((0, 4)), np.zeros(0), other_categories=2)
     nothing = score("nothing", truth, none, resamples=20)
     assert any("contains no detections" in note for note in nothing.notes)
@@ -463,7 +463,7 @@ def test_script_on_real_files(reference, tmp_path):
     ]
     annotations = reference / "annotations" / "KAIST_annotation.json"
     out = run_eval(tmp_path, "--detections", *files, "--annotations", annotations, "--json", "n.json")
-    assert "misses 103 of 1455 people: it gives 27.33, and 32.65 is right" in out
+    assert "not count 103 of 1455 people: it gives 27.33, and 32.65 is right" in out
     assert re.search(r"MLPD_result.txt +7\.58 +7\.95 +6\.95 +96\.70 +7\.58 +7\.96 +6\.95", out)
     numbers = json.loads((tmp_path / "n.json").read_text())
     references = json.loads((results / "reference.json").read_text())
