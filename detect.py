@@ -221,7 +221,7 @@ def parse_arguments() -> Namespace:
     if not 0 <= arguments.min_score <= 1:
         parser.error(f"--min-score {arguments.min_score} is not a number from 0 to 1")
     if bool(arguments.visible) != bool(arguments.lwir):
-        parser.error("--visible and --lwir must be used together")
+        parser.error("--visible and --lwir must be used together; a single image needs no flag")
     if not arguments.images and not arguments.visible and not arguments.pair:
         parser.error("name images or folders, or use --visible and --lwir, or --pair")
     check_experiment(parser, arguments)

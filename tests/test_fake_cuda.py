@@ -1,12 +1,12 @@
 """The training step and detection on fake CUDA tensors, for each setting in the lab book; no GPU is needed.
 
-A fake tensor knows shape, dtype and device, and has no values. So a step fails here where tensors of
-two devices meet, and where the host would wait for the GPU: to read a value, to learn a shape from
-values, or to copy between host and device without `non_blocking`.
+A fake tensor has a shape, a dtype and a device, but no values. A step fails here if it mixes tensors of
+two devices, or if the host would wait for the GPU: to read a value, to get a shape from values, or to
+copy between host and device without `non_blocking`.
 
-Not traced: autograd's own engine, which asks for a driver (`backward` walks the same nodes in its
-place), the fused optimisers' kernels (their arguments have to be on one device), and how many candidates
-and boxes an image has, for which detection does wait. Autocast is traced; values and rounding are not.
+Not traced: autograd's engine, which needs a driver (`backward` walks the same nodes instead), the kernels
+of the fused optimisers (their arguments must be on one device), and the numbers of candidates and boxes
+of an image, for which detection does wait. Autocast is traced; values and rounding are not.
 """
 
 import copy
@@ -35,9 +35,9 @@ from tests.fake_cuda import CUDA, FusedKernels, backward, fake_cuda, on_fake_cud
 from utils import autocast, margin_histogram, predict
 
 N, M = 2, 8
-ssd_boxes.load_nms()  # so that its operator has a name
+ssd_boxes.load_nms()  # registers the operator
 CONSTANTS = {name: value for name, (value, _) in read_constants(ROOT / "train.py").items()}
-# What a step and detection depend on, but for widths and numbers.
+# Constants on which the traced operations depend.
 NETWORK = ("network", "input_mode", "batch_norm", "infusion", "infusion_conv")
 TRAINING = (*NETWORK, *CRITERION_KEYS, "optimizer", "ema_decay")
 DETECTION = (*NETWORK, "input_size", "priors", "centres", "test_flip")
@@ -48,7 +48,7 @@ class HostWaits(RuntimeError):
 
 
 class Watch(FusedKernels):
-    """Raises HostWaits at a blocking copy between host and device; notes what convolutions see."""
+    """Raises HostWaits at a blocking copy between host and device; records the dtypes of convolutions."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class Watch(FusedKernels):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if func is torch.ops.torchvision.nms.default:  # how many are kept depends on values
+        if func is torch.ops.torchvision.nms.default:  # the number of boxes kept depends on values
             return torch.arange(len(args[0]), device=args[0].device)
         if func is torch.ops.aten.convolution.default:
             self.convolutions.add(args[0].dtype)
@@ -97,7 +97,7 @@ def parts_of(config):
 
 
 def training_step(config, precision, model, criterion):
-    """Two steps as `train_epoch` makes them: the first one may look at a value, the second may not."""
+    """Trace the second training step; the first one, which may read a value, is not traced."""
     batch = random_batch(model, config)
     ema = copy.deepcopy(model).requires_grad_(False) if config.ema_decay else model
     steps = pick(config, "lr", "bias_lr_factor", "weight_decay")
@@ -106,7 +106,7 @@ def training_step(config, precision, model, criterion):
     for parameter in (*model.parameters(), *criterion.parameters()):
         parameter.grad = torch.empty_like(parameter)
     with FusedKernels():
-        optimizer.step()  # there is a momentum from now on
+        optimizer.step()  # creates the momentum
     optimizer.zero_grad()
     with Watch() as watch:
         guarded_step.save_statistics()
@@ -126,7 +126,7 @@ def training_step(config, precision, model, criterion):
 
 
 def detection(config, precision, model, monkeypatch):
-    """What `detect_frames` does with a batch, as if 50 candidates an image were above the score."""
+    """Trace detection in a batch as in `detect_frames`, with 50 candidates per image."""
     batch = random_batch(model, config)
     monkeypatch.setattr(ssd_boxes, "load_nms", lambda: torch.ops.torchvision.nms)
     with torch.no_grad(), Watch() as watch:
@@ -143,7 +143,7 @@ def detection(config, precision, model, monkeypatch):
 
 
 def distinct_rows(names):
-    """Few rows in which, network by network, each setting of these names takes each of its values."""
+    """A small set of rows that covers, for each network, every value of these constants."""
     left = {}
     for row in EXPERIMENTS:
         config = configuration(row)
@@ -157,14 +157,14 @@ def distinct_rows(names):
 
 
 @pytest.mark.parametrize("row", distinct_rows(TRAINING))
-def test_in_training_nothing_waits_and_no_devices_meet(row):
+def test_training_does_not_wait_or_mix_devices(row):
     config = configuration(row)
     with fake_cuda():
         training_step(config, torch.bfloat16, *parts_of(config))
 
 
 @pytest.mark.parametrize("row", distinct_rows(DETECTION))
-def test_in_detection_nothing_waits_and_no_devices_meet(row, monkeypatch):
+def test_detection_does_not_wait_or_mix_devices(row, monkeypatch):
     config = configuration(row)
     with fake_cuda():
         detection(config, torch.bfloat16, parts_of(config)[0], monkeypatch)
@@ -238,8 +238,8 @@ def test_convolutions_that_autocast_misses_are_found():
 # ------------------------------------------------------------------------ the walk through the graph
 
 
-def test_backward_is_autograds():
-    """Its walk, on a CPU and with values, gives the gradients that the engine gives."""
+def test_the_walk_gives_the_gradients_of_autograd():
+    """On a CPU, with values."""
     config = configuration("29", input_size=(257, 257))
     torch.manual_seed(0)
     model = make_network(**model_arguments(config)).train()
@@ -250,7 +250,7 @@ def test_backward_is_autograds():
     masks = box_masks(boxes, labels, [model.grids[i] for i in model.infused_maps])
     parameters = [*model.parameters(), *criterion.parameters()]
     loss = criterion(model(images), boxes, labels, masks)[0]
-    theirs = torch.autograd.grad(loss, parameters, retain_graph=True)
+    expected = torch.autograd.grad(loss, parameters, retain_graph=True)
     backward([loss], torch.device("cpu"))
-    for parameter, gradient in zip(parameters, theirs, strict=True):
+    for parameter, gradient in zip(parameters, expected, strict=True):
         assert torch.allclose(parameter.grad, gradient, rtol=1e-5, atol=1e-7)

@@ -1,4 +1,4 @@
-"""MLPD's and INSANet's rows through the three commands, from their authors' files too."""
+"""The rows of MLPD and INSANet in the three commands, also with their authors' files."""
 
 import sys
 from argparse import Namespace
@@ -35,13 +35,13 @@ def call(monkeypatch, script, *arguments):
 
 
 def author_file(path, row):
-    """A file with a random state of a row's network, narrow, under its published names."""
+    """Write a file of random weights for a narrow network of a row, with the published key names."""
     model = make_network(**train.model_arguments(Namespace(**resolve_row(row) | NARROW)))
     own = model.state_dict()
     shapes = {theirs: tuple(own[ours].shape) for ours, theirs in published_names(model).items()}
     shapes["base.rescale_factors"] = (1, *shapes["base.rescale_factors"], 1, 1)
     state = published_networks.random_state(shapes)
-    for key in state:  # scores short of 1
+    for key in state:  # scores below 1
         if key.startswith("pred_convs."):
             state[key] = state[key] / 20
     torch.save({"epoch": 1, "model": state}, path)
@@ -79,7 +79,7 @@ def test_the_authors_file_is_evaluated_and_detects(row, demo_root, tmp_path, mon
     lines = Path("out/detections.csv").read_text().splitlines()
     assert lines[0] == "image,x,y,w,h,score" and len(lines) > 1
 
-    # The first image's best detection, from the published names alone.
+    # The best detection in the first image, computed from the published keys.
     name = sorted(lwir.iterdir())[0].name
     images = [to_array(load_image(lwir.parent / m / name, m)) for m in ("visible", "lwir")]
     pixels = torch.from_numpy(np.concatenate(images, axis=2)).permute(2, 0, 1)[None].float()
@@ -125,7 +125,7 @@ def test_files_that_do_not_fit_are_refused_before_any_data(tmp_path, monkeypatch
         (["--experiment", "42", "--infusion", "1,2,0,0,0,0"], "write 1 for a map with a segmentation head"),
     ],
 )
-def test_what_the_networks_are_not_made_for_is_refused(flags, message):
+def test_unsupported_constants_are_refused(flags, message):
     with pytest.raises(InputError, match=message):
         train.configure([*flags, "--pretrained", "none"])
 
@@ -153,7 +153,7 @@ def test_schedule_and_recipe_of_the_rows():
         assert own == (network, batch_size, shift)
 
 
-def test_where_a_person_is_seen_counts_for_three_logits_and_not_for_two():
+def test_the_modality_of_a_person_matters_only_with_three_logits():
     model = make_network(
         "mlpd",
         width=0.0625,
@@ -176,7 +176,7 @@ def test_where_a_person_is_seen_counts_for_three_logits_and_not_for_two():
     predictions = model.train()(torch.randint(256, (1, 4, 64, 128), dtype=torch.uint8))
     boxes = torch.tensor([[[0.3, 0.2, 0.5, 0.9]]])
     losses = [criterion(predictions, boxes, torch.tensor([[label]]), []) for label in (1, 2, 3)]
-    assert len({loss[0].item() for loss in losses}) == 3  # three logits tell the modalities apart
+    assert len({loss[0].item() for loss in losses}) == 3  # three logits distinguish the modalities
     single = Criterion(model.priors, model.grids, model.infused_maps, 2, **terms)
     predictions = Predictions(predictions.loc, predictions.conf[..., :2], [])
     losses = [single(predictions, boxes, torch.tensor([[label]]), []) for label in (1, 2, 3)]
