@@ -38,11 +38,12 @@ from model import predict_mirrored
 from ssd.boxes import load_nms
 from ssd.deployable import Deployable, to_half
 from ssd.layers import Detector
+from tools.safetensors import read_safetensors, to_safetensors
 from utils import detect_image, open_network
 
 CHECKPOINTS = "checkpoints"  # folder of the runs
 N_COMPARED = 8  # frames of the test list on which a file is compared with PyTorch
-PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ("safetensors",)}
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "pt2": (), "safetensors": ()}
 
 Runner = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
 
@@ -149,13 +150,12 @@ def describe(model: Detector, config: Namespace, path: Path, epoch: int | None) 
 
 def save_weights(path: Path, model: Detector, metadata: dict[str, str]) -> None:
     """Write the state dict as safetensors, and compare the file with it bit for bit."""
-    from safetensors.torch import load_file, save
-
-    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, lambda temporary: temporary.write_bytes(save(weights, metadata)))
-    if save(load_file(path)) != save(weights):
+    content = to_safetensors(model.state_dict(), metadata)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    tensors, metadata = read_safetensors(path)
+    if to_safetensors(tensors, metadata) != content:
         raise InputError("the written file has other weights", "write it to another disk", file=path)
-    print(f"{path}: {len(weights)} tensors, read back bit for bit")
+    print(f"{path}: {len(tensors)} tensors, read back bit for bit")
 
 
 def save_graph(

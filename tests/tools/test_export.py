@@ -1,9 +1,11 @@
 """tools.export: the files compute the same boxes as PyTorch, on frames of any size."""
 
 import importlib.util
+import json
 import os
 import re
 import shutil
+import struct
 import sys
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from kaist.files import InputError
 from model import make_network, predict_mirrored
 from ssd.deployable import Deployable, resize, to_half
 from tools import export
+from tools.safetensors import read_safetensors, to_safetensors
 from utils import detect_image
 
 PAGE = (Path(__file__).parents[2] / "docs/deploy.md").read_text(encoding="utf-8")
@@ -133,8 +136,30 @@ def run(demo_root, tmp_path, monkeypatch):
     return run
 
 
+def test_safetensors_by_hand():
+    """The format's own example: the header's length, its JSON, the bytes."""
+    content = to_safetensors({"w": torch.tensor([[1.0, -2.0]]), "n": torch.tensor(3)}, {"by": "me"})
+    length = struct.unpack("<Q", content[:8])[0]
+    assert length % 8 == 0 and json.loads(content[8 : 8 + length]) == {
+        "__metadata__": {"by": "me"},
+        "w": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]},
+        "n": {"dtype": "I64", "shape": [], "data_offsets": [8, 16]},
+    }
+    assert content[8 + length :] == struct.pack("<ffq", 1, -2, 3)
+
+
+def test_safetensors_return_bit_for_bit(tmp_path):
+    tensors = {"nan": torch.tensor([torch.nan, -0.0]), "none": torch.empty(0, 3)}
+    tensors |= {str(d): torch.randn(3, 4).to(d) for d in (torch.float16, torch.bfloat16, torch.float32)}
+    (tmp_path / "a").write_bytes(to_safetensors(tensors, {}))
+    loaded, metadata = read_safetensors(tmp_path / "a")
+    assert metadata == {} and [*loaded] == [*tensors]
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and loaded[name].shape == tensor.shape
+        assert loaded[name].flatten().view(torch.uint8).equal(tensor.flatten().view(torch.uint8))
+
+
 def test_safetensors_rebuild_the_network_with_the_program_of_the_page(run, capsys):
-    pytest.importorskip("safetensors")
     run("--format", "safetensors")
     assert "read back bit for bit" in capsys.readouterr().out
     found = {}
@@ -201,7 +226,6 @@ def test_flags_are_refused_in_a_line(run, monkeypatch):
     for words in (("--evaluate", "--raw"), ("--format", "safetensors", "--half"), ("--out", "last.pt")):
         with pytest.raises(InputError):
             run(*words)
-    for name in ("onnx", "safetensors"):
-        monkeypatch.setitem(export.PACKAGES, name, ("package_of_the_moon",))
-        with pytest.raises(InputError, match="needs package_of_the_moon; pip install package_of_the_moon"):
-            run("--format", name)
+    monkeypatch.setitem(export.PACKAGES, "onnx", ("missing_package",))
+    with pytest.raises(InputError, match="needs missing_package; pip install missing_package"):
+        run()
