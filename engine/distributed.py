@@ -27,7 +27,7 @@ def init_distributed(device: torch.device, batch_size: int) -> None:
     """Join the process group that torchrun's environment describes: NCCL for GPU tensors, gloo for others.
 
     Raises:
-        InputError: the batch cannot be split evenly among the processes.
+        InputError: the batch cannot be split evenly among the processes, or they cannot use the device.
     """
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if processes == 1:
@@ -36,6 +36,8 @@ def init_distributed(device: torch.device, batch_size: int) -> None:
         problem = f"BATCH_SIZE = {batch_size} cannot be split among {processes} processes"
         remedy = "it is the batch size of all processes together; choose a multiple of their number"
         raise InputError(problem, remedy)
+    if device.type == "mps":
+        raise InputError("several processes cannot train on DEVICE = mps", "add --device cpu")
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
 
 

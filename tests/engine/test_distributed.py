@@ -119,3 +119,5 @@ def test_a_batch_that_cannot_be_split_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="BATCH_SIZE = 8 cannot be split among 3"):
         init_distributed(torch.device("cpu"), 8)
+    with pytest.raises(InputError, match="DEVICE = mps; add --device cpu"):
+        init_distributed(torch.device("mps"), 9)
