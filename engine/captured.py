@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from engine.distributed import world_size
 from kaist.files import InputError
 
 Step = Callable[..., tuple[Tensor, ...]]
+OUT_OF_MEMORY = "unable to find an engine|CUDA error: out of memory|ALLOC_FAILED|can't allocate memory"
 WARM_UP_STEPS = 3  # steps before the capture: kernels are chosen, the optimiser creates its state
 
 
@@ -21,6 +23,13 @@ def capture_steps(
     """Wrap a step in `CapturedStep`, if `choice` (COMPILE) is not "off", in a single process on CUDA."""
     captures = choice != "off" and device.type == "cuda" and world_size() == 1
     return CapturedStep(step, optimizer) if captures else step
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether device memory ran out; cuDNN, cuBLAS and the CPU's allocator say so in a RuntimeError only."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and re.search(OUT_OF_MEMORY, str(error)) is not None
+    )
 
 
 class CapturedStep:
@@ -71,6 +80,7 @@ class CapturedStep:
         self.rates = [torch.full((), group["lr"], device=inputs[0].device) for group in groups]
         capturable = [{"lr": rate, "capturable": True} for rate in self.rates]
         self.optimizer.param_groups = [a | b for a, b in zip(groups, capturable, strict=True)]
+        self.optimizer.zero_grad()  # else the last step's gradients stay in memory beside the graph's own
         graph = torch.cuda.CUDAGraph()
         try:  # thread_local, because the loader's thread pins memory at the same time
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
@@ -78,7 +88,7 @@ class CapturedStep:
         except RuntimeError as error:
             # If a step runs out of memory, ending the capture fails too and hides the first error.
             for cause in (error, error.__context__):
-                if isinstance(cause, torch.OutOfMemoryError):
+                if cause and is_out_of_memory(cause):
                     raise cause from None
             message = str(error).partition("\n")[0]
             problem = f"a step cannot be recorded as a CUDA graph ({message})"

@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from engine.captured import is_out_of_memory
 from engine.checkpoint import LAST_CHECKPOINT, PREVIOUS_CHECKPOINT, load_checkpoint, save_checkpoint
 from engine.config import MACHINE_CONSTANTS, OLD_DEFAULTS, same_value
 from engine.curves import MISS_RATES, draw_curves
@@ -194,7 +194,7 @@ class Run:
                 self.save()
                 place = f"epoch {self.epoch + 1}, step {self.step + 1}"
                 tqdm.write(f"saved; the same command resumes from {place}")
-            if isinstance(error, torch.OutOfMemoryError):
+            if error and is_out_of_memory(error):
                 raise self.out_of_memory() from None
         finally:
             self.unlock()

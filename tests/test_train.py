@@ -156,9 +156,17 @@ def test_compile_on_compiles_both_networks(start, monkeypatch):
     assert load_checkpoint(Path("checkpoints/custom/last.pt"))["epoch"] == 1
 
 
-def test_an_out_of_memory_error_names_what_to_lower(start, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no more"),
+        RuntimeError("FIND was unable to find an engine to execute this computation"),  # cuDNN
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_an_out_of_memory_error_names_what_to_lower(start, monkeypatch, error):
     def full(*_):
-        raise torch.OutOfMemoryError("no more")
+        raise error
 
     monkeypatch.setattr(train.Criterion, "forward", full)
     with pytest.raises(InputError, match=r"BATCH_SIZE = \d+ does not fit .*; lower BATCH_SIZE"):

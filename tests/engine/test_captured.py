@@ -48,9 +48,12 @@ def test_one_shape_is_captured_and_others_run_eagerly(recorded):
         assert torch.equal(captured(images)[0], images * 2)
     assert happened == [("step", 3, 0.5, False)] + [("step", 4, 0.5, False)] * WARM_UP_STEPS
     happened.clear()
+    [weight] = optimizer.param_groups[0]["params"]
+    weight.grad = torch.ones(1)
     optimizer.param_groups[0]["lr"] = 0.25
     captured(full)  # captured with the learning rate in device memory, and replayed
     assert happened == [("step", 4, 0.25, True), ("replay", 0.25)]
+    assert weight.grad is None  # it would take memory beside the graph's own gradients
     happened.clear()
     optimizer.param_groups[0]["lr"] = 0.125
     captured(full)
@@ -94,6 +97,7 @@ def test_a_step_that_cannot_be_captured_raises_with_a_remedy(recorded, monkeypat
     for error, told, words in (
         (RuntimeError("CUDA error: operation not permitted\nmore"), InputError, "permitted.*--compile off"),
         (torch.OutOfMemoryError("no memory"), torch.OutOfMemoryError, "no memory"),  # the run adds the remedy
+        (RuntimeError("GET was unable to find an engine to execute"), RuntimeError, "unable to find"),
     ):
         monkeypatch.setattr(torch.cuda, "graph", Mock(side_effect=error))
         captured.seen.clear()
