@@ -73,8 +73,8 @@ def compare(setting: Setting, work: str, aim: float, ours: Callable, peer_name: 
     to run without it. `aim` is how many times faster ours should be.
     """
     run = (lambda make, *arguments: nullcontext(make(*arguments))) if setting.on_gpu else Subprocess
-    with run(make_timer, tuned, ours, setting) as timer, run(make_timer, peer, setting) as peer_timer:
-        seconds, peer_seconds = (result.seconds for result in time_in_turns(setting, timer, peer_timer))
+    with run(make_timer, tuned, ours, setting) as our_timer, run(make_timer, peer, setting) as peer_timer:
+        seconds, peer_seconds = (result.seconds for result in time_in_turns(setting, our_timer, peer_timer))
     note = f"{1e3 * seconds:.4g} ms, {peer_name}: {1e3 * peer_seconds:.4g} ms"
     return at_least(work, peer_seconds / seconds, "times faster", aim, note)
 

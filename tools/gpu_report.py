@@ -1,10 +1,8 @@
 """The GPU report: is this project correct on the device, and how fast is it?
 
-`python -m tools.benchmark --device cuda --report out/` runs this, on drawn frames and without a network
-connection. A part is a generator of lines. The parts run one after the other, each in its own process,
-because an error can corrupt the state of the GPU. A part that fails or exceeds its time limit keeps the lines
-it had, the report names the error, and the next part runs. Parts for which no time is left are reported as
-left out.
+`python -m tools.benchmark --device cuda --report out/` runs this, on a drawn demo set. A part is a generator
+of lines. The parts run one after the other, each in its own process, because an error can corrupt the state
+of the GPU. The report has all lines of a part that fails or exceeds its time limit, and its error.
 """
 
 import itertools
@@ -155,11 +153,8 @@ def train_command(setting: Setting, name: str, *launcher: str) -> list[str]:
 
 
 def train(setting: Setting, name: str, *launcher: str) -> Path:
-    """Run train.py, unless the run is finished, and return the run's folder.
-
-    Raises:
-        RuntimeError: train.py failed; the message holds its last line.
-    """
+    """Run train.py, unless the run is finished, and return the run's folder. Raises RuntimeError with the
+    last line of its output if it fails."""
     folder = setting.folder / "runs" / name
     if not (folder / "miss_rate.json").exists():
         command = train_command(setting, name, *launcher)

@@ -64,12 +64,7 @@ def row_network(config: Namespace) -> tuple[Detector, Criterion]:
 
 
 class Step:
-    """A row's training step, built as in train.py, from untrained weights.
-
-    Args:
-        config: from `row_config`.
-        mode: value of COMPILE.
-    """
+    """A row's training step, built as in train.py, from untrained weights; mode is a value of COMPILE."""
 
     def __init__(self, config: Namespace, device: torch.device, precision: torch.dtype, mode: str = "off"):
         self.config, self.n_steps = config, 0
