@@ -108,7 +108,7 @@ def draw_set(root: Path, *, progress: bool = True, **changes: int | None) -> Non
         write_lists(root, [*itertools.chain(*jobs.values())], settings.paired)
     except OSError as error:
         problem = f"the set cannot be written ({error.strerror or error})"
-        raise InputError(problem, "free some space or choose another --root", file=root) from error
+        raise InputError(problem, "free some space or choose another folder", file=root) from error
 
 
 def plan_jobs(settings: DrawnSet) -> tuple[str, Callable[..., Iterator[RenderedFrame]], dict]:
@@ -135,7 +135,7 @@ def check_root(root: Path, recipe: str) -> None:
     # Another process that starts at the same time writes its recipe to a temporary file first.
     others = [name for name in names if not name.startswith(f".{RECIPE}")]
     if root.is_file() or (found != recipe and others):
-        raise InputError("the folder contains other files", "remove it or choose another --root", file=root)
+        raise InputError("the folder contains other files", "remove it or choose another folder", file=root)
     if JSON_NAME in names:
         raise InputError("this set is drawn already", "remove it to draw it again", file=root)
 

@@ -332,7 +332,7 @@ def log_average(rates: np.ndarray, protocol: str) -> np.ndarray:
 def find_id_shift(ground_truth: GroundTruth, detections: Detections) -> int:
     """-1 or 1 if image ids seem to be counted from the wrong number; else 0.
 
-    Then detections match 1.5 times as many boxes, and at least 20, in the frames before or after their own.
+    They do if detections match 1.5 times as many boxes, and at least 20, in the frame before or after theirs.
     """
     n_matched = {}
     for shift in (0, -1, 1):

@@ -238,7 +238,7 @@ def setup_table(scores: Sequence[Scores]) -> str:
 
 
 def compare(scores: Sequence[Scores]) -> list[str]:
-    """A line per detector: does its Reasonable-all miss rate differ from the best detector's?
+    """Whether each detector's Reasonable-all miss rate differs from the best one's, a line per detector.
 
     The interval is that of the paired difference, of both rates on the same resampled frames.
     """
@@ -287,7 +287,7 @@ def draw_curves(scores: Sequence[Scores], path: Path) -> None:
     panels = figure.subplots(1, len(keys), sharey=True, squeeze=False)[0]
     for panel, key in zip(panels, keys, strict=True):
         plot_curves(panel, scores, key)
-    write_atomically(path, lambda beside: figure.savefig(beside, format=path.suffix[1:], dpi=120))
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format=path.suffix[1:], dpi=120))
 
 
 def plot_curves(panel: Axes, scores: Sequence[Scores], key: str) -> None:
@@ -300,12 +300,10 @@ def plot_curves(panel: Axes, scores: Sequence[Scores], key: str) -> None:
         fppi = np.concatenate([[LOG_ZERO], result.fppi[inside], [MAX_FPPI]])
         rate = np.pad(result.detection_rate[inside], (1, 0))
         missed = np.maximum(1 - np.append(rate, rate[-1]), LOG_ZERO)
-        style = {"color": f"C{i % 10}", "linestyle": "-" if i < 10 else "--"}
-        label = f"{percent(result.miss_rate)}% {s.name}"
-        panel.step(np.maximum(fppi, LOG_ZERO), missed, where="post", label=label, **style)
-        panel.plot(
-            result.points, np.maximum(1 - result.rates, LOG_ZERO), "o", markersize=4, color=f"C{i % 10}"
-        )
+        colour, label = f"C{i % 10}", f"{percent(result.miss_rate)}% {s.name}"
+        style = {"where": "post", "color": colour, "linestyle": "-" if i < 10 else "--"}
+        panel.step(np.maximum(fppi, LOG_ZERO), missed, label=label, **style)
+        panel.plot(result.points, np.maximum(1 - result.rates, LOG_ZERO), "o", markersize=4, color=colour)
     best = ranked[0].official[key]
     title = f"{HEADLINE[key]}: {ranked[0].name} {percent(best.miss_rate)}%"
     title += f", best of {len(scores)}" if len(scores) > 1 else ""

@@ -1,4 +1,4 @@
-"""COCO's AP: by hand, and as pycocotools has it."""
+"""COCO's AP: cases by hand, and parity with pycocotools."""
 
 import contextlib
 import io
@@ -27,7 +27,7 @@ def found(frame, boxes, scores):
 
 
 def by_pycocotools(people, detections):
-    """The same numbers by COCOeval."""
+    """The numbers of COCOeval."""
     coco = pytest.importorskip("pycocotools.coco", reason="pycocotools is not installed")
     evaluator = pytest.importorskip("pycocotools.cocoeval")
     columns = zip(people.frame_idxs.tolist(), people.boxes.tolist(), people.ignore.tolist(), strict=True)
@@ -58,7 +58,7 @@ def check(people, detections):
 
 
 def test_by_hand():
-    """Two people; hit at IoU 1, a false one, hit at IoU 0.6: precision 1 up to recall 0.5, then 2/3."""
+    """Two people; hit at IoU 1, false positive, hit at IoU 0.6: precision 1 up to recall 0.5, then 2/3."""
     people = truth(2, [0, 1], [[0, 0, 40, 100], [0, 0, 50, 100]], [False, False])
     boxes = [[0, 0, 40, 100], [300, 300, 40, 100], [0, 0, 50, 60]]
     values = coco_ap(people, found([0, 1, 1], boxes, [0.9, 0.8, 0.7]))
@@ -68,7 +68,7 @@ def test_by_hand():
     assert values["AP medium"] == values["AP"] and np.isnan(values["AP small"])
 
 
-def test_an_ignored_region_forgives_any_number_and_a_person_one():
+def test_a_crowd_region_matches_any_number_and_a_person_one():
     people = truth(1, [0, 0], [[0, 0, 300, 300], [400, 0, 40, 100]], [True, False])
     inside = [[10 * i, 10, 40, 100] for i in range(5)]
     person = [400, 0, 40, 100]
@@ -79,7 +79,7 @@ def test_an_ignored_region_forgives_any_number_and_a_person_one():
 
 @pytest.mark.parametrize("seed", range(25))
 def test_random_cases_equal_pycocotools(seed):
-    """Few coordinates and scores, so that overlaps and scores tie; many sizes; more than 100 a frame."""
+    """Few coordinates and scores, so that there are ties; many sizes; more than 100 detections per frame."""
     rng = np.random.default_rng(seed)
     n_frames, n, m = 4, 600, 60
     boxes = rng.integers(0, 12, (m, 4)) * [20, 20, 14, 14] + [0, 0, 6, 6]
@@ -91,7 +91,7 @@ def test_random_cases_equal_pycocotools(seed):
     check(people, found(frame, near, rng.integers(0, 40, n) / 40))
 
 
-def test_nobody_and_nothing():
+def test_no_people_or_no_detections():
     people = truth(2, [0], [[0, 0, 40, 100]], [False])
     assert coco_ap(people, found([], [], []))["AP"] == 0
     assert np.isnan(coco_ap(truth(2, [], [], []), found([0], [[0, 0, 9, 9]], [1]))["AP"])

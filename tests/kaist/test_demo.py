@@ -1,4 +1,4 @@
-"""The demo set: KAIST's layout and statistics, same bytes from the same seed, all or nothing."""
+"""Drawing the sets: KAIST's layout, the same bytes from the same seed, resuming after an interruption."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def test_json_says_what_the_text_says(root: Path) -> None:
 
 
 def test_a_video_opens_with_people(root: Path) -> None:
-    """The first frame of a video, which a newcomer looks at first, is not empty."""
+    """The first frame of each test video is not empty."""
     first = [frame for frame in _frames(root, "test-all") if frame.endswith("I00000")]
     assert len(first) == 6 and all(_lines(root, frame) for frame in first)
 
 
 def digest(place: Path) -> dict[str, str]:
-    """Path below a folder -> hash, of every file."""
+    """Relative path -> hash of each file below a folder."""
     files = (path for path in sorted(place.rglob("*")) if path.is_file())
     return {str(path.relative_to(place)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -103,7 +103,7 @@ def test_same_seed_same_bytes(root: Path, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_never_overwrites(tmp_path: Path) -> None:
-    """A folder that holds something, or a file, is left alone, with a remedy."""
+    """A file, or a folder with other files, is left unchanged, with a remedy."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     (tmp_path / "file").write_text("keep")
@@ -113,15 +113,15 @@ def test_never_overwrites(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "mine", "notes.txt"]
 
 
-def test_a_set_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_impossible_sizes_are_refused(tmp_path: Path) -> None:
     for changes in ({"seed": -1}, {"train_frames": 5}):
         with pytest.raises(InputError, match="ask for 6 or more frames, and a seed from 0 up"):
             demo_data.draw_set(tmp_path / "new", **changes)
     assert not (tmp_path / "new").exists()
 
 
-def test_an_interrupted_drawing_goes_on(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is no set until all is there; the videos that are there are not drawn again."""
+def test_interrupted_drawing_is_resumed(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The JSON is written last, and finished videos are not drawn again."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -150,8 +150,8 @@ def test_what_is_written_stays_byte_for_byte(root: Path) -> None:
     assert digest[:16] == "cdb499f053c66db4"
 
 
-def test_only_the_repositorys_own_demo_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From another working directory too, if it is absent; a set of the same name there is not."""
+def test_only_the_repositorys_sets_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any working directory; a missing folder of the same name elsewhere is not drawn."""
     asked = []
     monkeypatch.setattr(demo_data, "draw_set", asked.append)
     monkeypatch.chdir(tmp_path)
@@ -187,7 +187,7 @@ class Idle(contextlib.nullcontext):
         return jobs[0]
 
 
-def test_a_shifted_set_differs_in_visible_alone_and_has_paired_boxes(root: Path, tmp_path: Path) -> None:
+def test_a_shifted_set_differs_only_in_visible_and_has_paired_boxes(root: Path, tmp_path: Path) -> None:
     """LWIR, lists and the test annotations are byte for byte the same; most people have two boxes."""
     place = tmp_path / demo_data.SHIFTED_ROOT.name
     demo_data.draw_set(place, train_frames=6, test_frames=12, progress=False)
@@ -210,7 +210,7 @@ def test_a_shifted_set_differs_in_visible_alone_and_has_paired_boxes(root: Path,
 
 
 def test_script(tmp_path: Path) -> None:
-    """As a user runs it: draws, and refuses in one line to mix sets or to draw less than a frame a set."""
+    """The command draws a set, and refuses in one line to mix sets or to draw too few frames."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run([*SCRIPT, *arguments], cwd=tmp_path, capture_output=True, text=True)

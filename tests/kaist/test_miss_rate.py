@@ -1,4 +1,4 @@
-"""The miss rate: every rule by hand, random cases against a slow text-book version, real files."""
+"""The miss rate: rules by hand, random cases against a slow reference implementation, real files."""
 
 import json
 import tracemalloc
@@ -58,7 +58,7 @@ def make_detections(*rows):
 
 
 def outcomes(people, detections, setup=ANYONE["anyone"]):
-    """Outcomes in the order of the score, and who found whom."""
+    """Outcomes by descending score, and the detection that each box is matched with."""
     ((_, matching),) = match_setups(people, detections.sort_by_score(), {"it": setup})
     return matching.outcome.tolist(), matching.gt_match.tolist()
 
@@ -67,7 +67,7 @@ def outcomes(people, detections, setup=ANYONE["anyone"]):
 
 
 def slow_evaluate(people, detections, setup, protocol="official"):
-    """Written from the description of the protocol, an image, a box, a pair at a time."""
+    """A reference written from the description of the protocol, with loops over images, boxes and pairs."""
     inside = {
         "all": lambda f: True,
         "day": lambda f: time_of_day(f) == "day",
@@ -201,7 +201,7 @@ def test_overlap_is_continuous():
     assert outcomes(people, make_detections((0, 100, 105.0, 10, 15, 0.9)))[0] == [1]  # 100 / 200
 
 
-def test_higher_score_is_served_first():
+def test_higher_score_is_matched_first():
     people = make_people((0, 100, 100, 40, 100))
     found, gt_match = outcomes(
         people, make_detections((0, 100, 100, 40, 100, 0.3), (0, 100, 110, 40, 100, 0.8))
@@ -209,7 +209,7 @@ def test_higher_score_is_served_first():
     assert found == [1, 0] and gt_match == [0]  # 0.8 first, although it fits worse
 
 
-def test_of_equal_scores_the_earlier_row_is_served_first():
+def test_of_equal_scores_the_earlier_row_is_matched_first():
     people = make_people((0, 100, 100, 40, 100))
     worse, better = (0, 100, 110, 40, 100, 0.8), (0, 100, 100, 40, 100, 0.8)
     for rows in ((worse, better), (better, worse)):
@@ -218,7 +218,7 @@ def test_of_equal_scores_the_earlier_row_is_served_first():
         assert outcomes(people, make_detections(*rows))[0] == [1, 0]
 
 
-def test_of_equal_scores_in_an_unordered_file_the_earlier_row_is_served_first():
+def test_of_equal_scores_in_an_unordered_file_the_earlier_row_is_matched_first():
     """A row of a higher score further down changes nothing."""
     people = make_people((0, 100, 100, 40, 100), (0, 300, 100, 40, 100))
     exact, wrong, other = (0, 100, 100, 40, 100, 0.5), (0, 10, 100, 40, 100, 0.5), (0, 300, 100, 40, 100, 0.9)
@@ -241,8 +241,8 @@ def test_best_overlap_is_taken_and_of_equal_ones_the_later():
     assert outcomes(people, detection)[1] == [-1, 0]
 
 
-def test_loser_takes_its_second_choice_in_a_chain():
-    # A takes P; B wanted P and takes Q; C wanted Q and takes R; D finds nobody
+def test_a_taken_box_leaves_the_next_best_one_in_a_chain():
+    # A matches P; B overlaps P most and matches Q; C overlaps Q most and matches R; D matches nothing
     people = make_people(*((0, 100, y, 40, 100) for y in (100, 120, 140)))
     detections = make_detections(
         (0, 100, 102, 40, 100, 0.9),
@@ -253,7 +253,7 @@ def test_loser_takes_its_second_choice_in_a_chain():
     assert outcomes(people, detections) == ([1, 1, 1, 0], [0, 1, 2])
 
 
-def test_ignored_object_absorbs_many():
+def test_ignored_object_matches_many_detections():
     people = make_people((0, 100, 100, 100, 200, 0, 1))
     inside = [(0, 100 + 10 * i, 120, 40, 100, 0.9 - i / 10) for i in range(4)]
     outside = (0, 175, 120, 60, 100, 0.1)  # 25 of its 60 columns inside
@@ -265,7 +265,7 @@ def test_counting_object_comes_before_a_better_ignored_one():
     found, gt_match = outcomes(
         people, make_detections((0, 100, 100, 45, 150, 0.9), (0, 100, 100, 45, 150, 0.8))
     )
-    assert found == [1, -1] and gt_match == [-1, 0]  # the second one is absorbed
+    assert found == [1, -1] and gt_match == [-1, 0]  # the second one is ignored
 
 
 def test_borders_are_inclusive():
@@ -327,13 +327,13 @@ def test_first_detection_false_with_few_frames_gives_rate_zero():
     assert result.miss_rate == pytest.approx(1e-10 ** (2 / 9), rel=1e-12)
 
 
-def test_no_detections_miss_everybody():
+def test_without_detections_everybody_is_missed():
     result = evaluate(make_people((0, 100, 100, 40, 100)), make_detections())["Reasonable-all"]
     assert result.miss_rate == 1 and result.recall == 0 and result.rates.tolist() == [0] * 9
     assert len(result.fppi) == 0
 
 
-def test_nobody_to_find_has_no_rate():
+def test_without_people_there_is_no_rate():
     detections = make_detections((0, 100, 100, 40, 100, 0.9))
     for people in (make_people(), make_people((0, 100, 100, 40, 100, 0, 1))):
         result = evaluate(people, detections)["Reasonable-all"]
@@ -413,7 +413,7 @@ def test_id_shift_sees_a_wrong_base():
 
 
 def slow_resample(people, detections, setup, picks):
-    """The miss rate of a list of frames with repetitions, by writing them all out."""
+    """The miss rate of a list of frames with repetitions, as a data set with copied frames."""
     rows, boxes = [], []
     for new, old in enumerate(picks):
         rows += [
@@ -436,9 +436,9 @@ def test_a_single_video_gives_no_interval():
 
 
 @pytest.mark.parametrize("by_video", [False, True])
-def test_bootstrap_equals_writing_the_drawn_frames_out(by_video):
+def test_bootstrap_equals_evaluating_the_resampled_frames(by_video):
     people, detections = random_case(np.random.default_rng(11))
-    # no ties across frames, whose order writing out would change
+    # no ties across frames, because copying frames would change their order
     scores = detections.scores + np.random.default_rng(0).uniform(0, 1e-3, len(detections.scores))
     detections = replace(detections, scores=scores)
     setup = {"anyone": Setup((1, np.inf), (0, 1))}

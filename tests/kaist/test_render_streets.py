@@ -1,4 +1,4 @@
-"""The streets set: the same bytes however it is drawn, labels that fit what is drawn, stated ranges."""
+"""The streets set: reproducible bytes, annotations that fit the images, ranges as in docs/streets.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUMBERS = {"train_frames": 6, "test_frames": 6, "progress": False}
 
 
 def digests(root: Path) -> dict[str, str]:
-    """Path below root -> hash, of every file."""
+    """Relative path -> hash of each file below root."""
     files = (path for path in sorted(root.rglob("*")) if path.is_file())
     return {str(f.relative_to(root)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
@@ -35,9 +35,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def test_the_bytes_are_the_seeds_in_any_number_of_processes_and_in_two_goes(
-    root, tmp_path, capsys, monkeypatch
-):
+def test_bytes_depend_only_on_the_seed_not_on_processes_or_interruptions(root, tmp_path, capsys, monkeypatch):
     half = tmp_path / "streets"
     for set_id, number in ((0, 0), (7, 0)):
         demo.draw_job(half, partial(render_frame, World(), 20), (set_id, number))
@@ -46,13 +44,13 @@ def test_the_bytes_are_the_seeds_in_any_number_of_processes_and_in_two_goes(
     before = kept.stat().st_mtime_ns
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     demo.draw_set(half, **NUMBERS | {"progress": True})
-    said = capsys.readouterr().out
-    assert "drawing 10 frames" in said and "about an hour" in said, "both times, before either begins"
+    output = capsys.readouterr().out
+    assert "drawing 10 frames" in output and "about an hour" in output
     assert digests(half) == digests(root)
-    assert kept.stat().st_mtime_ns == before, "a frame that was there is not drawn again"
+    assert kept.stat().st_mtime_ns == before, "a finished frame is not drawn again"
 
 
-def test_lists_name_what_is_there(root):
+def test_lists_name_the_frames_of_the_set(root):
     train = (root / "imageSets/train-all.txt").read_text().split()
     assert len(train) == 6 and (root / "imageSets/train-quarter.txt").read_text().split() == train[::4]
     content = json.loads((root / "KAIST_annotation.json").read_text())
@@ -79,20 +77,20 @@ def test_a_place_with_other_files_is_left_alone(root, tmp_path):
         demo.draw_set(other / "mine.txt", **NUMBERS)
 
 
-class Alone(FrameRenderer):
-    """Draws what it is told to, and nothing else."""
+class FixedLayout(FrameRenderer):
+    """Renders the given people and no decoys."""
 
-    told: tuple = ()
+    places: tuple = ()
 
     def layout(self):
-        return list(self.told)
+        return list(self.places)
 
 
 @pytest.mark.parametrize(("seed", "x"), [(0, -6.2), (1, 0.4), (2, 3.0)])
 def test_a_box_is_around_its_person(seed, x):
-    """The pixels of LWIR that differ from the street without them, and the margin that annotators leave."""
-    empty, full = Alone(seed, 0, 0, World()), Alone(seed, 0, 0, World())
-    full.told = ((14.0, "person", x),)
+    """It encloses the LWIR pixels that differ from the empty street, with an annotator's margin."""
+    empty, full = FixedLayout(seed, 0, 0, World()), FixedLayout(seed, 0, 0, World())
+    full.places = ((14.0, "person", x),)
     (without, none), (scene, marks) = empty.compose(), full.compose()
     assert not none and len(marks) == 1
     label, (left, top, w, h), occlusion = marks[0]
@@ -104,19 +102,19 @@ def test_a_box_is_around_its_person(seed, x):
     assert left >= 0 and left + w <= 640
 
 
-def test_who_is_hidden_is_told():
-    """Someone right behind another is ignored; partly behind, they are occluded; beside, they are not."""
+def test_occlusion_is_annotated():
+    """A person right behind another is ignored, partly behind is occluded, and beside is not."""
     found = []
     for aside in (0.0, 0.25, 0.8):
-        renderer = Alone(1, 0, 0, World())
-        renderer.told = ((14.0, "person", aside), (13.0, "person", 0.0))
+        renderer = FixedLayout(1, 0, 0, World())
+        renderer.places = ((14.0, "person", aside), (13.0, "person", 0.0))
         found.append([(label, occlusion) for label, _, occlusion in renderer.compose()[1]])
     front = ("person", 0)
     assert found == [[("person?", 2), front], [("person", 1), front], [("person", 0), front]]
 
 
 def test_statistics_are_in_the_stated_ranges():
-    """Of 24 frames: LWIR's grey levels, heights, places of feet and shapes, as docs/streets.md has them."""
+    """LWIR grey levels, heights, positions of feet and shapes in 24 frames, as in docs/streets.md."""
     marks, means, deviations, counts = [], [], [], []
     for number in range(4):
         for set_id in range(6):
@@ -155,7 +153,7 @@ def test_worlds_differ_in_training_and_share_their_test_list():
     assert np.array_equal(plain[0], full[0]) and plain[1] == full[1]
 
 
-def test_the_note_is_of_drawn_sets_alone():
+def test_only_streets_sets_have_a_note():
     assert "only on drawings" in demo.streets_note("/somewhere/data/streets")
     assert demo.streets_note("data/streets-without-haze")
     assert not demo.streets_note("/mine/streets") and not demo.streets_note("streets")

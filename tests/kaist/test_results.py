@@ -1,4 +1,4 @@
-"""Result files in and out, and eval.py as a user runs it on them."""
+"""Reading and writing result files, reports, and eval.py on result files."""
 
 import json
 import os
@@ -95,7 +95,7 @@ def test_other_categories_are_counted(tmp_path):
     assert len(found.scores) == 1 and found.other_categories == 2
 
 
-def test_no_rows_are_a_result(tmp_path):
+def test_a_file_without_rows_is_valid(tmp_path):
     for name, text in (("a.txt", ""), ("b.txt", " \n"), ("a.json", "[]")):
         found = read(tmp_path / name, text)
         assert found.boxes.shape == (0, 4) and len(found.frame_idxs) == len(found.scores) == 0
@@ -128,7 +128,7 @@ def test_bad_text_is_named(tmp_path, line, word):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_numbers_are_what_float_reads(tmp_path, seed):
-    """To the last bit, plain decimals, which are read at once, and others; bad ones by line."""
+    """Numbers equal float()'s to the last bit, in the fast path and in the slow one; bad lines are named."""
     rng = np.random.default_rng(seed)
     forms = ["{:.0f}", "{:.1f}", "{:.4f}", "{:.8f}", "-{:.3f}", "{:.12f}", "{:.15f}", "{:.3e}", "{:06.2f}"]
     strange = [
@@ -173,7 +173,7 @@ def test_numbers_are_what_float_reads(tmp_path, seed):
 
 
 def plain_float(text):
-    """float(), without what only Python takes for a number."""
+    """float(), which rejects here what only Python accepts as a number."""
     if not text.isascii() or "_" in text:
         raise ValueError
     return float(text)
@@ -213,13 +213,13 @@ def test_bad_json_entry_is_named(tmp_path, bad, word):
     assert f"{tmp_path / 'a.json'}:4: " in str(error.value)
 
 
-def test_json_booleans_are_no_numbers(tmp_path):
+def test_json_booleans_are_not_numbers(tmp_path):
     with pytest.raises(InputError, match="a.json:1: .* is not a detection"):
         read(tmp_path / "a.json", json.dumps([entry(value=True)]))
 
 
 def test_files_of_different_lists_are_not_mixed(tmp_path, annotations, monkeypatch):
-    """A file without a companion counts along the JSON, never along another file's companion."""
+    """A file without a companion counts along the annotation JSON, not along another file's companion."""
     for name, frames in (("a.txt", FRAMES[2:]), ("b.txt", FRAMES)):
         (tmp_path / name).write_text("1,100,100,40,100,0.9\n")
         if frames != FRAMES:
@@ -253,7 +253,7 @@ def test_bad_files_are_named(tmp_path):
 
 
 def test_json_ids_may_be_names(tmp_path):
-    """Frame ids as the lists have them, or as detect.py names pictures."""
+    """Frame ids as in image lists, or as detect.py writes them."""
     rows = [{**entry(0), "image_id": name} for name in (FRAMES[1], FRAMES[0].replace("/", "_"))]
     found = read(tmp_path / "a.json", json.dumps(rows))
     assert found.frame_idxs.tolist() == [1, 0] and found.id_format == "its image ids are frame ids"
@@ -303,7 +303,7 @@ def perfect(n=4, shift=0.0):
     return Detections(np.arange(n), np.array([BOX] * n, float) + [shift, 0, 0, 0], np.linspace(0.9, 0.6, n))
 
 
-def test_notes_name_what_a_reader_must_know(annotations, capsys):
+def test_notes_on_unusual_results(annotations, capsys):
     truth = load_ground_truth(annotations)
     some = score("some", truth, perfect(1))
     assert any("not count 3 of 4 people: it gives 0.00, and 75.00 is" in note for note in some.notes)
