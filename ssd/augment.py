@@ -25,6 +25,8 @@ from kaist.images import MEAN_COLOUR
 
 Window = tuple[float, float, float, float]  # xyxy pixels of the frame
 Size = tuple[int, int]
+Objects = tuple[np.ndarray, np.ndarray]  # boxes (k, 4) float32 xyxy fractions of the input, labels (k,) int64
+AffineMap = tuple[np.ndarray, np.ndarray]  # matrix (c, c) and offset (c,) that map colours
 CROP_OVERLAPS = (None, 0.0, 0.1, 0.3, 0.5, 0.7, 0.9)  # minimum IoU of a crop and a person; None: no crop
 CROP_TRIALS = 50
 MAX_SHIFT = 20  # pixels of the frame
@@ -149,10 +151,8 @@ def round_to_pixels(window: Window, size: Size, flip: bool, frame: Size = FRAME_
     return Crop(tuple(source), tuple(target), flip)
 
 
-def colour_matrix(
-    rng: np.random.Generator, mean: np.ndarray, hue_saturation: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Sample SSD's photometric distortion of one modality as a matrix (c, c) and an offset (c,).
+def colour_matrix(rng: np.random.Generator, mean: np.ndarray, hue_saturation: bool) -> AffineMap:
+    """Sample SSD's photometric distortion of one modality as a matrix and an offset.
 
     Brightness and contrast are scaled by 0.5 to 1.5. For RGB, saturation is scaled by 0.5 to 1.5 and hue is
     rotated by up to 18 degrees. Each has probability 1/2, and their order is random. Contrast is scaled
@@ -178,14 +178,11 @@ def colour_matrix(
     return matrix, offset
 
 
-def extra_colour_jitter(
-    rng: np.random.Generator, matrix: np.ndarray, offset: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Compose a distortion beyond SSD's with a colour matrix (c, c) and offset (c,) of one modality.
+def extra_colour_jitter(rng: np.random.Generator, matrix: np.ndarray, offset: np.ndarray) -> AffineMap:
+    """Compose a distortion beyond SSD's with the colour matrix and offset of one modality.
 
-    RGB: a gain of 0.6 to 1.5 for each channel and an offset of -15 to 15 for all; grey with probability 0.2.
-    LWIR: a gain of 0.4 to 2.5 and an offset of -20 to 40; with probability 0.05 the gain is negative and the
-    offset 80.
+    RGB: a gain of 0.6 to 1.5 for each channel, an offset of -15 to 15, and grey with probability 0.2. LWIR: a
+    gain of 0.4 to 2.5 and an offset of -20 to 40; with probability 0.05 a negative gain and an offset of 80.
     """
     if len(offset) == 3:
         step, shift = np.diag(np.exp(rng.uniform(np.log(0.6), np.log(1.5), 3))), rng.uniform(-15, 15)
@@ -248,14 +245,11 @@ class Transform:
             image[part, top:bottom, left:right] = resized
         return image
 
-    def move(
-        self, boxes_px: np.ndarray, labels: np.ndarray, seen: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def move(self, boxes_px: np.ndarray, labels: np.ndarray, seen: np.ndarray) -> Objects:
         """Transform a frame's objects, given as in `Frame`, to the network's input.
 
         With one crop, persons are labelled `BOTH`. With two, each modality has the boxes that are seen in it,
         labelled `VISIBLE` or `LWIR`, and equal boxes are merged. Ignored objects stay -1.
-        Returns boxes (k, 4) float32 xyxy fractions of the input, and labels (k,) int64.
         """
         moved, modalities = [], (VISIBLE, LWIR) if len(self.crops) == 2 else (BOTH,)
         for crop, modality in zip(self.crops, modalities, strict=True):
@@ -264,10 +258,8 @@ class Transform:
             moved.append(self.crop_boxes(crop, boxes_px[is_seen], crop_labels))
         return moved[0] if len(moved) == 1 else merge_equal(*map(np.concatenate, zip(*moved, strict=True)))
 
-    def crop_boxes(
-        self, crop: Crop, boxes_px: np.ndarray, labels: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Move boxes (n, 4) xyxy pixels by a crop: (k, 4) float32 xyxy fractions, and their labels (k,).
+    def crop_boxes(self, crop: Crop, boxes_px: np.ndarray, labels: np.ndarray) -> Objects:
+        """`move` for one crop and boxes (n, 4) xyxy pixels of the frame.
 
         Persons are kept if their centre is inside the input, as in SSD. Ignored objects are kept if any part
         is inside, so that none of it is mined as background. Boxes are clipped to the input, and dropped if a

@@ -56,7 +56,7 @@ def feature_map_sizes(size: tuple[int, int], network: str = "ssd300") -> list[tu
         InputError: the input is too small for six maps, or implausibly large.
     """
     if max(size) > 10_000:
-        raise InputError("INPUT_SIZE is beyond 10,000 pixels a side", "KAIST frames are 512,640")
+        raise InputError("INPUT_SIZE is above 10,000 pixels", "use a smaller one, such as 512,640")
     if network != "ssd300":
         sides = [[math.ceil(side / n) for n in (8, 16, 32, 64, 64, 64)] for side in size]
         return list(zip(*sides, strict=True))

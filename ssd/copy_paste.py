@@ -27,8 +27,7 @@ def paste_people(
         boxes, labels: (n, 4) float32 xyxy pixels and (n,) int64 of the frame's objects.
         donor_boxes: (m, 4) float32 xyxy pixels of the donor's persons, m >= 1.
 
-    Returns:
-        The new pixels, boxes and labels.
+    Returns: the new pixels, boxes and labels.
     """
     pixels, n_pasted = pixels.copy(), rng.integers(1, MAX_PASTED + 1)
     for box in donor_boxes[rng.permutation(len(donor_boxes))[:n_pasted]]:

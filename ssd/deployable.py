@@ -19,10 +19,8 @@ MIN_SIDE = 0.01  # pixels; boxes with a shorter side after clipping are dropped,
 class Deployable(nn.Module):
     """A detector with resizing, decoding and NMS, all shapes fixed by the input's.
 
-    Args:
-        min_score, nms_iou, max_boxes: see `ssd.boxes.detect`.
-        raw: return the boxes and scores of all priors, without NMS.
-        predict_mirrored: predicts from the mirrored images; averaged with the predictions if given.
+    min_score, nms_iou, max_boxes: see `ssd.boxes.detect`. raw: return all priors' boxes and scores, without
+    NMS. predict_mirrored: predicts from the mirrored images, to average with the predictions, if given.
     """
 
     def __init__(
@@ -83,10 +81,9 @@ def gather_boxes(values: Tensor, index: Tensor) -> Tensor:
 
 
 def resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize (n, h, w, C) uint8 to (n, C, *size) float32 integers, by two matrix products.
+    """Resize (n, h, w, C) uint8 to (n, C, *size) float32 integers, by two matrix products, for any runtime.
 
-    Unlike torch's antialiased resize, every runtime has these. Fewer than 1% of the pixels differ from it, by
-    one grey level.
+    Fewer than 1% of the pixels differ from torch's antialiased resize, by one grey level.
     """
     x = frames.permute(0, 3, 1, 2).float()
     x = (x @ resize_weights(frames.shape[2], size[1]).T + ROUND_HALF_UP).floor()

@@ -180,10 +180,6 @@ class SegmentationLoss(nn.Module):
         if maps == "uncertainty":
             self.log_variance = nn.Parameter(torch.zeros(n_maps))
 
-    def weights(self) -> list[float]:
-        """The learned weight of each map; [] unless `maps` is "uncertainty"."""
-        return self.log_precision().exp().tolist() if self.maps == "uncertainty" else []
-
     def log_precision(self) -> Tensor:
         """(maps,) -s, clamped, because a loss of zero would increase its weight without limit."""
         return -self.log_variance.clamp(-LOG_VARIANCE_LIMIT, LOG_VARIANCE_LIMIT)
@@ -282,8 +278,10 @@ class Criterion(nn.Module):
 
     def learned_weights(self) -> dict[str, float]:
         """The learned weights of the maps as weight_map1, …; {} unless SEG_MAPS is "uncertainty"."""
+        if self.segmentation.maps != "uncertainty":
+            return {}
         names = (term.replace("seg", "weight") for term in self.terms[4:])
-        return dict(zip(names, self.segmentation.weights(), strict=False))
+        return dict(zip(names, self.segmentation.log_precision().exp().tolist(), strict=True))
 
     def forward(
         self, predictions: Predictions, boxes: Tensor, labels: Tensor, masks: Sequence[Tensor]

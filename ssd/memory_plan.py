@@ -1,8 +1,7 @@
 """The memory that a training step takes on CUDA, planned on fake tensors, without a GPU.
 
-A fake tensor has a shape and a dtype but no values. A step on fake tensors allocates and frees what a real
-one would, and the bytes are counted. The fake tensors are CPU tensors, because autograd needs a driver for
-CUDA tensors; the losses are computed as on CUDA.
+A step on fake tensors, which have no values, allocates and frees what a real one would, and the bytes are
+counted. They are CPU tensors, because autograd needs a driver for CUDA tensors; the losses are CUDA's.
 """
 
 from __future__ import annotations
@@ -73,10 +72,7 @@ class MemoryPlan(NamedTuple):
 
 
 def plan_memory(model: nn.Module, criterion: nn.Module, optimizer: str, precision: torch.dtype) -> MemoryPlan:
-    """Plan the eager training steps of a `Detector`, on any device including "meta", and its `Criterion`.
-
-    optimizer: "sgd" or "adam". A compiled network takes no more.
-    """
+    """Plan eager training steps of a `Detector`, which may be on "meta"; optimizer: "sgd" or "adam"."""
     few, many = (added_bytes(model, criterion, optimizer, precision, n) for n in PROBE_BATCH_SIZES)
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     per_frame = (many - few) // (PROBE_BATCH_SIZES[1] - PROBE_BATCH_SIZES[0])
@@ -86,10 +82,9 @@ def plan_memory(model: nn.Module, criterion: nn.Module, optimizer: str, precisio
 def plan_batch(
     model: nn.Module, criterion: nn.Module, optimizer: str, precision: torch.dtype
 ) -> Callable[[], int]:
-    """Return a function that computes the largest batch that fits on the model's GPU.
+    """Return a function that computes the largest batch that fits on the model's GPU, 0 if none does.
 
-    It returns 0 if no batch fits or the model is not on a GPU. Call this before the first training step:
-    memory in use now counts as taken.
+    Call this before the first training step, because memory in use now counts as taken.
     """
     device = model.priors.device
     if device.type != "cuda":

@@ -141,7 +141,7 @@ def join(channels: int) -> nn.Sequential:
 class SpectralAttention(nn.Module):
     """INSANet's intra-inter spectral attention: two rounds in windows, the second with shifted windows.
 
-    size: (height, width) of each stream's map. InputError: it is no multiple of `WINDOWS_PER_SIDE`.
+    size: (height, width) of each stream's map. Raises InputError if it is no multiple of 16.
     """
 
     def __init__(self, channels: int, size: tuple[float, float]) -> None:

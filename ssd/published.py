@@ -53,8 +53,7 @@ def read_published(path: Path) -> dict[str, Tensor]:
     """Read a network's state dictionary, with its author's names less the "module." of DataParallel.
 
     Raises:
-        InputError: the file does not exist, is damaged, contains other classes or functions than those of
-            networks and optimisers, or contains no network.
+        InputError: the file does not exist, is damaged, has no network, or has other classes or functions.
     """
     if not path.exists():
         remedy = "check the path; PRETRAINED can also be none, imagenet or coco"
@@ -156,11 +155,9 @@ def check_published(model: Detector, state: dict[str, Tensor], file: Path) -> No
 def check_tensors(
     state: dict[str, Tensor], expected: dict[str, tuple], kind: str, file: Path, remedy: str, hint: str = ""
 ) -> None:
-    """Compare the tensors of a file with the expected names and shapes.
+    """Compare a file's tensors with the expected shapes of a network called `kind`.
 
-    Args:
-        kind: name of the expected network.
-        hint: what the file seems to contain instead, appended if tensors are missing.
+    hint: what the file seems to contain instead, appended to the message if tensors are missing.
 
     Raises:
         InputError: names the first tensor that is missing or has another shape.
@@ -177,7 +174,7 @@ def check_tensors(
 
 
 def published_names(model: Detector) -> dict[str, str]:
-    """State-dict key of a network -> its published key. InputError: no such network was published."""
+    """State-dict key of a network -> its published key. Raises InputError if none like it was published."""
     is_multispectral = isinstance(model, MLPD | INSANet)
     if not is_multispectral and (model.input_mode == "halfway" or model.prior_set != "ssd300"):
         problem = "the SSD tutorial's weights do not fit this network"
@@ -190,8 +187,7 @@ def published_names(model: Detector) -> dict[str, str]:
         layers |= {f"loc_heads.{i}": f"pred_convs.loc_{name}", f"conf_heads.{i}": f"pred_convs.cl_{name}"}
     names = {}
     for name, published in layers.items():
-        keys = model.get_submodule(name).state_dict()
-        names |= {f"{name}.{key}": f"{published}.{key}" for key in keys}
+        names |= {f"{name}.{key}": f"{published}.{key}" for key in model.get_submodule(name).state_dict()}
     return names | {"conv4_3_norm.scale": f"{'base.' if is_multispectral else ''}rescale_factors"}
 
 

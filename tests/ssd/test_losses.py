@@ -315,7 +315,7 @@ def test_learned_uncertainty_by_hand():
     loss, _ = criterion(seg, masks)
     loss.backward()
     assert loss.item() == pytest.approx(0.5 + math.log(2 * a) / 2 + 2.5)  # 99 counts as 5
-    assert criterion.weights() == pytest.approx([1 / (2 * a), math.exp(-5)])
+    assert criterion.log_precision().exp().tolist() == pytest.approx([1 / (2 * a), math.exp(-5)])
     # exp(-s) L + s / 2 is lowest where exp(s) is twice the loss.
     assert criterion.log_variance.grad.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
 
