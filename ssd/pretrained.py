@@ -61,7 +61,7 @@ def load_pretrained(model: nn.Module, source: str, lwir_filters: str = "mean") -
 
 
 def check_pretrained(source: str, model: Detector, *, width: float, batch_norm: bool) -> None:
-    """Check that pretrained weights fit a network, which may be on "meta", before any other data is read.
+    """Check that pretrained weights fit a network, which may be on "meta".
 
     Raises:
         InputError: WIDTH or BATCH_NORM do not allow these weights; or the file is neither a state dictionary

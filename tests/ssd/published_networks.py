@@ -1,7 +1,6 @@
-"""MLPD, INSANet and the SSD tutorial's SSD300 written down anew from their published names.
+"""MLPD, INSANet and the SSD tutorial's SSD300 implemented independently from their published names.
 
-Each is one function over a state dictionary, without modules and with loops where the project has
-none: an independent word on what a network computes.
+Each is one function of a state dictionary and an image, without modules.
 """
 
 import itertools
@@ -18,9 +17,9 @@ TUTORIAL_HEADS = ("conv4_3", "conv7", "conv8_2", "conv9_2", "conv10_2", "conv11_
 def multispectral(state, x):
     """(P, 4) offsets and (P, 3) logits of one normalised image x (1, 4, H, W)."""
 
-    def conv(x, name, suffix="", **how):
+    def conv(x, name, suffix="", **kwargs):
         layer = f"base.{name}{suffix}"
-        x = F.conv2d(x, state[f"{layer}.weight"], state.get(f"{layer}.bias"), **how)
+        x = F.conv2d(x, state[f"{layer}.weight"], state.get(f"{layer}.bias"), **kwargs)
         norm = f"base.{name}_bn{suffix}"
         if f"{norm}.weight" in state:
             values = [state[f"{norm}.{key}"] for key in ("running_mean", "running_var", "weight", "bias")]
@@ -125,9 +124,9 @@ def attention_round(state, name, tokens, shifted):
 def tutorial(state, x):
     """(P, 4) offsets and (P, 2) logits of one normalised image x (1, C, 300, 300)."""
 
-    def conv(x, name, **how):
+    def conv(x, name, **kwargs):
         weight, bias = state[f"{name}.weight"], state[f"{name}.bias"]
-        return F.conv2d(x, weight, bias, **how).relu()
+        return F.conv2d(x, weight, bias, **kwargs).relu()
 
     for i, n in enumerate(BLOCKS, 1):
         for j in range(n):
@@ -139,8 +138,8 @@ def tutorial(state, x):
     norm = conv4_3.square().sum(1, keepdim=True).sqrt()
     maps = [conv4_3 / norm * state["rescale_factors"], x]
     for i in range(8, 12):
-        how = {"stride": 2, "padding": 1} if i < 10 else {}
-        maps.append(conv(conv(maps[-1], f"aux_convs.conv{i}_1"), f"aux_convs.conv{i}_2", **how))
+        kwargs = {"stride": 2, "padding": 1} if i < 10 else {}
+        maps.append(conv(conv(maps[-1], f"aux_convs.conv{i}_1"), f"aux_convs.conv{i}_2", **kwargs))
     return heads(state, TUTORIAL_HEADS, maps, 2)
 
 
@@ -164,13 +163,13 @@ def tutorial_priors():
 
 
 def decode(offsets, priors):
-    """cxcywh boxes of offsets, as the tutorial decodes them."""
+    """Decode offsets to cxcywh boxes, as in the tutorial."""
     centre = offsets[:, :2] * priors[:, 2:] / 10 + priors[:, :2]
     return torch.cat([centre, (offsets[:, 2:] / 5).exp() * priors[:, 2:]], 1)
 
 
 def random_state(names_and_shapes, seed=0):
-    """Tensors of such names and shapes, of a size that keeps features alive."""
+    """Random tensors of given names and shapes, scaled so that features do not vanish."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, shape in names_and_shapes.items():

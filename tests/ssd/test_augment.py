@@ -1,4 +1,4 @@
-"""Windows, colours, and boxes that follow the pixels, against the paper and torchvision."""
+"""Augmentation: windows, colours and moved boxes, compared with the paper and torchvision."""
 
 import random
 from dataclasses import replace
@@ -31,14 +31,14 @@ SIZE = (300, 300)
 
 
 def geometry(window, flip=False, channels=4):
-    """A Transform that takes a window and changes no colour."""
+    """A Transform that shows a window and does not change colours."""
     plain = whole_frame(channels, SIZE)
     crop = round_to_pixels(window, SIZE, flip)
     return Transform((crop,), plain.matrix, plain.offset, SIZE, mean_colour(channels))
 
 
 def test_boxes_follow_the_pixels():
-    """A bright box in both modalities lands where its box says, whatever the window."""
+    """For any window, a bright rectangle in both modalities is where its box says."""
     rng = np.random.default_rng(0)
     seen = 0
     for _ in range(300):
@@ -77,7 +77,7 @@ def test_around_the_frame_is_the_filler_undistorted():
 
 
 def test_one_resize_equals_canvas_crop_and_resize():
-    """Against the plain way: paste on a mean-coloured canvas, crop, then resize."""
+    """Compared with a straightforward implementation: paste on a mean-coloured canvas, crop, then resize."""
     rng = np.random.default_rng(1)
     smooth = Image.fromarray(rng.integers(0, 256, (32, 40, 3), dtype=np.uint8))
     frame = np.array(smooth.resize((640, 512), Image.Resampling.BICUBIC))
@@ -96,7 +96,7 @@ def test_one_resize_equals_canvas_crop_and_resize():
 
 
 def plain_window(rng, people, zoom_out):
-    """SSD's recipe as the paper tells it, one trial at a time."""
+    """SSD's sampling as described in the paper, one trial at a time."""
     x, y, w, h = 0.0, 0.0, 640.0, 512.0
     if rng.random() < 0.5:
         scale = rng.uniform(1, zoom_out)
@@ -123,7 +123,7 @@ def plain_window(rng, people, zoom_out):
 
 
 def torchvision_window(people):
-    """The window of torchvision's zoom-out and IoU crop, from their parameters alone."""
+    """A window from the parameters of torchvision's zoom-out and IoU crop."""
     x, y, w, h = 0, 0, 640, 512
     if torch.rand(1) < 0.5:
         left, top, right, bottom = v2.RandomZoomOut().make_params([image_of(w, h)])["padding"]
@@ -138,13 +138,13 @@ def torchvision_window(people):
 
 
 def image_of(width, height):
-    """An image of a size, without pixels."""
+    """An image of a given size that shares one pixel."""
     return tv_tensors.Image(torch.empty(1, 1, 1).expand(1, height, width))
 
 
 @pytest.mark.parametrize("recipe", ["the paper's", "torchvision's"])
 def test_windows_have_the_recipes_distribution(recipe):
-    """Kolmogorov-Smirnov distances of the edges, size and shape of thousands of windows."""
+    """Kolmogorov-Smirnov test on edges, size and shape of thousands of windows."""
     people = np.array([[100.0, 100, 300, 480], [500, 200, 530, 280]])
     n = 4000 if recipe == "the paper's" else 500
     ours_rng, plain_rng = np.random.default_rng(2), random.Random(3)  # numpy's is slow, number by number
@@ -171,7 +171,7 @@ def test_frames_without_people_are_cropped_too():
     assert 0.7 < ((windows[:, 2] - windows[:, 0]) < 639).mean() < 0.95
 
 
-def test_persons_leave_with_their_centre_and_crowds_only_with_their_last_pixel():
+def test_persons_need_their_centre_in_view_and_crowds_any_pixel():
     box = np.array([[90.0, 100, 130, 200]] * 2, np.float32)
     t = geometry((112, 0, 432, 512))  # the centre, 110, is just outside
     boxes, labels = t.move(box, np.array([1, -1]), np.full(2, BOTH))
@@ -220,7 +220,7 @@ def draw(frame, rng):
     return sample_transform(rng, np.zeros((0, 4)), mean, Augmentation(), SIZE, mean_colour(len(mean)))
 
 
-def test_distortion_keeps_modalities_apart():
+def test_modalities_are_distorted_independently():
     frame = np.full((512, 640, 4), 100, np.uint8)
     frame[..., 3] = 200
     content = torch.from_numpy(frame[:30, :30].transpose(2, 0, 1).copy())
@@ -234,7 +234,7 @@ def test_distortion_keeps_modalities_apart():
     assert alone.matrix.shape == (1, 1) and alone.offset.shape == (1,)
 
 
-def test_undistorted_pixels_are_left_alone():
+def test_undistorted_pixels_are_not_copied():
     content = torch.randint(256, (4, 30, 30), dtype=torch.uint8)
     whole = whole_frame(4, SIZE)
     assert apply_colour_matrix(content, whole.matrix, whole.offset) is content
@@ -260,7 +260,7 @@ def test_distortion_is_the_matrix_rounded_and_clipped():
         assert np.abs(ours - expected).max() < 0.51  # to the nearest
 
 
-def test_crops_keep_the_aspect_they_are_asked_for():
+def test_crops_stay_within_crop_aspect():
     rng, person = np.random.default_rng(0), np.array([[300.0, 200, 340, 300]])
     widest = {(0.4, 1.6): 0.0, (0.8, 1.2): 0.0}
     for limits in widest:
@@ -272,7 +272,7 @@ def test_crops_keep_the_aspect_they_are_asked_for():
     assert widest[0.4, 1.6] > 1.5 and widest[0.8, 1.2] > 1.15
 
 
-def test_persons_left_too_low_in_the_input_are_ignored():
+def test_persons_below_the_minimum_input_height_are_ignored():
     """20 pixels of 512 are 11.7 of 300; zoomed out twice, 5.9."""
     boxes, labels = np.array([[300, 200, 310, 220], [100, 100, 150, 220]], np.float32), np.array([1, 1])
     for zoom, expected in ((1, [BOTH, BOTH]), (2, [-1, BOTH])):

@@ -1,4 +1,4 @@
-"""People of one frame in another: both modalities, boxes and masks follow."""
+"""Copy-paste augmentation: pixels of both modalities, boxes and masks."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def boxes(*rows):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_person_arrives_whole_in_both_modalities_at_its_height(seed):
+def test_a_person_is_pasted_whole_in_both_modalities_at_its_height(seed):
     people = boxes([100, 200, 140, 300])
     pixels, found, labels = paste_people(np.random.default_rng(seed), BLACK, *NOBODY, WHITE, people)
     [(x0, y0, x1, y1)] = found.astype(int)
@@ -31,7 +31,7 @@ def test_a_person_arrives_whole_in_both_modalities_at_its_height(seed):
     assert 0 < pixels[y0 - rim : y0, x0:x1].mean() < 255  # it fades
 
 
-def test_nobody_is_covered_and_whoever_finds_no_place_stays_out():
+def test_pasted_persons_overlap_no_object():
     rng = np.random.default_rng(0)
     crowd = boxes([0, 100, 640, 400])
     own = crowd, np.array([-1])
@@ -46,7 +46,7 @@ def test_nobody_is_covered_and_whoever_finds_no_place_stays_out():
                 assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
 
 
-def test_a_person_at_the_border_is_pasted_as_far_as_it_is_there():
+def test_persons_at_the_border_are_pasted():
     for seed in range(20):
         people = boxes([0, 0, 30, 90], [610, 420, 640, 512])
         pixels, found, _ = paste_people(np.random.default_rng(seed), BLACK, *NOBODY, WHITE, people)
@@ -76,7 +76,7 @@ def data_set(root, frames, **options):
 def test_samples_with_pasted_people_are_repeatable_and_their_masks_follow(demo_root, frames):
     pasted = data_set(demo_root, frames, copy_paste=1.0)
     plain = data_set(demo_root, frames)
-    more = 0
+    n_added = 0
     for i in range(len(frames)):
         sample, again = pasted[3, i], pasted[3, i]
         assert (sample.image == again.image).all() and np.array_equal(sample.boxes, again.boxes)
@@ -84,8 +84,8 @@ def test_samples_with_pasted_people_are_repeatable_and_their_masks_follow(demo_r
         batch, _ = Collate([(38, 38)])([sample])
         [mask] = batch.masks
         assert (mask == 1).any() == (sample.labels > 0).any()
-        more += len(sample.boxes) - len(plain[3, i].boxes)
-    assert more > 0
+        n_added += len(sample.boxes) - len(plain[3, i].boxes)
+    assert n_added > 0
     off = data_set(demo_root, frames, copy_paste=0.0)
     assert all((off[3, i].image == plain[3, i].image).all() for i in range(3))
 

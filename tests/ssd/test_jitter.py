@@ -1,4 +1,4 @@
-"""Distortion beyond SSD's: off, it changes nothing; on, it stays within what it says."""
+"""Distortion beyond SSD's: it does not change windows, and stays within its documented ranges."""
 
 import numpy as np
 import torch
@@ -15,8 +15,8 @@ def draw(jitter, channels=4):
     ]
 
 
-def test_windows_and_flips_are_the_same_with_it():
-    """What is drawn before the colours is not moved, and the colours mostly are."""
+def test_jitter_does_not_change_windows():
+    """The window is sampled before the colours; all colours differ."""
     plain, jittered = draw(0.0), draw(1.0)
     assert [t.crops[0].source for t in plain] == [t.crops[0].source for t in jittered]
     assert all(not np.array_equal(a.matrix, b.matrix) for a, b in zip(plain, jittered, strict=True))

@@ -1,4 +1,4 @@
-"""Matching and losses: by hand, and against slow implementations written from the paper."""
+"""Matching and losses: by hand, and compared with slow implementations of the paper."""
 
 import math
 
@@ -16,7 +16,7 @@ PRIORS = make_priors(make_grids((300, 300), "even"), prior_shapes("ssd300"))
 
 
 def random_batch(n, most, seed, share_ignored=0.3):
-    """Boxes (n, most, 4) xyxy and labels; frames hold 0 to `most` objects."""
+    """Boxes (n, most, 4) xyxy and labels (n, most) of frames with 0 to `most` objects."""
     g = torch.Generator().manual_seed(seed)
     centre = torch.rand(n, most, 2, generator=g)
     size = torch.rand(n, most, 2, generator=g) * 0.4 + 0.1
@@ -29,10 +29,10 @@ def random_batch(n, most, seed, share_ignored=0.3):
 
 
 def slow_match(boxes, labels, priors):
-    """One image at a time, one pair at a time, as the text says."""
+    """The rules of `ssd.matching` for one image, one pair at a time."""
     corners = box_convert(priors, "cxcywh", "xyxy")
     iou = box_iou(boxes, corners)
-    target, owner = [0] * len(priors), [0] * len(priors)
+    target, matched_idxs = [0] * len(priors), [0] * len(priors)
     people, ignored = ([i for i, x in enumerate(labels.tolist()) if x == label] for label in (1, -1))
     for j in range(len(priors)):
         for i in ignored:
@@ -43,7 +43,7 @@ def slow_match(boxes, labels, priors):
         if people + ignored:
             best = max(people + ignored, key=lambda i: iou[i, j])
             if iou[best, j] >= 0.5:
-                target[j], owner[j] = int(labels[best]), best
+                target[j], matched_idxs[j] = int(labels[best]), best
     free, waiting = set(range(len(priors))), set(people)
     for i in ignored:
         for j in range(len(priors)):
@@ -52,10 +52,10 @@ def slow_match(boxes, labels, priors):
                 free -= {j}
     while waiting and free:
         i, j = max(((i, j) for i in waiting for j in free), key=lambda ij: iou[ij])
-        target[j], owner[j] = 1, i
+        target[j], matched_idxs[j] = 1, i
         waiting.remove(i)
         free.remove(j)
-    return target, owner
+    return target, matched_idxs
 
 
 def slow_loss(predictions, boxes, labels, priors, distance):
@@ -63,12 +63,12 @@ def slow_loss(predictions, boxes, labels, priors, distance):
     loc = conf = torch.zeros(())
     total = 0
     for image in range(len(boxes)):
-        target, owner = slow_match(boxes[image], labels[image], priors)
+        target, matched_idxs = slow_match(boxes[image], labels[image], priors)
         ce = F.cross_entropy(predictions.conf[image], torch.tensor(target).clamp(min=0), reduction="none")
         positives = [j for j, t in enumerate(target) if t == 1]
         for j in positives:
-            wanted = box_convert(boxes[image, owner[j]], "xyxy", "cxcywh")
-            loc = loc + distance(predictions.loc[image, j], encode(wanted, priors[j]), reduction="sum")
+            expected = box_convert(boxes[image, matched_idxs[j]], "xyxy", "cxcywh")
+            loc = loc + distance(predictions.loc[image, j], encode(expected, priors[j]), reduction="sum")
             conf = conf + ce[j]
         negatives = sorted((ce[j] for j, t in enumerate(target) if t == 0), reverse=True)
         conf = conf + sum(negatives[: max(3, 3 * len(positives))])
@@ -94,14 +94,14 @@ def test_loss_and_gradient_equal_the_slow_implementation(seed):
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, slow, strict=True))
 
 
-def both_ways(boxes, labels, priors):
-    """Target and owner (where it means something) from each implementation, checked to be equal."""
-    target, owner = match(boxes, labels, PriorTable(priors))
-    static_target, static_owner = match_static(boxes, labels, priors)
+def match_both(boxes, labels, priors):
+    """Target and matched_idxs, after a check that both implementations agree on positives."""
+    target, matched_idxs = match(boxes, labels, PriorTable(priors))
+    static_target, static_idxs = match_static(boxes, labels, priors)
     assert target.dtype == static_target.dtype == torch.int8
     assert torch.equal(target, static_target)
-    assert torch.equal(owner[target == 1], static_owner[target == 1])
-    return target, owner
+    assert torch.equal(matched_idxs[target == 1], static_idxs[target == 1])
+    return target, matched_idxs
 
 
 def person(*box):
@@ -148,12 +148,12 @@ def test_hard_cases_equal_the_plain_loss(name):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_both_ways_give_the_same_loss_and_gradient(seed):
+def test_both_implementations_give_the_same_loss_and_gradient(seed):
     torch.manual_seed(seed)
     priors = PRIORS[torch.randperm(len(PRIORS))[: [8732, 300, 40, 3][seed % 4]]]
     most = 7
     boxes, labels = random_batch(5, most, seed, share_ignored=[0.3, 0.0, 1.0][seed % 3])
-    both_ways(boxes, labels, priors)
+    match_both(boxes, labels, priors)
     loc = torch.randn(5, len(priors), 4, requires_grad=True)
     conf = torch.randn(5, len(priors), 2, requires_grad=True)
     criterion = MultiBoxLoss(priors, loc_loss="l1", loc_reduction="sum")
@@ -180,39 +180,40 @@ def test_every_person_owns_a_prior_when_two_share_their_best():
     priors = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.8, 0.8, 0.2, 0.2]])
     twin = torch.tensor([0.4, 0.4, 0.6, 0.6])
     boxes = torch.stack([twin, twin + 0.01, torch.zeros(4)]).unsqueeze(0)
-    target, owner = both_ways(boxes, torch.tensor([[1, 1, 0]]), priors)
-    assert target.tolist() == [[1, 1]] and owner.tolist() == [[0, 1]]
+    target, matched_idxs = match_both(boxes, torch.tensor([[1, 1, 0]]), priors)
+    assert target.tolist() == [[1, 1]] and matched_idxs.tolist() == [[0, 1]]
 
 
-def test_refused_person_takes_a_prior_back_from_a_weaker_one():
+def test_a_person_takes_its_second_best_prior_before_a_weaker_person():
     # IoUs fall 0 > 1 > 2 on prior 0; person 1, refused there, beats person 2 on prior 1.
     priors = torch.tensor([[0.30, 0.5, 0.2, 0.2], [0.42, 0.5, 0.2, 0.2], [0.9, 0.9, 0.1, 0.1]])
     x = torch.tensor([0.30, 0.34, 0.47])
     cxcywh = torch.stack([x, torch.full((3,), 0.5), *torch.full((2, 3), 0.2)], -1)
     boxes = box_convert(cxcywh, "cxcywh", "xyxy")
-    target, owner = both_ways(boxes.unsqueeze(0), torch.ones(1, 3).long(), priors)
-    assert (target.tolist(), owner.tolist()) == tuple([v] for v in slow_match(boxes, torch.ones(3), priors))
-    assert sorted(owner[0][target[0] == 1].tolist()) == [0, 1, 2]
+    target, matched_idxs = match_both(boxes.unsqueeze(0), torch.ones(1, 3).long(), priors)
+    expected = slow_match(boxes, torch.ones(3), priors)
+    assert (target[0].tolist(), matched_idxs[0].tolist()) == expected
+    assert sorted(matched_idxs[0][target[0] == 1].tolist()) == [0, 1, 2]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_crowds_are_matched_greedily(seed):
-    """Many near-identical boxes over few priors: long chains of refusals."""
+    """Many near-identical boxes compete for few priors."""
     g = torch.Generator().manual_seed(seed)
     boxes = torch.tensor([0.4, 0.3, 0.6, 0.8]) + torch.rand(2, 12, 4, generator=g) * 0.03
     labels = torch.ones(2, 12, dtype=torch.int64)
     priors = PRIORS[torch.randperm(len(PRIORS), generator=g)[:60]]
-    target, owner = both_ways(boxes, labels, priors)
+    target, matched_idxs = match_both(boxes, labels, priors)
     for image in range(2):
-        slow_target, slow_owner = slow_match(boxes[image], labels[image], priors)
+        slow_target, slow_idxs = slow_match(boxes[image], labels[image], priors)
         assert target[image].tolist() == slow_target
         positive = target[image] == 1
-        assert torch.equal(owner[image][positive], torch.tensor(slow_owner)[positive])
+        assert torch.equal(matched_idxs[image][positive], torch.tensor(slow_idxs)[positive])
 
 
 def test_ignored_objects_are_neither_positive_nor_mined():
     boxes = torch.tensor([[[0.2, 0.2, 0.6, 0.9]]])
-    target, _ = both_ways(boxes, torch.tensor([[-1]]), PRIORS)
+    target, _ = match_both(boxes, torch.tensor([[-1]]), PRIORS)
     assert not (target == 1).any()
     iou = box_iou(boxes[0], box_convert(PRIORS, "cxcywh", "xyxy"))[0]
     assert (target[0, iou >= 0.5] == -1).all()
@@ -225,12 +226,12 @@ def test_ignored_objects_are_neither_positive_nor_mined():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_no_ignored_object_is_mined_by_its_best_prior(seed):
-    """Small objects too, of whose size no prior lies half inside them."""
+    """Includes objects so small that no prior is half inside them."""
     boxes, labels = random_batch(16, 8, seed, share_ignored=0.5)
     centre, size = (boxes[..., 2:] + boxes[..., :2]) / 2, boxes[..., 2:] - boxes[..., :2]
     size = size * torch.rand(16, 8, 1, generator=torch.Generator().manual_seed(seed))
     boxes = torch.cat([centre - size / 2, centre + size / 2], -1)
-    target, _ = both_ways(boxes, labels, PRIORS)
+    target, _ = match_both(boxes, labels, PRIORS)
     iou = box_iou(boxes.flatten(0, 1), box_convert(PRIORS, "cxcywh", "xyxy")).view(16, 8, -1)
     for image, k in (labels == -1).nonzero().tolist():
         assert target[image, iou[image, k].argmax()] == -1
@@ -247,7 +248,7 @@ def test_no_ignored_object_is_mined_by_its_best_prior(seed):
         assert not gradient[target == -1].any() and terms[2] == (target == 1).sum()
 
 
-def test_empty_frames_teach_and_stay_finite():
+def test_empty_frames_have_a_finite_loss_and_gradient():
     loc = torch.zeros(2, 8732, 4, requires_grad=True)
     conf = torch.zeros(2, 8732, 2, requires_grad=True)
     criterion = MultiBoxLoss(PRIORS, loc_loss="smooth_l1", loc_reduction="mean")
@@ -261,7 +262,7 @@ def test_empty_frames_teach_and_stay_finite():
 
 
 def test_frames_without_people_do_not_inflate_the_balanced_loss():
-    """One person in a batch of eight: 3 negatives of its frame, and 3 of each of the others."""
+    """One person in a batch of eight frames: 3 negatives in each of the other seven."""
     boxes, labels = torch.zeros(8, 1, 4), torch.zeros(8, 1, dtype=torch.int64)
     boxes[0, 0], labels[0, 0] = PRIORS[4000], 1
     boxes[0] = box_convert(boxes[0], "cxcywh", "xyxy")
@@ -308,8 +309,8 @@ def test_learned_uncertainty_by_hand():
     seg, masks = [torch.zeros(1, 2, 1, 1)] * 2, [torch.tensor([[[0]]]), torch.tensor([[[-1]]])]
     criterion = SegmentationLoss(2, cells="mean", maps="uncertainty")
     a = math.log(2)
-    loss, of_maps = criterion(seg, masks)
-    assert loss.item() == pytest.approx(a) and of_maps.tolist() == pytest.approx([a, 0])
+    loss, map_losses = criterion(seg, masks)
+    assert loss.item() == pytest.approx(a) and map_losses.tolist() == pytest.approx([a, 0])
     with torch.no_grad():
         criterion.log_variance[:] = torch.tensor([math.log(2 * a), 99.0])
     loss, _ = criterion(seg, masks)
@@ -321,7 +322,7 @@ def test_learned_uncertainty_by_hand():
 
 
 def test_a_maps_person_cells_have_their_share_of_the_weight():
-    """One person cell of five that count: a fifth of the weight is what it has anyhow."""
+    """With one person cell of five, a share of 0.2 changes nothing."""
     logits, mask = torch.randn(1, 2, 2, 3), torch.tensor([[[1, 0, 0], [0, 0, -1]]])
     entropy = F.cross_entropy(logits, mask, ignore_index=-1, reduction="none").flatten()
     for share in (0.2, 0.5):
@@ -353,14 +354,14 @@ def test_taller_persons_weigh_more_as_in_sds_rcnn():
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_segmentation_loss_keeps_channels_apart_from_cells():
-    """Perfect logits give no loss: the log's code scrambled the channel axis and could not."""
+def test_segmentation_loss_is_zero_for_perfect_logits():
+    """A reshape that mixes channels with cells, as in the logged experiments, could not reach this."""
     mask = torch.randint(0, 2, (3, 5, 7))
     logits = F.one_hot(mask, 2).permute(0, 3, 1, 2) * 50.0
     assert SegmentationLoss(1, cells="mean", maps="sum")([logits], [mask])[0] < 1e-6
 
 
-def test_segmentation_loss_of_ignored_cells_alone_is_zero_and_finite():
+def test_segmentation_loss_is_zero_if_all_cells_are_ignored():
     logits = torch.randn(2, 2, 3, 3, requires_grad=True)
     left_out = [torch.full((2, 3, 3), -1)]
     loss, _ = SegmentationLoss(1, cells="mean", maps="sum")([logits], left_out)

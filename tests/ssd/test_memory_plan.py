@@ -1,4 +1,4 @@
-"""The memory plan: its count by hand, and held against what a CPU's allocator says of a real step."""
+"""The memory plan: by hand, and compared with the CPU allocations of a real step."""
 
 import re
 from argparse import Namespace
@@ -24,7 +24,7 @@ from tools.workloads import random_objects, row_config, row_network
 
 
 def test_live_bytes_by_hand():
-    """An MLP: what is saved for the gradient stays, what is not goes."""
+    """An MLP: tensors saved for the backward pass stay, others are freed."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = as_fake(nn.Sequential(nn.Linear(256, 1024), nn.ReLU(inplace=True), nn.Linear(1024, 256)))
         with LiveBytes() as live:
@@ -52,7 +52,7 @@ def test_largest_batch_by_hand():
 
 @pytest.mark.parametrize("row", ["29", "42"])
 def test_the_plan_is_near_what_a_step_takes(row):
-    """A real fp32 step on the CPU, its allocations added up by torch's profiler."""
+    """Compared with a real fp32 step on the CPU, measured by torch's profiler."""
     size = (300, 300) if row == "29" else (128, 128)
     config = row_config(row, width=0.1, input_size=size)
     torch.manual_seed(0)
@@ -62,24 +62,24 @@ def test_the_plan_is_near_what_a_step_takes(row):
     assert measured == pytest.approx(planned, rel=0.15)
 
 
-def test_the_page_says_what_is_planned():
+def test_the_documented_plan_is_up_to_date():
     """The line of docs/speed.md on row 26 in bf16, as `tools.benchmark --memory-plan` prints it.
 
     The plan grows by what frames take, not by Adam's step, which in batches of a frame or two takes the most.
     """
     page = (Path(__file__).parents[2] / "docs/speed.md").read_text(encoding="utf-8")
-    [said] = re.findall(r"^\| 26: .*, bf16 \| (\d+) MiB \| (\d+) MiB \| (\d+) MiB \|", page, re.M)
+    [row] = re.findall(r"^\| 26: .*, bf16 \| (\d+) MiB \| (\d+) MiB \| (\d+) MiB \|", page, re.M)
     with torch.device("meta"):
         network = row_network(row_config("26"))
     plan = plan_memory(*network, "adam", torch.bfloat16)
-    weights, fixed, frame = map(int, said)
+    weights, fixed, frame = map(int, row)
     assert plan.total(32) / 2**20 == pytest.approx(weights + fixed + 32 * frame, rel=0.03)
     planned = plan.total(64) - plan.weights
     assert planned == pytest.approx(added_bytes(*network, "adam", torch.bfloat16, 64), rel=0.02)
 
 
 def measured_bytes(model, criterion, n):
-    """The peak that torch's CPU allocator reaches in a step of the losses that a GPU takes."""
+    """Peak of torch's CPU allocations in a training step, with the losses computed as on a GPU."""
     if hasattr(criterion.multibox, "static"):
         criterion.multibox.sparse = criterion.multibox.static
     parameters = [*model.parameters(), *criterion.parameters()]

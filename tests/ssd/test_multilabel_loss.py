@@ -1,4 +1,4 @@
-"""The multi-label loss against its authors' numbers, a plain reading of it, and by hand."""
+"""The multi-label loss: compared with its authors' numbers and a slow implementation, and by hand."""
 
 import math
 
@@ -29,30 +29,30 @@ def pad(objects, spare=2):
 
 @pytest.mark.parametrize(("seed", "name"), [(1, "multilabel_loss"), (10, "multilabel_loss_10")])
 def test_numbers_and_boxes_are_the_published_ones(seed, name, published, by_rule):
-    wanted = np.load(published / f"{name}.npz")
+    expected = np.load(published / f"{name}.npz")
     priors = priors_of((512, 640))
     loc, conf = map(torch.from_numpy, by_rule.predictions_by_rule(seed, 3, len(priors)))
     boxes, labels = pad(by_rule.objects_by_rule(seed, 3))
     predictions = Predictions(loc.requires_grad_(), conf.requires_grad_(), [])
     losses = MultiLabelLoss(priors)(predictions, boxes, labels)
     sum(losses).backward()
-    assert losses[0].item() == pytest.approx(wanted["loc"], rel=1e-5)
-    assert losses[1].item() == pytest.approx(wanted["conf"], rel=1e-5)
-    assert sum(losses).item() == pytest.approx(wanted["loss"], rel=1e-5)
+    assert losses[0].item() == pytest.approx(expected["loc"], rel=1e-5)
+    assert losses[1].item() == pytest.approx(expected["conf"], rel=1e-5)
+    assert sum(losses).item() == pytest.approx(expected["loss"], rel=1e-5)
     target, _ = match_multilabel(boxes, labels, priors)
-    assert (target > 0).sum(1).tolist() == wanted["positives"].tolist()
+    assert (target > 0).sum(1).tolist() == expected["positives"].tolist()
     grads = [x.grad.abs().double().sum((0, 1)).numpy() for x in (loc, conf)]
-    assert grads[0].sum() == pytest.approx(wanted["loc_grad_abs_sum"], rel=1e-5)
-    assert grads[1] == pytest.approx(wanted["score_grad_abs_sum"], rel=1e-5)
+    assert grads[0].sum() == pytest.approx(expected["loc_grad_abs_sum"], rel=1e-5)
+    assert grads[1] == pytest.approx(expected["score_grad_abs_sum"], rel=1e-5)
 
     found = detect(predictions, priors, min_score=0.1, nms_iou=0.425, max_boxes=200)
     for i, (own_boxes, scores) in enumerate(found):
-        assert np.allclose(own_boxes, wanted[f"boxes{i}"], atol=1e-5)
-        assert np.allclose(scores, wanted[f"scores{i}"].mean(1), atol=1e-6)
+        assert np.allclose(own_boxes, expected[f"boxes{i}"], atol=1e-5)
+        assert np.allclose(scores, expected[f"scores{i}"].mean(1), atol=1e-6)
 
 
 def plain_loss(priors, loc, conf, objects):
-    """The losses frame by frame, prior by prior: (loc, conf, positives)."""
+    """(loc, conf, number of positives), one frame and one prior at a time."""
     corners = box_convert(priors, "cxcywh", "xyxy")
     loc_sum = conf_sum = positives = 0
     for i, (boxes, labels) in enumerate(objects):
@@ -65,8 +65,8 @@ def plain_loss(priors, loc, conf, objects):
                 prior = iou[k].argmax()
                 overlap[prior], matched[prior] = 1, k
             target = torch.where(overlap < 0.5, 0, labels[matched])
-        wanted = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1]])[target.clamp(min=0)]
-        bce = F.binary_cross_entropy_with_logits(conf[i], wanted.float(), reduction="none").sum(1)
+        expected = torch.tensor([[1, 0, 0], [0, 1, 0], [0, 0, 1], [0, 1, 1]])[target.clamp(min=0)]
+        bce = F.binary_cross_entropy_with_logits(conf[i], expected.float(), reduction="none").sum(1)
         positive = (target > 0).nonzero()[:, 0]
         background = bce[target == 0].sort(descending=True).values
         conf_sum += bce[positive].sum() + background[: 3 * len(positive)].sum()
@@ -79,7 +79,7 @@ def plain_loss(priors, loc, conf, objects):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_loss_equals_a_plain_reading_on_random_frames(seed):
+def test_loss_equals_the_slow_implementation(seed):
     generator = torch.Generator().manual_seed(seed)
     priors = priors_of((64, 128))
     objects = []
@@ -91,9 +91,9 @@ def test_loss_equals_a_plain_reading_on_random_frames(seed):
         objects.append((boxes, labels))
     loc = torch.randn(4, len(priors), 4, generator=generator)
     conf = torch.randn(4, len(priors), 3, generator=generator)
-    *wanted, _ = plain_loss(priors, loc, conf, objects)
+    *expected, _ = plain_loss(priors, loc, conf, objects)
     ours = MultiLabelLoss(priors)(Predictions(loc, conf, []), *pad(objects))
-    assert torch.stack(ours).tolist() == pytest.approx([float(w) for w in wanted], rel=1e-5)
+    assert torch.stack(ours).tolist() == pytest.approx([float(w) for w in expected], rel=1e-5)
 
 
 def test_loss_by_hand(monkeypatch):
@@ -128,7 +128,7 @@ def test_priors_of_ignored_objects_have_no_loss(monkeypatch):
     assert torch.equal((loc.grad != 0).any(2) & (target != 1), torch.zeros_like(touched))
 
 
-def test_the_later_of_two_objects_has_their_best_prior():
+def test_the_later_of_two_objects_takes_their_best_prior():
     priors = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1]])
     same = torch.tensor([[0.3, 0.3, 0.7, 0.7], [0.35, 0.35, 0.7, 0.7]])
     boxes, labels = pad([(same, [1, 2]), (same.flip(0), [2, 1]), (same, [3, -1])])

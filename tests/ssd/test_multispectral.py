@@ -1,4 +1,4 @@
-"""MLPD and INSANet against their authors' networks and against a second reading of them."""
+"""MLPD and INSANet: compared with their authors' outputs and with independent implementations."""
 
 import json
 from pathlib import Path
@@ -48,25 +48,25 @@ def test_outputs_are_those_of_the_published_network(network, name, published, by
     load_published(model, state, Path("by_rule"))
     with torch.inference_mode():
         loc, conf, _ = model(torch.from_numpy(by_rule.input_by_rule(1))[None])
-    wanted = np.load(published / f"{name}.npz")
-    index = wanted["prior_index"]
+    expected = np.load(published / f"{name}.npz")
+    index = expected["prior_index"]
     priors = model.priors.double().numpy()
-    assert np.abs(priors[index] - wanted["priors"]).max() < 1e-6
-    assert np.allclose(priors.sum(0), wanted["priors_sum"], rtol=1e-6)
+    assert np.abs(priors[index] - expected["priors"]).max() < 1e-6
+    assert np.allclose(priors.sum(0), expected["priors_sum"], rtol=1e-6)
     ends = np.cumsum([len(p) for p in model.map_priors()])
     assert ends[-1] == 41760
     own_map = np.searchsorted(ends, index, side="right")
     for ours, theirs, sums in ((loc, "locs", "loc"), (conf, "scores", "score")):
         ours = ours[0].double().numpy()
         spread = np.stack([part.std(0) for part in np.split(ours, ends[:-1])])
-        assert (np.abs(ours[index] - wanted[theirs]) < 1e-4 * spread[own_map]).all()
-        scale = np.sqrt(len(ours) * wanted[f"{sums}_square_sum"])
-        assert (np.abs(ours.sum(0) - wanted[f"{sums}_sum"]) < 1e-5 * scale).all()
-        assert np.allclose((ours**2).sum(0), wanted[f"{sums}_square_sum"], rtol=1e-5)
+        assert (np.abs(ours[index] - expected[theirs]) < 1e-4 * spread[own_map]).all()
+        scale = np.sqrt(len(ours) * expected[f"{sums}_square_sum"])
+        assert (np.abs(ours.sum(0) - expected[f"{sums}_sum"]) < 1e-5 * scale).all()
+        assert np.allclose((ours**2).sum(0), expected[f"{sums}_square_sum"], rtol=1e-5)
 
 
 @NETWORKS
-def test_a_narrow_network_computes_what_its_published_names_say(network):
+def test_narrow_networks_equal_the_independent_implementations(network):
     model = make(network).eval()
     state = published_networks.random_state(published_shapes(model))
     load_published(model, state, Path("random"))
@@ -95,7 +95,7 @@ def test_shared_layers_see_one_stream_after_the_other_in_training():
 
 
 @NETWORKS
-def test_masks_on_each_stream_teach_that_stream_alone(network):
+def test_a_streams_masks_give_gradients_to_that_stream_only(network):
     torch.manual_seed(0)
     model = make(network, infusion=(2, 0, 0, 0, 0, 0)).train()
     assert model.infused_maps == [0, 6, 7] and [g.modality for g in model.grids[6:]] == [VISIBLE, LWIR]

@@ -1,4 +1,4 @@
-"""State files of one's own: taken where they fit, named by what is wrong where they do not."""
+"""State dictionaries as pretrained weights: loaded if they fit, rejected with a reason if not."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ PLAIN = [*WIDE, "--no-batch-norm"]
 
 
 def state_of(make, **arguments):
-    """A state of a torchvision network, every tensor a number of its own: little to save."""
+    """A torchvision state in which each tensor is one repeated number, so that the file is small."""
     with torch.device("meta"):
         wanted = make(weights=None, **arguments).state_dict()
     return {key: torch.tensor(0.01 * i).expand(value.shape) for i, (key, value) in enumerate(wanted.items())}
@@ -90,7 +90,7 @@ def test_a_file_that_does_not_fit_is_refused_before_any_data(make, change, flags
         train.configure(["--pretrained", path, *flags, "--data-root", "nowhere"])
 
 
-def test_what_is_no_state_file_is_refused(tmp_path):
+def test_other_files_are_rejected(tmp_path):
     with pytest.raises(InputError, match="weights file not found"):
         train.configure(["--pretrained", "imagnet", *PLAIN])
     path = tmp_path / "x.pth"
@@ -106,7 +106,7 @@ def test_what_is_no_state_file_is_refused(tmp_path):
 
 
 def test_a_file_written_before_zip_archives_is_read(tmp_path):
-    """As torchvision's VGG16 files are."""
+    """torchvision's VGG16 files have this format."""
     path = tmp_path / "old.pth"
     torch.save(state_of(vgg16), path, _use_new_zipfile_serialization=False)
     assert train.configure(["--pretrained", str(path), *PLAIN]).pretrained == str(path)

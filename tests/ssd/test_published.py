@@ -1,5 +1,5 @@
-"""Networks saved whole by their authors are read without running anything; files made here by
-stand-in modules of the published names."""
+"""Published files: whole modules are read without running code. The files are made here from classes with the
+published names."""
 
 import os
 import sys
@@ -39,7 +39,7 @@ def published_state(model, seed=0):
 
 @pytest.fixture
 def author(monkeypatch):
-    """Makes classes of an author's modules, which exist only while this fixture lives."""
+    """Creates classes in an author's modules, which are removed after the test."""
 
     def make_class(module, name, base=nn.Module):
         if module not in sys.modules or not hasattr(sys.modules[module], "of_the_author"):
@@ -55,7 +55,7 @@ def author(monkeypatch):
 
 
 def whole_module(author, state, top="SSD300"):
-    """A module of the author's classes that holds a state under its dotted names."""
+    """A module of the author's classes whose state dictionary is `state`."""
     classes = {"": ("model", top), "base.insa": ("insa", "INSA")}
     norms = {key.rpartition(".")[0] for key in state if key.endswith("running_var")}
     modules = {"": author(*classes[""])()}
@@ -126,7 +126,7 @@ def test_a_module_or_a_state_alone_is_read(author, tmp_path):
 
 
 def test_nothing_of_the_file_runs(author, tmp_path):
-    """Code of the author's classes and what their pickles call: refused, or not called."""
+    """Neither the author's classes nor functions named in their pickles are called."""
     calls = []
 
     def watch(name):
@@ -148,7 +148,7 @@ def test_nothing_of_the_file_runs(author, tmp_path):
 
 
 class Attack:
-    """What a pickle that runs code when it is loaded is made of."""
+    """An object whose pickle runs code when loaded."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -188,7 +188,7 @@ def test_a_file_that_would_run_code_is_refused(function, name, place, author, tm
     assert not mark.exists() and "\n" not in str(refusal.value)
 
 
-def test_a_module_within_itself_ends(author, tmp_path):
+def test_a_module_that_contains_itself_is_read(author, tmp_path):
     state = published_state(make())
     module = whole_module(author, state)
     module._modules["base"]._modules["again"] = module
@@ -205,7 +205,7 @@ def test_a_module_within_itself_ends(author, tmp_path):
         ([1, 2], "not a state dictionary of tensors"),
     ],
 )
-def test_a_file_without_a_network_is_told(content, message, tmp_path):
+def test_a_file_without_a_network_is_rejected(content, message, tmp_path):
     path = tmp_path / "file.pth"
     torch.save(content, path)
     with pytest.raises(InputError, match=f"file.pth: {message}"):
@@ -217,7 +217,7 @@ def test_a_file_without_a_network_is_told(content, message, tmp_path):
         read_published(tmp_path / "nowhere.pth")
 
 
-def test_a_file_that_does_not_fit_is_told_by_what_it_lacks():
+def test_the_error_names_the_first_missing_tensor():
     state, path = published_state(make()), Path("file.pth")
     lacking = {key: value for key, value in state.items() if "feat_3" not in key}
     with pytest.raises(
@@ -239,7 +239,7 @@ def test_a_file_that_does_not_fit_is_told_by_what_it_lacks():
         load_published(make(SSD300), state, path)
 
 
-def test_mask_heads_are_left_as_they_are():
+def test_segmentation_heads_are_not_changed():
     model = make(infusion=(1, 0, 0, 0, 0, 1))
     before = [p.clone() for p in model.seg_heads.parameters()]
     load_published(model, published_state(make()), Path("file.pth"))

@@ -1,4 +1,4 @@
-"""No batch, however odd, makes training lose its numbers."""
+"""Training stays finite on adversarial batches."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ WHOLE, PIXEL = [0.0, 0.0, 1.0, 1.0], [0.5, 0.5, 0.5 + 1 / 300, 0.5 + 1 / 300]
 
 
 def crowd(n):
-    """n boxes of every size, many of them alike."""
+    """n boxes of all sizes, many of them equal."""
     g = torch.Generator().manual_seed(n)
     low = torch.rand(n, 2, generator=g) * 0.9
     size = torch.rand(n, 2, generator=g) * (1 - low)
@@ -80,7 +80,7 @@ def test_training_on_adversarial_batches_stays_finite(precision, batch_norm):
 
 
 def test_the_l2_norm_cannot_blow_up_a_gradient():
-    """Cells of tiny features, where dividing by their length would multiply the gradient by it."""
+    """For cells with tiny features, dividing by their length would make the gradient huge."""
     norm = L2Norm(8)
     x = (torch.rand(1, 8, 1, 50) * torch.logspace(-30, 0, 50)).requires_grad_()
     norm(x)[0, 0].sum().backward()

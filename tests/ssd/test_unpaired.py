@@ -1,4 +1,4 @@
-"""Modalities moved apart: each has its own window, and boxes follow the picture they are seen in."""
+"""Unpaired crops and flips: each modality has its own window, and boxes follow the image they are seen in."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def extent(bright):
 
 
 def test_each_modalitys_boxes_follow_its_own_pixels():
-    """A bright box in visible and another one in LWIR land where their boxes say, in every sample."""
+    """In each sample a bright box in visible and another one in LWIR are where their boxes say."""
     rng, apart = np.random.default_rng(0), 0
     for seed in range(150):
         w, h = rng.integers(30, 90), rng.integers(60, 140)
@@ -67,7 +67,7 @@ def test_each_modalitys_boxes_follow_its_own_pixels():
     assert 60 < apart < 130  # 0.5 + 0.5 * 0.25 of 150
 
 
-def test_labels_of_a_pair_and_of_modalities_apart():
+def test_labels_of_paired_and_unpaired_crops():
     boxes = np.array([[100, 100, 140, 200], [300, 100, 340, 200], [304, 100, 344, 200], [400, 100, 440, 200]])
     boxes, seen = boxes.astype(np.float32), np.array([BOTH, VISIBLE, LWIR, LWIR])
     labels = np.array([1, 1, 1, -1])
@@ -80,7 +80,7 @@ def test_labels_of_a_pair_and_of_modalities_apart():
     assert xs == [100, 300, 640 - 140, 640 - 344, 640 - 440]
 
 
-def test_boxes_that_come_to_lie_on_one_another_are_joined():
+def test_boxes_that_become_equal_are_merged():
     """A person in the middle of a mirrored frame; and a visible one where LWIR has an ignored object."""
     frame = (0, 0, 640, 512)
     boxes = np.array([[300, 100, 340, 200], [100, 50, 150, 250], [490, 50, 540, 250]], np.float32)
@@ -89,17 +89,17 @@ def test_boxes_that_come_to_lie_on_one_another_are_joined():
     assert labels.tolist() == [BOTH, -1] and len(moved) == 2
 
 
-def test_persons_cut_by_the_input_are_ignored_where_that_is_asked_for():
+def test_truncated_persons_are_ignored_on_request():
     boxes = np.array(
         [[300, 100, 340, 200], [10, 100, 70, 300], [0, 100, 40, 200], [0, 0, 20, 50]], np.float32
     )
-    window, how = (30, 0, 670, 512), (np.ones(4, np.int64), np.full(4, BOTH))
-    assert transform(window).move(boxes, *how)[1].tolist() == [BOTH, BOTH]
-    assert transform(window, ignore_truncated=True).move(boxes, *how)[1].tolist() == [BOTH, -1, -1]
+    window, objects = (30, 0, 670, 512), (np.ones(4, np.int64), np.full(4, BOTH))
+    assert transform(window).move(boxes, *objects)[1].tolist() == [BOTH, BOTH]
+    assert transform(window, ignore_truncated=True).move(boxes, *objects)[1].tolist() == [BOTH, -1, -1]
     assert sample(0, crop_apart=0.1).ignore_truncated and not sample(0, mirror_apart=0.9).ignore_truncated
 
 
-def test_windows_apart_are_as_published():
+def test_unpaired_windows_are_as_published():
     rng = np.random.default_rng(1)
     people = np.array([[200.0, 150, 240, 250], [500, 200, 530, 270]])
     options = Augmentation(zoom_out=4.0, crop_aspect=(0.8, 1.2))
@@ -121,7 +121,7 @@ def test_windows_apart_are_as_published():
     assert len({unpaired_window(rng, NOBODY, options) for _ in range(50)}) == 50
 
 
-def test_how_often_modalities_move_apart():
+def test_how_often_crops_are_unpaired():
     drawn = [sample(seed, crop_apart=0.5) for seed in range(300)]
     assert 120 < sum(len(t.crops) == 2 for t in drawn) < 180
     drawn = [sample(seed, mirror_apart=0.5) for seed in range(400)]
@@ -135,7 +135,7 @@ def test_how_often_modalities_move_apart():
     assert all(c[0].source[2] == 640 and c[0].target[2] == round(320 - c[0].source[0] / 2) for c in drawn)
 
 
-def test_modalities_apart_are_filled_each_with_its_own_colour():
+def test_unpaired_crops_have_the_filler_of_their_modality():
     t = transform((-320, -256, 960, 768), (0, 0, 640, 512))
     image = t.apply(np.full((512, 640, 4), 7, np.uint8))
     assert (image[:3, 0, 0] == torch.from_numpy(t.filler[:3])).all() and (image[3] == 7).all()
@@ -144,7 +144,7 @@ def test_modalities_apart_are_filled_each_with_its_own_colour():
 
 @pytest.mark.parametrize("form", ["xml-sanitized", "xml", "bbgt"])
 def test_forms_of_one_box_give_visible_and_lwir_the_same(form, tmp_path):
-    """A pair's label is both; modalities apart have the one box each, moved by its own window."""
+    """With one crop the label is `BOTH`; with two, each modality has the box, moved by its own crop."""
     xml = "<object><name>{}</name><bndbox><x>{}</x><y>{}</y><w>{}</w><h>{}</h></bndbox></object>"
     objects = [("person", 100, 100, 40, 90), ("people", 300, 100, 90, 90)]
     folder = {"xml-sanitized": "annotations-xml-new-sanitized", "xml": "annotations-xml-new"}.get(form)
@@ -154,8 +154,8 @@ def test_forms_of_one_box_give_visible_and_lwir_the_same(form, tmp_path):
         path.write_text(f"<annotation>{''.join(xml.format(*o) for o in objects)}</annotation>")
     else:
         path.write_text("% bbGt version=3\n" + "\n".join(" ".join(map(str, (*o, *[0] * 7))) for o in objects))
-    how = {"min_height": 12, "margin": 5, "pairs": True}
-    [frame] = load_frames(["set00/V000/I00000"], open_annotations(tmp_path, form), **how)
+    kwargs = {"min_height": 12, "margin": 5, "pairs": True}
+    [frame] = load_frames(["set00/V000/I00000"], open_annotations(tmp_path, form), **kwargs)
     whole, right = (0, 0, 640, 512), (20, 0, 660, 512)  # LWIR moves 20 pixels to the left
     objects = frame.boxes_px, frame.labels, frame.seen
     boxes, labels = transform(whole).move(*objects)
