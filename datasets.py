@@ -10,7 +10,6 @@ if __name__ == "__main__":
     raise SystemExit("to check a data set, run: python -m tools.check_data ROOT")
 
 import dataclasses
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -178,11 +177,11 @@ class Batch(NamedTuple):
 
 
 def max_objects(dataset: KaistPairs) -> int:
-    """The maximum number of objects in a sample, rounded up to a multiple of 8."""
+    """The maximum number of objects in a sample, at least 1."""
     options = dataset.augmentation or Augmentation()
     n = max(len(frame.labels) for frame in dataset.frames) + MAX_PASTED * (options.copy_paste > 0)
     n *= 2 if options.mirror_apart or options.crop_apart else 1  # a box may become one per modality
-    return max(8, math.ceil(n / 8) * 8)
+    return max(1, n)
 
 
 def pad(arrays: Sequence[np.ndarray], pad_to: int) -> Tensor:

@@ -173,17 +173,17 @@ def match_static(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor,
 def match_bipartite(iou: Tensor) -> Tensor:
     """Greedy bipartite matching: (N, M) int64 index of each object's prior, or P for none.
 
-    iou: (N, M, P), -1 for pairs that are not to be matched. The highest IoU is matched first.
+    iou: (N, M, P), changed in place; -1 for pairs that are not to be matched. The highest IoU is matched
+        first.
     """
     n, m, p = iou.shape
-    rows, columns = (torch.arange(k, device=iou.device) for k in (m, p))
     best_prior = torch.full((n, m), p, device=iou.device)
     for _ in range(min(m, p)):
         best, place = iou.flatten(1).max(1, keepdim=True)
         row, column = place // p, place % p
         best_prior = best_prior.scatter(1, row, torch.where(best >= 0, column, best_prior.gather(1, row)))
-        taken = (rows == row).unsqueeze(2) | (columns == column).unsqueeze(1)
-        iou = iou.masked_fill(taken, -1.0)
+        iou.scatter_(1, row.unsqueeze(2).expand(-1, -1, p), -1.0)
+        iou.scatter_(2, column.unsqueeze(1).expand(-1, m, -1), -1.0)
     return best_prior
 
 
