@@ -130,7 +130,7 @@ def main() -> None:
     config = configure()
     if config.deterministic:
         make_deterministic()
-    device = choose_device(config.device)
+    device = choose_device(config.device, training=True)
     precision = choose_precision(config.precision, device)
     distributed.init_distributed(device, config.batch_size)  # does nothing without torchrun
     run = Run(config, run_name(config), model_arguments(config))  # a new run, or one to resume
@@ -181,6 +181,8 @@ def main() -> None:
     if distributed.is_main_process():
         machine = f"{device} in {str(precision).removeprefix('torch.')}"
         machine += ", steps recorded as a CUDA graph" * isinstance(take_step, CapturedStep)
+        is_compiled = hasattr(wrapped, "_orig_mod")
+        machine += ", not compiled because of SyncBatchNorm" * (config.compile == "on" and not is_compiled)
         print_banner(run, frames, annotations.source, test_set, model, machine)
     detections = None
     detect_kwargs = pick(config, *DETECT_KEYS) | {"iterate": run.until_stopped}

@@ -29,8 +29,11 @@ from ssd.published import load_published, read_published, tutorial_input_mode
 MAX_MARGIN, MARGIN_BINS = 16.0, 4096  # range and bins of the histogram of mask logits
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, training: bool = False) -> torch.device:
     """Choose and set up a device; "auto" is CUDA if available, else Apple's MPS, else the CPU.
+
+    Args:
+        training: whether cuDNN searches for its fastest kernels, which takes many seconds.
 
     Raises:
         InputError: The device is not available.
@@ -51,8 +54,8 @@ def choose_device(name: str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"DEVICE = {name!r} cannot be used ({reason})", "try auto") from None
     if device.type == "cuda":
-        # Input shapes are fixed, so a search for the fastest kernel pays; its result may vary between runs.
-        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
+        # The kernels found may differ from run to run.
+        torch.backends.cudnn.benchmark = training and not torch.are_deterministic_algorithms_enabled()
         torch.set_float32_matmul_precision("high")
     if device.type == "cpu":
         tune_malloc()
@@ -100,8 +103,12 @@ def make_deterministic() -> None:
 
 
 def compile_model(model: nn.Module, choice: str) -> nn.Module:
-    """The network, compiled by torch.compile if `choice` is "on"."""
-    return torch.compile(model, dynamic=False) if choice == "on" else model
+    """The network, compiled by torch.compile if `choice` is "on".
+
+    SyncBatchNorm reads values on the host, at which a graph breaks in each layer: it is not compiled.
+    """
+    has_sync = any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
+    return torch.compile(model, dynamic=False) if choice == "on" and not has_sync else model
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
@@ -168,7 +175,8 @@ def detect_frames(
         The detections, in xywh pixels of their frames. For each infused map "ap_map1", …: the
         `average_precision` of its mask head over the cells of all frames, NaN without person cells.
     """
-    device, was_training, compiled = model.priors.device, model.training, hasattr(model, "_orig_mod")
+    device, was_training = model.priors.device, model.training
+    fixed_shape = hasattr(model, "_orig_mod") or device.type == "cuda"
     model.eval()
     detections, frame_sizes, full_batch = [], [], 0
     sizes = {frame.id: frame.size for frame in loader.loader.dataset.frames}
@@ -180,7 +188,7 @@ def detect_frames(
                 continue
             images = batch.images.to(device, non_blocking=True)
             n, full_batch = len(images), max(full_batch, len(images))
-            if compiled:  # pad the last batch: a compiled graph has a fixed shape
+            if fixed_shape:  # pad the last batch: compiling, or cuDNN's search, would start again
                 images = torch.cat([images, images[:1].expand(full_batch - n, -1, -1, -1)])
             loc, conf, seg = predict(model, images, precision, test_flip, with_masks=True)
             for i, (logits, mask) in enumerate(zip(seg, batch.masks, strict=True)):

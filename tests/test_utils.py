@@ -1,4 +1,4 @@
-"""Average precision of masks, and the choice of devices."""
+"""Average precision of masks, the choice of devices, and what is compiled."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from utils import average_precision, choose_device, make_deterministic, margin_histogram
+from utils import average_precision, choose_device, compile_model, make_deterministic, margin_histogram
 
 
 def as_logits(margins):
@@ -47,13 +47,21 @@ def test_each_process_has_its_gpu_and_cudnn_is_deterministic_on_request(monkeypa
     monkeypatch.setattr(torch, "zeros", lambda *_, **__: None)
     monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda _: None)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    assert str(choose_device("cuda:1")) == "cuda:1" and torch.backends.cudnn.benchmark
+    assert str(choose_device("cuda:1")) == "cuda:1" and not torch.backends.cudnn.benchmark
+    assert str(choose_device("cuda:1", training=True)) == "cuda:1" and torch.backends.cudnn.benchmark
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert str(choose_device("cuda")) == "cuda:3" and [*map(str, taken)] == ["cuda:1", "cuda:3"]
+    assert str(choose_device("cuda")) == "cuda:3" and [*map(str, taken)] == ["cuda:1", "cuda:1", "cuda:3"]
     make_deterministic()
     try:
-        choose_device("cuda")
+        choose_device("cuda", training=True)
         assert not torch.backends.cudnn.benchmark
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_sync_batch_norm_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model, **_: "compiled")
+    plain, synced = torch.nn.BatchNorm2d(1), torch.nn.SyncBatchNorm(1)
+    assert compile_model(plain, "on") == "compiled"
+    assert compile_model(plain, "off") is plain and compile_model(synced, "on") is synced

@@ -186,7 +186,7 @@ def detection_table(setting: Setting, rows: list[str]) -> Iterator[str]:
 def main() -> None:
     """Print a description of the machine, and the chosen table line by line."""
     arguments = parse_arguments()
-    device = choose_device(arguments.device)
+    device = choose_device(arguments.device, training=True)
     precision = choose_precision("auto", device)
     torch.manual_seed(0)
     machine = describe_machine(device, precision)

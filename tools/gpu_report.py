@@ -323,7 +323,7 @@ def run_parts(setting: Setting, names: list[str], deadline: float) -> Iterator[t
 
 def part_lines(setting: Setting, name: str) -> Callable[[], Line | None]:
     """A function that returns the next line of a part, and None after the last."""
-    choose_device(str(setting.device))
+    choose_device(str(setting.device), training=True)
     return partial(next, PARTS[name](setting), None)
 
 
