@@ -233,9 +233,9 @@ def speed_training(setting: Setting) -> Iterator[Line]:
     batches = (batch.to(setting.device) for epoch in itertools.count() for batch in loader.epoch(epoch))
     repeated = partial(step, next(batches))  # of the shapes that the graph is captured with
     loaded, bare = time_in_turns(setting, timer(lambda: step(next(batches))), timer(repeated))
-    what, note = f"row 26 end to end, batch {n}, bf16", f"{loaded.spread}; then 3,000"
+    what, note = f"row 26 end to end, batch {n}, bf16", f"{loaded.spread}; next target 3,000"
     yield at_least(what, n / loaded.seconds, "images/s", 2000, note)
-    yield at_most("step with data, relative to one without", loaded.seconds / bare.seconds, "", 1.05)
+    yield at_most("step with data, relative to one without", loaded.seconds / bare.seconds, "ratio", 1.05)
 
 
 def speed_image(setting: Setting) -> Iterator[Line]:

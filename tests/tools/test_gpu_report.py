@@ -39,13 +39,13 @@ class InProcess:
 
 
 def small_config(row, **changes):
-    """A row's constants, with a small input where its network takes one."""
+    """A row's configuration, with a small input for row 42."""
     return row_config(row, **changes | ({"input_size": (128, 128)} if row == "42" else {}))
 
 
 @pytest.fixture(scope="module")
 def report(demo_root, tmp_path_factory):
-    """The folder of a tiny report of quick parts, one of whose rows is in no lab book."""
+    """The folder of a tiny report of quick parts. One of its rows does not exist."""
     out = tmp_path_factory.mktemp("report") / "out"
     tiny = TINY | {"loss_rows": "29 42 none", "test_frames": 2}
     with pytest.MonkeyPatch.context() as patch:
@@ -55,21 +55,21 @@ def report(demo_root, tmp_path_factory):
         patch.setattr(timing, "MIN_TURNS", 1)
         setting = Setting(CPU, torch.float32, out.parent, **tiny)
         (setting.folder / "demo").symlink_to(demo_root)
-        gpu_report.write_report(out, setting, "a CPU as a GPU")
+        gpu_report.write_report(out, setting, "a CPU")
     return out
 
 
-def test_parts_run_and_one_fails_alone(report):
+def test_a_failing_part_does_not_stop_the_others(report):
     parts = json.loads((report / "report.json").read_text())["parts"]
     assert tuple(parts) == QUICK
     errors = {name: part["error"] for name, part in parts.items() if part["error"]}
     assert list(errors) == ["losses"] and "'none'" in errors["losses"]
-    # What it had found before is there: two lines of each row that there is.
+    # The lines before the error are kept: two for each existing row.
     assert len(parts["losses"]["lines"]) == 4 and all(part["lines"] for part in parts.values())
     assert all(line["met"] for line in parts["losses"]["lines"])
 
 
-def test_boxes_of_one_device_that_lie_elsewhere_are_told(demo_root, tmp_path, monkeypatch):
+def test_boxes_that_differ_between_devices_are_reported(demo_root, tmp_path, monkeypatch):
     setting, calls = Setting(CPU, torch.float32, tmp_path, **TINY), []
 
     def move_every_other(*arguments, **limits):
@@ -83,15 +83,15 @@ def test_boxes_of_one_device_that_lie_elsewhere_are_told(demo_root, tmp_path, mo
     assert next(gpu_report.check_detections(setting)).met is False
 
 
-def test_the_page_says_it_all(report):
+def test_the_page_has_all_parts(report):
     page = (report / "report.md").read_text()
-    assert page.startswith("# a CPU as a GPU") and page.count("**Failed:**") == 1
+    assert page.startswith("# a CPU") and page.count("**Failed:**") == 1
     for what in ("row 42: gradient", "end to end", "bare convolutions", "3,000"):
         assert what in page
 
 
 @pytest.mark.timing
-def test_what_the_time_does_not_reach_is_left_out(tmp_path):
+def test_parts_without_time_are_left_out(tmp_path):
     setting = Setting(CPU, torch.float32, tmp_path, **TINY)
     for _, part in gpu_report.run_parts(setting, ["losses", "image"], time.time()):
         assert part["error"].startswith("left out") and not part["lines"]

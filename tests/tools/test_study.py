@@ -1,4 +1,4 @@
-"""Finished runs beside each other, and studies that read them."""
+"""Comparing finished runs, and studies of them."""
 
 import shutil
 import sys
@@ -19,12 +19,12 @@ from tools.study import Study, holm, paired_test, rows
 
 @pytest.fixture(scope="module")
 def runs(nursery, demo_root, tmp_path_factory):
-    """A short finished run, and another that found less."""
+    """A short finished run, and a copy with half of its detections."""
     folder = tmp_path_factory.mktemp("runs")
     quick = "--epochs 1 --batch-size 4 --workers 0 --width 0.03 --device cpu --checkpoints".split()
     nursery.run("--data-root", demo_root, *quick, folder, "--name", "a")
-    found = shutil.copytree(folder / "a", folder / "b") / "detections.txt"
-    found.write_text("".join(found.read_text().splitlines(True)[::2]))
+    detections = shutil.copytree(folder / "a", folder / "b") / "detections.txt"
+    detections.write_text("".join(detections.read_text().splitlines(True)[::2]))
     return folder
 
 
@@ -36,9 +36,9 @@ def compare(monkeypatch, *arguments):
 def test_runs_are_compared_in_one_table_and_one_figure(runs, monkeypatch, capsys, tmp_path):
     out = tmp_path / "x.png"
     compare(monkeypatch, runs / "a", runs / "b", "--bootstrap", "50", "--out", out)
-    said = capsys.readouterr().out
-    assert "\na " in said and "\nb " in said and said.count("95%: all [") == 2
-    assert "minus" in said and out.stat().st_size > 10_000
+    printed = capsys.readouterr().out
+    assert "\na " in printed and "\nb " in printed and printed.count("95%: all [") == 2
+    assert "minus" in printed and out.stat().st_size > 10_000
     monkeypatch.setattr(eval_script, "CHECKPOINTS", str(runs))
     compare(monkeypatch, "a", "b", "--bootstrap", "50", "--out", out)
     assert "\nb " in capsys.readouterr().out
@@ -80,18 +80,18 @@ def test_holms_correction_by_hand():
 
 
 def outcomes(rates):
-    """What runs of these miss rates would have reached; rates: arm -> seed -> rate."""
+    """Results of runs with these miss rates; rates: arm -> seed -> rate."""
     return {
-        arm: {seed: np.array([rate, rate, rate, 90.0, 1.0, 0.5]) for seed, rate in own.items()}
-        for arm, own in rates.items()
+        arm: {seed: np.array([rate, rate, rate, 90.0, 1.0, 0.5]) for seed, rate in by_seed.items()}
+        for arm, by_seed in rates.items()
     }
 
 
 def test_a_study_compares_seed_by_seed():
     question = Study("Is it?", rows("12 19 26"), seeds=3)
     rates = {"12": (30, 40, 50), "19": (29, 39, 49.5), "26": (31, 40, 49)}
-    by_seed = {arm: dict(enumerate(own)) for arm, own in rates.items()}
-    by_seed["19"][9] = 5.0  # a seed that the baseline has not
+    by_seed = {arm: dict(enumerate(values)) for arm, values in rates.items()}
+    by_seed["19"][9] = 5.0  # the baseline has no such seed
     table = study.report(question, outcomes(by_seed))
     line = next(line for line in table.splitlines() if line.startswith("| 19"))
     assert "-0.8 [-1.6, -0.1]" in line and "| 4 |" in line
@@ -105,24 +105,24 @@ def test_a_study_compares_seed_by_seed():
 
 
 def test_a_study_without_its_baseline_is_refused(runs):
-    """The finished run is another arm's."""
-    alone = study.StudyRun("19", 0, runs / "a", [], None)
+    """The only finished run is another arm's."""
+    run = study.StudyRun("19", 0, runs / "a", [], None)
     with pytest.raises(InputError, match="no finished runs to compare"):
-        study.read_finished(Study("Is it?", rows("12 19")), [alone])
+        study.read_finished(Study("Is it?", rows("12 19")), [run])
 
 
-def test_the_kaist_study_leaves_rows_as_they_are(tmp_path):
+def test_the_kaist_study_does_not_change_rows(tmp_path):
     for run in study.plan(study.STUDIES["kaist"], tmp_path, 1, []):
         row = resolve_row(run.arm) | {"seed": 0}
         assert {key: getattr(run.config, key) for key in row} == row
 
 
-def test_a_seed_is_no_flag_of_a_study(tmp_path):
+def test_a_study_refuses_the_seed_flag(tmp_path):
     with pytest.raises(InputError, match="use --seeds to set their number"):
         study.plan(study.STUDIES["lwir"], tmp_path, 2, ["--seed", "7"])
 
 
-def test_the_streets_are_ablated_one_thing_at_a_time(tmp_path):
+def test_each_arm_of_the_streets_study_changes_one_constant(tmp_path):
     baseline, *runs = study.plan(study.STUDIES["streets"], tmp_path, 1, [])
     assert len(runs) == 7 and len({run.folder for run in runs}) == 7
     for run in runs:
@@ -136,7 +136,7 @@ def test_the_streets_are_ablated_one_thing_at_a_time(tmp_path):
         )
 
 
-def test_small_studies_keep_what_the_question_is_about():
+def test_the_beyond_study_keeps_the_rows_schedules():
     runs = study.plan(study.STUDIES["beyond"], Path("none"), 1, [])
     schedules = {run.arm: run.config.schedule for run in runs}
     assert schedules.pop("37") == "cosine" and set(schedules.values()) == {"step"}
@@ -144,13 +144,13 @@ def test_small_studies_keep_what_the_question_is_about():
 
 @pytest.fixture
 def one_study(nursery, monkeypatch, demo_root, tmp_path):
-    """Run study.main() on a study of two quick arms, whose commands the nursery runs one by one."""
-    alone = Lock()
+    """A function that runs a study of two quick arms, whose commands the nursery runs one by one."""
+    lock = Lock()
 
     def run(command, stdout, **_):
         python, script, *flags = command
         assert (python, Path(script)) == (sys.executable, Path(train.__file__))
-        with alone:
+        with lock:
             stdout.write(nursery.run(*flags, folder=tmp_path))
         return CompletedProcess(command, 0)
 
@@ -169,23 +169,23 @@ def one_study(nursery, monkeypatch, demo_root, tmp_path):
     return main
 
 
-def test_a_study_runs_goes_on_and_reports(one_study, monkeypatch, capsys):
+def test_a_study_runs_resumes_and_reports(one_study, monkeypatch, capsys):
     with pytest.raises(InputError, match="no finished runs"):
         one_study("--report")
     one_study("--jobs", "2")
-    said = capsys.readouterr().out
-    assert said.count("\n| 12") == 1 and Path("docs/results/tiny.png").stat().st_size > 5000
-    assert Path("docs/results/tiny.md").read_text().strip() in said
+    printed = capsys.readouterr().out
+    assert printed.count("\n| 12") == 1 and Path("docs/results/tiny.png").stat().st_size > 5000
+    assert Path("docs/results/tiny.md").read_text().strip() in printed
     runs = sorted(p.name for p in Path("checkpoints/study-tiny").iterdir() if p.is_dir())
     assert runs == ["row12-seed0", "row26-lr-0.0001-seed0"]
 
-    monkeypatch.setattr(study.subprocess, "run", pytest.fail)  # nothing is left to run
+    monkeypatch.setattr(study.subprocess, "run", pytest.fail)  # no run is left
     one_study()
     with pytest.raises(InputError, match="it has a run of another configuration"):
         one_study("--lr", "0.5")
 
 
-def test_runs_that_failed_are_told(one_study, monkeypatch):
+def test_failed_runs_are_named(one_study, monkeypatch):
     monkeypatch.setattr(study.subprocess, "run", lambda command, **_: CompletedProcess(command, 1))
     with pytest.raises(InputError, match=r"row12-seed0\.out: 2 of 2 runs failed"):
         one_study()
