@@ -21,9 +21,9 @@ from kaist.frames import BOTH
 MIN_ENCODED_SIDE = 1e-5  # fraction of the input; shorter sides are encoded as this: no log of zero
 VARIANCES = (0.1, 0.2)  # SSD's scaling of centre and size offsets
 MAX_LOG_SCALE = math.log(1000 / 16)  # largest log ratio of the sides of a decoded box and its prior
-STRIDES = (8, 16, 32, 64)  # pixels of the input, of the four finest maps
+STRIDES = (8, 16, 32, 64)  # of SSD300's four finest maps, in pixels of the input
 TOPK_CANDIDATES = 400  # boxes of an image that go into NMS, by score
-# Extra layers as (1x1 width, 3x3 width, stride, padding).
+# SSD300's extra layers: channels of the 1x1 and of the 3x3 convolution, stride and padding of the latter.
 EXTRA_LAYERS = ((256, 512, 2, 1), (128, 256, 2, 1), (128, 256, 1, 0), (128, 256, 1, 0))
 
 
@@ -57,11 +57,9 @@ def feature_map_sizes(size: tuple[int, int], network: str = "ssd300") -> list[tu
     """
     if max(size) > 10_000:
         raise InputError("INPUT_SIZE is above 10,000 pixels", "use a smaller one, such as 512,640")
-    if network != "ssd300":
-        sides = [[math.ceil(side / n) for n in (8, 16, 32, 64, 64, 64)] for side in size]
-        return list(zip(*sides, strict=True))
-    sides = [[math.ceil(side / n) for n in (8, 16)] for side in size]
-    for _, _, stride, padding in EXTRA_LAYERS:
+    strides = (8, 16) if network == "ssd300" else (8, 16, 32, 64, 64, 64)
+    sides = [[math.ceil(side / stride) for stride in strides] for side in size]
+    for _, _, stride, padding in EXTRA_LAYERS if network == "ssd300" else ():
         for cells in sides:
             cells.append((cells[-1] + 2 * padding - 3) // stride + 1)
     sizes = list(zip(*sides, strict=True))
@@ -198,8 +196,8 @@ def detect(
 
     Args:
         priors: (P, 4) cxcywh fractions.
-        min_score: only boxes of a higher score are kept; max_boxes: largest number of boxes of an image.
-        nms_iou: of two boxes with a higher IoU the one of lower score is removed.
+        min_score: only boxes of a higher score are kept; max_boxes: maximum number of boxes per image.
+        nms_iou: a box is removed if its IoU with a box of higher score is above this.
 
     Returns:
         For each image boxes (k, 4) xyxy fractions of the frame, and scores (k,) in descending order.

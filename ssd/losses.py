@@ -229,10 +229,8 @@ def cell_heights(boxes: Tensor, labels: Tensor, grid: Grid) -> Tensor:
 
     The height is 0 where there is no person. Persons that are not seen in the map's modality do not count.
     """
-    rows, columns = (
-        (torch.arange(n, device=boxes.device) + 0.5) * step
-        for n, step in ((grid.h, grid.dy), (grid.w, grid.dx))
-    )
+    rows = (torch.arange(grid.h, device=boxes.device) + 0.5) * grid.dy
+    columns = (torch.arange(grid.w, device=boxes.device) + 0.5) * grid.dx
     x0, y0, x1, y1 = boxes.unsqueeze(-1).unbind(-2)
     is_over = ((rows >= y0) & (rows < y1)).unsqueeze(3) & ((columns >= x0) & (columns < x1)).unsqueeze(2)
     is_seen = (labels > 0) & (labels & grid.modality > 0)

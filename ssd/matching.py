@@ -173,8 +173,7 @@ def match_static(boxes: Tensor, labels: Tensor, priors: Tensor) -> tuple[Tensor,
 def match_bipartite(iou: Tensor) -> Tensor:
     """Greedy bipartite matching: (N, M) int64 index of each object's prior, or P for none.
 
-    iou: (N, M, P), changed in place; -1 for pairs that are not to be matched. The highest IoU is matched
-        first.
+    iou: (N, M, P), modified in place; -1 for pairs that cannot match. The highest IoU is matched first.
     """
     n, m, p = iou.shape
     best_prior = torch.full((n, m), p, device=iou.device)

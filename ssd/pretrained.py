@@ -151,7 +151,7 @@ def convert_torchvision_ssd(model: nn.Module, state: dict[str, Tensor], lwir_fil
 
     The heads belong to COCO's priors: with other priors, a model's heads are not changed. torchvision feeds
     its network 255 x (image - mean); the standard deviations of ImageNet in conv1_1 make up for that. With
-    torchvision's `pixel_mean`, as in row 35, the model then detects what torchvision's network does.
+    torchvision's `pixel_mean`, the model then detects what torchvision's network does (row 35).
     """
     # Both networks list their convolutions in the order of computation.
     rest = [layer for part in (model.conv6_7, *model.extras) for layer in part]
