@@ -237,8 +237,8 @@ class Transform:
         for crop, part in zip(self.crops, parts, strict=True):
             (x0, y0, x1, y1), (left, top, right, bottom), flip = crop
             cropped = torch.from_numpy(pixels[y0:y1, x0:x1, part]).permute(2, 0, 1).unsqueeze(0)
-            kwargs = {"mode": "bilinear", "antialias": True, "align_corners": False}
-            resized = F.interpolate(cropped, (bottom - top, right - left), **kwargs)[0]
+            size = (bottom - top, right - left)
+            resized = F.interpolate(cropped, size, mode="bilinear", antialias=True, align_corners=False)[0]
             resized = apply_colour_matrix(resized, self.matrix[part, part], self.offset[part])
             if flip:
                 left, right, resized = width - right, width - left, resized.flip(2)

@@ -100,10 +100,8 @@ def check_torchvision(file: Path, state: dict[str, Tensor], batch_norm: bool) ->
         tensors = make(weights=None).state_dict()
     # A classifier's last layer is not used, and an SSD's heads may have other classes.
     expected = {key: value.shape for key, value in tensors.items() if not key.startswith("classifier.6.")}
-    for key in expected.keys() & state.keys():
-        if "classification" in key:
-            expected[key] = state[key].shape
-    check_tensors(state, expected, f"torchvision's {kind}", file, REMEDY)
+    heads = {key: state[key].shape for key in expected if "classification" in key and key in state}
+    check_tensors(state, expected | heads, f"torchvision's {kind}", file, REMEDY)
 
 
 def is_ssd(state: dict[str, Tensor]) -> bool:
