@@ -99,8 +99,8 @@ def measured_lines(setting: Setting, benchmarks: Container[str]) -> Iterator[Lin
 def time_evaluation(setting: Setting) -> Iterator[Line]:
     """Reading and evaluating result files of 2,252 frames under nine setups.
 
-    With KAIST_REFERENCE they are that folder's, and reading the annotations is timed too. Without it there is
-    one file of random detections.
+    If KAIST_REFERENCE is set, they are the files of that folder, and reading the annotations is timed too.
+    Otherwise it is one file of random detections.
     """
     if root := os.environ.get("KAIST_REFERENCE"):
         load = partial(load_ground_truth, Path(root, "annotations/KAIST_annotation.json"))
@@ -132,7 +132,7 @@ def compare_memory(setting: Setting) -> Line:
 
 
 def describe_network(row: dict) -> list[str]:
-    """A row's input, priors and, where they are not SSD300's, network and BatchNorm."""
+    """A row's network if it is not SSD300, its input, priors, and BatchNorm if it has any."""
     words = [row["input_mode"], "{}x{}".format(*row["input_size"]), row["priors"]]
     words = [row["network"]] * (row["network"] != "ssd300") + words
     return words + ["BatchNorm"] * row["batch_norm"]
@@ -155,7 +155,7 @@ def memory_table() -> Iterator[str]:
         changes += [f"width {row['width']:g}"] * (row["width"] < 1)
         return [*describe_network(row), f"masks {maps}", row["optimizer"], *changes]
 
-    yield "| rows | network | weights | a step | a frame | batch in |\n|---|---|---|---|---|---|"
+    yield "| rows | network | weights | per step | per frame | largest batch |\n|---|---|---|---|---|---|"
     for network, names in group_rows(EXPERIMENTS, describe).items():
         config = workloads.row_config(names[0])
         with torch.device("meta"):
@@ -172,7 +172,7 @@ def memory_table() -> Iterator[str]:
 def detection_table(setting: Setting, rows: list[str]) -> Iterator[str]:
     """Lines of a table: the time of detection in one pair, files to boxes, by the networks of `rows` (empty:
     all) at full width, compared with row 26. Rows that differ only in training share a line."""
-    yield "| rows | network | detect | of row 26 |\n|---|---|---|---|"
+    yield "| rows | network | time per frame | relative to row 26 |\n|---|---|---|---|"
     chosen = dict.fromkeys(["26", *rows]) if rows else EXPERIMENTS
     networks = group_rows(chosen, lambda row: [*describe_network(row), *["test flip"] * row["test_flip"]])
     configs = (workloads.row_config(names[0], width=setting.speed_width) for names in networks.values())
@@ -195,7 +195,7 @@ def main() -> None:
     if device.type == "cuda":
         kwargs["batch"] = 32
     if arguments.report:
-        kwargs = {} if device.type == "cuda" else timing.TINY
+        kwargs = {} if device.type == "cuda" else timing.TINY_SETTING
     with tempfile.TemporaryDirectory() as folder:
         setting = Setting(device, precision, Path(folder), **kwargs)
         if arguments.report:
@@ -208,7 +208,7 @@ def main() -> None:
             lines = memory_table()
         else:
             measured = measured_lines(setting, arguments.only or BENCHMARKS)
-            lines = itertools.chain([timing.HEADER], (line.row() for line in measured))
+            lines = itertools.chain([timing.TABLE_HEADER], (line.row() for line in measured))
         for line in lines:
             print(line, flush=True)
 
@@ -227,9 +227,7 @@ def parse_arguments() -> Namespace:
     """Parse the command line."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add(
-        "--quick", action="store_true", help="less time and smaller batches: under three minutes on two cores"
-    )
+    add("--quick", action="store_true", help="small batches, short measurements: under three minutes")
     add("--only", nargs="+", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--rows", nargs="*", metavar="ROW", help="time detection by these rows of the lab book, or by all")

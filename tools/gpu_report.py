@@ -29,11 +29,11 @@ from kaist.images import read_frame
 from ssd.boxes import detect
 from ssd.memory_plan import plan_memory
 from tools import workloads
-from tools.timing import HEADER, Line, Setting, Subprocess, at_least, at_most, time_in_turns, timer
+from tools.timing import TABLE_HEADER, Line, Setting, Subprocess, at_least, at_most, time_in_turns, timer
 from tools.workloads import NMS_SETTINGS, Step, plain_config, random_batch, row_config
 from utils import choose_device, compile_model, detect_frames, detect_image, predict
 
-MINUTES = 7.5  # time limit of all parts but the last to start, on a GPU
+MINUTES = 7.5  # time limit of all parts together, on a GPU
 MAX_PART_SECONDS = 150.0  # time limit of a part, on a GPU; the longest part mostly compiles
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 
@@ -333,6 +333,6 @@ def as_page(report: dict) -> str:
     for name, part in report["parts"].items():
         page += [f"## {name}", "", PARTS[name].__doc__.splitlines()[0], ""]
         if part["lines"]:
-            page += [HEADER, *(Line(**line).row() for line in part["lines"]), ""]
+            page += [TABLE_HEADER, *(Line(**line).row() for line in part["lines"]), ""]
         page += [f"**Failed:** {part['error']}", ""] * bool(part["error"])
     return "\n".join(page)

@@ -30,9 +30,9 @@ PROCESS_STATUS = Path("/proc/self/status")
 # Rows of the lab book with every kind of network, loss and optimiser.
 LOSS_ROWS = "1 6 7 12 13 14 18 20 21 22 25 26 26b 27 28 29 31 32 33 35 36 38 39 40 41 42 50 demo"
 # Arguments of a `Setting` with which every part of the GPU report runs on a CPU in short time.
-TINY = {"seconds": 0.0, "batch": 2, "train_frames": 8, "width": 0.03, "speed_width": 0.03}
-TINY |= {"loss_rows": "26 29 42", "batch_sizes": (1,), "test_frames": 8, "workers": 0}
-TINY |= {"compile_modes": ("off",), "time_factor": 50.0}
+TINY_SETTING = {"seconds": 0.0, "batch": 2, "train_frames": 8, "width": 0.03, "speed_width": 0.03}
+TINY_SETTING |= {"loss_rows": "26 29 42", "batch_sizes": (1,), "test_frames": 8, "workers": 0}
+TINY_SETTING |= {"compile_modes": ("off",), "time_factor": 50.0}
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,12 @@ class Line(NamedTuple):
     met: bool | None = None
 
     def row(self) -> str:
-        """The line as a row of the Markdown table that begins with `HEADER`."""
+        """The line as a row of the Markdown table that begins with `TABLE_HEADER`."""
         verdict = {None: "", True: "met", False: "**missed**"}[self.met]
         return f"| {self.what} | {self.value:.4g} | {self.unit} | {self.aim} | {verdict} | {self.note} |"
 
 
-HEADER = "| what | value | unit | aim | | |\n|---|---|---|---|---|---|"
+TABLE_HEADER = "| what | value | unit | aim | | |\n|---|---|---|---|---|---|"
 
 
 def at_least(what: str, value: float, unit: str, aim: float, note: str = "") -> Line:

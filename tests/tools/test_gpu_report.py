@@ -12,7 +12,7 @@ import torch
 
 from tools import gpu_report, timing
 from tools.gpu_report import relative_error, unequal_boxes
-from tools.timing import TINY, Setting, build, call
+from tools.timing import TINY_SETTING, Setting, build, call
 from tools.workloads import row_config
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def small_config(row, **changes):
 def report(demo_root, tmp_path_factory):
     """The folder of a tiny report of quick parts. One of its rows does not exist."""
     out = tmp_path_factory.mktemp("report") / "out"
-    tiny = TINY | {"loss_rows": "29 42 none", "test_frames": 2}
+    tiny = TINY_SETTING | {"loss_rows": "29 42 none", "test_frames": 2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_report, "PARTS", {name: gpu_report.PARTS[name] for name in QUICK})
         patch.setattr(gpu_report, "Subprocess", InProcess)
@@ -70,7 +70,7 @@ def test_a_failing_part_does_not_stop_the_others(report):
 
 
 def test_boxes_that_differ_between_devices_are_reported(demo_root, tmp_path, monkeypatch):
-    setting, calls = Setting(CPU, torch.float32, tmp_path, **TINY), []
+    setting, calls = Setting(CPU, torch.float32, tmp_path, **TINY_SETTING), []
 
     def move_every_other(*arguments, **limits):
         calls.append(1)
@@ -92,7 +92,7 @@ def test_the_page_has_all_parts(report):
 
 @pytest.mark.timing
 def test_parts_without_time_are_left_out(tmp_path):
-    setting = Setting(CPU, torch.float32, tmp_path, **TINY)
+    setting = Setting(CPU, torch.float32, tmp_path, **TINY_SETTING)
     for _, part in gpu_report.run_parts(setting, ["losses", "image"], time.time()):
         assert part["error"].startswith("left out") and not part["lines"]
 
