@@ -198,7 +198,7 @@ EXPERIMENTS = {
         dict(data_root="data/streets", input_size=(320, 384), batch_size=8, epochs=11, eval_every=11)
         | dict(ema_decay=0.999, zoom_out=1.5, crop_aspect=(0.75, 1.33), jitter=0.8, copy_paste=0.0)
         | dict(modality_dropout=0.3),
-        "trained only on drawn streets, to detect persons in real images (docs/streets.md); takes about an "
-        "hour on two cores",
+        "trained only on synthetic streets, to detect persons in real images (docs/streets.md); takes about "
+        "an hour on two cores",
     ),
 }

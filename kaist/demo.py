@@ -1,4 +1,4 @@
-"""Draws the demo and streets sets: visible and LWIR frames of streets, in KAIST's exact layout.
+"""Renders the demo and streets sets: visible and LWIR frames of streets, in KAIST's exact layout.
 
     python -m kaist.demo --root data/demo
 
@@ -48,7 +48,7 @@ WORLDS = {
 }
 STREETS_ROOTS = tuple(ROOT.with_name(name) for name in WORLDS)
 RECIPE = "recipe.txt"  # describes the set, so that only the same set is continued after an interruption
-FRAME_SECONDS = 0.12  # approximate time of one CPU core to draw a frame
+FRAME_SECONDS = 0.12  # approximate time of one CPU core to render a frame
 
 
 class DrawnSet(NamedTuple):
@@ -67,7 +67,7 @@ SETS |= {name: DrawnSet(20, 3600, 240, world) for name, world in WORLDS.items()}
 
 
 def draw_set(root: Path, *, progress: bool = True, **changes: int | None) -> None:
-    """Draw the set that the name of `root` chooses; frames that are there already are kept.
+    """Render the set that the name of `root` chooses; frames that are there already are kept.
 
     The same seed gives the same bytes with any number of processes.
 
@@ -92,7 +92,7 @@ def draw_set(root: Path, *, progress: bool = True, **changes: int | None) -> Non
     n_workers = min(os.cpu_count() or 1, 61)  # Windows allows no more
     if progress:
         expected = tqdm.format_interval(n_frames * FRAME_SECONDS / n_workers)
-        print(f"drawing {n_frames} frames at {root}: about {expected} in {n_workers} processes")
+        print(f"rendering {n_frames} frames in {root}: about {expected} in {n_workers} processes")
         if settings.world:
             print("the row streets then trains on them for about an hour on two cores")
     try:
@@ -137,7 +137,7 @@ def check_root(root: Path, recipe: str) -> None:
     if root.is_file() or (found != recipe and others):
         raise InputError("the folder contains other files", "remove it or choose another folder", file=root)
     if JSON_NAME in names:
-        raise InputError("this set is drawn already", "remove it to draw it again", file=root)
+        raise InputError("this set is complete already", "remove it to render it again", file=root)
 
 
 def draw_job(root: Path, render: Callable[..., Iterator[RenderedFrame]], job: tuple[int, ...]) -> None:
@@ -195,7 +195,7 @@ def init_worker() -> None:
 
 
 def open_root(name: str | Path) -> Path:
-    """Return the folder of a KAIST root; one of the repository's drawn sets is drawn if it is missing.
+    """Return the folder of a KAIST root; one of the repository's synthetic sets is rendered if it is missing.
 
     Raises:
         InputError: any other folder is missing.
@@ -206,7 +206,7 @@ def open_root(name: str | Path) -> Path:
         if not (root / JSON_NAME).is_file():
             draw_set(root)
     elif not root.is_dir():
-        remedy = f"set DATA_ROOT (--data-root) to KAIST's folder, or to {drawn[0]} for a drawn one"
+        remedy = f"set DATA_ROOT (--data-root) to KAIST's folder, or to {drawn[0]} for the demo set"
         raise InputError("no such folder", remedy, file=root)
     return root
 
@@ -215,12 +215,12 @@ def streets_note(data_root: str | Path) -> str:
     """A note on networks trained on a streets set; "" for any other `data_root`."""
     if Path(*Path(data_root).parts[-2:]) not in STREETS_ROOTS:
         return ""
-    found = "found 22 or 23 of 32 people in 8 real pairs at one false positive a frame (docs/streets.md)"
-    return f"note: this network was trained only on drawings, not on photographs; three like it {found}"
+    found = "found 22 or 23 of 32 people in 8 real pairs at one false positive per image (docs/streets.md)"
+    return f"note: this network was trained on synthetic frames only; three such networks {found}"
 
 
 def main() -> None:
-    """Draw a set where the command line says."""
+    """Render a set into the folder that the command line names."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
     names = ", ".join(path.name for path in (SHIFTED_ROOT, *STREETS_ROOTS))
     parser.add_argument("--root", type=Path, default=ROOT, help=f"folder; the name chooses the set: {names}")

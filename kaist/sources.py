@@ -62,7 +62,7 @@ def open_testing(
     test_annotations: str,
     lwir_range: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Path | PairSet, GroundTruth]:
-    """Open the test set: where to read its images, and its ground truth; a demo set is drawn if missing.
+    """Open the test set: where to read its images, and its ground truth; a demo set is rendered if missing.
 
     Args:
         data, data_root: as in `open_training`; test_list, test_annotations: the config values.

@@ -234,9 +234,9 @@ def test_a_run_is_found_by_name_and_drawings_are_noted(run, found, tmp_path, che
         save_checkpoint(file, content)
         run(*named, weights="streets")
         printed = capsys.readouterr().out.replace(f"{tmp_path}/", "")
-        assert "trained only on drawings" in printed and f"weights of {file}" in printed
+        assert "trained on synthetic frames only" in printed and f"weights of {file}" in printed
     run(*named)
-    assert "trained only on drawings" not in capsys.readouterr().out
+    assert "trained on synthetic frames only" not in capsys.readouterr().out
 
 
 def test_input_images_are_not_overwritten(run, found, tmp_path):

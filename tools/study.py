@@ -65,7 +65,7 @@ STUDIES = {
         small={"zoom_out": None},
     ),
     "beyond": Study(
-        "What do the changes beyond the log bring, each by itself?",
+        "Which changes since the log of 2021 help?",
         rows("26b 31 32 33 34 36 37 38 40 12 19"),
         seeds=3,
         small={"schedule": None, "epochs": 12, "eval_every": 12},
@@ -76,20 +76,20 @@ STUDIES = {
         small={"schedule": None, "epochs": 36, "eval_every": 36},
     ),
     "past": Study(
-        "What is there past INSANet, where the cameras are not quite aligned?",
+        "Which changes to INSANet help if the cameras are slightly misaligned?",
         rows("42 43 44 45 46 47 49 50") | {"48, batch 8": ("48", {"batch_size": 8, "lr": 4e-3})},
         small={"data_root": str(demo.SHIFTED_ROOT), "input_size": (192, 256), "min_input_height": 5.0}
         | {"optimizer": "adam", "batch_size": 4, "epochs": 4, "eval_every": 4},
     ),
     "streets": Study(
-        "What lets a network that has seen drawings alone find people?",
+        "Which parts of the synthetic training help?",
         rows("streets")
         | {
             "without crowds": ("streets", {"data_root": "data/streets-without-crowds"}),
             "without haze and blur": ("streets", {"data_root": "data/streets-without-haze"}),
             "without jitter": ("streets", {"jitter": 0.0}),
-            "visible alone": ("streets", {"input_mode": "visible", "modality_dropout": 0.0}),
-            "LWIR alone": ("streets", {"input_mode": "lwir", "modality_dropout": 0.0}),
+            "visible only": ("streets", {"input_mode": "visible", "modality_dropout": 0.0}),
+            "LWIR only": ("streets", {"input_mode": "lwir", "modality_dropout": 0.0}),
             "a quarter of the frames": ("streets", {"train_list": "imageSets/train-quarter.txt"}),
             "twice the width": ("streets", {"width": 0.25}),
         },
@@ -97,7 +97,7 @@ STUDIES = {
         small=dict.fromkeys(SMALL) | {"width": 0.125, "epochs": 3, "eval_every": 3},
     ),
     "kaist": Study(
-        "What does each row reach as the lab book has it, at full size?",
+        "What are the miss rates of the rows on KAIST, at full size?",
         rows("26b 12 19 31 32 33 34 35 36 37 38 39 40"),
         seeds=1,
         small=dict.fromkeys(SMALL),
@@ -127,7 +127,7 @@ def parse_arguments() -> tuple[Namespace, list[str]]:
     """Parse the command line; return its arguments, and the flags that are passed to every run."""
     parser = OneLineParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("study", choices=STUDIES, help=", ".join(STUDIES))
+    add("study", choices=STUDIES, help=" ".join(f"{k}: {study.question}" for k, study in STUDIES.items()))
     add("--seeds", type=int, default=0, help="runs of each arm (default: the number that the study sets)")
     add("--jobs", type=int, default=1, help="runs at the same time, which share the cores (%(default)s)")
     add("--report", action="store_true", help="run nothing, report on the finished runs")

@@ -161,7 +161,7 @@ def test_only_the_repositorys_sets_are_drawn(tmp_path: Path, monkeypatch: pytest
         assert demo_data.open_root(own) == own and demo_data.open_root(os.path.relpath(own))
         assert asked == [own, Path(os.path.relpath(own))] * absent
         asked.clear()
-        with pytest.raises(InputError, match="no such folder; .*data/demo for a drawn one"):
+        with pytest.raises(InputError, match="no such folder; .*data/demo for the demo set"):
             demo_data.open_root(place)
 
 
@@ -221,6 +221,6 @@ def test_script(tmp_path: Path) -> None:
     other, few = run("--root", "set", *sizes[:3], "7"), run("--root", "few", "--test-frames", "5")
     again = run("--root", "set", *sizes)
     assert other.returncode == few.returncode == again.returncode == 2
-    assert again.stderr.count("\n") == 1 and "drawn already" in again.stderr
+    assert again.stderr.count("\n") == 1 and "complete already" in again.stderr
     assert other.stderr.count("\n") == 1 and "contains other files" in other.stderr
     assert "ask for 6 or more" in few.stderr

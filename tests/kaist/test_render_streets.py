@@ -45,7 +45,7 @@ def test_bytes_depend_only_on_the_seed_not_on_processes_or_interruptions(root, t
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     demo.draw_set(half, **NUMBERS | {"progress": True})
     output = capsys.readouterr().out
-    assert "drawing 10 frames" in output and "about an hour" in output
+    assert "rendering 10 frames" in output and "about an hour" in output
     assert digests(half) == digests(root)
     assert kept.stat().st_mtime_ns == before, "a finished frame is not drawn again"
 
@@ -154,7 +154,7 @@ def test_worlds_differ_in_training_and_share_their_test_list():
 
 
 def test_only_streets_sets_have_a_note():
-    assert "only on drawings" in demo.streets_note("/somewhere/data/streets")
+    assert "on synthetic frames only" in demo.streets_note("/somewhere/data/streets")
     assert demo.streets_note("data/streets-without-haze")
     assert not demo.streets_note("/mine/streets") and not demo.streets_note("streets")
     assert not demo.streets_note("data/demo") and not demo.streets_note("/data/kaist")
