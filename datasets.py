@@ -67,7 +67,7 @@ class KaistPairs(Dataset):
 
     A frame that cannot be read gives a `BadFrame`, because an exception would lose the whole batch.
 
-    root: folder with `images/`, or a set of pairs; frames: see `load_frames`.
+    root: folder with `images/`, or a set of pairs; frames: see `kaist.frames`.
     input_mode: "lwir", "visible", "mean", "early" or "halfway"; input_size: (height, width).
     filler: (C,) uint8, the fill colour around a frame and of a blanked modality.
     augmentation: random augmentation; None only resizes the frame.
@@ -197,8 +197,8 @@ def pad(arrays: Sequence[np.ndarray], pad_to: int) -> Tensor:
 class Collate:
     """The collate_fn: samples to a `Batch` (None if there is no readable frame) and the bad frames.
 
-    map_sizes, map_range: see `box_masks`.
-    pad_to: minimum number of objects to which boxes and labels are padded.
+    If shared memory is full, it returns an `InputError` instead, which the loader raises.
+    map_sizes, map_range: see `box_masks`; pad_to: the minimum number of objects after padding.
     """
 
     map_sizes: list[tuple[int, int]]

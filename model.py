@@ -172,7 +172,7 @@ def predict_mirrored(model: Detector, images: Tensor) -> Predictions:
         shapes = model.loc_heads[k].out_channels // 4
         idxs = first + torch.arange(h * columns * shapes, device=images.device)
         mirrored.append(idxs.view(h, columns, shapes).flip(1)[:, :w].flatten())
-        # The coarsest maps' even priors are symmetric without padding: correct their boxes for it.
+        # The two coarsest maps' priors are symmetric without the padding: undo its shift of their boxes.
         # new_full, because copying numbers to a GPU would make the host wait.
         shift = 0.0 if k < len(STRIDES) else pad / model.size[1]
         shifts.append(predictions.loc.new_full((len(mirrored[-1]),), shift))

@@ -24,9 +24,9 @@ def box_masks(
     Args:
         boxes: (N, M, 4) xyxy fractions of the network's input, padded.
         labels: (N, M) int64: person 1, 2 or 3 (visible, LWIR, both), -1 ignore, 0 padding.
-        map_sizes: (h, w) of each map; or an `ssd.boxes.Grid` (h, w, dy, dx, seen) if the cells do not
-            divide the input evenly, or if the map sees one modality (persons of the other are background).
-        map_range: if given, treats persons that a map cannot detect differently.
+        map_sizes: (h, w) of each map; or an `ssd.boxes.Grid` (h, w, dy, dx, modality) if the cells do not
+            divide the input evenly, or if the map is of one modality (persons of the other are background).
+        map_range: relabels persons that a map cannot detect; None keeps their labels.
     """
     map_labels = map_range.labels(boxes, labels) if map_range else [labels] * len(map_sizes)
     return [map_mask(boxes, *args) for args in zip(map_labels, map_sizes, strict=True)]

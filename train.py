@@ -209,8 +209,8 @@ def make_step(
 ) -> Step:
     """Make a function that trains on a batch; `wrapped` is `model` after DDP and torch.compile.
 
-    The function takes the batch's images, boxes, labels and masks. It returns the loss terms (2, terms),
-    averaged over the processes and of this process, and whether all losses and gradients were finite.
+    The function takes the batch's images, boxes, labels and masks. It returns (2, terms) loss terms, the
+    means over the processes and this process's, and whether all losses and gradients were finite.
     """
     guarded_step = GuardedStep(model, optimizer)
 

@@ -149,7 +149,7 @@ class MultiLabelLoss(MultiBoxLoss):
 def hardest_negatives(conf: Tensor, target: Tensor, n_negatives: Tensor) -> Tensor:
     """Hard negative mining: the background priors of highest loss, at most `n_negatives` (N,) of each frame.
 
-    conf: (N, P, 2) logits, detached; target: (N, P) as from `match`. Returns indices (K,) into N P priors.
+    conf: (N, P, 2) logits, detached; target: (N, P) as from `match`. Returns (K,) indices into (N * P,).
     """
     margin = (conf[..., 1] - conf[..., 0]).masked_fill_(target != BACKGROUND, -torch.inf)
     n_priors = margin.shape[1]

@@ -232,7 +232,7 @@ def parse_arguments() -> Namespace:
     add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--rows", nargs="*", metavar="ROW", help="time detection by these rows of the lab book, or by all")
     add("--memory-plan", action="store_true", help="print the largest batches by GPU memory")
-    report = f"run the GPU report, under {gpu_report.MINUTES} minutes, and write it into this folder"
+    report = "run the GPU report, in 8 minutes on a GPU, and write it into this folder"
     add("--report", type=Path, metavar="FOLDER", help=report)
     return parser.parse_args()
 

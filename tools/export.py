@@ -101,7 +101,7 @@ def parse_arguments() -> Namespace:
     add = parser.add_argument
     add("images", nargs="*", type=Path, help="frames to compare on (default: some of the test list)")
     add("--checkpoint", type=Path, help="checkpoint or folder of a run (default: the newest finished run)")
-    text = "lab-book row whose network the weights belong to, for the authors' files (docs/published.md)"
+    text = "--checkpoint is an author's file of weights for this row's network (docs/published.md)"
     add("--experiment", default="", metavar="ROW", help=text)
     add("--format", choices=PACKAGES, default="onnx", help="file format (%(default)s)")
     add("--out", type=out_path(), metavar="FILE", help="output file (default: the run's name)")
