@@ -257,7 +257,7 @@ def describe_changes(values: dict[str, Any]) -> str:
         changes = changed_constants(Namespace(**OLD_DEFAULTS | values))
     except (InputError, AttributeError, TypeError, ValueError):  # from another version, or edited
         return "its row or constants are unknown"
-    return format_constants(changes)
+    return re.sub("^ON ", "data set ", format_constants(changes))
 
 
 def run_name(config: Namespace) -> str:

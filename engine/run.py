@@ -262,8 +262,8 @@ class Run:
             self.timed_from = time.monotonic()
         if self.n_steps == WARM_UP_STEPS + TIMED_STEPS and is_main_process():
             pace = (time.monotonic() - self.timed_from) / TIMED_STEPS
-            expected = tqdm.format_interval((total_steps - done) * pace)
-            tqdm.write(f"expected: {expected} more of training, at {pace:.2g} s a step, and the evaluations")
+            left = tqdm.format_interval((total_steps - done) * pace)
+            tqdm.write(f"expected: {left} more of training, at {pace:.2g} s per step, plus the evaluations")
 
     def end_epoch(self, scores: dict[str, float]) -> None:
         """Add the epoch to the log and save its checkpoint, also as best.pt if its miss rate is the lowest.

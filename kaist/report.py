@@ -76,8 +76,8 @@ def find_notes(
         f"left out {detections.other_frames} rows of frames not evaluated": detections.other_frames,
         f"{tied:.1%} of the frames have equal scores, which are matched in the order of their rows: in the "
         f"reverse order the miss rate would be {percent(reverse)}, not {rate}": percent(reverse) != rate,
-        f"its boxes fit the frames {'after' if shift > 0 else 'before'} their own far better; do its ids "
-        "count from the right number (text 1, JSON 0) along the right list?": shift,
+        f"its boxes fit the {'next' if shift > 0 else 'previous'} frames far better than their own; check "
+        "that its ids start at the right number (text 1, JSON 0) and are of the right list": shift,
         f"no score is below {CUT_SCORE}, and the curve ends before one false positive per image: with lower "
         "scores the miss rate would be lower (detect.py --min-score 0.01)": is_cut,
     }
@@ -192,7 +192,7 @@ def print_scores(scores: Sequence[Scores], all_setups: bool = False) -> None:
         print(f"note: nobody is labelled as occluded, so everyone of at least {lowest} pixels counts")
     people = {HEADLINE[key]: scores[0].official[key].n_positive for key in with_frames(scores, HEADLINE)}
     if few := ", ".join(f"{n} ({name})" for name, n in people.items() if n < FEW_PEOPLE):
-        print(f"warning: few people count, {few}: each of them changes that miss rate by 2 points or more")
+        print(f"warning: few people count, {few}: each person changes that miss rate by 2 points or more")
     for s in scores:
         for note in s.notes:
             print(f"warning: {s.name}: {note}")
