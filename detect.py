@@ -208,8 +208,8 @@ def parse_arguments() -> Namespace:
     add("--checkpoint", type=Path, help="a checkpoint or a run's folder (default: the newest finished run)")
     published = "--checkpoint is an author's file of weights for this row's network (docs/published.md)"
     add("--experiment", default="", metavar="ROW", help=published)
-    add("--min-score", type=float, default=MIN_SCORE, help="lowest score (default: %(default)s)")
-    add("--out", type=Path, default=Path(OUT), help="folder of the pictures (default: %(default)s)")
+    add("--min-score", type=float, default=MIN_SCORE, help="minimum score of a box (default: %(default)s)")
+    add("--out", type=Path, default=Path(OUT), help="folder of the output (default: %(default)s)")
     add("--json", type=out_path(), metavar="FILE", help="write all boxes as COCO results")
     sheet, animation = out_path(".png", ".jpg"), out_path(".gif", ".webp")
     add("--sheet", type=sheet, metavar="FILE", help="write a sheet of all pictures, scaled down: png, jpg")

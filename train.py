@@ -71,7 +71,7 @@ WORKERS = 2  # data loader processes
 START_METHOD = "auto"  # start method of these processes: fork, spawn, forkserver, or auto (Python's default)
 CACHE = ""  # folder for decoded training frames (1.31 MB per pair), read instead of the image files
 # -------- model
-NETWORK = "ssd300"  # ssd300, or mlpd, insanet (with INPUT_MODE halfway, LOC_LOSS l1, LOC_REDUCTION mean)
+NETWORK = "ssd300"  # ssd300; mlpd and insanet need INPUT_MODE halfway, LOC_LOSS l1, LOC_REDUCTION mean
 INPUT_MODE = "early"  # lwir, visible, mean (average of both), early (4 channels), halfway (two streams)
 INPUT_SIZE = (300, 300)  # height and width of the network's input (pixels)
 PIXEL_MEAN = (0.3465, 0.3219, 0.2842, 0.1598)  # normalisation mean of R, G, B, LWIR (0 to 1); fill colour
@@ -100,7 +100,7 @@ OPTIMIZER = "adam"  # sgd (momentum 0.9) or adam
 LR = 2e-3  # learning rate
 BIAS_LR_FACTOR = 2.0  # learning rate of the biases, as a multiple of LR
 WEIGHT_DECAY = 1e-5  # L2 penalty
-SCHEDULE = "cosine"  # constant, step (x0.1 at 2/3, 5/6 of EPOCHS), step-mlpd (1/2, 9/10), cosine
+SCHEDULE = "cosine"  # constant, step (x0.1 at 2/3, 5/6 of EPOCHS), step-mlpd (1/2, 9/10), cosine (warm-up)
 BATCH_SIZE = 4  # frames per step
 EPOCHS = 14  # passes over the training list
 EMA_DECAY = 0.0  # decay of the weights' moving average, which is evaluated and saved; 0: no averaging
