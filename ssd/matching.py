@@ -30,8 +30,8 @@ TIE_TOLERANCE = 1e-5
 class PriorTable:
     """(P, 4) cxcywh priors, prepared for `match`.
 
-    Priors on a grid share x ranges, y ranges and areas: SSD300's 8,732 have 333 of each. What depends on a
-    range or an area alone is computed once for each different one.
+    Priors on a grid share x ranges, y ranges and areas: SSD300's 8,732 have 333 of each. Values that depend
+    only on a range or an area are computed once for each unique one.
 
     Attributes:
         areas: (P,); unique_areas: (V, 1), and the index of each prior's area (P,).
