@@ -172,7 +172,7 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, **kwargs: Any) -> None:
         script = Path(sys.argv[0])
         package = script.parent.name
-        prog = f"python -m {package}.{script.stem}" if package in ("tools", "kaist") else None
+        prog = f"python -m {package}.{script.stem}" if package in ("tools", "kaist", "tests") else None
         super().__init__(**{"prog": prog, **kwargs})
 
     def error(self, message: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kaist.annotations import open_annotations, read_image_list
-from kaist.files import InputError, read_text, write_atomically
+from kaist.files import InputError, OneLineParser, read_text, write_atomically
 from kaist.results import read_detections
 
 
@@ -172,3 +172,9 @@ def test_an_os_error_without_a_file_keeps_its_traceback(run):
     assert done.returncode == 1 and "OSError: a bug" in done.stderr
     done = run(["open('/nowhere/at all')"])
     assert (done.returncode, done.stderr) == (2, "error: /nowhere/at all: No such file or directory\n")
+
+
+@pytest.mark.parametrize("folder, expected", [("tests", "python -m tests.soak"), ("mine", "soak.py")])
+def test_help_names_the_command_that_starts_a_script(folder, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"/somewhere/{folder}/soak.py"])
+    assert OneLineParser().prog == expected
