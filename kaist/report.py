@@ -192,7 +192,7 @@ def print_scores(scores: Sequence[Scores], all_setups: bool = False) -> None:
         print(f"note: nobody is labelled as occluded, so everyone of at least {lowest} pixels counts")
     people = {HEADLINE[key]: scores[0].official[key].n_positive for key in with_frames(scores, HEADLINE)}
     if few := ", ".join(f"{n} ({name})" for name, n in people.items() if n < FEW_PEOPLE):
-        print(f"warning: few people count, {few}: each person changes that miss rate by 2 points or more")
+        print(f"warning: few people count, {few}: each person can change that miss rate by 2 points or more")
     for s in scores:
         for note in s.notes:
             print(f"warning: {s.name}: {note}")
