@@ -15,6 +15,7 @@ from typing import Any
 from engine.experiments import BASE, EXPERIMENTS
 from engine.history import runs_table
 from engine.validation import CHOICES, check_config, invalid_constant
+from kaist.annotations import DEMO_ROOT
 from kaist.files import InputError, OneLineParser, PrintAction
 from kaist.sources import KAIST, dataset_name, find_kaist
 
@@ -239,14 +240,12 @@ def model_arguments(config: Namespace) -> dict[str, Any]:
 
 def changed_constants(config: Namespace) -> dict[str, Any]:
     """The constants in which a configuration differs from its row, or from row "demo" if it has none."""
-    from kaist import demo  # here, because it needs Pillow, which evaluation works without
-
     row = resolve_row(config.experiment or "demo")
     changed = {name: getattr(config, name) for name in row}
     changed = {name: value for name, value in changed.items() if not same_value(name, value, row[name])}
     if config.data != KAIST:
         changed = {"on": dataset_name(config.data), **changed}
-    elif not config.experiment and not same_value("data_root", config.data_root, str(demo.ROOT)):
+    elif not config.experiment and not same_value("data_root", config.data_root, str(DEMO_ROOT)):
         changed = {"on": Path(config.data_root).resolve().name, **changed}
     return changed
 

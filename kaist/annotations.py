@@ -27,6 +27,7 @@ FRAME_SIZE = FRAME_WIDTH, FRAME_HEIGHT = 640, 512
 DAY_SETS = {"set00", "set01", "set02", "set06", "set07", "set08"}
 SCENES = ("campus", "road", "downtown")  # by set number modulo 3
 JSON_NAME = "KAIST_annotation.json"
+DEMO_ROOT = Path("data/demo")  # where kaist.demo renders the demo set
 # The paths of each form below a KAIST root, in the order in which "auto" tries them.
 FORM_PATHS = {
     "bbgt": ("annotations",),

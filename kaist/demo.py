@@ -26,7 +26,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from kaist import render_demo, render_streets
-from kaist.annotations import FRAME_SIZE, JSON_NAME, time_of_day
+from kaist.annotations import DEMO_ROOT, FRAME_SIZE, JSON_NAME, time_of_day
 from kaist.files import (
     InputError,
     OneLineParser,
@@ -40,13 +40,13 @@ from kaist.labels import coco_content, read_labels
 from kaist.render_streets import World
 from kaist.sprites import RenderedFrame
 
-ROOT, SHIFTED_ROOT = Path("data/demo"), Path("data/demo-shifted")
+SHIFTED_ROOT = Path("data/demo-shifted")
 WORLDS = {
     "streets": World(),
     "streets-without-crowds": World(crowds=False),
     "streets-without-haze": World(haze=False),
 }
-STREETS_ROOTS = tuple(ROOT.with_name(name) for name in WORLDS)
+STREETS_ROOTS = tuple(DEMO_ROOT.with_name(name) for name in WORLDS)
 RECIPE = "recipe.txt"  # describes the set, so that only the same set is continued after an interruption
 FRAME_SECONDS = 0.12  # approximate time of one CPU core to render a frame
 
@@ -201,7 +201,7 @@ def open_root(name: str | Path) -> Path:
         InputError: any other folder is missing.
     """
     repository = Path(__file__).parents[1]
-    root, drawn = Path(name), [repository / path for path in (ROOT, SHIFTED_ROOT, *STREETS_ROOTS)]
+    root, drawn = Path(name), [repository / path for path in (DEMO_ROOT, SHIFTED_ROOT, *STREETS_ROOTS)]
     if Path(os.path.abspath(root)) in drawn:
         if not (root / JSON_NAME).is_file():
             draw_set(root)
@@ -223,7 +223,8 @@ def main() -> None:
     """Render a set into the folder that the command line names."""
     parser = OneLineParser(description=__doc__.splitlines()[0])
     names = ", ".join(path.name for path in (SHIFTED_ROOT, *STREETS_ROOTS))
-    parser.add_argument("--root", type=Path, default=ROOT, help=f"folder; the name chooses the set: {names}")
+    text = f"folder; the name chooses the set: {names}"
+    parser.add_argument("--root", type=Path, default=DEMO_ROOT, help=text)
     for flag in ("--train-frames", "--test-frames", "--seed"):
         parser.add_argument(flag, type=int)
     draw_set(**vars(parser.parse_args()))

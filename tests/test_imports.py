@@ -94,6 +94,8 @@ import sys
 for name in ("torch", "torchvision", "PIL", "matplotlib", "tqdm"):
     sys.modules[name] = None
 import engine.config, kaist, kaist.images, kaist.report
+values = engine.config.resolve_row("demo") | {{"experiment": "", "data_root": "data/demo", "lr": 0.5}}
+assert engine.config.describe_changes(values) == "LR 0.5"
 gt = kaist.load_ground_truth({str(tmp_path)!r}, ["set06/V000/I00019"])
 results = kaist.evaluate(gt, kaist.read_detections({str(detections)!r}, gt.frames))
 print(results["Reasonable-all"].miss_rate)

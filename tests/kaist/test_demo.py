@@ -155,7 +155,7 @@ def test_only_the_repositorys_sets_are_drawn(tmp_path: Path, monkeypatch: pytest
     asked = []
     monkeypatch.setattr(demo_data, "draw_set", asked.append)
     monkeypatch.chdir(tmp_path)
-    for place in (demo_data.ROOT, demo_data.SHIFTED_ROOT, *demo_data.STREETS_ROOTS):
+    for place in (demo_data.DEMO_ROOT, demo_data.SHIFTED_ROOT, *demo_data.STREETS_ROOTS):
         own = Path(demo_data.__file__).parents[1] / place
         absent = not (own / "KAIST_annotation.json").exists()
         assert demo_data.open_root(own) == own and demo_data.open_root(os.path.relpath(own))
