@@ -51,7 +51,7 @@ def draw_errors(
         false_tiles.append((ranked.frame_idxs[i], ranked.boxes[i], f"score {ranked.scores[i]:.2f}"))
     for i in order_across_videos(gt, gt.frame_idxs, missed)[:n]:
         det = matching.gt_match[i]
-        score = f"found at {ranked.scores[det]:.2f}" if det >= 0 else "never found"
+        score = f"found at score {ranked.scores[det]:.2f}" if det >= 0 else "never found"
         missed_tiles.append((gt.frame_idxs[i], gt.boxes[i], f"{gt.boxes[i, 3]:.0f} px, {score}"))
     rate = f"{OPERATING_FPPI} false positives per image"
     sheets = {
