@@ -50,7 +50,7 @@ FAULTS = {
     "leaves-frame": ("a box with more than half of its area outside the frame", ""),
     "odd-box": ("a box of implausible height or aspect ratio", ""),
     "repeated-box": ("two objects with the same box", ""),
-    "unknown-label": ("a label other than KAIST's person, people, cyclist, …", "class "),
+    "unknown-label": ("a label other than KAIST's person, people, cyclist, …", "^class "),
     "unknown-occlusion": ("an occlusion other than 0, 1 and 2", "is unknown"),
     "unpaired-objects": ("different objects in the visible and LWIR files of the paired form", ""),
     "broken-xml": ("XML that cannot be parsed or is not KAIST's", "broken XML|DOCTYPE|> is not a"),

@@ -15,7 +15,7 @@ from kaist.annotations import image_path, open_annotations, read_image_list
 from kaist.files import InputError
 from tests import pair_trees
 from tools import check_data
-from tools.faults import FAULTS
+from tools.faults import FAULTS, to_fault
 
 LINE = "person 100 200 30 80 0 0 0 0 0 0 0\n"
 HEADER = "% bbGt version=3\n"
@@ -221,6 +221,13 @@ def test_every_kind_of_fault_is_found_and_nothing_else(root, tmp_path):
         assert any(
             name in row and f"{file}:{line}".removesuffix(":0") in row for row in done.stdout.splitlines()
         )
+
+
+def test_a_file_name_does_not_change_the_kind_of_fault():
+    error = InputError(
+        "image 1 or file_name class a.jpg occurs twice", "give each a unique id", file="a.json"
+    )
+    assert to_fault(error).name == "json-repeated-id"
 
 
 def test_only_the_images_and_annotations_of_a_training_are_needed(root, tmp_path, monkeypatch, capsys):
