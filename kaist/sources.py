@@ -119,6 +119,7 @@ def find_kaist(root: Path, given: Mapping[str, str] = {}, splits: Iterable[str] 
         existing = [name for name in lists if (root / name).is_file()]
         if not existing and list_key not in given:
             remedy = f"copy one there, or choose a list with --{list_key.replace('_', '-')}"
+            remedy += " (eval.py: --image-list)" * (split == "test")
             raise InputError(f"no {' or '.join(lists)} here", remedy, file=root)
         values[list_key] = given.get(list_key) or existing[0]
         if annotations_key in given:
