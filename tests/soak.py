@@ -116,7 +116,8 @@ def main() -> None:
         draw_set(root, train_frames=24, test_frames=12, progress=False)
         started = time.monotonic()
         if start(root, folder).wait():
-            raise InputError("the undisturbed run failed", "see its output", file=folder / "output.txt")
+            output = (folder / "output.txt").read_text(encoding="utf-8").strip()
+            raise InputError(f"the undisturbed run failed: {output.splitlines()[-1]}", "run train.py alone")
         expected, length = result(folder), time.monotonic() - started
         end = time.monotonic() + 60 * arguments.minutes
         while time.monotonic() < end:
