@@ -37,6 +37,13 @@ def geometry(window, flip=False, channels=4):
     return Transform((crop,), plain.matrix, plain.offset, SIZE, mean_colour(channels))
 
 
+@pytest.mark.parametrize("window", [(639.7, 511.7, 700, 600), (-60, -60, 0.3, 0.3), (10.2, 10.2, 10.3, 10.3)])
+def test_a_crop_has_at_least_one_pixel_of_frame_and_input(window):
+    (x0, y0, x1, y1), (left, top, right, bottom), _ = round_to_pixels(window, SIZE, False)
+    assert 0 <= x0 < x1 <= 640 and 0 <= y0 < y1 <= 512
+    assert 0 <= left < right <= 300 and 0 <= top < bottom <= 300
+
+
 def test_boxes_follow_the_pixels():
     """For any window, a bright rectangle in both modalities is where its box says."""
     rng = np.random.default_rng(0)
