@@ -259,19 +259,18 @@ def json_objects(content: Any, path: Path, errors: Errors, kaist: bool = True) -
         kaist: True: an image's name is its im_name, which is a KAIST frame id, and every object has
             occlusion and ignore. False: the name is file_name or im_name, and iscrowd means ignore.
     """
-    frames: dict[Any, str] = {}
-    objects: dict[str, list[ObjectRow]] = {}
-
+    objects: dict[str, list[ObjectRow]] = {}  # by image name
+    by_id: dict[Any, list[ObjectRow]] = {}  # the same lists by image id
     try:
         for image in sorted(content["images"], key=lambda image: image["id"]):
             number = image["id"]
             name = image["im_name"] if kaist else str(image.get("file_name") or image["im_name"])
             if kaist and not FRAME_ID.fullmatch(name):
                 raise ValueError(f"im_name {name!r} is not of the form set00/V000/I00000")
-            if number in frames or name in objects:
+            if number in by_id or name in objects:
                 problem = f"image {number} or {'im_name' if kaist else 'file_name'} {name} occurs twice"
                 report(InputError(problem, "give each image a unique id and name", file=path), errors)
-            frames[number], objects[name] = name, []
+            by_id[number] = objects[name] = []
         names, items = {c["id"]: c["name"] for c in content["categories"]}, content["annotations"]
         if not kaist:
             for item in items:
@@ -284,8 +283,8 @@ def json_objects(content: Any, path: Path, errors: Errors, kaist: bool = True) -
             rows = read_rows(enumerate(items), lambda x, i: json_rows([x], names, i)[0], path, errors, place)
         for row in rows:
             image_id = items[row.number]["image_id"]
-            if image_id in frames:
-                objects[frames[image_id]].append(row)
+            if image_id in by_id:
+                by_id[image_id].append(row)
             else:
                 problem = f"annotation {row.number} has image_id {image_id}, but no image has this id"
                 report(InputError(problem, "correct its image_id, or add the image", file=path), errors)
