@@ -215,7 +215,7 @@ def open_annotations(root: str | Path, which: str = "auto", modality: str = "lwi
         return Annotations(root, "json", modality)
     if not root.is_dir():
         problem = f"no such folder or file, and not a form of annotation ({', '.join(FORM_PATHS)})"
-        raise InputError(problem, f"check DATA_ROOT, or {FORM_REMEDY}", file=root)
+        raise InputError(problem, f"check the path, or {FORM_REMEDY}", file=root)
     forms = FORM_PATHS if which == "auto" else [which]
     for form in forms:
         found = find_form_paths(root, form) or [root] * (root.name == FORM_PATHS[form][0])

@@ -232,6 +232,8 @@ def read_images(paths: Sequence[Path], config: Namespace) -> Iterator[list[np.nd
         if pair.keys() >= set(modalities):
             images = (load_image(pair[m], m, config.lwir_range) for m in modalities)
             yield [np.array(image).reshape(1, image.height, image.width, -1) for image in images]
+        else:
+            print(f"note: {next(iter(pair.values()))} is left out, because the other modality is missing")
 
 
 def split_frame(frame: np.ndarray) -> list[np.ndarray]:

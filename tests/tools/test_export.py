@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -229,3 +230,13 @@ def test_flags_are_refused_in_a_line(run, monkeypatch):
     monkeypatch.setitem(export.PACKAGES, "onnx", ("missing_package",))
     with pytest.raises(InputError, match="needs missing_package; pip install missing_package"):
         run()
+
+
+def test_images_without_a_partner_are_left_out_with_a_note(demo_root, tmp_path, capsys):
+    (tmp_path / "visible").mkdir()
+    paired = demo_root / "images/set06/V000/visible/I00000.jpg"
+    lone = Path(shutil.copy(paired, tmp_path / "visible"))
+    config = Namespace(input_mode="early", modality_dropout=0.3, lwir_range=(0, 0))
+    [[visible, lwir]] = export.read_images([lone, paired], config)
+    assert visible.shape == (1, 512, 640, 3) and lwir.shape == (1, 512, 640, 1)
+    assert f"note: {lone} is left out" in capsys.readouterr().out
