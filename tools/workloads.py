@@ -34,11 +34,11 @@ from ssd.augment import Augmentation
 from ssd.boxes import Predictions, detect, encode
 from ssd.layers import Detector
 from ssd.losses import CRITERION_KEYS, Criterion
+from ssd.memory_plan import OBJECTS_PER_FRAME
 from tools.timing import Setting
 from train import make_step
 from utils import autocast, compile_model, detect_image
 
-MAX_OBJECTS = 9  # annotated objects in KAIST's fullest frame, to which a GPU's batches are padded
 NMS_SETTINGS = {"min_score": 0.01, "nms_iou": 0.45, "max_boxes": 200}  # as in training
 
 
@@ -87,12 +87,12 @@ class Step:
 
 
 def random_batch(model: Detector, n: int) -> Batch:
-    """n frames of noise with 3 persons each, padded as KAIST's are, on the CPU; equal for equal n."""
+    """n frames of noise with 3 persons each, padded as in the memory plan, on the CPU; equal for equal n."""
     g = torch.Generator().manual_seed(n)
     size = (n, INPUT_CHANNELS[model.input_mode], *model.size)
     images = torch.randint(256, size, dtype=torch.uint8, generator=g)
     boxes, labels = random_objects(n, 3, torch.device("cpu"))
-    padding = MAX_OBJECTS - labels.shape[1]
+    padding = OBJECTS_PER_FRAME - labels.shape[1]
     boxes, labels = F.pad(boxes, (0, 0, 0, padding)), F.pad(labels, (0, padding))
     masks = box_masks(boxes, labels, [model.grids[i] for i in model.infused_maps])
     return Batch(images, boxes, labels, masks, ["frame"] * n)
